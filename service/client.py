@@ -1,0 +1,170 @@
+"""The typed HTTP client: what workers, the CLI and users' own programs call.
+
+Connection errors and 5xx are retried with exponential backoff and full jitter until `patience_seconds`
+have passed; every write it retries is idempotent on the server.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from pydantic import BaseModel
+
+from service.protocol import (
+    LEASE_TOKEN_HEADER,
+    CheckpointReply,
+    CheckpointReport,
+    FinishReply,
+    FinishRequest,
+    Lease,
+    LeaseReply,
+    LeaseRequest,
+    MeasurementBatch,
+    ReportReply,
+)
+
+M = TypeVar("M", bound=BaseModel)
+
+_BACKOFF_FIRST_SECONDS = 0.1
+_BACKOFF_MAX_SECONDS = 5.0
+_RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
+
+
+class ServiceError(Exception):
+    """The service answered with a problem (RFC 9457)."""
+
+    def __init__(self, status: int, problem: dict[str, Any]) -> None:
+        self.status = status
+        self.problem = problem
+        super().__init__(self._message())
+
+    @property
+    def type(self) -> str:
+        """The problem's stable type."""
+        return str(self.problem.get("type", "about:blank"))
+
+    def _message(self) -> str:
+        lines = [f"{self.status} {self.problem.get('title', '')}: {self.problem.get('detail', '')}"]
+        lines += [f"  {e.get('path')}: {e.get('message')}" for e in self.problem.get("errors", [])]
+        return "\n".join(lines)
+
+
+class StaleLeaseError(ServiceError):
+    """Another attempt holds this run now: stop, and write nothing more."""
+
+
+class Client:
+    """A connection to one service. Safe to share between threads."""
+
+    def __init__(self, base_url: str, api_key: str, *, patience_seconds: float = 60.0) -> None:
+        self.base_url = base_url.rstrip("/")
+        self.patience_seconds = patience_seconds
+        self._http = httpx.Client(
+            base_url=self.base_url,
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=httpx.Timeout(90.0, connect=5.0),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: BaseModel | dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> httpx.Response:
+        """Send one request, retrying while the service is away.
+
+        Raises:
+            StaleLeaseError: 409 of a write under a lease that another attempt holds.
+            ServiceError: any other answer that is not a success.
+            httpx.TransportError: the service stayed away for `patience_seconds`.
+        """
+        json = body.model_dump(mode="json") if isinstance(body, BaseModel) else body
+
+        def send() -> httpx.Response:
+            return self._http.request(method, path, json=json, headers=headers, params=params)
+
+        response = self._patiently(send)
+        if response.is_success:
+            return response
+        problem = _problem(response)
+        stale = problem.get("type") == "urn:warmscale:stale-lease"
+        raise (StaleLeaseError if stale else ServiceError)(response.status_code, problem)
+
+    def _patiently(self, send: Callable[[], httpx.Response]) -> httpx.Response:
+        deadline = time.monotonic() + self.patience_seconds
+        ceiling = _BACKOFF_FIRST_SECONDS
+        while True:
+            try:
+                response = send()
+                if response.status_code not in _RETRIED_STATUS or time.monotonic() > deadline:
+                    return response
+            except httpx.TransportError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0, ceiling))  # noqa: S311 - jitter
+            ceiling = min(2 * ceiling, _BACKOFF_MAX_SECONDS)
+
+    def get(self, path: str, **params: Any) -> Any:
+        """GET `path` and return its JSON."""
+        return self.request("GET", path, params=_given(params)).json()
+
+    def post(self, path: str, body: dict[str, Any] | None = None, **headers: str) -> Any:
+        """POST `body` to `path` and return its JSON."""
+        return self.request("POST", path, body=body or {}, headers=headers).json()
+
+    def lease(self, request: LeaseRequest) -> tuple[Lease, ...]:
+        """Lease runs that fit; empty when there was nothing to do."""
+        response = self.request("POST", "/v1/leases", body=request)
+        return LeaseReply.model_validate(response.json()).leases
+
+    def report(self, lease: Lease, batch: MeasurementBatch) -> ReportReply:
+        """Add measurements and renew the lease."""
+        return self._under_lease(lease, "measurements", batch, ReportReply)
+
+    def publish(self, lease: Lease, checkpoint: CheckpointReport) -> CheckpointReply:
+        """Publish a checkpoint whose files are complete and in place."""
+        return self._under_lease(lease, "checkpoints", checkpoint, CheckpointReply)
+
+    def finish(self, lease: Lease, finish: FinishRequest) -> FinishReply:
+        """End this attempt. Sending the same end twice changes nothing."""
+        return self._under_lease(lease, "finish", finish, FinishReply)
+
+    def _under_lease(self, lease: Lease, what: str, body: BaseModel, reply: type[M]) -> M:
+        headers = {LEASE_TOKEN_HEADER: lease.lease_token}
+        response = self.request("POST", f"/v1/runs/{lease.run_id}/{what}", body=body, headers=headers)
+        return reply.model_validate(response.json())
+
+
+def _given(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def _problem(response: httpx.Response) -> dict[str, Any]:
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = None
+    if isinstance(problem, dict):
+        return problem
+    return {"title": response.reason_phrase, "detail": response.text[:500]}

@@ -1,0 +1,208 @@
+"""The wire messages between workers and the service (v1). Imports neither FastAPI nor SQLAlchemy."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from warmcore.spec import CheckpointRef, RunSpec
+
+RunKind = Literal["trial", "target"]
+Arm = Literal["warm", "cold"]
+Decision = Literal["continue", "prune", "cancel"]
+Outcome = Literal["succeeded", "pruned", "diverged", "failed", "released"]
+RunState = Literal["queued", "leased", "succeeded", "pruned", "failed", "cancelled"]
+StudyState = Literal["active", "paused", "completed", "cancelled", "failed"]
+Scope = Literal["read", "write", "work", "admin"]
+
+LEASE_TOKEN_HEADER = "Lease-Token"  # noqa: S105 - a header's name
+IDEMPOTENCY_HEADER = "Idempotency-Key"
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Message(BaseModel):
+    """Immutable; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Resources(Message):
+    """What a run needs or a fleet has free. GPUs may be fractional."""
+
+    cpus: Annotated[int, Field(ge=0, le=4096)] = 1
+    gpus: Annotated[float, Field(ge=0, le=1024, allow_inf_nan=False)] = 0.0
+
+
+class LeaseRequest(Message):
+    """Ask for up to `max_runs` runs that together fit `resources`; wait up to `wait_seconds`."""
+
+    worker: str = Field(min_length=1, max_length=200)
+    resources: Resources = Resources()
+    max_runs: Annotated[int, Field(ge=1, le=64)] = 1
+    study: str | None = Field(default=None, description="name or id; None takes from any")
+    kinds: tuple[RunKind, ...] | None = None
+    wait_seconds: Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)] = 0.0
+
+
+class Lease(Message):
+    """One leased run. `lease_token` is good until another attempt replaces it."""
+
+    run_id: str
+    study_id: str
+    study_name: str
+    kind: RunKind
+    trial_number: int | None
+    arm: Arm | None
+    attempt: int
+    lease_token: str
+    lease_seconds: float
+    spec: RunSpec
+    params: dict[str, Any]
+    resources: Resources
+    artifact_uri: str = Field(description="where this attempt's checkpoints go")
+    resume_from: tuple[CheckpointRef, ...] = Field(description="complete checkpoints, newest first")
+    reported_step: int = Field(description="last step whose measurement stands; 0 for none")
+
+
+class LeaseReply(Message):
+    """The runs that were leased; empty when none fitted within `wait_seconds`."""
+
+    leases: tuple[Lease, ...]
+
+
+class Measurement(Message):
+    """One point of a curve. Losses in nats per token; `train_seconds` inside steps since the last."""
+
+    step: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=0)]
+    loss_nats: Finite | None = None
+    val_loss_nats: Finite | None = None
+    evaluation: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="which evaluation of the run this is; the pruner's resource"
+    )
+    lr: NonNegative | None = None
+    grad_norm: NonNegative | None = None
+    tokens_per_second: NonNegative | None = None
+    train_seconds: NonNegative | None = None
+
+
+class MeasurementBatch(Message):
+    """Points to add; none at all just renews the lease."""
+
+    measurements: Annotated[tuple[Measurement, ...], Field(max_length=1000)] = ()
+
+
+class ReportReply(Message):
+    """What the worker should do next."""
+
+    decision: Decision
+
+
+class CheckpointReport(Message):
+    """A complete checkpoint, already in place, to be published."""
+
+    step: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=0)]
+    uri: str = Field(min_length=1, max_length=2000)
+    hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+    num_bytes: Annotated[int, Field(ge=0)]
+    val_loss_nats: Finite | None = None
+    final: bool = False
+
+
+class CheckpointReply(ReportReply):
+    """`superseded` are checkpoints of this run that nothing needs any more: delete their files."""
+
+    superseded: tuple[str, ...] = ()
+
+
+class Provenance(Message):
+    """What the run was made with: recorded, never interpreted."""
+
+    warmscale_version: str
+    code_hash: str | None = Field(default=None, description="SHA-256 of warmcore's source text")
+    packages: dict[str, str] = Field(default_factory=dict)
+    data_hash: str | None = None
+    base_hash: str | None = Field(default=None, description="hash of the base checkpoint as loaded")
+    device: str | None = None
+    num_threads: int | None = None
+    hostname: str | None = None
+
+
+class Timing(Message):
+    """Seconds on the worker's clock, of this attempt."""
+
+    first_step_at: float | None = Field(default=None, description="epoch seconds")
+    last_step_at: float | None = Field(default=None, description="epoch seconds")
+    startup_seconds: NonNegative | None = Field(default=None, description="lease to first step")
+    train_seconds: NonNegative = Field(default=0.0, description="inside train steps")
+
+
+class FinishRequest(Message):
+    """How an attempt ended. `released` gives the run back unharmed (drain)."""
+
+    outcome: Outcome
+    val_loss_nats: Finite | None = None
+    error: str | None = Field(default=None, max_length=20_000)
+    retryable: bool = True
+    provenance: Provenance | None = None
+    timing: Timing | None = None
+
+
+class FinishReply(Message):
+    """The run's state after this."""
+
+    state: RunState
+
+
+class RunView(Message):
+    """A run as it is read."""
+
+    id: str
+    study_id: str
+    study_name: str
+    kind: RunKind
+    state: RunState
+    trial_number: int | None
+    arm: Arm | None
+    rung: int
+    seed: int
+    attempt: int
+    failures: int
+    max_attempts: int
+    worker: str | None
+    step: int
+    num_steps: int
+    tokens: int
+    num_tokens: int
+    loss_nats: float | None
+    val_loss_nats: float | None
+    tokens_per_second: float | None
+    cost_flops: float
+    error: str | None
+    base_hash: str | None
+    params: dict[str, Any]
+    spec: RunSpec
+    provenance: Provenance | None
+    timing: Timing | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class CheckpointView(Message):
+    """A published checkpoint."""
+
+    id: int
+    run_id: str
+    attempt: int
+    step: int
+    tokens: int
+    uri: str
+    hash: str
+    num_bytes: int
+    val_loss_nats: float | None
+    final: bool
+    created_at: datetime

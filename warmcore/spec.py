@@ -1,0 +1,252 @@
+"""What a run is made of: frozen specs, shared by the API, the CLI's YAML and the workers.
+
+Nothing here loads torch. Every spec refuses unknown keys and names the field that is wrong.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+BYTE_VOCAB_SIZE = 256
+
+Parametrization = Literal["mup", "standard"]
+ScheduleName = Literal["wsd", "cosine", "constant"]
+CooldownShape = Literal["linear", "1-sqrt"]
+ClipRule = Literal["width_weighted", "plain"]
+WidthOperator = Literal["shrink_perturb", "clone", "zero_pad"]
+OptimizerStateRule = Literal["reset", "transfer", "transfer_old_reset_new"]
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Spec(BaseModel):
+    """Frozen, keyword-only, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSpec(Spec):
+    """A Llama-style decoder. All widths are in units of features, depth in blocks.
+
+    `base_width` and `base_depth` are where every muP factor is 1 (METHOD: the same for all models
+    of one study); None means the model's own, so a lone model equals its standard twin.
+    """
+
+    width: PositiveInt
+    depth: PositiveInt
+    head_dim: PositiveInt = 64
+    group_size: PositiveInt = Field(default=1, description="query heads per key/value head")
+    ffn_ratio: Positive = Field(default=3.0, description="feed-forward width over width")
+    vocab_size: PositiveInt = BYTE_VOCAB_SIZE
+    base_width: PositiveInt | None = None
+    parametrization: Parametrization = "mup"
+    init_std: Positive = Field(default=0.08, description="of hidden matrices, at the base width")
+    embedding_std: Positive = 0.08
+    unembedding_std: NonNegative = 0.0
+    embedding_multiplier: Positive = 1.0
+    output_multiplier: Positive = 1.0
+    attention_multiplier: Positive = 1.0
+    rope_theta: Positive = 10_000.0
+    norm_eps: Positive = 1e-5
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> Self:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
+        block = self.head_dim * self.group_size
+        for name in ("width", "base_width"):
+            width = getattr(self, name)
+            if width is not None and width % block:
+                below, above = width // block * block, (width // block + 1) * block
+                works = f"{below} or {above}" if below else str(above)
+                raise ValueError(
+                    f"{name} {width} is not a multiple of {block} "
+                    f"(head_dim {self.head_dim} x group_size {self.group_size}); {works} would work"
+                )
+        ffn = self.ffn_ratio * self.width
+        if abs(ffn - round(ffn)) > 1e-6 * ffn or round(ffn) < 1:
+            raise ValueError(f"ffn_ratio {self.ffn_ratio} x width {self.width} = {ffn} is no integer")
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return self.width // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_heads // self.group_size
+
+    @property
+    def kv_width(self) -> int:
+        """Features of all key (or value) heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def ffn_width(self) -> int:
+        """Features inside the feed-forward block."""
+        return round(self.ffn_ratio * self.width)
+
+    @property
+    def width_multiplier(self) -> float:
+        """M = n / n0 (METHOD §2); 1 for standard parametrization."""
+        if self.parametrization == "standard" or self.base_width is None:
+            return 1.0
+        return self.width / self.base_width
+
+
+class DataSpec(Spec):
+    """Where text comes from and how it becomes tokens.
+
+    `source` is `stdlib`, a file, a folder or a glob.
+    """
+
+    source: str = Field(min_length=1)
+    tokenizer: Literal["byte"] = "byte"
+    context: Annotated[int, Field(ge=2, le=1_048_576)] = 128
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+
+
+class TrainSpec(Spec):
+    """Optimizer, schedule and budget. The budget is `tokens_per_param` unless `num_tokens` is set."""
+
+    batch_size: PositiveInt = Field(default=16, description="sequences of `context` tokens per step")
+    tokens_per_param: Positive = 20.0
+    num_tokens: PositiveInt | None = None
+    lr: Positive = 4e-3
+    weight_decay: NonNegative = 0.1
+    beta1: OpenFraction = 0.9
+    beta2: OpenFraction = 0.95
+    eps: Positive = 1e-8
+    grad_clip: Positive | None = 1.0
+    clip: ClipRule = "width_weighted"
+    schedule: ScheduleName = "wsd"
+    warmup_fraction: OpenFraction = 0.01
+    cooldown_fraction: Fraction = 0.2
+    cooldown: CooldownShape = "1-sqrt"
+    evaluations: PositiveInt = Field(default=8, description="evenly spaced, the last one at the end")
+    eval_tokens: PositiveInt = Field(default=65_536, description="of the fixed validation set")
+    log_every: PositiveInt = Field(default=10, description="steps per measurement")
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        if self.warmup_fraction + self.cooldown_fraction > 1:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction} + cooldown_fraction "
+                f"{self.cooldown_fraction} exceed 1; lower one of them"
+            )
+        return self
+
+
+class CheckpointRef(Spec):
+    """A checkpoint by place and content: `hash` is the SHA-256 of its manifest."""
+
+    uri: str = Field(min_length=1)
+    hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class GrowthOptions(Spec):
+    """How a base checkpoint becomes the target's initial weights (METHOD §3)."""
+
+    operator: WidthOperator = "shrink_perturb"
+    shrink: Fraction = 0.4
+    perturb: NonNegative = 1.0
+    noise: NonNegative = Field(default=0.0, description="clone only: std of noise over init std")
+    optimizer_state: OptimizerStateRule = "reset"
+
+    def check(self, base: ModelSpec, target: ModelSpec) -> None:
+        """Raise ValueError unless this operator can grow `base` into `target`."""
+        if target.width < base.width:
+            raise ValueError(
+                f"target width {target.width} is smaller than base width {base.width}; growth only widens"
+            )
+        if target.depth != base.depth:
+            raise ValueError(
+                f"target depth {target.depth} differs from base depth {base.depth}; "
+                f"operator {self.operator} grows width only, so use depth {base.depth}"
+            )
+        same = ("head_dim", "group_size", "vocab_size", "ffn_ratio", "rope_theta", "parametrization")
+        for name in same:
+            if getattr(base, name) != getattr(target, name):
+                raise ValueError(
+                    f"{name} must be the same in base and target: "
+                    f"{getattr(base, name)} is not {getattr(target, name)}"
+                )
+        if self.operator == "clone" and target.width % base.width:
+            below = target.width // base.width * base.width
+            raise ValueError(
+                f"cannot clone width {base.width} into {target.width}: ratio "
+                f"{target.width / base.width:g} is not an integer; "
+                f"{below} or {below + base.width} work"
+            )
+        if self.optimizer_state != "reset" and self.operator != "clone":
+            raise ValueError(
+                f"optimizer_state {self.optimizer_state} needs operator clone, "
+                f"not {self.operator}; use reset"
+            )
+
+
+class GrowthSpec(GrowthOptions):
+    """Growth options together with the checkpoint that growth starts from."""
+
+    base: CheckpointRef
+
+
+_MODEL_PARAMS = frozenset(
+    {"init_std", "embedding_std", "embedding_multiplier", "output_multiplier", "attention_multiplier"}
+)
+_TRAIN_PARAMS = frozenset(
+    {
+        "lr",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "eps",
+        "grad_clip",
+        "warmup_fraction",
+        "cooldown_fraction",
+        "batch_size",
+    }
+)
+TUNABLE_PARAMS = _MODEL_PARAMS | _TRAIN_PARAMS
+# METHOD §2: these do not carry over from a proxy to a wider target, or only mostly.
+NOT_TRANSFERABLE = {
+    "batch_size": "the best batch size changes with model and data size",
+    "weight_decay": "weight decay transfers as lr x weight_decay, and only mostly",
+}
+
+
+class RunSpec(Spec):
+    """One training run, complete: the same spec and seed give the same curve, bit for bit on CPU."""
+
+    model: ModelSpec
+    data: DataSpec
+    train: TrainSpec = TrainSpec()
+    growth: GrowthSpec | None = None
+    seed: Seed = 0
+
+    def with_params(self, params: dict[str, Any]) -> "RunSpec":
+        """Return this spec with tuned hyperparameters put where they belong.
+
+        Raises:
+            ValueError: a name that is not tunable, or a value its field refuses.
+        """
+        unknown = sorted(set(params) - TUNABLE_PARAMS)
+        if unknown:
+            raise ValueError(f"{unknown[0]} is not tunable; one of {', '.join(sorted(TUNABLE_PARAMS))}")
+        model = {k: v for k, v in params.items() if k in _MODEL_PARAMS}
+        train = {k: v for k, v in params.items() if k in _TRAIN_PARAMS}
+        return RunSpec(
+            model=ModelSpec.model_validate(self.model.model_dump() | model),
+            data=self.data,
+            train=TrainSpec.model_validate(self.train.model_dump() | train),
+            growth=self.growth,
+            seed=self.seed,
+        )
