@@ -1,0 +1,333 @@
+"""The study spec, and the messages that studies are read by."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from service.protocol import Message, Resources, RunState, StudyState
+from warmcore.spec import (
+    NOT_TRANSFERABLE,
+    TUNABLE_PARAMS,
+    DataSpec,
+    GrowthOptions,
+    ModelSpec,
+    PositiveInt,
+    RunSpec,
+    Seed,
+    Spec,
+    TrainSpec,
+)
+
+SamplerName = Literal["tpe", "random", "cmaes", "gp", "qmc", "grid"]
+PrunerName = Literal["hyperband", "successive_halving", "median", "none"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class FloatDimension(Spec):
+    """A range of real numbers; `log` searches its logarithm, `step` a grid."""
+
+    type: Literal["float"]
+    low: Finite
+    high: Finite
+    log: bool = False
+    step: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        _check_range(self.low, self.high, log=self.log, step=self.step)
+        return self
+
+    @property
+    def bounds(self) -> tuple[Any, ...]:
+        """The values at which a field's own limits are checked."""
+        return (self.low, self.high)
+
+
+class IntDimension(Spec):
+    """A range of whole numbers, both ends included."""
+
+    type: Literal["int"]
+    low: int
+    high: int
+    log: bool = False
+    step: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        _check_range(self.low, self.high, log=self.log, step=self.step)
+        return self
+
+    @property
+    def bounds(self) -> tuple[Any, ...]:
+        """The values at which a field's own limits are checked."""
+        return (self.low, self.high)
+
+
+class CategoricalDimension(Spec):
+    """A choice among given values."""
+
+    type: Literal["categorical"]
+    choices: Annotated[tuple[bool | int | Finite | str, ...], Field(min_length=1)]
+
+    @property
+    def bounds(self) -> tuple[Any, ...]:
+        """Every choice: there is no order to check only the ends of."""
+        return self.choices
+
+
+Dimension = Annotated[
+    FloatDimension | IntDimension | CategoricalDimension, Field(discriminator="type")
+]
+
+
+def _check_range(low: float, high: float, *, log: bool, step: float | None) -> None:
+    if low >= high:
+        raise ValueError(f"low {low:g} must be below high {high:g}")
+    if log and low <= 0:
+        raise ValueError(f"log needs low above 0, not {low:g}")
+    if log and step is not None:
+        raise ValueError(f"log and step {step:g} exclude each other; drop one")
+
+
+class TargetSpec(Spec):
+    """What the study is for. What is not given is the proxy's."""
+
+    width: PositiveInt
+    depth: PositiveInt | None = None
+    train: dict[str, Any] = Field(
+        default_factory=dict, description="overrides of `train`, e.g. {tokens_per_param: 10}"
+    )
+
+
+class HpoSpec(Spec):
+    """The search: how many trials, how they are chosen, when they are stopped early."""
+
+    trials: Annotated[int, Field(ge=1, le=100_000)]
+    parallel: Annotated[int, Field(ge=1, le=1024)] = 1
+    sampler: SamplerName = "tpe"
+    pruner: PrunerName = "hyperband"
+    seed: Seed = 0
+
+
+class WarmstartSpec(GrowthOptions):
+    """Growth of the best trial's checkpoint; `control` also trains every target cold."""
+
+    control: bool = True
+    seeds: Annotated[int, Field(ge=1, le=100)] = 2
+
+
+class StudyResources(Spec):
+    """What one trial and one target run each need."""
+
+    trial: Resources = Resources()
+    target: Resources = Resources()
+
+
+class StudySpec(Spec):
+    """A study, as submitted in YAML or JSON."""
+
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: DataSpec
+    proxy: ModelSpec
+    target: TargetSpec | None = None
+    ladder: Annotated[tuple[TargetSpec, ...], Field(max_length=16)] = ()
+    train: TrainSpec = TrainSpec()
+    search_space: dict[str, Dimension]
+    hpo: HpoSpec
+    warmstart: WarmstartSpec = WarmstartSpec()
+    resources: StudyResources = StudyResources()
+    max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.target is not None and self.ladder:
+            raise ValueError("target and ladder exclude each other; give one of them")
+        if not self.search_space:
+            raise ValueError("search_space is empty; give at least one dimension, e.g. lr")
+        self._check_search_space()
+        self._check_rungs()
+        return self
+
+    def _check_search_space(self) -> None:
+        run = self.trial_run(0)
+        for name, dimension in self.search_space.items():
+            if name not in TUNABLE_PARAMS:
+                works = ", ".join(sorted(TUNABLE_PARAMS))
+                raise ValueError(f"search_space.{name} is not tunable; these are: {works}")
+            for value in dimension.bounds:
+                try:
+                    run.with_params({name: value})
+                except ValidationError as error:
+                    reason = error.errors()[0]["msg"]
+                    raise ValueError(f"search_space.{name} reaches {value!r}: {reason}") from None
+        self._check_phases(run)
+        if self.hpo.sampler == "grid":
+            self._check_grid()
+
+    def _check_phases(self, run: RunSpec) -> None:
+        """The longest warmup and the longest cooldown must fit together, for every trial."""
+        phases = ("warmup_fraction", "cooldown_fraction")
+        longest = {n: max(self.search_space[n].bounds) for n in phases if n in self.search_space}
+        try:
+            run.with_params(longest)
+        except ValidationError as error:
+            raise ValueError(f"search_space: {error.errors()[0]['msg']}") from None
+
+    def _check_grid(self) -> None:
+        for name, dimension in self.search_space.items():
+            if isinstance(dimension, FloatDimension) and dimension.step is None:
+                raise ValueError(
+                    f"search_space.{name}: sampler grid needs a step, or type categorical with choices"
+                )
+        size = 1
+        for dimension in self.search_space.values():
+            size *= len(grid_points(dimension))
+        if self.hpo.trials > size:
+            raise ValueError(f"hpo.trials {self.hpo.trials} exceeds the grid's {size} points; lower it")
+
+    def _check_rungs(self) -> None:
+        below = self.proxy
+        for rung, (place, _) in enumerate(self._places()):
+            try:
+                target = self.rung_model(rung)
+                self.warmstart.check(below, target)
+                self.rung_train(rung)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join([place, *(str(part) for part in first["loc"])])
+                raise ValueError(f"{where}: {first['msg']} (got {first.get('input')!r})") from None
+            except ValueError as error:
+                raise ValueError(f"{place}: {error}") from None
+            below = target
+
+    def _places(self) -> list[tuple[str, TargetSpec]]:
+        if self.target is not None:
+            return [("target", self.target)]
+        return [(f"ladder.{i}", rung) for i, rung in enumerate(self.ladder)]
+
+    @property
+    def rungs(self) -> tuple[TargetSpec, ...]:
+        """The targets in order of growth; the last one is what the verdict judges."""
+        return tuple(spec for _, spec in self._places())
+
+    @property
+    def base_model(self) -> ModelSpec:
+        """The proxy with its base width settled: where every muP factor is 1."""
+        base_width = self.proxy.base_width or self.proxy.width
+        return self.proxy.model_copy(update={"base_width": base_width})
+
+    def rung_model(self, rung: int) -> ModelSpec:
+        """The model of one rung: the proxy's shape with this width and depth."""
+        target = self.rungs[rung]
+        shape = {"width": target.width, "depth": target.depth or self.proxy.depth}
+        return ModelSpec.model_validate(self.base_model.model_dump() | shape)
+
+    def rung_train(self, rung: int) -> TrainSpec:
+        """The train spec of one rung: the study's with the rung's overrides."""
+        return TrainSpec.model_validate(self.train.model_dump() | self.rungs[rung].train)
+
+    def trial_run(self, seed: int) -> RunSpec:
+        """A trial's run, before its parameters."""
+        return RunSpec(model=self.base_model, data=self.data, train=self.train, seed=seed)
+
+    def rung_run(self, rung: int, seed: int) -> RunSpec:
+        """A target's run, before its parameters and its growth."""
+        model, train = self.rung_model(rung), self.rung_train(rung)
+        return RunSpec(model=model, data=self.data, train=train, seed=seed)
+
+    def warnings(self) -> Iterator[str]:
+        """What a user should know before paying for this study."""
+        for name in sorted(set(self.search_space) & set(NOT_TRANSFERABLE)):
+            if self.rungs:
+                yield f"search_space.{name}: not safely muTransferable: {NOT_TRANSFERABLE[name]}"
+        if self.rungs and self.warmstart.control and self.warmstart.seeds < 2:
+            yield "warmstart.seeds 1: a verdict from one seed has no interval; 2 or more give one"
+        if self.rungs and not self.warmstart.control:
+            yield "warmstart.control false: without a cold run there is no verdict"
+
+
+def grid_points(dimension: Dimension) -> tuple[Any, ...]:
+    """The values that a grid visits along one dimension."""
+    if isinstance(dimension, CategoricalDimension):
+        return dimension.choices
+    step = dimension.step or 1
+    count = int((dimension.high - dimension.low) / step + 1e-9) + 1
+    return tuple(dimension.low + i * step for i in range(count))
+
+
+class RunCounts(Message):
+    """Runs by state."""
+
+    queued: int = 0
+    leased: int = 0
+    succeeded: int = 0
+    pruned: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+class BestTrial(Message):
+    """The succeeded trial with the lowest validation loss."""
+
+    number: int
+    run_id: str
+    val_loss_nats: float
+    params: dict[str, Any]
+
+
+class StudyView(Message):
+    """A study as it is read."""
+
+    id: str
+    name: str
+    state: StudyState
+    reason: str | None
+    trials: RunCounts
+    targets: RunCounts
+    trials_budget: int
+    best_trial: BestTrial | None
+    progress: float = Field(description="finished runs over all runs that the spec asks for")
+    cost_flops: float
+    warnings: tuple[str, ...]
+    spec: StudySpec
+    created_at: datetime
+    finished_at: datetime | None
+
+
+class StudyPage(Message):
+    """A page of studies; pass `next_cursor` as `cursor` for the next."""
+
+    items: tuple[StudyView, ...]
+    next_cursor: str | None
+
+
+class TrialView(Message):
+    """A trial: its parameters, its value, its state."""
+
+    number: int
+    run_id: str | None
+    state: RunState
+    diverged: bool = False
+    params: dict[str, Any]
+    val_loss_nats: float | None
+    step: int
+    num_steps: int
+    attempt: int
+    error: str | None
+
+
+class EnqueueRequest(Message):
+    """Parameters to try next; the ones not given are sampled."""
+
+    params: Annotated[dict[str, Any], Field(min_length=1)]
+
+
+class TargetRequest(Message):
+    """Start a warmstart by hand: from a trial or a checkpoint, to a target."""
+
+    trial: int | None = Field(default=None, description="trial number; None: the best trial")
+    checkpoint: int | None = Field(default=None, description="checkpoint id, instead of a trial")
+    target: TargetSpec
+    warmstart: WarmstartSpec | None = Field(default=None, description="None: the study's")
