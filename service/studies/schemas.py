@@ -25,6 +25,15 @@ PrunerName = Literal["hyperband", "successive_halving", "median", "none"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+class FieldError(ValueError):
+    """A bad field below the level at which it was found; `path` is relative to there."""
+
+    def __init__(self, path: str, value: object, message: str) -> None:
+        self.path = path
+        self.value = value
+        super().__init__(message)
+
+
 class FloatDimension(Spec):
     """A range of real numbers; `log` searches its logarithm, `step` a grid."""
 
@@ -84,11 +93,11 @@ Dimension = Annotated[
 
 def _check_range(low: float, high: float, *, log: bool, step: float | None) -> None:
     if low >= high:
-        raise ValueError(f"low {low:g} must be below high {high:g}")
+        raise FieldError("low", low, f"low {low:g} must be below high {high:g}")
     if log and low <= 0:
-        raise ValueError(f"log needs low above 0, not {low:g}")
+        raise FieldError("low", low, f"log needs low above 0, not {low:g}; try 1e-4 or log: false")
     if log and step is not None:
-        raise ValueError(f"log and step {step:g} exclude each other; drop one")
+        raise FieldError("step", step, f"log and step {step:g} exclude each other; drop one")
 
 
 class TargetSpec(Spec):
@@ -143,9 +152,9 @@ class StudySpec(Spec):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if self.target is not None and self.ladder:
-            raise ValueError("target and ladder exclude each other; give one of them")
+            raise FieldError("ladder", len(self.ladder), "target and ladder exclude each other; give one")
         if not self.search_space:
-            raise ValueError("search_space is empty; give at least one dimension, e.g. lr")
+            raise FieldError("search_space", {}, "empty; give at least one dimension, e.g. lr")
         self._check_search_space()
         self._check_rungs()
         return self
@@ -155,13 +164,13 @@ class StudySpec(Spec):
         for name, dimension in self.search_space.items():
             if name not in TUNABLE_PARAMS:
                 works = ", ".join(sorted(TUNABLE_PARAMS))
-                raise ValueError(f"search_space.{name} is not tunable; these are: {works}")
+                raise FieldError(f"search_space.{name}", name, f"not tunable; these are: {works}")
             for value in dimension.bounds:
                 try:
                     run.with_params({name: value})
                 except ValidationError as error:
-                    reason = error.errors()[0]["msg"]
-                    raise ValueError(f"search_space.{name} reaches {value!r}: {reason}") from None
+                    message = f"reaches {value!r}, which {name} refuses: {error.errors()[0]['msg']}"
+                    raise FieldError(f"search_space.{name}", value, message) from None
         self._check_phases(run)
         if self.hpo.sampler == "grid":
             self._check_grid()
@@ -173,33 +182,34 @@ class StudySpec(Spec):
         try:
             run.with_params(longest)
         except ValidationError as error:
-            raise ValueError(f"search_space: {error.errors()[0]['msg']}") from None
+            raise FieldError("search_space", longest, error.errors()[0]["msg"]) from None
 
     def _check_grid(self) -> None:
         for name, dimension in self.search_space.items():
             if isinstance(dimension, FloatDimension) and dimension.step is None:
-                raise ValueError(
-                    f"search_space.{name}: sampler grid needs a step, or type categorical with choices"
-                )
+                message = "sampler grid needs a step here, or type categorical with choices"
+                raise FieldError(f"search_space.{name}.step", None, message)
         size = 1
         for dimension in self.search_space.values():
             size *= len(grid_points(dimension))
         if self.hpo.trials > size:
-            raise ValueError(f"hpo.trials {self.hpo.trials} exceeds the grid's {size} points; lower it")
+            message = f"{self.hpo.trials} trials exceed the grid's {size} points; {size} would work"
+            raise FieldError("hpo.trials", self.hpo.trials, message)
 
     def _check_rungs(self) -> None:
         below = self.proxy
-        for rung, (place, _) in enumerate(self._places()):
+        for rung, (place, spec) in enumerate(self._places()):
             try:
                 target = self.rung_model(rung)
                 self.warmstart.check(below, target)
                 self.rung_train(rung)
             except ValidationError as error:
                 first = error.errors()[0]
-                where = ".".join([place, *(str(part) for part in first["loc"])])
-                raise ValueError(f"{where}: {first['msg']} (got {first.get('input')!r})") from None
+                field = [str(part) for part in first["loc"]] or ["width"]
+                value = first["input"] if first["loc"] else spec.width
+                raise FieldError(".".join([place, *field]), value, first["msg"]) from None
             except ValueError as error:
-                raise ValueError(f"{place}: {error}") from None
+                raise FieldError(f"{place}.width", spec.width, str(error)) from None
             below = target
 
     def _places(self) -> list[tuple[str, TargetSpec]]:

@@ -1,0 +1,136 @@
+"""Problems (RFC 9457) and how every error becomes one."""
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.exceptions import HTTPException
+
+from service.studies.schemas import FieldError
+
+_log = logging.getLogger(__name__)
+MEDIA_TYPE = "application/problem+json"
+
+
+class FieldProblem(BaseModel):
+    """One bad field: where, what is wrong and what would work, what was given."""
+
+    path: str
+    message: str
+    value: Any = None
+
+
+class Problem(Exception):  # noqa: N818 - RFC 9457's word
+    """An error to answer with. `type` is stable; `detail` says what would work."""
+
+    def __init__(
+        self, status: int, kind: str, detail: str, errors: tuple[FieldProblem, ...] = ()
+    ) -> None:
+        self.status = status
+        self.kind = kind
+        self.detail = detail
+        self.errors = errors
+        super().__init__(detail)
+
+
+class ProblemBody(BaseModel):
+    """RFC 9457, with the bad fields of a validation error."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldProblem] = []
+
+
+def not_found(what: str, key: str) -> Problem:
+    """404 for a `what` that does not exist (or that this key may not see)."""
+    return Problem(404, "not-found", f"there is no {what} {key!r}")
+
+
+def conflict(kind: str, detail: str) -> Problem:
+    """409: the request is good, the state is not."""
+    return Problem(409, kind, detail)
+
+
+def bad_field(path: str, value: object, message: str) -> Problem:
+    """422 for one field."""
+    field = FieldProblem(path=path, message=message, value=value)
+    return Problem(422, "invalid", f"{path}: {message}", (field,))
+
+
+def _response(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
+    body = ProblemBody(
+        type=f"urn:warmscale:{problem.kind}",
+        title=HTTPStatus(problem.status).phrase,
+        status=problem.status,
+        detail=problem.detail,
+        errors=list(problem.errors),
+    )
+    return JSONResponse(
+        body.model_dump(mode="json"), problem.status, headers=headers, media_type=MEDIA_TYPE
+    )
+
+
+def _field(error: dict[str, Any]) -> FieldProblem:
+    """One entry of pydantic's list; a FieldError raised by a whole spec names its own path."""
+    raised = (error.get("ctx") or {}).get("error")
+    path = ".".join(str(part) for part in error["loc"] if part != "body")
+    message, value = str(error["msg"]).removeprefix("Value error, "), error.get("input")
+    if isinstance(raised, FieldError):
+        path = ".".join(part for part in (path, raised.path) if part)
+        message, value = str(raised), raised.value
+    if error["type"] == "extra_forbidden":
+        message = "unknown key; remove it or correct its spelling"
+    return FieldProblem(path=path, message=message, value=_short(value))
+
+
+def _short(value: object) -> object:
+    """Scalars as they are; anything larger as its beginning."""
+    if value is None or isinstance(value, bool | int):
+        return value
+    text = repr(value) if not isinstance(value, str) else value
+    return text if len(text) <= 200 else text[:200] + "…"  # noqa: PLR2004
+
+
+def from_validation(errors: list[dict[str, Any]]) -> Problem:
+    """422 with every bad field."""
+    fields = tuple(_field(error) for error in errors)
+    detail = "; ".join(f"{f.path}: {f.message} (got {f.value!r})" for f in fields[:3])
+    return Problem(422, "invalid", detail, fields)
+
+
+def install(app: FastAPI) -> None:
+    """Answer every error of `app` as a problem."""
+
+    @app.exception_handler(Problem)
+    def on_problem(_: Request, problem: Problem) -> JSONResponse:
+        bearer = {"WWW-Authenticate": "Bearer"} if problem.status == HTTPStatus.UNAUTHORIZED else None
+        return _response(problem, bearer)
+
+    @app.exception_handler(RequestValidationError)
+    def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return _response(from_validation(list(error.errors())))
+
+    @app.exception_handler(HTTPException)
+    def on_http(_: Request, error: HTTPException) -> JSONResponse:
+        kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
+        return _response(Problem(error.status_code, kind, str(error.detail)), dict(error.headers or {}))
+
+    @app.exception_handler(OperationalError)
+    @app.exception_handler(PoolTimeoutError)
+    def on_database(_: Request, error: Exception) -> JSONResponse:
+        _log.warning("database unavailable: %s", str(error).splitlines()[0])
+        problem = Problem(503, "database-unavailable", "the database cannot be reached; try again")
+        return _response(problem, {"Retry-After": "1"})
+
+    @app.exception_handler(Exception)
+    def on_bug(request: Request, error: Exception) -> JSONResponse:
+        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _response(Problem(500, "internal", "a fault of the service; its log has the trace"))

@@ -1,0 +1,287 @@
+"""Optuna, behind one small face: the only file that imports it.
+
+Optuna owns sampled parameters and trial values. A sampler is made anew for every ask, seeded by
+(study seed, trials so far): replicas and restarts then never repeat each other's draws. Grid and QMC
+need one seed for a whole study, and keep their place in the storage.
+"""
+
+import hashlib
+import logging
+import math
+import multiprocessing
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    SuccessiveHalvingPruner,
+)
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    GPSampler,
+    GridSampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from service.studies.schemas import (
+    CategoricalDimension,
+    Dimension,
+    FloatDimension,
+    StudySpec,
+    grid_points,
+)
+
+_log = logging.getLogger(__name__)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+optuna.logging.disable_default_handler()
+optuna.logging.enable_propagation()
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """A trial that Optuna has started: its number and its parameters."""
+
+    number: int
+    params: dict[str, Any]
+
+
+def upgrade(url: str) -> None:
+    """Create Optuna's tables, or bring them to the installed version. One caller at a time."""
+    storage = RDBStorage(url, skip_compatibility_check=True)
+    storage.upgrade()
+    storage.engine.dispose()
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed in [0, 2^63) that depends on every part and on nothing else."""
+    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Sampler:
+    """Optuna's storage in one database. Safe to share between threads; never pickled."""
+
+    def __init__(self, url: str, *, pool_size: int = 5) -> None:
+        self._url = url
+        rdb = RDBStorage(
+            url,
+            engine_kwargs={"pool_size": pool_size, "max_overflow": 0, "pool_pre_ping": True},
+            skip_table_creation=True,
+        )
+        self.engine = rdb.engine
+        self.storage: BaseStorage = optuna.storages.get_storage(rdb)  # adds a cache of finished trials
+        self._gp: ProcessPoolExecutor | None = None
+
+    def close(self) -> None:
+        """End the connections, and the helper process of GP if there is one."""
+        if self._gp is not None:
+            self._gp.shutdown(cancel_futures=True)
+        self.engine.dispose()
+
+    def create(self, study_id: str) -> None:
+        """Create Optuna's study of this id; that it is there already is fine."""
+        optuna.create_study(
+            study_name=study_id, storage=self.storage, direction="minimize", load_if_exists=True
+        )
+
+    def ask(self, study_id: str, spec: StudySpec) -> Suggestion:
+        """Start the next trial: an enqueued one first, else one that the sampler chooses."""
+        if spec.hpo.sampler == "gp":
+            return self._ask_elsewhere(study_id, spec)
+        return self._ask(study_id, spec)
+
+    def _ask(self, study_id: str, spec: StudySpec) -> Suggestion:
+        study = self._study(study_id)
+        study.sampler = _make_sampler(spec, len(study.get_trials(deepcopy=False)))
+        study.pruner = make_pruner(spec)
+        trial = study.ask()
+        return Suggestion(number=trial.number, params=_suggest_all(trial, spec))
+
+    def _ask_elsewhere(self, study_id: str, spec: StudySpec) -> Suggestion:
+        """Optuna's GP needs torch, which this process must not load: a helper process asks."""
+        if self._gp is None:
+            context = multiprocessing.get_context("spawn")
+            self._gp = ProcessPoolExecutor(max_workers=1, mp_context=context)
+        return self._gp.submit(_ask_in_helper, self._url, study_id, spec.model_dump_json()).result()
+
+    def adopt(self, study_id: str, spec: StudySpec, number: int) -> Suggestion:
+        """Take over a trial that was asked for but never got its run; draw what is missing."""
+        study = self._study(study_id)
+        study.sampler = RandomSampler(seed=derived_seed(spec.hpo.seed, "adopt", number) % 2**32)
+        trial = Trial(study, self._trial_id(study_id, number))
+        return Suggestion(number=number, params=_suggest_all(trial, spec))
+
+    def running(self, study_id: str) -> tuple[int, ...]:
+        """Numbers of the trials that Optuna holds as running."""
+        return tuple(t.number for t in self._trials(study_id, TrialState.RUNNING))
+
+    def waiting(self, study_id: str) -> dict[int, dict[str, Any]]:
+        """Enqueued trials that nobody started: their given parameters by number."""
+        trials = self._trials(study_id, TrialState.WAITING)
+        return {t.number: dict(t.system_attrs.get("fixed_params", {})) for t in trials}
+
+    def states(self, study_id: str) -> dict[int, tuple[str, float | None]]:
+        """State and value of every trial, by number: Optuna's view."""
+        return {
+            t.number: (t.state.name, t.values[0] if t.values else None)
+            for t in self._study(study_id).get_trials(deepcopy=False)
+        }
+
+    def enqueue(self, study_id: str, params: dict[str, Any]) -> int:
+        """Put parameters at the head of what is asked next; return the trial's number."""
+        before = set(self.waiting(study_id))
+        self._study(study_id).enqueue_trial(params)
+        return max(set(self.waiting(study_id)) - before)
+
+    def report(
+        self, study_id: str, spec: StudySpec, number: int, evaluations: dict[int, float]
+    ) -> bool:
+        """Record validation losses by evaluation number; True when the pruner would stop the trial."""
+        trial_id = self._trial_id(study_id, number)
+        trial = self.storage.get_trial(trial_id)
+        for evaluation, loss in sorted(evaluations.items()):
+            if evaluation not in trial.intermediate_values and not trial.state.is_finished():
+                self.storage.set_trial_intermediate_value(trial_id, evaluation, loss)
+        if trial.state.is_finished():
+            return False
+        study = self._study(study_id)
+        return make_pruner(spec).prune(study, self.storage.get_trial(trial_id))
+
+    def tell(self, study_id: str, number: int, state: str, value: float | None) -> None:
+        """End a trial as succeeded (with its value), pruned, diverged, failed or cancelled.
+
+        A diverged trial counts as pruned at +inf, the worst there is. A trial that is already at
+        its end stays as it is: telling twice changes nothing.
+        """
+        trial_id = self._trial_id(study_id, number)
+        trial = self.storage.get_trial(trial_id)
+        if trial.state.is_finished():
+            return
+        if state == "diverged":
+            self.storage.set_trial_intermediate_value(trial_id, trial.last_step or 1, math.inf)
+        end = _TELL.get(state, TrialState.FAIL)
+        try:
+            # A plain study: a grid at its end would ask the optimize loop, which we have not, to stop.
+            self._study(study_id).tell(
+                number,
+                value if end is TrialState.COMPLETE else None,
+                state=end,
+                skip_if_finished=True,
+            )
+        except optuna.exceptions.UpdateFinishedTrialError:
+            _log.info("trial %d of %s was told by another request", number, study_id)
+
+    def importance(self, study_id: str) -> dict[str, float]:
+        """Share of each parameter in the variance of the loss among the best trials (PED-ANOVA)."""
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        importances = optuna.importance.get_param_importances(
+            self._study(study_id), evaluator=evaluator
+        )
+        return {name: value for name, value in importances.items() if math.isfinite(value)}
+
+    def _study(self, study_id: str) -> optuna.Study:
+        return optuna.load_study(
+            study_name=study_id, storage=self.storage, sampler=RandomSampler(), pruner=NopPruner()
+        )
+
+    def _trials(self, study_id: str, state: TrialState) -> Iterator[FrozenTrial]:
+        yield from self._study(study_id).get_trials(deepcopy=False, states=(state,))
+
+    def _trial_id(self, study_id: str, number: int) -> int:
+        optuna_id = self.storage.get_study_id_from_name(study_id)
+        return self.storage.get_trial_id_from_study_id_trial_number(optuna_id, number)
+
+
+_TELL = {
+    "succeeded": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "diverged": TrialState.PRUNED,
+}
+
+
+def _ask_in_helper(url: str, study_id: str, spec_json: str) -> Suggestion:
+    sampler = Sampler(url, pool_size=1)
+    try:
+        return sampler._ask(study_id, StudySpec.model_validate_json(spec_json))  # noqa: SLF001
+    finally:
+        sampler.close()
+
+
+def distribution(dimension: Dimension) -> BaseDistribution:
+    """Optuna's word for a dimension."""
+    if isinstance(dimension, CategoricalDimension):
+        return CategoricalDistribution(dimension.choices)
+    if isinstance(dimension, FloatDimension):
+        return FloatDistribution(dimension.low, dimension.high, log=dimension.log, step=dimension.step)
+    return IntDistribution(
+        dimension.low, dimension.high, log=dimension.log, step=dimension.step or 1
+    )
+
+
+def _suggest_all(trial: Trial, spec: StudySpec) -> dict[str, Any]:
+    return {name: _suggest(trial, name, dim) for name, dim in spec.search_space.items()}
+
+
+def _suggest(trial: Trial, name: str, dimension: Dimension) -> Any:
+    if isinstance(dimension, CategoricalDimension):
+        return trial.suggest_categorical(name, dimension.choices)
+    if isinstance(dimension, FloatDimension):
+        low, high = dimension.low, dimension.high
+        return trial.suggest_float(name, low, high, log=dimension.log, step=dimension.step)
+    step = dimension.step or 1
+    return trial.suggest_int(name, dimension.low, dimension.high, log=dimension.log, step=step)
+
+
+def _make_sampler(spec: StudySpec, trials_so_far: int) -> BaseSampler:
+    seed = spec.hpo.seed % 2**32
+    draw = derived_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
+    match spec.hpo.sampler:
+        case "random":
+            return RandomSampler(seed=draw)
+        case "tpe":
+            startup = min(10, max(1, spec.hpo.trials // 3))
+            return TPESampler(n_startup_trials=startup, constant_liar=True, seed=draw)
+        case "cmaes":
+            return CmaEsSampler(seed=draw, warn_independent_sampling=False)
+        case "gp":
+            startup = min(10, max(1, spec.hpo.trials // 3))
+            return GPSampler(n_startup_trials=startup, seed=draw)
+        case "qmc":
+            return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+        case "grid":
+            points = {name: list(grid_points(dim)) for name, dim in spec.search_space.items()}
+            return GridSampler(points, seed=seed)
+
+
+def make_pruner(spec: StudySpec) -> BasePruner:
+    """The pruner of a study; its resource is the number of the evaluation."""
+    evaluations = spec.train.evaluations
+    match spec.hpo.pruner:
+        case "none":
+            return NopPruner()
+        case "median":
+            startup = min(5, max(1, spec.hpo.trials // 4))
+            return MedianPruner(n_startup_trials=startup, n_warmup_steps=1)
+        case "successive_halving":
+            return SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        case "hyperband":
+            return HyperbandPruner(min_resource=1, max_resource=evaluations, reduction_factor=3)
