@@ -27,7 +27,7 @@ class ParamCount:
 
 
 def count_params(model: ModelSpec) -> ParamCount:
-    """Count by role: q,o: n^2; k,v: n*n_kv; gate,up,down: n*n_ffn; two gains a block and a final one."""
+    """Count by role: q,o: n^2; k,v: n*n_kv; gate,up,down: n*n_ffn; gains: n*(2L + 1)."""
     n, depth = model.width, model.depth
     hidden = depth * (2 * n * n + 2 * n * model.kv_width + 3 * n * model.ffn_width)
     return ParamCount(
@@ -68,7 +68,9 @@ def flops_per_token(model: ModelSpec, context: int) -> float:
 
 def train_flops(run: RunSpec, tokens: int | None = None) -> float:
     """FLOPs of training `run` on `tokens` (the whole budget when None)."""
-    return flops_per_token(run.model, run.data.context) * (num_tokens(run) if tokens is None else tokens)
+    return flops_per_token(run.model, run.data.context) * (
+        num_tokens(run) if tokens is None else tokens
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

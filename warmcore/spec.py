@@ -3,9 +3,12 @@
 Nothing here loads torch. Every spec refuses unknown keys and names the field that is wrong.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from warmcore.corpus import CorpusFacts
 
 BYTE_VOCAB_SIZE = 256
 
@@ -71,7 +74,9 @@ class ModelSpec(Spec):
                 )
         ffn = self.ffn_ratio * self.width
         if abs(ffn - round(ffn)) > 1e-6 * ffn or round(ffn) < 1:
-            raise ValueError(f"ffn_ratio {self.ffn_ratio} x width {self.width} = {ffn} is no integer")
+            raise ValueError(
+                f"ffn_ratio {self.ffn_ratio} x width {self.width} = {ffn} is no integer"
+            )
         return self
 
     @property
@@ -113,11 +118,23 @@ class DataSpec(Spec):
     context: Annotated[int, Field(ge=2, le=1_048_576)] = 128
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
+    def inspect(self) -> "CorpusFacts":
+        """Look at the corpus itself: its size and, when it is small enough to read, its split.
+
+        Raises:
+            ValueError: nothing to read at `source`, or too little for one context of each split.
+        """
+        from warmcore.corpus import inspect  # noqa: PLC0415 - specs alone touch no files
+
+        return inspect(self)
+
 
 class TrainSpec(Spec):
-    """Optimizer, schedule and budget. The budget is `tokens_per_param` unless `num_tokens` is set."""
+    """Optimizer, schedule and budget: `tokens_per_param`, unless `num_tokens` is set."""
 
-    batch_size: PositiveInt = Field(default=16, description="sequences of `context` tokens per step")
+    batch_size: PositiveInt = Field(
+        default=16, description="sequences of `context` tokens per step"
+    )
     tokens_per_param: Positive = 20.0
     num_tokens: PositiveInt | None = None
     lr: Positive = 4e-3
@@ -131,7 +148,9 @@ class TrainSpec(Spec):
     warmup_fraction: OpenFraction = 0.01
     cooldown_fraction: Fraction = 0.2
     cooldown: CooldownShape = "1-sqrt"
-    evaluations: PositiveInt = Field(default=8, description="evenly spaced, the last one at the end")
+    evaluations: PositiveInt = Field(
+        default=8, description="evenly spaced, the last one at the end"
+    )
     eval_tokens: PositiveInt = Field(default=65_536, description="of the fixed validation set")
     log_every: PositiveInt = Field(default=10, description="steps per measurement")
 
@@ -165,20 +184,34 @@ class GrowthOptions(Spec):
         """Raise ValueError unless this operator can grow `base` into `target`."""
         if target.width < base.width:
             raise ValueError(
-                f"target width {target.width} is smaller than base width {base.width}; growth only widens"
+                f"target width {target.width} is smaller than base width {base.width}; "
+                "growth only widens"
             )
         if target.depth != base.depth:
             raise ValueError(
                 f"target depth {target.depth} differs from base depth {base.depth}; "
                 f"operator {self.operator} grows width only, so use depth {base.depth}"
             )
-        same = ("head_dim", "group_size", "vocab_size", "ffn_ratio", "rope_theta", "parametrization")
+        same = (
+            "head_dim",
+            "group_size",
+            "vocab_size",
+            "ffn_ratio",
+            "rope_theta",
+            "parametrization",
+        )
         for name in same:
             if getattr(base, name) != getattr(target, name):
                 raise ValueError(
                     f"{name} must be the same in base and target: "
                     f"{getattr(base, name)} is not {getattr(target, name)}"
                 )
+        n0, target_n0 = base.base_width or base.width, target.base_width or target.width
+        if target.parametrization == "mup" and n0 != target_n0:
+            raise ValueError(
+                f"base_width must be the same in base and target: {n0} is not {target_n0}; "
+                f"set the target's base_width to {n0}"
+            )
         if self.operator == "clone" and target.width % base.width:
             below = target.width // base.width * base.width
             raise ValueError(
@@ -200,7 +233,13 @@ class GrowthSpec(GrowthOptions):
 
 
 _MODEL_PARAMS = frozenset(
-    {"init_std", "embedding_std", "embedding_multiplier", "output_multiplier", "attention_multiplier"}
+    {
+        "init_std",
+        "embedding_std",
+        "embedding_multiplier",
+        "output_multiplier",
+        "attention_multiplier",
+    }
 )
 _TRAIN_PARAMS = frozenset(
     {
@@ -224,7 +263,7 @@ NOT_TRANSFERABLE = {
 
 
 class RunSpec(Spec):
-    """One training run, complete: the same spec and seed give the same curve, bit for bit on CPU."""
+    """One training run, complete: the same spec gives the same curve, bit for bit on CPU."""
 
     model: ModelSpec
     data: DataSpec
@@ -240,7 +279,9 @@ class RunSpec(Spec):
         """
         unknown = sorted(set(params) - TUNABLE_PARAMS)
         if unknown:
-            raise ValueError(f"{unknown[0]} is not tunable; one of {', '.join(sorted(TUNABLE_PARAMS))}")
+            raise ValueError(
+                f"{unknown[0]} is not tunable; one of {', '.join(sorted(TUNABLE_PARAMS))}"
+            )
         model = {k: v for k, v in params.items() if k in _MODEL_PARAMS}
         train = {k: v for k, v in params.items() if k in _TRAIN_PARAMS}
         return RunSpec(

@@ -1,0 +1,91 @@
+"""Maximal update parametrization: one table, by role (METHOD §2).
+
+Sources: arXiv 2203.03466 (muP), arXiv 2505.01618 Table 1 (CompleteP, epsilon and weight decay).
+With m = n / n0 every factor is a power of m, so that at the base width (m = 1) all of them are
+exactly 1 and the model is its standard-parametrization twin, bit for bit.
+
+=============  ============  =====  =====  ======  ================
+role           init std      lr     wd     eps     forward
+=============  ============  =====  =====  ======  ================
+embedding      sigma_e       1      1      1/m     x alpha_e
+hidden         sigma/sqrt m  1/m    m      1/m     logits of attention x alpha_attn/sqrt(H)
+gain           0 (all ones)  1      0      1/m
+unembedding    sigma_u       1      1      1/m     logits x alpha_out/m
+=============  ============  =====  =====  ======  ================
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Generator, Tensor
+
+from warmcore.spec import ModelSpec
+
+Role = Literal["embedding", "hidden", "gain", "unembedding"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """What a role's tensors are scaled by: an initial std, and factors of lr, wd and eps."""
+
+    init_std: float
+    lr: float
+    weight_decay: float
+    eps: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Multipliers:
+    """What the forward pass is scaled by, at three places."""
+
+    embedding: float
+    attention: float
+    logits: float
+
+
+def role_of(name: str) -> Role:
+    """Role of a tensor, from its name in the model's state dict."""
+    match name.split("."):
+        case ["embedding", "weight"]:
+            return "embedding"
+        case ["unembedding", "weight"]:
+            return "unembedding"
+        case [*_, "final_norm" | "attention_norm" | "ffn_norm", "weight"]:
+            return "gain"
+        case ["blocks", _, "attention" | "ffn", _, "weight"]:
+            return "hidden"
+        case _:
+            raise ValueError(f"{name} is not the name of a tensor of this model family")
+
+
+def factors(role: Role, model: ModelSpec) -> Factors:
+    """Look a role's row up in the table above."""
+    m = model.width_multiplier
+    match role:
+        case "embedding":
+            return Factors(init_std=model.embedding_std, lr=1.0, weight_decay=1.0, eps=1 / m)
+        case "hidden":
+            std = model.init_std / math.sqrt(m)
+            return Factors(init_std=std, lr=1 / m, weight_decay=m, eps=1 / m)
+        case "gain":
+            return Factors(init_std=0.0, lr=1.0, weight_decay=0.0, eps=1 / m)
+        case "unembedding":
+            return Factors(init_std=model.unembedding_std, lr=1.0, weight_decay=1.0, eps=1 / m)
+
+
+def multipliers(model: ModelSpec) -> Multipliers:
+    """alpha_e; alpha_attn / sqrt(H), as head dim H is fixed over widths; alpha_out / m."""
+    return Multipliers(
+        embedding=model.embedding_multiplier,
+        attention=model.attention_multiplier / math.sqrt(model.head_dim),
+        logits=model.output_multiplier / model.width_multiplier,
+    )
+
+
+def fresh_(tensor: Tensor, role: Role, model: ModelSpec, generator: Generator) -> Tensor:
+    """Overwrite `tensor` with its initial value: N(0, init_std^2), and ones for gains."""
+    if role == "gain":
+        return tensor.fill_(1.0)
+    std = factors(role, model).init_std
+    return tensor.normal_(0.0, std, generator=generator) if std else tensor.zero_()
