@@ -1,0 +1,174 @@
+"""Whether growing paid (METHOD §6): pure arithmetic on finished runs.
+
+Per seed `s` the difference of final validation losses is `d_s = warm_s - cold_s`, nats per token.
+Its mean over `n` seeds has Student's interval `mean(d) ± t(0.975, n-1) · stdev(d) / sqrt(n)`, and
+growing is said to pay only when all of that lies below 0. Runs are compared cooled down, never
+mid-curve.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import fsum, sqrt
+from statistics import fmean, stdev
+
+from scipy.special import stdtrit
+
+from service.lifecycle import LIVE_RUN_STATES
+from service.results.schemas import (
+    Costs,
+    Evaluation,
+    Growth,
+    Interval,
+    SeedPair,
+    TargetRun,
+    Verdict,
+)
+from service.results.words import say
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """There is no verdict; `why` says what is missing."""
+
+    why: str
+
+
+def judge(runs: Sequence[TargetRun], *, growth: Growth, costs: Costs) -> Verdict | Pending:
+    """Compare the warm and the cold runs of one target."""
+    if waiting := _waiting(runs):
+        return Pending(why=waiting)
+    pairs = pair(runs)
+    left_out = tuple(_left_out(runs, {p.seed for p in pairs}))
+    if not pairs:
+        reasons = "; ".join(left_out)
+        return Pending(why=f"no seed has both a warm and a cold run that succeeded: {reasons}")
+    return _verdict(pairs, left_out, growth, costs, warm_diverged=_warm_diverged(runs))
+
+
+def _waiting(runs: Sequence[TargetRun]) -> str | None:
+    if not runs:
+        return "the target's runs have not started"
+    live = [f"{r.arm} seed {r.seed} is {r.state}" for r in runs if r.state in LIVE_RUN_STATES]
+    if live:
+        return f"{len(live)} of {len(runs)} target runs are unfinished: {', '.join(live)}"
+    if all(r.arm == "warm" for r in runs):
+        return "no cold run to compare with: set warmstart.control to true"
+    return None
+
+
+def _warm_diverged(runs: Iterable[TargetRun]) -> tuple[int, ...]:
+    return tuple(sorted(r.seed for r in runs if r.arm == "warm" and r.diverged))
+
+
+def _verdict(
+    pairs: tuple[SeedPair, ...],
+    left_out: tuple[str, ...],
+    growth: Growth,
+    costs: Costs,
+    *,
+    warm_diverged: tuple[int, ...],
+) -> Verdict:
+    differences = [p.difference_nats for p in pairs]
+    interval = student_interval(differences)
+    verdict = Verdict(
+        grow=interval is not None and interval.high < 0 and not warm_diverged,
+        sentence="",
+        seeds=len(pairs),
+        difference_nats=fmean(differences),
+        interval_nats=interval,
+        speedup=token_speedup(pairs),
+        speedup_base_counted=base_counted_speedup(pairs, costs),
+        growth=growth,
+        pairs=pairs,
+        left_out=left_out,
+    )
+    return verdict.model_copy(update={"sentence": say(verdict, costs, warm_diverged)})
+
+
+def pair(runs: Iterable[TargetRun]) -> tuple[SeedPair, ...]:
+    """The seeds whose warm and cold runs both succeeded on equal budgets, in order of seed."""
+    done = [r for r in runs if r.state == "succeeded" and r.val_loss_nats is not None]
+    warm = {r.seed: r for r in done if r.arm == "warm"}
+    cold = {r.seed: r for r in done if r.arm == "cold"}
+    seeds = sorted(warm.keys() & cold.keys())
+    return tuple(_pair(warm[s], cold[s]) for s in seeds if warm[s].tokens == cold[s].tokens)
+
+
+def _pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
+    assert warm.val_loss_nats is not None
+    assert cold.val_loss_nats is not None
+    reached = tokens_to_reach(warm.curve, cold.val_loss_nats)
+    return SeedPair(
+        seed=warm.seed,
+        tokens=cold.tokens,
+        warm_run_id=warm.run_id,
+        cold_run_id=cold.run_id,
+        warm_loss_nats=warm.val_loss_nats,
+        cold_loss_nats=cold.val_loss_nats,
+        difference_nats=warm.val_loss_nats - cold.val_loss_nats,
+        tokens_to_cold_loss=reached,
+        speedup=None if reached is None else cold.tokens / reached,
+    )
+
+
+def _left_out(runs: Sequence[TargetRun], judged: set[int]) -> Iterable[str]:
+    """Why each run of a seed that is not judged has no part in the verdict."""
+    for run in sorted(runs, key=lambda r: (r.seed, r.arm)):
+        if run.state != "succeeded":
+            how = "diverged" if run.diverged else run.state
+            yield f"{run.arm} seed {run.seed} {how}"
+        elif run.seed not in judged:
+            yield f"{run.arm} seed {run.seed} ({run.tokens} tokens) has no equal partner"
+
+
+def tokens_to_reach(curve: Sequence[Evaluation], goal_nats: float) -> float | None:
+    """Where the curve first meets the goal, linear between evaluations; None when it never does.
+
+    Nothing is known before the first evaluation, so a goal met there counts from there. The
+    evaluation of untrained weights (0 tokens) is no training and is skipped.
+    """
+    before: Evaluation | None = None
+    for here in curve:
+        if here.tokens == 0:
+            continue
+        if here.val_loss_nats <= goal_nats:
+            return float(here.tokens) if before is None else _crossing(before, here, goal_nats)
+        before = here
+    return None
+
+
+def _crossing(before: Evaluation, here: Evaluation, goal_nats: float) -> float:
+    drop = before.val_loss_nats - here.val_loss_nats
+    fraction = (before.val_loss_nats - goal_nats) / drop
+    return before.tokens + fraction * (here.tokens - before.tokens)
+
+
+def student_interval(differences: Sequence[float]) -> Interval | None:
+    """The mean's Student-t interval; None from a single difference, which has no spread."""
+    n = len(differences)
+    if n < 2:  # noqa: PLR2004 - one seed has no degree of freedom
+        return None
+    mean = fmean(differences)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(differences) / sqrt(n)
+    return Interval(low=mean - half, high=mean + half, confidence=CONFIDENCE)
+
+
+def token_speedup(pairs: Sequence[SeedPair]) -> float | None:
+    """Cold's tokens over warm's to the same loss, over all seeds; None unless each got there."""
+    reached = [p.tokens_to_cold_loss for p in pairs if p.tokens_to_cold_loss is not None]
+    if len(reached) < len(pairs):
+        return None
+    return sum(p.tokens for p in pairs) / fsum(reached)
+
+
+def base_counted_speedup(pairs: Sequence[SeedPair], costs: Costs) -> float | None:
+    """Cold's FLOPs over warm's to the same loss with the base's own added.
+
+    A model's FLOPs are proportional to its tokens, so warm gets there at `cold_flops / speedup`.
+    """
+    speedup = token_speedup(pairs)
+    if speedup is None or costs.cold_flops is None or costs.base_flops is None:
+        return None
+    return costs.cold_flops / (costs.cold_flops / speedup + costs.base_flops)

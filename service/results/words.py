@@ -1,0 +1,63 @@
+"""A verdict in one plain sentence, with its numbers."""
+
+from service.results.schemas import Costs, Interval, SeedPair, Verdict
+
+
+def say(verdict: Verdict, costs: Costs, warm_diverged: tuple[int, ...] = ()) -> str:
+    """What was found, how sure it is, how fast, at what cost, and what is left out."""
+    clauses = [
+        _finding(verdict, warm_diverged),
+        _speed(verdict.pairs, verdict.speedup),
+        _cost(costs),
+        _left_out(verdict.left_out),
+    ]
+    return "; ".join(clause for clause in clauses if clause) + "."
+
+
+def _finding(verdict: Verdict, warm_diverged: tuple[int, ...]) -> str:
+    ended = f"warm ended {direction(verdict.difference_nats)} than cold"
+    seeds, interval = count_seeds(verdict.seeds), verdict.interval_nats
+    if interval is None:
+        return f"Not shown at 1 seed: {ended}, but one seed has no interval and cannot tell"
+    if warm_diverged:
+        which = ", ".join(str(seed) for seed in warm_diverged)
+        return f"Not shown: the warm run of seed {which} diverged; over {seeds} {ended}"
+    if interval.low <= 0 <= interval.high:
+        return f"Not shown at {seeds}: {ended} on average, but the {_spelled(interval)} includes 0"
+    found = "Growing paid" if verdict.grow else "Growing did not pay"
+    return f"{found}: over {seeds} {ended} ({_spelled(interval)})"
+
+
+def direction(difference_nats: float) -> str:
+    """A signed difference in words: `0.0123 nats lower`."""
+    return f"{abs(difference_nats):.4f} nats {'lower' if difference_nats < 0 else 'higher'}"
+
+
+def count_seeds(seeds: int) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def _spelled(interval: Interval) -> str:
+    return f"{interval.confidence:.0%} interval {interval.low:+.4f} to {interval.high:+.4f} nats"
+
+
+def _speed(pairs: tuple[SeedPair, ...], speedup: float | None) -> str:
+    if speedup is not None:
+        return f"warm reached cold's final loss in {1 / speedup:.0%} of its tokens ({speedup:.2f}x)"
+    reached = sum(p.speedup is not None for p in pairs)
+    if reached == 0:
+        return "warm never reached cold's final loss"
+    return f"warm reached cold's final loss in {reached} of {len(pairs)} seeds"
+
+
+def _cost(costs: Costs) -> str:
+    if costs.warm_flops is None or costs.cold_flops is None:
+        return ""
+    counted = costs.warm_base_counted_flops
+    base = "" if counted is None else f" ({counted:.3g} with the base counted)"
+    return f"a warm run costs {costs.warm_flops:.3g} FLOPs{base}, a cold one {costs.cold_flops:.3g}"
+
+
+def _left_out(left_out: tuple[str, ...]) -> str:
+    return f"left out: {', '.join(left_out)}" if left_out else ""
