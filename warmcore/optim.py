@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 
 from warmcore.mup import Role, factors, role_of
@@ -48,27 +49,19 @@ def vector_weight(rule: ClipRule, model: ModelSpec) -> float:
     return model.width_multiplier if rule == "width_weighted" else 1.0
 
 
-def grad_norm(optimizer: AdamW, weight: float) -> Tensor:
-    """sqrt(sum_hidden |g|^2 + weight * sum_vector |g|^2), METHOD §3 law 3.
+def clip_(optimizer: AdamW, weight: float, max_norm: float | None) -> Tensor:
+    """Scale all gradients by min(1, max_norm / norm) and return the norm before.
 
-    Vector-like are the tensors with one width-sized dimension: embedding, unembedding and gains.
-    When a model is widened by copying, their squared norm shrinks with the ratio; with weight m
-    the norm, and so the clipping, stays as it was.
+    norm = sqrt(sum_hidden |g|^2 + weight * sum_vector |g|^2), METHOD §3 law 3. Vector-like are the
+    tensors with one width-sized dimension: embedding, unembedding and gains. When a model is
+    widened by copying, their squared norm shrinks with the ratio; with weight m it does not.
     """
-    gradients: list[Tensor] = []
-    weights: list[float] = []
-    for group in optimizer.param_groups:
-        present = [p.grad for p in group["params"] if p.grad is not None]
-        gradients += present
-        weights += [1.0 if group["role"] == "hidden" else math.sqrt(weight)] * len(present)
-    norms = torch.stack(torch._foreach_norm(gradients))  # noqa: SLF001 - the public one is unweighted
-    return torch.linalg.vector_norm(norms * norms.new_tensor(weights))
-
-
-def clip_(optimizer: AdamW, norm: float, max_norm: float) -> None:
-    """Scale every gradient by min(1, max_norm / norm), in one pass."""
-    if norm > max_norm:
-        gradients = [
-            p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None
-        ]
-        torch._foreach_mul_(gradients, max_norm / norm)  # noqa: SLF001 - the public one needs a tensor norm
+    groups = optimizer.param_groups
+    hidden = [p.grad for g in groups if g["role"] == "hidden" for p in g["params"]]
+    vector = [p.grad for g in groups if g["role"] != "hidden" for p in g["params"]]
+    norm_vector = get_total_norm(vector, foreach=True) * math.sqrt(weight)
+    norm = torch.hypot(get_total_norm(hidden, foreach=True), norm_vector)
+    if max_norm is not None:
+        parameters = [p for g in groups for p in g["params"]]
+        clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm

@@ -25,7 +25,7 @@ def lr_factor(step: int, num_steps: int, train: TrainSpec) -> float:
 
 
 def warmup(t: int, num_steps: int) -> float:
-    """t / T: full at the last step of the warmup."""
+    """Linear, t / T: full at the last step of the warmup."""
     return t / num_steps
 
 
