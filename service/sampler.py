@@ -5,7 +5,6 @@ Optuna owns sampled parameters and trial values. A sampler is made anew for ever
 need one seed for a whole study, and keep their place in the storage.
 """
 
-import hashlib
 import logging
 import math
 import multiprocessing
@@ -41,6 +40,7 @@ from optuna.samplers import (
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from service.lifecycle import derived_seed
 from service.studies.schemas import (
     CategoricalDimension,
     Dimension,
@@ -69,12 +69,6 @@ def upgrade(url: str) -> None:
     storage = RDBStorage(url, skip_compatibility_check=True)
     storage.upgrade()
     storage.engine.dispose()
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed in [0, 2^63) that depends on every part and on nothing else."""
-    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class Sampler:

@@ -25,6 +25,7 @@ class TargetRun(Message):
     rung: int = 0
     arm: Arm
     seed: int
+    seed_number: int = Field(description="which of the target's seeds this is, from 0")
     state: RunState
     diverged: bool = False
     val_loss_nats: float | None
@@ -83,6 +84,7 @@ class SeedPair(Message):
     """A warm and a cold run of the same target, budget, data order and seed, both cooled down."""
 
     seed: int
+    seed_number: int
     tokens: int = Field(description="that each of the two was trained on")
     warm_run_id: str
     cold_run_id: str

@@ -36,21 +36,29 @@ class Pending:
 
 
 def judge(runs: Sequence[TargetRun], *, growth: Growth, costs: Costs) -> Verdict | Pending:
-    """Compare the warm and the cold runs of one target."""
+    """Compare the warm and the cold runs of a study's own targets on the last rung."""
     if waiting := _waiting(runs):
         return Pending(why=waiting)
-    pairs = pair(runs)
-    left_out = tuple(_left_out(runs, {p.seed for p in pairs}))
+    last = last_rung(runs)
+    pairs = pair(last)
+    left_out = (*_fallen(runs), *_unmatched(last, {p.seed for p in pairs}))
     if not pairs:
         reasons = "; ".join(left_out)
         return Pending(why=f"no seed has both a warm and a cold run that succeeded: {reasons}")
-    return _verdict(pairs, left_out, growth, costs, warm_diverged=_warm_diverged(runs))
+    diverged = tuple(sorted(r.seed_number for r in runs if r.arm == "warm" and r.diverged))
+    return _verdict(pairs, left_out, growth, costs, warm_diverged=diverged)
+
+
+def last_rung(runs: Sequence[TargetRun]) -> tuple[TargetRun, ...]:
+    """The runs of the largest model: what the study is for."""
+    last = max((r.rung for r in runs), default=0)
+    return tuple(r for r in runs if r.rung == last)
 
 
 def _waiting(runs: Sequence[TargetRun]) -> str | None:
     if not runs:
         return "the target's runs have not started"
-    live = [f"{r.arm} seed {r.seed} is {r.state}" for r in runs if r.state in LIVE_RUN_STATES]
+    live = [f"{_name(r)} is {r.state}" for r in runs if r.state in LIVE_RUN_STATES]
     if live:
         return f"{len(live)} of {len(runs)} target runs are unfinished: {', '.join(live)}"
     if all(r.arm == "warm" for r in runs):
@@ -58,8 +66,8 @@ def _waiting(runs: Sequence[TargetRun]) -> str | None:
     return None
 
 
-def _warm_diverged(runs: Iterable[TargetRun]) -> tuple[int, ...]:
-    return tuple(sorted(r.seed for r in runs if r.arm == "warm" and r.diverged))
+def _name(run: TargetRun) -> str:
+    return f"{run.arm} seed {run.seed_number}" + (f" at rung {run.rung}" if run.rung else "")
 
 
 def _verdict(
@@ -88,12 +96,15 @@ def _verdict(
 
 
 def pair(runs: Iterable[TargetRun]) -> tuple[SeedPair, ...]:
-    """The seeds whose warm and cold runs both succeeded on equal budgets, in order of seed."""
+    """The seeds whose warm and cold runs both succeeded on equal budgets, in their order."""
     done = [r for r in runs if r.state == "succeeded" and r.val_loss_nats is not None]
-    warm = {r.seed: r for r in done if r.arm == "warm"}
     cold = {r.seed: r for r in done if r.arm == "cold"}
-    seeds = sorted(warm.keys() & cold.keys())
-    return tuple(_pair(warm[s], cold[s]) for s in seeds if warm[s].tokens == cold[s].tokens)
+    warm = sorted((r for r in done if r.arm == "warm"), key=lambda r: r.seed_number)
+    return tuple(
+        _pair(run, cold[run.seed])
+        for run in warm
+        if run.seed in cold and cold[run.seed].tokens == run.tokens
+    )
 
 
 def _pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
@@ -102,6 +113,7 @@ def _pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
     reached = tokens_to_reach(warm.curve, cold.val_loss_nats)
     return SeedPair(
         seed=warm.seed,
+        seed_number=warm.seed_number,
         tokens=cold.tokens,
         warm_run_id=warm.run_id,
         cold_run_id=cold.run_id,
@@ -113,14 +125,20 @@ def _pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
     )
 
 
-def _left_out(runs: Sequence[TargetRun], judged: set[int]) -> Iterable[str]:
-    """Why each run of a seed that is not judged has no part in the verdict."""
-    for run in sorted(runs, key=lambda r: (r.seed, r.arm)):
-        if run.state != "succeeded":
-            how = "diverged" if run.diverged else run.state
-            yield f"{run.arm} seed {run.seed} {how}"
-        elif run.seed not in judged:
-            yield f"{run.arm} seed {run.seed} ({run.tokens} tokens) has no equal partner"
+def _fallen(runs: Iterable[TargetRun]) -> list[str]:
+    """The runs that ended without a result, and how."""
+    fallen = sorted((r for r in runs if r.state != "succeeded"), key=_order)
+    return [f"{_name(r)} {'diverged' if r.diverged else r.state}" for r in fallen]
+
+
+def _unmatched(runs: Iterable[TargetRun], judged: set[int]) -> list[str]:
+    """The results that have nothing equal to be compared with."""
+    alone = sorted((r for r in runs if r.state == "succeeded" and r.seed not in judged), key=_order)
+    return [f"{_name(r)} ({r.tokens} tokens) has no equal partner" for r in alone]
+
+
+def _order(run: TargetRun) -> tuple[int, int, str]:
+    return run.rung, run.seed_number, run.arm
 
 
 def tokens_to_reach(curve: Sequence[Evaluation], goal_nats: float) -> float | None:

@@ -24,8 +24,17 @@ def _finding(verdict: Verdict, warm_diverged: tuple[int, ...]) -> str:
         return f"Not shown: the warm run of seed {which} diverged; over {seeds} {ended}"
     if interval.low <= 0 <= interval.high:
         return f"Not shown at {seeds}: {ended} on average, but the {_spelled(interval)} includes 0"
-    found = "Growing paid" if verdict.grow else "Growing did not pay"
-    return f"{found}: over {seeds} {ended} ({_spelled(interval)})"
+    return f"{headline(verdict)}: over {seeds} {ended} ({_spelled(interval)})"
+
+
+def headline(verdict: Verdict | None) -> str:
+    """The verdict in three words."""
+    if verdict is None:
+        return "No verdict yet"
+    if verdict.grow:
+        return "Growing paid"
+    worse = verdict.interval_nats is not None and verdict.interval_nats.low > 0
+    return "Growing did not pay" if worse else "Not shown"
 
 
 def direction(difference_nats: float) -> str:

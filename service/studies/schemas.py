@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from service.protocol import Message, Resources, RunState, StudyState
+from service.protocol import Message, Resources, RunState, RunView, StudyState
 from warmcore.spec import (
     NOT_TRANSFERABLE,
     TUNABLE_PARAMS,
@@ -341,3 +341,22 @@ class TargetRequest(Message):
     checkpoint: int | None = Field(default=None, description="checkpoint id, instead of a trial")
     target: TargetSpec
     warmstart: WarmstartSpec | None = Field(default=None, description="None: the study's")
+
+
+class TrialList(Message):
+    """Trials by number."""
+
+    items: tuple[TrialView, ...]
+
+
+class TargetList(Message):
+    """The target runs that were started."""
+
+    items: tuple[RunView, ...]
+
+
+class Importance(Message):
+    """Share of each parameter in the variance of the loss; they sum to about 1."""
+
+    importance: dict[str, float]
+    trials: int = Field(description="finished trials that this rests on")

@@ -1,0 +1,55 @@
+"""The FastAPI application: wiring and nothing else."""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+
+from a2wsgi import WSGIMiddleware
+from fastapi import APIRouter, FastAPI
+from sqlalchemy.engine import URL
+from sqlalchemy.orm import sessionmaker
+
+from service import __version__, dashboard, errors, metrics, probes
+from service.db import make_engine, optuna_url
+from service.leases.routes import router as leases
+from service.results.routes import router as results
+from service.runs.routes import router as runs
+from service.sampler import Sampler
+from service.settings import Settings
+from service.studies.routes import router as studies
+
+_log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings, url: URL) -> FastAPI:
+    """The application on one database, which must be upgraded already."""
+    engine = make_engine(url, settings.pool_size)
+    sampler = Sampler(optuna_url(url), pool_size=settings.pool_size)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        app.state.stopping = asyncio.Event()
+        yield
+        sampler.close()
+        engine.dispose()
+
+    app = FastAPI(
+        title="warmscale",
+        version=__version__,
+        summary="Tune small, grow, train the target, and tell whether growing paid.",
+        lifespan=lifespan,
+        responses={"4XX": {"model": errors.ProblemBody, "description": "Problem (RFC 9457)"}},
+    )
+    app.state.settings, app.state.sampler = settings, sampler
+    app.state.sessions = sessionmaker(engine, expire_on_commit=False)
+    errors.install(app)
+    metrics.install(app)
+    v1 = APIRouter(prefix="/v1")
+    for router in (studies, runs, leases, results):
+        v1.include_router(router)
+    app.include_router(v1)
+    app.include_router(probes.router)
+    # Last: the dashboard owns paths at the root.
+    app.mount("/", dashboard.guarded(WSGIMiddleware(dashboard.wsgi(sampler)), app))
+    return app

@@ -1,0 +1,29 @@
+"""`POST /v1/leases`: the one way work leaves the service."""
+
+import asyncio
+import time
+
+from fastapi import APIRouter, Depends, Request
+from starlette.concurrency import run_in_threadpool
+
+from service.auth import require
+from service.leases import store
+from service.protocol import LeaseReply, LeaseRequest
+
+router = APIRouter(tags=["leases"])
+_POLL_SECONDS = 0.25
+
+
+@router.post("/leases", dependencies=[Depends(require("work"))])
+async def lease(body: LeaseRequest, request: Request) -> LeaseReply:
+    """Lease runs that fit; wait up to `wait_seconds` for some. A waiting call holds no connection."""
+    state = request.app.state
+    deadline = time.monotonic() + body.wait_seconds
+    while True:
+        leases = await run_in_threadpool(
+            store.lease, state.sessions, state.sampler, state.settings, body
+        )
+        over = time.monotonic() >= deadline or state.stopping.is_set()
+        if leases or over or await request.is_disconnected():
+            return LeaseReply(leases=leases)
+        await asyncio.sleep(_POLL_SECONDS)

@@ -1,0 +1,146 @@
+"""Moves a study on when a run has ended: inside the transaction that ended it, under its row lock."""
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from service.events import record
+from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES
+from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
+from service.studies.schemas import StudySpec, WarmstartSpec
+from service.tables import Checkpoint, Run, Study
+from warmcore.flops import flops_per_token, num_steps, num_tokens
+from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
+
+
+def lock(session: Session, study_id: str) -> Study:
+    """The study's row, locked until the transaction ends. Always taken before any run's lock."""
+    query = select(Study).where(Study.id == study_id).with_for_update()
+    return session.scalars(query.execution_options(populate_existing=True)).one()
+
+
+def advance(session: Session, study: Study) -> None:
+    """Enqueue what follows, or end the study; nothing while trials remain. `study` is locked."""
+    spec = StudySpec.model_validate(study.spec)
+    if study.state in FINAL_STUDY_STATES or _finished_trials(session, study) < spec.hpo.trials:
+        return
+    match next_step(spec, best_base(session, study.id), _targets(session, study.id)):
+        case End(state=state, reason=reason):
+            _end(session, study, state, reason)
+        case tuple() as missing:
+            for new in missing:
+                _enqueue(session, study, spec, new)
+        case None:
+            pass
+
+
+def best_trial(session: Session, study_id: str) -> Run | None:
+    """The succeeded trial with the lowest validation loss; the earlier one of equals."""
+    query = (
+        select(Run)
+        .where(Run.study_id == study_id, Run.kind == "trial", Run.state == "succeeded")
+        .order_by(Run.val_loss_nats, Run.trial_number)
+        .limit(1)
+    )
+    return session.scalars(query).one_or_none()
+
+
+def best_base(session: Session, study_id: str) -> Base | None:
+    """The best trial as a base for growth; None while there is none with a final checkpoint."""
+    best = best_trial(session, study_id)
+    return None if best is None else base_of(session, best)
+
+
+def base_of(session: Session, run: Run) -> Base | None:
+    """The run's final checkpoint as a base; None when it published none."""
+    query = (
+        select(Checkpoint)
+        .where(Checkpoint.run_id == run.id, Checkpoint.final)
+        .order_by(Checkpoint.attempt.desc())
+        .limit(1)
+    )
+    row = session.scalars(query).one_or_none()
+    if row is None:
+        return None
+    ref = CheckpointRef(uri=row.uri, hash=row.hash)
+    return Base(checkpoint_id=row.id, checkpoint=ref, params=run.params)
+
+
+def enqueue_target(
+    session: Session,
+    study: Study,
+    spec: StudySpec,
+    new: NewTarget,
+    *,
+    model: ModelSpec,
+    overrides: dict[str, object],
+    warmstart: WarmstartSpec,
+    launch: int,
+) -> Run:
+    """Write one target run, queued."""
+    run_spec = target_run(spec, model, overrides, new, warmstart)
+    run = new_run(study, spec, run_spec, new.params)
+    run.kind, run.launch, run.rung, run.arm = "target", launch, new.rung, new.arm
+    run.cpus, run.gpus = spec.resources.target.cpus, spec.resources.target.gpus
+    run.base_checkpoint_id = new.base.checkpoint_id if new.base else None
+    run.base_hash = new.base.checkpoint.hash if new.base else None
+    session.add(run)
+    session.flush()
+    record(session, "run.queued", study_id=study.id, run_id=run.id, arm=new.arm, rung=new.rung)
+    return run
+
+
+def new_run(study: Study, spec: StudySpec, run: RunSpec, params: dict[str, object]) -> Run:
+    """A run's row with its sizes worked out; the caller says what it is for."""
+    return Run(
+        study_id=study.id,
+        spec=run.model_dump(mode="json"),
+        params=params,
+        seed=run.seed,
+        max_attempts=spec.max_attempts,
+        num_steps=num_steps(run),
+        num_tokens=num_tokens(run),
+        flops_per_token=flops_per_token(run.model, run.data.context),
+    )
+
+
+def _enqueue(session: Session, study: Study, spec: StudySpec, new: NewTarget) -> None:
+    enqueue_target(
+        session,
+        study,
+        spec,
+        new,
+        model=spec.rung_model(new.rung),
+        overrides=spec.rungs[new.rung].train,
+        warmstart=spec.warmstart,
+        launch=0,
+    )
+
+
+def _finished_trials(session: Session, study: Study) -> int:
+    query = select(func.count()).where(
+        Run.study_id == study.id, Run.kind == "trial", Run.state.in_(FINAL_RUN_STATES)
+    )
+    return session.scalar(query) or 0
+
+
+def _targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
+    query = select(Run).where(Run.study_id == study_id, Run.kind == "target", Run.launch == 0)
+    return tuple(
+        TargetFact(
+            rung=run.rung,
+            arm="warm" if run.arm == "warm" else "cold",
+            seed=run.seed,
+            state=run.state,  # pyright: ignore[reportArgumentType] - checked by the database
+            base=base_of(session, run) if run.state == "succeeded" else None,
+        )
+        for run in session.scalars(query)
+    )
+
+
+def _end(session: Session, study: Study, state: str, reason: str | None) -> None:
+    session.execute(
+        update(Study)
+        .where(Study.id == study.id)
+        .values(state=state, reason=reason, finished_at=func.now())
+    )
+    record(session, f"study.{state}", study_id=study.id, reason=reason)

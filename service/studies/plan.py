@@ -1,0 +1,122 @@
+"""What a study does next, as a pure function of its spec and of what has finished."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from service.lifecycle import FINAL_RUN_STATES, derived_seed
+from service.protocol import Arm, RunState
+from service.studies.schemas import StudySpec, WarmstartSpec
+from warmcore.spec import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What growth starts from: a published checkpoint, and the parameters it was trained with."""
+
+    checkpoint_id: int
+    checkpoint: CheckpointRef
+    params: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetFact:
+    """A target run as it stands; `base` is its own final checkpoint once it has succeeded."""
+
+    rung: int
+    arm: Arm
+    seed: int
+    state: RunState
+    base: Base | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTarget:
+    """A target run to enqueue; a cold one starts from no base."""
+
+    rung: int
+    arm: Arm
+    seed: int
+    params: dict[str, Any]
+    base: Base | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """The study is over."""
+
+    state: str
+    reason: str | None = None
+
+
+def target_seeds(study_seed: int, count: int) -> tuple[int, ...]:
+    """One seed a pair: a warm and a cold run share it, so that they share the data order."""
+    return tuple(derived_seed(study_seed, "target", k) for k in range(count))
+
+
+def next_step(
+    spec: StudySpec, best: Base | None, targets: tuple[TargetFact, ...]
+) -> tuple[NewTarget, ...] | End | None:
+    """Decide once every trial has finished: enqueue targets, end, or (None) wait for runs.
+
+    Rung 0 grows from the best trial, rung r from rung r-1's warm run of the same seed. The cold
+    control is of the last rung alone: that is what the verdict compares.
+    """
+    if best is None:
+        return End(state="failed", reason="no trial succeeded with a checkpoint to grow from")
+    if not spec.rungs:
+        return End(state="completed")
+    known = {(t.rung, t.arm, t.seed) for t in targets}
+    wanted = [*_cold(spec, best), *_warm(spec, best, targets)]
+    missing = tuple(t for t in wanted if (t.rung, t.arm, t.seed) not in known)
+    if missing:
+        return missing
+    if any(t.state not in FINAL_RUN_STATES for t in targets):
+        return None
+    last = len(spec.rungs) - 1
+    if any(t.rung == last and t.state == "succeeded" for t in targets):
+        return End(state="completed")
+    return End(state="failed", reason="no target run succeeded")
+
+
+def _cold(spec: StudySpec, best: Base) -> list[NewTarget]:
+    if not spec.warmstart.control:
+        return []
+    last = len(spec.rungs) - 1
+    seeds = target_seeds(spec.hpo.seed, spec.warmstart.seeds)
+    return [NewTarget(rung=last, arm="cold", seed=s, params=best.params, base=None) for s in seeds]
+
+
+def _warm(spec: StudySpec, best: Base, targets: tuple[TargetFact, ...]) -> list[NewTarget]:
+    seeds = target_seeds(spec.hpo.seed, spec.warmstart.seeds)
+    wanted = [NewTarget(rung=0, arm="warm", seed=s, params=best.params, base=best) for s in seeds]
+    done = {(t.rung, t.seed): t.base for t in targets if t.arm == "warm" and t.base is not None}
+    for (rung, seed), base in done.items():
+        if rung + 1 < len(spec.rungs):
+            wanted.append(
+                NewTarget(rung=rung + 1, arm="warm", seed=seed, params=best.params, base=base)
+            )
+    return wanted
+
+
+def target_run(
+    spec: StudySpec,
+    model: ModelSpec,
+    overrides: dict[str, Any],
+    new: NewTarget,
+    warmstart: WarmstartSpec,
+) -> RunSpec:
+    """The run of a target: the study's train spec, the tuned parameters, the target's overrides.
+
+    What the user wrote for the target wins over what was tuned on the proxy.
+    """
+    params = {name: value for name, value in new.params.items() if name not in overrides}
+    run = RunSpec(model=model, data=spec.data, train=spec.train, seed=new.seed).with_params(params)
+    train = TrainSpec.model_validate(run.train.model_dump() | overrides)
+    return run.model_copy(update={"train": train, "growth": _growth(new, warmstart)})
+
+
+def _growth(new: NewTarget, warmstart: WarmstartSpec) -> GrowthSpec | None:
+    if new.base is None:
+        return None
+    options = warmstart.model_dump(exclude={"control", "seeds"})
+    return GrowthSpec.model_validate(options | {"base": new.base.checkpoint})

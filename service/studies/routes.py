@@ -1,0 +1,119 @@
+"""`/v1/studies`: submit, read, steer."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+
+from service import sse
+from service.auth import require
+from service.deps import DbSession, TheSampler
+from service.errors import bad_field
+from service.protocol import IDEMPOTENCY_HEADER
+from service.runs import store as runs
+from service.studies import store, targets, trials
+from service.studies.schemas import (
+    EnqueueRequest,
+    Importance,
+    StudyPage,
+    StudySpec,
+    StudyView,
+    TargetList,
+    TargetRequest,
+    TrialList,
+    TrialView,
+)
+
+router = APIRouter(prefix="/studies", tags=["studies"])
+read = [Depends(require("read"))]
+write = [Depends(require("write"))]
+
+
+@router.post("", status_code=201, dependencies=write)
+def create_study(
+    body: StudySpec,
+    session: DbSession,
+    sampler: TheSampler,
+    key: Annotated[str | None, Header(alias=IDEMPOTENCY_HEADER, max_length=200)] = None,
+) -> StudyView:
+    """Create a study; everything that can be wrong with it is found here and not an hour later."""
+    check_data(body)
+    study = store.create(session, body, key)
+    sampler.create(study.id)
+    return store.view(session, study)
+
+
+def check_data(spec: StudySpec) -> None:
+    """Look at the corpus: it is there, not empty, and long enough for one context on each side."""
+    try:
+        spec.data.inspect()
+    except ValueError as error:
+        raise bad_field("data.source", spec.data.source, str(error)) from None
+
+
+@router.get("", dependencies=read)
+def list_studies(
+    session: DbSession,
+    cursor: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+) -> StudyPage:
+    """Studies, newest first."""
+    return store.page(session, cursor, limit)
+
+
+@router.get("/{study}", dependencies=read)
+def read_study(session: DbSession, study: str) -> StudyView:
+    """One study: state, counts by run state, best trial, progress, cost so far."""
+    return store.view(session, store.find(session, study))
+
+
+@router.post("/{study}/pause", dependencies=write)
+def pause_study(session: DbSession, study: str) -> StudyView:
+    """Lease nothing more; what runs goes on to its end."""
+    return store.view(session, store.change_state(session, store.find(session, study), "paused"))
+
+
+@router.post("/{study}/resume", dependencies=write)
+def resume_study(session: DbSession, study: str) -> StudyView:
+    """Lease again."""
+    return store.view(session, store.change_state(session, store.find(session, study), "active"))
+
+
+@router.post("/{study}/cancel", dependencies=write)
+def cancel_study(session: DbSession, study: str) -> StudyView:
+    """End the study; a running worker hears it at its next report."""
+    return store.view(session, store.change_state(session, store.find(session, study), "cancelled"))
+
+
+@router.get("/{study}/trials", dependencies=read)
+def list_trials(session: DbSession, sampler: TheSampler, study: str) -> TrialList:
+    """Every trial with its parameters, value and state, enqueued ones included."""
+    return trials.listing(session, sampler, store.find(session, study))
+
+
+@router.post("/{study}/trials", status_code=201, dependencies=write)
+def enqueue_trial(
+    body: EnqueueRequest, session: DbSession, sampler: TheSampler, study: str
+) -> TrialView:
+    """Try given parameters next."""
+    return trials.enqueue(session, sampler, store.find(session, study), body.params)
+
+
+@router.get("/{study}/importance", dependencies=read)
+def read_importance(session: DbSession, sampler: TheSampler, study: str) -> Importance:
+    """How much each parameter decides the loss."""
+    return trials.importance(sampler, store.find(session, study))
+
+
+@router.post("/{study}/targets", status_code=201, dependencies=write)
+def start_targets(body: TargetRequest, session: DbSession, study: str) -> TargetList:
+    """Start a warmstart by hand, from a trial or a checkpoint."""
+    found = store.find(session, study)
+    started = targets.start(session, found, body)
+    return TargetList(items=tuple(runs.view(run, found.name) for run in started))
+
+
+
+@router.get("/{study}/events", dependencies=read, response_class=sse.EventSourceResponse)
+async def stream_events(request: Request, study: str) -> sse.EventSourceResponse:
+    """The study's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
+    return await sse.respond(request, lambda session: sse.of_study(session, study))

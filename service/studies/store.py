@@ -1,0 +1,214 @@
+"""Queries on studies. The session comes first; nothing here commits."""
+
+from typing import Any
+
+from sqlalchemy import func, select, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from service.cursor import decode_cursor, encode_cursor
+from service.errors import Problem, bad_field, conflict, not_found
+from service.events import record
+from service.lifecycle import LIVE_RUN_STATES, sources
+from service.protocol import StudyState
+from service.studies.advance import best_trial, lock
+from service.studies.schemas import (
+    BestTrial,
+    CategoricalDimension,
+    Dimension,
+    IntDimension,
+    RunCounts,
+    StudyPage,
+    StudySpec,
+    StudyView,
+)
+from service.tables import Run, Study
+
+
+def create(session: Session, spec: StudySpec, idempotency_key: str | None) -> Study:
+    """Write a study; the same idempotency key gives the same study.
+
+    Raises:
+        Problem: 409 for a name that is taken, or for a key that was used with another spec.
+    """
+    if idempotency_key is not None:
+        again = session.scalar(select(Study).where(Study.idempotency_key == idempotency_key))
+        if again is not None:
+            return _same(again, spec, idempotency_key)
+    values = {"name": spec.name, "spec": spec.model_dump(mode="json")}
+    statement = insert(Study).values(**values, idempotency_key=idempotency_key)
+    statement = statement.on_conflict_do_nothing().returning(Study)
+    study = session.scalars(statement).one_or_none()
+    if study is None:
+        return _lost_the_race(session, spec, idempotency_key)
+    record(session, "study.created", study_id=study.id, name=study.name)
+    return study
+
+
+def _lost_the_race(session: Session, spec: StudySpec, idempotency_key: str | None) -> Study:
+    again = session.scalar(
+        select(Study).where(
+            Study.idempotency_key.is_not(None), Study.idempotency_key == idempotency_key
+        )
+    )
+    if again is not None:
+        return _same(again, spec, idempotency_key)
+    field = bad_field("name", spec.name, "a study of this name exists; choose another name")
+    raise Problem(409, "duplicate-name", field.detail, field.errors)
+
+
+def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
+    if StudySpec.model_validate(study.spec) != spec:
+        detail = f"Idempotency-Key {idempotency_key!r} was used for study {study.name!r} with another spec"
+        raise conflict("idempotency-key-reused", detail)
+    return study
+
+
+def find(session: Session, name_or_id: str) -> Study:
+    """The study of this id or name.
+
+    Raises:
+        Problem: 404 when there is none.
+    """
+    query = select(Study).where((Study.id == name_or_id) | (Study.name == name_or_id))
+    study = session.scalars(query.order_by(Study.id != name_or_id).limit(1)).one_or_none()
+    if study is None:
+        raise not_found("study", name_or_id)
+    return study
+
+
+def page(session: Session, cursor: str | None, limit: int) -> StudyPage:
+    """Studies, newest first."""
+    query = select(Study).order_by(Study.created_at.desc(), Study.id.desc()).limit(limit + 1)
+    if cursor is not None:
+        query = query.where(tuple_(Study.created_at, Study.id) < decode_cursor(cursor))
+    rows = list(session.scalars(query))
+    more = rows[limit - 1] if len(rows) > limit else None
+    return StudyPage(
+        items=tuple(view(session, row) for row in rows[:limit]),
+        next_cursor=encode_cursor(more.created_at, more.id) if more else None,
+    )
+
+
+def change_state(session: Session, study: Study, state: StudyState) -> Study:
+    """Move a study to `state` if its state allows it; asking for the state it is in is fine.
+
+    Raises:
+        Problem: 409 when the state does not allow it.
+    """
+    study = lock(session, study.id)
+    if study.state == state:
+        return study
+    changed = session.scalars(
+        update(Study)
+        .where(Study.id == study.id, Study.state.in_(sources(state)))
+        .values(state=state, finished_at=func.now() if state == "cancelled" else None)
+        .returning(Study)
+        .execution_options(populate_existing=True)
+    ).one_or_none()
+    if changed is None:
+        raise conflict("wrong-state", f"study {study.name!r} is {study.state}; it cannot become {state}")
+    record(session, f"study.{state}", study_id=study.id)
+    if state == "cancelled":
+        _cancel_runs(session, study.id)
+    return changed
+
+
+def _cancel_runs(session: Session, study_id: str) -> None:
+    cancelled = session.execute(
+        update(Run)
+        .where(Run.study_id == study_id, Run.state.in_(LIVE_RUN_STATES))
+        .values(state="cancelled", finished_at=func.now(), lease_expires_at=None)
+        .returning(Run.id, Run.attempt)
+    )
+    for run_id, attempt in cancelled.all():
+        record(session, "run.cancelled", study_id=study_id, run_id=run_id, attempt=attempt)
+
+
+def view(session: Session, study: Study) -> StudyView:
+    """The study as it is read: state, counts, best trial, progress, cost so far."""
+    spec = StudySpec.model_validate(study.spec)
+    counts = _counts(session, study.id)
+    cost = session.scalar(
+        select(func.sum(Run.tokens * Run.flops_per_token)).where(Run.study_id == study.id)
+    )
+    return StudyView.model_validate(
+        {
+            "id": study.id,
+            "name": study.name,
+            "state": study.state,
+            "reason": study.reason,
+            "trials": RunCounts(**counts["trial"]),
+            "targets": RunCounts(**counts["target"]),
+            "trials_budget": spec.hpo.trials,
+            "best_trial": _best(session, study.id),
+            "progress": _progress(spec, study.state, counts),
+            "cost_flops": cost or 0.0,
+            "warnings": tuple(spec.warnings()),
+            "spec": spec,
+            "created_at": study.created_at,
+            "finished_at": study.finished_at,
+        }
+    )
+
+
+def _counts(session: Session, study_id: str) -> dict[str, dict[str, int]]:
+    query = (
+        select(Run.kind, Run.state, func.count())
+        .where(Run.study_id == study_id)
+        .group_by(Run.kind, Run.state)
+    )
+    counts: dict[str, dict[str, int]] = {"trial": {}, "target": {}}
+    for kind, state, count in session.execute(query):
+        counts[kind][state] = count
+    return counts
+
+
+def _best(session: Session, study_id: str) -> BestTrial | None:
+    run = best_trial(session, study_id)
+    if run is None or run.trial_number is None or run.val_loss_nats is None:
+        return None
+    return BestTrial(
+        number=run.trial_number,
+        run_id=run.id,
+        val_loss_nats=run.val_loss_nats,
+        params=run.params,
+    )
+
+
+def _progress(spec: StudySpec, state: str, counts: dict[str, dict[str, int]]) -> float:
+    if state == "completed":
+        return 1.0
+    arms = len(spec.rungs) + (1 if spec.warmstart.control and spec.rungs else 0)
+    expected = spec.hpo.trials + arms * spec.warmstart.seeds
+    live = frozenset(LIVE_RUN_STATES)
+    done = sum(n for kind in counts.values() for run_state, n in kind.items() if run_state not in live)
+    return min(1.0, done / expected)
+
+
+def parameters_fit(spec: StudySpec, params: dict[str, Any]) -> None:
+    """Check enqueued parameters against the search space.
+
+    Raises:
+        Problem: 422 naming the parameter, its value and what works.
+    """
+    for name, value in params.items():
+        dimension = spec.search_space.get(name)
+        if dimension is None:
+            works = ", ".join(sorted(spec.search_space))
+            raise bad_field(f"params.{name}", value, f"not in the search space: {works}")
+        if not _contains(dimension, value):
+            works = f"outside the search space, which spans {list(dimension.bounds)}"
+            raise bad_field(f"params.{name}", value, works)
+    absent = sorted(set(spec.search_space) - set(params))
+    if spec.hpo.sampler == "grid" and absent:
+        raise bad_field(f"params.{absent[0]}", None, "sampler grid needs every parameter given")
+
+
+def _contains(dimension: Dimension, value: object) -> bool:
+    if isinstance(dimension, CategoricalDimension):
+        return any(type(value) is type(choice) and value == choice for choice in dimension.choices)
+    numbers = int if isinstance(dimension, IntDimension) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        return False
+    return dimension.low <= value <= dimension.high

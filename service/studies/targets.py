@@ -1,0 +1,116 @@
+"""Warmstarts that a user starts by hand, beside the one that ends the study."""
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from pydantic import ValidationError
+
+from service.errors import bad_field, conflict, not_found
+from service.protocol import Arm
+from service.studies.advance import base_of, best_trial, enqueue_target, lock
+from service.studies.plan import Base, NewTarget, target_seeds
+from service.studies.schemas import StudySpec, TargetRequest, WarmstartSpec
+from service.tables import Checkpoint, Run, Study
+from warmcore.spec import CheckpointRef, ModelSpec, RunSpec, TrainSpec
+
+
+def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
+    """Enqueue warm runs, and cold ones as control, from the base that is asked for.
+
+    Raises:
+        Problem: 404 or 409 for a base that is not there; 422 for a target it cannot grow into.
+    """
+    study = lock(session, study.id)
+    if study.state in ("cancelled", "failed"):
+        raise conflict("wrong-state", f"study {study.name!r} is {study.state}; it starts no targets")
+    spec = StudySpec.model_validate(study.spec)
+    warmstart = request.warmstart or spec.warmstart
+    base_run, base = _base(session, study, request)
+    model = _model(RunSpec.model_validate(base_run.spec).model, request, warmstart)
+    _check_train(spec, request)
+    launch = 1 + (session.scalar(select(func.max(Run.launch)).where(Run.study_id == study.id)) or 0)
+    return [
+        enqueue_target(
+            session,
+            study,
+            spec,
+            new,
+            model=model,
+            overrides=request.target.train,
+            warmstart=warmstart,
+            launch=launch,
+        )
+        for new in _pairs(spec, warmstart, base)
+    ]
+
+
+def _pairs(spec: StudySpec, warmstart: WarmstartSpec, base: Base) -> list[NewTarget]:
+    arms: tuple[Arm, ...] = ("warm", "cold") if warmstart.control else ("warm",)
+    return [
+        NewTarget(
+            rung=0, arm=arm, seed=seed, params=base.params, base=base if arm == "warm" else None
+        )
+        for seed in target_seeds(spec.hpo.seed, warmstart.seeds)
+        for arm in arms
+    ]
+
+
+def _base(session: Session, study: Study, request: TargetRequest) -> tuple[Run, Base]:
+    if request.trial is not None and request.checkpoint is not None:
+        raise bad_field("checkpoint", request.checkpoint, "give a trial or a checkpoint, not both")
+    if request.checkpoint is not None:
+        return _from_checkpoint(session, study, request.checkpoint)
+    run = _trial(session, study, request.trial)
+    base = base_of(session, run)
+    if base is None:
+        raise conflict("no-checkpoint", f"trial {run.trial_number} has no final checkpoint to grow")
+    return run, base
+
+
+def _trial(session: Session, study: Study, number: int | None) -> Run:
+    if number is None:
+        best = best_trial(session, study.id)
+        if best is None:
+            raise conflict("no-trial", f"no trial of study {study.name!r} has succeeded yet")
+        return best
+    query = select(Run).where(Run.study_id == study.id, Run.trial_number == number)
+    run = session.scalars(query).one_or_none()
+    if run is None:
+        raise not_found("trial", str(number))
+    return run
+
+
+def _from_checkpoint(session: Session, study: Study, checkpoint_id: int) -> tuple[Run, Base]:
+    query = (
+        select(Run, Checkpoint)
+        .join(Checkpoint, Checkpoint.run_id == Run.id)
+        .where(Checkpoint.id == checkpoint_id, Run.study_id == study.id, ~Checkpoint.superseded)
+    )
+    row = session.execute(query).one_or_none()
+    if row is None:
+        raise not_found("checkpoint", str(checkpoint_id))
+    run, checkpoint = row
+    ref = CheckpointRef(uri=checkpoint.uri, hash=checkpoint.hash)
+    return run, Base(checkpoint_id=checkpoint.id, checkpoint=ref, params=run.params)
+
+
+def _model(base: ModelSpec, request: TargetRequest, warmstart: WarmstartSpec) -> ModelSpec:
+    target = request.target
+    shape = {"width": target.width, "depth": target.depth or base.depth}
+    try:
+        model = ModelSpec.model_validate(base.model_dump() | shape)
+        warmstart.check(base, model)
+    except ValidationError as error:
+        raise bad_field("target.width", target.width, error.errors()[0]["msg"]) from None
+    except ValueError as error:
+        raise bad_field("target.width", target.width, str(error)) from None
+    return model
+
+
+def _check_train(spec: StudySpec, request: TargetRequest) -> None:
+    try:
+        TrainSpec.model_validate(spec.train.model_dump() | request.target.train)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(["target.train", *(str(part) for part in first["loc"])])
+        raise bad_field(path, first["input"], first["msg"]) from None
