@@ -14,7 +14,7 @@ def costs_of(
     targets: Sequence[TargetRun],
     total_flops: float,
 ) -> Costs:
-    """Both accountings. A ladder's lower warm runs are part of the base that its last rung needs."""
+    """Both accountings; a ladder's lower warm runs belong to the base of its last rung."""
     last = last_rung(targets)
     warm = _mean_flops(last, "warm")
     lower = [r for r in targets if r.arm == "warm" and r not in last]

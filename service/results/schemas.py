@@ -126,3 +126,17 @@ class StudyResults(Message):
     costs: Costs
     verdict: Verdict | None
     pending: str | None
+
+
+class ReportTrial(Message):
+    """A trial as the report draws it."""
+
+    number: int
+    run_id: str
+    state: RunState
+    diverged: bool
+    params: dict[str, Any]
+    val_loss_nats: float | None
+    cost_flops: float
+    error: str | None
+    curve: tuple[Evaluation, ...] = ()

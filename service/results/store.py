@@ -2,11 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import asdict
+from typing import get_args
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.lifecycle import FINAL_STUDY_STATES
+from service.protocol import RunState
 from service.results.costs import costs_of
 from service.results.schemas import (
     BestTrialResult,
@@ -16,8 +18,10 @@ from service.results.schemas import (
     ReportTrial,
     StudyResults,
     TargetRun,
+    Verdict,
 )
 from service.results.verdict import Pending, judge
+from service.results.words import why_no_target
 from service.studies.advance import base_of, best_trial
 from service.studies.plan import target_seeds
 from service.studies.schemas import RunCounts, StudySpec
@@ -31,30 +35,132 @@ _MAX_SEEDS = 100
 def results(session: Session, study: Study) -> StudyResults:
     """Everything that the study has found so far."""
     spec = StudySpec.model_validate(study.spec)
-    best = _best(session, study)
-    targets = _targets(session, study, spec)
-    own = tuple(t for t in targets if t.launch == 0)
+    best = _best(session, study.id)
+    targets = _targets(session, study.id, spec)
+    trials = _trial_counts(session, study.id)
+    flops = _flops_by_kind(session, study.id)
     costs = costs_of(
-        search_flops=_flops(session, study, "trial"),
+        search_flops=flops.get("trial", 0.0),
         best_flops=best.cost_flops if best else None,
-        targets=own,
-        total_flops=_flops(session, study),
+        targets=tuple(t for t in targets if t.launch == 0),
+        total_flops=sum(flops.values()),
     )
-    trials = _trial_counts(session, study)
-    judged = _judge(study, spec, own, costs) or Pending(why=_before_target(study, spec, trials))
-    pending = isinstance(judged, Pending)
-    return StudyResults.model_validate(
-        {
-            "study_id": study.id,
-            "study_name": study.name,
-            "state": study.state,
-            "reason": study.reason,
-            "trials_budget": spec.hpo.trials,
-            "trials": trials,
-            "best_trial": best,
-            "targets": targets,
-            "costs": costs,
-            "verdict": None if pending else judged,
-            "pending": judged.why if pending else None,
+    judged = _judge(study, spec, targets, trials, costs)
+    return StudyResults(
+        study_id=study.id,
+        study_name=study.name,
+        state=study.state,  # pyright: ignore[reportArgumentType] - checked by the database
+        reason=study.reason,
+        trials_budget=spec.hpo.trials,
+        trials=trials,
+        best_trial=best,
+        targets=targets,
+        costs=costs,
+        verdict=judged if isinstance(judged, Verdict) else None,
+        pending=judged.why if isinstance(judged, Pending) else None,
+    )
+
+
+def _judge(
+    study: Study,
+    spec: StudySpec,
+    targets: Iterable[TargetRun],
+    trials: RunCounts,
+    costs: Costs,
+) -> Verdict | Pending:
+    own = tuple(t for t in targets if t.launch == 0)
+    if not own or not spec.rungs:
+        return Pending(why=why_no_target(spec, study.state, study.reason, trials))
+    factors = growth_factors(spec.base_model, spec.rung_model(len(spec.rungs) - 1))
+    return judge(own, growth=Growth(**asdict(factors)), costs=costs)
+
+
+def _trial_counts(session: Session, study_id: str) -> RunCounts:
+    query = (
+        select(Run.state, func.count())
+        .where(Run.study_id == study_id, Run.kind == "trial")
+        .group_by(Run.state)
+    )
+    counts = dict(session.execute(query).tuples())
+    return RunCounts.model_validate({s: counts.get(s, 0) for s in get_args(RunState)})
+
+
+def _flops_by_kind(session: Session, study_id: str) -> dict[str, float]:
+    query = (
+        select(Run.kind, func.sum(Run.tokens * Run.flops_per_token))
+        .where(Run.study_id == study_id)
+        .group_by(Run.kind)
+    )
+    return {kind: flops or 0.0 for kind, flops in session.execute(query)}
+
+
+def _best(session: Session, study_id: str) -> BestTrialResult | None:
+    run = best_trial(session, study_id)
+    if run is None or run.trial_number is None or run.val_loss_nats is None:
+        return None
+    base = base_of(session, run)
+    return BestTrialResult(
+        number=run.trial_number,
+        run_id=run.id,
+        val_loss_nats=run.val_loss_nats,
+        params=run.params,
+        cost_flops=run.tokens * run.flops_per_token,
+        checkpoint=base.checkpoint if base else None,
+    )
+
+
+def _targets(session: Session, study_id: str, spec: StudySpec) -> tuple[TargetRun, ...]:
+    query = (
+        select(Run)
+        .where(Run.study_id == study_id, Run.kind == "target")
+        .order_by(Run.launch, Run.rung, Run.created_at, Run.arm, Run.id)
+    )
+    runs = session.scalars(query).all()
+    curves = _curves(session, [run.id for run in runs])
+    numbers = {s: k for k, s in enumerate(target_seeds(spec.hpo.seed, _MAX_SEEDS))}
+    return tuple(_target(run, curves[run.id], numbers.get(run.seed, run.seed)) for run in runs)
+
+
+def _target(run: Run, curve: tuple[Evaluation, ...], seed_number: int) -> TargetRun:
+    same = ("launch", "rung", "arm", "seed", "state", "diverged", "val_loss_nats", "base_hash")
+    more = ("tokens", "num_tokens", "error")
+    return TargetRun.model_validate(
+        {name: getattr(run, name) for name in (*same, *more)}
+        | {
+            "run_id": run.id,
+            "seed_number": seed_number,
+            "cost_flops": run.tokens * run.flops_per_token,
+            "curve": curve,
         }
+    )
+
+
+def _curves(session: Session, run_ids: list[str]) -> defaultdict[str, tuple[Evaluation, ...]]:
+    """The evaluations of these runs, each in order of steps."""
+    query = (
+        select(Measurement.run_id, Measurement.step, Measurement.tokens, Measurement.val_loss_nats)
+        .where(Measurement.run_id.in_(run_ids), Measurement.val_loss_nats.is_not(None))
+        .order_by(Measurement.run_id, Measurement.step)
+    )
+    points: defaultdict[str, list[Evaluation]] = defaultdict(list)
+    for row in session.execute(query):
+        point = Evaluation.model_validate(row, from_attributes=True)
+        points[row.run_id].append(point)
+    return defaultdict(tuple, {run_id: tuple(curve) for run_id, curve in points.items()})
+
+
+def report_trials(session: Session, study_id: str) -> tuple[ReportTrial, ...]:
+    """Every trial by number; curves for the best `MAX_TRIAL_CURVES` of them, to bound the page."""
+    query = (
+        select(Run.id.label("run_id"), Run.trial_number.label("number"), Run.state, Run.diverged)
+        .add_columns(Run.params, Run.val_loss_nats, Run.error)
+        .add_columns((Run.tokens * Run.flops_per_token).label("cost_flops"))
+        .where(Run.study_id == study_id, Run.kind == "trial")
+        .order_by(Run.trial_number)
+    )
+    rows = session.execute(query).all()
+    by_loss = sorted(rows, key=lambda r: (r.val_loss_nats is None, r.val_loss_nats))
+    curves = _curves(session, [row.run_id for row in by_loss[:MAX_TRIAL_CURVES]])
+    return tuple(
+        ReportTrial.model_validate(row._asdict() | {"curve": curves[row.run_id]}) for row in rows
     )

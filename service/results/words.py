@@ -1,6 +1,8 @@
 """A verdict in one plain sentence, with its numbers."""
 
+from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES
 from service.results.schemas import Costs, Interval, SeedPair, Verdict
+from service.studies.schemas import RunCounts, StudySpec
 
 
 def say(verdict: Verdict, costs: Costs, warm_diverged: tuple[int, ...] = ()) -> str:
@@ -70,3 +72,15 @@ def _cost(costs: Costs) -> str:
 
 def _left_out(left_out: tuple[str, ...]) -> str:
     return f"left out: {', '.join(left_out)}" if left_out else ""
+
+
+def why_no_target(spec: StudySpec, state: str, reason: str | None, trials: RunCounts) -> str:
+    """Why a study has no target run to judge."""
+    if not spec.rungs:
+        return "the study has no target, so there is nothing to grow into"
+    if state in FINAL_STUDY_STATES:
+        return f"the study is {state} and never started its target" + (
+            f": {reason}" if reason else ""
+        )
+    done = sum(getattr(trials, final) for final in FINAL_RUN_STATES)
+    return f"{done} of {spec.hpo.trials} trials are finished; the target follows the last of them"
