@@ -142,6 +142,11 @@ class Decoder(nn.Module):
         self.register_buffer("rope_cos", cos_TH, persistent=False)
         self.register_buffer("rope_sin", sin_TH, persistent=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.rope_cos.device
+
     def forward(self, tokens_BT: Tensor) -> Tensor:
         num_positions = tokens_BT.shape[1]
         cos_TH, sin_TH = self.rope_cos[:num_positions], self.rope_sin[:num_positions]

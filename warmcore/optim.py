@@ -1,7 +1,7 @@
 """AdamW under muP: parameter groups from the table, and clipping that does not depend on width."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.optim import AdamW
 from warmcore.mup import Role, factors, role_of
 from warmcore.spec import ClipRule, ModelSpec, TrainSpec
 
+STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
 ROLES: tuple[Role, ...] = ("embedding", "hidden", "gain", "unembedding")
 
 
@@ -26,8 +27,10 @@ def build_optimizer(
     groups: list[dict[str, object]] = []
     for role in ROLES:
         row = factors(role, model)
+        members = [(name, parameter) for name, parameter in named if role_of(name) == role]
         group: dict[str, object] = {
-            "params": [parameter for name, parameter in named if role_of(name) == role],
+            "params": [parameter for _, parameter in members],
+            "names": [name for name, _ in members],
             "role": role,
             "lr": train.lr * row.lr,
             "peak_lr": train.lr * row.lr,
@@ -65,3 +68,24 @@ def clip_(optimizer: AdamW, weight: float, max_norm: float | None) -> Tensor:
         parameters = [p for g in groups for p in g["params"]]
         clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
+
+
+def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
+    """State by name: `<parameter>.step`, `.exp_avg`, `.exp_avg_sq`; empty before the first step."""
+    return {
+        f"{name}.{key}": value
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def load_optimizer_tensors(optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`; copies."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            optimizer.state[parameter] = {
+                key: tensors[f"{name}.{key}"].to(parameter.device, copy=True)
+                for key in STATE_KEYS
+                if tensors
+            }

@@ -1,0 +1,201 @@
+"""Checkpoints: a folder of safetensors and a JSON manifest that holds the hash of every file.
+
+The hash of a checkpoint is the SHA-256 of its manifest's bytes, so it covers everything. A folder
+is written aside, synced and renamed: it exists whole or not at all. Nothing is ever unpickled.
+
+There is no generator to save: after initialisation, randomness is a function of the run's seed and
+the step (`warmcore.batches`), and both are in the manifest.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from warmcore.divergence import LossWatch
+from warmcore.spec import NonNegativeInt, RunSpec, Spec
+
+MANIFEST = "checkpoint.json"
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+
+
+class CheckpointCorruptError(Exception):
+    """A file of a checkpoint is missing or is not what its hash says."""
+
+
+class FileFacts(Spec):
+    """Size and hash of a file beside the manifest."""
+
+    num_bytes: NonNegativeInt
+    sha256: str
+
+
+class Progress(Spec):
+    """What a run carries from step to step, besides tensors."""
+
+    step: NonNegativeInt = 0
+    val_losses_nats: tuple[float, ...] = ()
+    watch: LossWatch = LossWatch()
+
+
+class Manifest(Spec):
+    """Everything about a checkpoint but the tensors."""
+
+    format_version: Literal[1] = 1
+    run: RunSpec
+    data_hash: str
+    base_hash: str | None
+    tokens: NonNegativeInt
+    progress: Progress
+    versions: dict[str, str]
+    files: dict[str, FileFacts]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A verified checkpoint in memory."""
+
+    manifest: Manifest
+    hash: str
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCheckpoint:
+    """Where a checkpoint is and what it is."""
+
+    path: Path
+    hash: str
+    num_bytes: int
+    step: int
+    tokens: int
+    val_loss_nats: float | None
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    run: RunSpec,
+    data_hash: str,
+    base_hash: str | None,
+    tokens: int,
+    progress: Progress,
+) -> SavedCheckpoint:
+    """Write the folder `path`, replacing one that is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    save_file(dict(weights), aside / MODEL)
+    save_file(dict(optimizer), aside / OPTIMIZER)
+    files = {name: _facts(aside / name) for name in (MODEL, OPTIMIZER)}
+    manifest = Manifest(
+        run=run,
+        data_hash=data_hash,
+        base_hash=base_hash,
+        tokens=tokens,
+        progress=progress,
+        versions={name: version(name) for name in ("torch", "numpy", "safetensors")},
+        files=files,
+    )
+    content = manifest.model_dump_json(indent=2).encode()
+    (aside / MANIFEST).write_bytes(content)
+    _publish(aside, path)
+    return SavedCheckpoint(
+        path=path,
+        hash=hashlib.sha256(content).hexdigest(),
+        num_bytes=len(content) + sum(facts.num_bytes for facts in files.values()),
+        step=progress.step,
+        tokens=tokens,
+        val_loss_nats=progress.val_losses_nats[-1] if progress.val_losses_nats else None,
+    )
+
+
+def load_checkpoint(path: Path, *, expected_hash: str | None = None) -> Checkpoint:
+    """Read the folder `path` and verify every hash.
+
+    Raises:
+        CheckpointCorruptError: a file is missing or differs from its hash.
+    """
+    manifest, found_hash = read_manifest(path, expected_hash=expected_hash)
+    for name, facts in manifest.files.items():
+        found = _facts(path / name).sha256 if (path / name).is_file() else "no file"
+        if found != facts.sha256:
+            raise _corrupt(path / name, expected=facts.sha256, found=found)
+    return Checkpoint(
+        manifest=manifest,
+        hash=found_hash,
+        weights=load_file(path / MODEL),
+        optimizer=load_file(path / OPTIMIZER),
+    )
+
+
+def read_manifest(path: Path, *, expected_hash: str | None = None) -> tuple[Manifest, str]:
+    """Return the manifest alone, and its hash."""
+    file = path / MANIFEST
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        found = error.strerror or "no file"
+        raise _corrupt(file, expected=expected_hash or "a manifest", found=found) from error
+    found_hash = hashlib.sha256(content).hexdigest()
+    if expected_hash is not None and found_hash != expected_hash:
+        raise _corrupt(file, expected=expected_hash, found=found_hash)
+    try:
+        return Manifest.model_validate_json(content), found_hash
+    except ValidationError as error:
+        found = error.errors()[0]["msg"]
+        raise _corrupt(file, expected="a manifest of format 1", found=found) from error
+
+
+def _corrupt(file: Path, *, expected: str, found: str) -> CheckpointCorruptError:
+    return CheckpointCorruptError(f"{file} is corrupt: expected {expected}, found {found}")
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Folder of a step's checkpoint in `directory`; names sort by step."""
+    return directory / f"step-{step:09d}"
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Complete or corrupt checkpoints in `directory`, newest first; none half-written."""
+    return sorted(directory.glob("step-*"), reverse=True)
+
+
+def _facts(path: Path) -> FileFacts:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileFacts(num_bytes=file.tell(), sha256=digest)
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Sync and rename; a folder in the way is moved aside first, as no rename replaces it."""
+    for file in [*aside.iterdir(), aside]:
+        _sync(file)
+    if path.exists():
+        replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        path.rename(replaced)
+        aside.rename(path)
+        shutil.rmtree(replaced)
+    else:
+        aside.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,260 @@
+"""Training as a generator of events; the caller decides what to report and when to save.
+
+A run's seed drives two generators: one for the initial weights (and the noise of growth), one for
+the data order. So warm and cold runs of one seed read the same batches.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from torch import Generator
+
+from warmcore.batches import train_batch
+from warmcore.checkpoint import (
+    Progress,
+    SavedCheckpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from warmcore.data import Corpus
+from warmcore.divergence import why_broken, why_diverged
+from warmcore.evaluate import val_loss_nats
+from warmcore.flops import num_steps, tokens_per_step
+from warmcore.growth import grow, grow_optimizer
+from warmcore.model import Decoder, init_, loss_nats
+from warmcore.optim import (
+    build_optimizer,
+    clip_,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_lr,
+    vector_weight,
+)
+from warmcore.schedule import lr_factor
+from warmcore.spec import RunSpec, Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepEvent:
+    """`step` steps are done; the loss and the gradient norm before the last one's update."""
+
+    step: int
+    tokens: int
+    loss_nats: float
+    lr: float
+    grad_norm: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationEvent:
+    """Evaluation number `evaluation`, after `step` steps; number 0 precedes training."""
+
+    step: int
+    tokens: int
+    evaluation: int
+    val_loss_nats: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergedEvent:
+    """The run ended after `step` good steps; the step that showed it was not applied."""
+
+    step: int
+    tokens: int
+    reason: str
+
+
+Event = StepEvent | EvaluationEvent | DivergedEvent
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """Seed of one of a run's generators: 63 bits of SHA-256 of the purpose and the run's seed."""
+    return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:8], "big") >> 1
+
+
+def evaluation_steps(total: int, evaluations: int) -> list[int]:
+    """Steps 0 = k_0 < ... < k_E = total, evenly spaced; fewer when there are fewer steps."""
+    return sorted({round(k * total / evaluations) for k in range(evaluations + 1)})
+
+
+class Training:
+    """A run in memory: its model, optimizer and progress."""
+
+    def __init__(self, spec: RunSpec, corpus: Corpus, model: Decoder) -> None:
+        self.spec = spec
+        self.corpus = corpus
+        self.model = model
+        self.optimizer = build_optimizer(model.named_parameters(), spec.model, spec.train)
+        self.base_hash: str | None = None
+        self.progress = Progress()
+        self.num_steps = num_steps(spec)
+        self._evaluation_steps = evaluation_steps(self.num_steps, spec.train.evaluations)
+        self._data_seed = derive_seed(spec.seed, "data")
+
+    @classmethod
+    def start(
+        cls, spec: RunSpec, corpus: Corpus, *, device: str = "cpu", base: Path | None = None
+    ) -> Self:
+        """Begin a run from fresh weights, or from the checkpoint folder `base` when it grows.
+
+        Raises:
+            ValueError: `base` is given without `spec.growth` or the other way round, or the base
+                model cannot be grown into the target.
+            CheckpointCorruptError: `base` is not the checkpoint that `spec.growth` names.
+        """
+        if (spec.growth is None) != (base is None):
+            raise ValueError(
+                f"growth is {spec.growth} but the base checkpoint is {base}; give both"
+            )
+        model = Decoder(spec.model, context=spec.data.context)
+        generator = Generator().manual_seed(derive_seed(spec.seed, "weights"))
+        if spec.growth is None or base is None:
+            init_(model, spec.model, generator)
+            return cls(spec, corpus, model.to(device))
+        source = load_checkpoint(base, expected_hash=spec.growth.base.hash)
+        from_model = source.manifest.run.model
+        model.load_state_dict(grow(source.weights, from_model, spec.model, spec.growth, generator))
+        training = cls(spec, corpus, model.to(device))
+        training.base_hash = source.hash
+        moments = grow_optimizer(source.optimizer, from_model, spec.model, spec.growth)
+        load_optimizer_tensors(training.optimizer, moments)
+        return training
+
+    @classmethod
+    def resume(
+        cls, spec: RunSpec, corpus: Corpus, checkpoint: Path, *, device: str = "cpu"
+    ) -> Self:
+        """Continue `spec` from one of its own checkpoints, bit for bit on a CPU.
+
+        Raises:
+            ValueError: the checkpoint is of another spec or other data.
+            CheckpointCorruptError: a file differs from its hash.
+        """
+        saved = load_checkpoint(checkpoint)
+        if saved.manifest.run != spec:
+            difference = _difference(saved.manifest.run, spec)
+            raise ValueError(f"checkpoint {checkpoint} is of another run: {difference}")
+        if saved.manifest.data_hash != corpus.data_hash:
+            raise ValueError(
+                f"checkpoint {checkpoint} was trained on data {saved.manifest.data_hash}, "
+                f"not {corpus.data_hash}"
+            )
+        model = Decoder(spec.model, context=spec.data.context)
+        model.load_state_dict(saved.weights)
+        training = cls(spec, corpus, model.to(device))
+        load_optimizer_tensors(training.optimizer, saved.optimizer)
+        training.base_hash = saved.manifest.base_hash
+        training.progress = saved.manifest.progress
+        return training
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.progress.step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.step * tokens_per_step(self.spec)
+
+    @property
+    def last_val_loss_nats(self) -> float | None:
+        """Validation loss of the newest evaluation."""
+        losses = self.progress.val_losses_nats
+        return losses[-1] if losses else None
+
+    def events(self) -> Iterator[Event]:
+        """Train from here to the end. Stop or save at any of them: state is whole at a yield."""
+        while (evaluation := len(self.progress.val_losses_nats)) < len(self._evaluation_steps):
+            due = self.step == self._evaluation_steps[evaluation]
+            event = self._evaluate(evaluation) if due else self._train()
+            yield event
+            if isinstance(event, DivergedEvent):
+                return
+
+    def save(self, directory: Path) -> SavedCheckpoint:
+        """Write the checkpoint folder `directory`, whole or not at all."""
+        return save_checkpoint(
+            directory,
+            weights=self.model.state_dict(),
+            optimizer=optimizer_tensors(self.optimizer),
+            run=self.spec,
+            data_hash=self.corpus.data_hash,
+            base_hash=self.base_hash,
+            tokens=self.tokens,
+            progress=self.progress,
+        )
+
+    def _train(self) -> StepEvent | DivergedEvent:
+        """One step. Nothing is updated, and no progress made, when it shows a divergence."""
+        started = time.perf_counter()
+        train = self.spec.train
+        batch = train_batch(
+            self.corpus.train,
+            seed=self._data_seed,
+            step=self.step,
+            batch_size=train.batch_size,
+            context=self.spec.data.context,
+        )
+        self.optimizer.zero_grad()
+        loss = loss_nats(self.model, batch.to(self.model.device))
+        loss.backward()
+        weight = vector_weight(train.clip, self.spec.model)
+        norm = clip_(self.optimizer, weight, train.grad_clip).item()
+        watch = self.progress.watch.after(loss.item(), self.spec.model.vocab_size)
+        reason = why_broken(loss.item(), norm) or why_diverged(watch, self.num_steps)
+        if reason:
+            return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
+        factor = lr_factor(self.step, self.num_steps, train)
+        set_lr(self.optimizer, factor)
+        self.optimizer.step()
+        self.progress = self.progress.model_copy(update={"step": self.step + 1, "watch": watch})
+        return StepEvent(
+            step=self.step,
+            tokens=self.tokens,
+            loss_nats=loss.item(),
+            lr=train.lr * factor,
+            grad_norm=norm,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _evaluate(self, evaluation: int) -> EvaluationEvent | DivergedEvent:
+        started = time.perf_counter()
+        loss = val_loss_nats(
+            self.model,
+            self.corpus.val,
+            context=self.spec.data.context,
+            eval_tokens=self.spec.train.eval_tokens,
+        )
+        if not math.isfinite(loss):
+            reason = f"validation loss is {loss}"
+            return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
+        losses = (*self.progress.val_losses_nats, loss)
+        self.progress = self.progress.model_copy(update={"val_losses_nats": losses})
+        return EvaluationEvent(
+            step=self.step,
+            tokens=self.tokens,
+            evaluation=evaluation,
+            val_loss_nats=loss,
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _difference(saved: RunSpec, asked: RunSpec) -> str:
+    """Name the first field in which two specs differ, with both values."""
+    for section in RunSpec.model_fields:
+        a, b = getattr(saved, section), getattr(asked, section)
+        if a == b:
+            continue
+        if isinstance(a, Spec) and isinstance(b, Spec):
+            fields = [f for f in type(a).model_fields if getattr(a, f) != getattr(b, f)]
+            return f"{section}.{fields[0]} is {getattr(a, fields[0])}, not {getattr(b, fields[0])}"
+        return f"{section} is {a}, not {b}"
+    raise AssertionError
