@@ -11,7 +11,6 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from service.deps import DbSession
 from service.errors import Problem
 from service.protocol import Scope
 from service.tables import ApiKey
@@ -75,11 +74,11 @@ def require(scope: Scope) -> Callable[..., None]:
     """A dependency that lets a request pass only with a key that holds `scope`."""
 
     def dependency(
-        session: DbSession,
         credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
         request: Request,
     ) -> None:
-        check(session, credentials.credentials if credentials else None, scope)
-        request.state.scope = scope
+        # A session of its own, closed at once: a long-poll must not hold a connection.
+        with request.app.state.sessions() as session:
+            check(session, credentials.credentials if credentials else None, scope)
 
     return dependency

@@ -9,12 +9,13 @@ import logging
 import math
 import multiprocessing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import optuna
+import optuna_dashboard
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -91,82 +92,81 @@ class Sampler:
             self._gp.shutdown(cancel_futures=True)
         self.engine.dispose()
 
-    def create(self, study_id: str) -> None:
-        """Create Optuna's study of this id; that it is there already is fine."""
+    def create(self, study: str) -> None:
+        """Create Optuna's study of this name; that it is there already is fine."""
         optuna.create_study(
-            study_name=study_id, storage=self.storage, direction="minimize", load_if_exists=True
+            study_name=study, storage=self.storage, direction="minimize", load_if_exists=True
         )
 
-    def ask(self, study_id: str, spec: StudySpec) -> Suggestion:
+    def ask(self, study: str, spec: StudySpec) -> Suggestion:
         """Start the next trial: an enqueued one first, else one that the sampler chooses."""
         if spec.hpo.sampler == "gp":
-            return self._ask_elsewhere(study_id, spec)
-        return self._ask(study_id, spec)
+            return self._ask_elsewhere(study, spec)
+        return self._ask(study, spec)
 
-    def _ask(self, study_id: str, spec: StudySpec) -> Suggestion:
-        study = self._study(study_id)
-        study.sampler = _make_sampler(spec, len(study.get_trials(deepcopy=False)))
-        study.pruner = make_pruner(spec)
-        trial = study.ask()
+    def _ask(self, study: str, spec: StudySpec) -> Suggestion:
+        handle = self._load(study)
+        handle.sampler = _make_sampler(spec, len(handle.get_trials(deepcopy=False)))
+        handle.pruner = make_pruner(spec)
+        trial = handle.ask()
         return Suggestion(number=trial.number, params=_suggest_all(trial, spec))
 
-    def _ask_elsewhere(self, study_id: str, spec: StudySpec) -> Suggestion:
+    def _ask_elsewhere(self, study: str, spec: StudySpec) -> Suggestion:
         """Optuna's GP needs torch, which this process must not load: a helper process asks."""
         if self._gp is None:
             context = multiprocessing.get_context("spawn")
             self._gp = ProcessPoolExecutor(max_workers=1, mp_context=context)
-        return self._gp.submit(_ask_in_helper, self._url, study_id, spec.model_dump_json()).result()
+        return self._gp.submit(_ask_in_helper, self._url, study, spec.model_dump_json()).result()
 
-    def adopt(self, study_id: str, spec: StudySpec, number: int) -> Suggestion:
+    def adopt(self, study: str, spec: StudySpec, number: int) -> Suggestion:
         """Take over a trial that was asked for but never got its run; draw what is missing."""
-        study = self._study(study_id)
-        study.sampler = RandomSampler(seed=derived_seed(spec.hpo.seed, "adopt", number) % 2**32)
-        trial = Trial(study, self._trial_id(study_id, number))
+        handle = self._load(study)
+        handle.sampler = RandomSampler(seed=derived_seed(spec.hpo.seed, "adopt", number) % 2**32)
+        trial = Trial(handle, self._trial_id(study, number))
         return Suggestion(number=number, params=_suggest_all(trial, spec))
 
-    def running(self, study_id: str) -> tuple[int, ...]:
+    def running(self, study: str) -> tuple[int, ...]:
         """Numbers of the trials that Optuna holds as running."""
-        return tuple(t.number for t in self._trials(study_id, TrialState.RUNNING))
+        return tuple(t.number for t in self._trials(study, TrialState.RUNNING))
 
-    def waiting(self, study_id: str) -> dict[int, dict[str, Any]]:
+    def waiting(self, study: str) -> dict[int, dict[str, Any]]:
         """Enqueued trials that nobody started: their given parameters by number."""
-        trials = self._trials(study_id, TrialState.WAITING)
+        trials = self._trials(study, TrialState.WAITING)
         return {t.number: dict(t.system_attrs.get("fixed_params", {})) for t in trials}
 
-    def states(self, study_id: str) -> dict[int, tuple[str, float | None]]:
+    def states(self, study: str) -> dict[int, tuple[str, float | None]]:
         """State and value of every trial, by number: Optuna's view."""
         return {
             t.number: (t.state.name, t.values[0] if t.values else None)
-            for t in self._study(study_id).get_trials(deepcopy=False)
+            for t in self._load(study).get_trials(deepcopy=False)
         }
 
-    def enqueue(self, study_id: str, params: dict[str, Any]) -> int:
+    def enqueue(self, study: str, params: dict[str, Any]) -> int:
         """Put parameters at the head of what is asked next; return the trial's number."""
-        before = set(self.waiting(study_id))
-        self._study(study_id).enqueue_trial(params)
-        return max(set(self.waiting(study_id)) - before)
+        before = set(self.waiting(study))
+        self._load(study).enqueue_trial(params)
+        return max(set(self.waiting(study)) - before)
 
     def report(
-        self, study_id: str, spec: StudySpec, number: int, evaluations: dict[int, float]
+        self, study: str, spec: StudySpec, number: int, evaluations: dict[int, float]
     ) -> bool:
         """Record validation losses by evaluation number; True when the pruner would stop the trial."""
-        trial_id = self._trial_id(study_id, number)
+        trial_id = self._trial_id(study, number)
         trial = self.storage.get_trial(trial_id)
         for evaluation, loss in sorted(evaluations.items()):
             if evaluation not in trial.intermediate_values and not trial.state.is_finished():
                 self.storage.set_trial_intermediate_value(trial_id, evaluation, loss)
         if trial.state.is_finished():
             return False
-        study = self._study(study_id)
-        return make_pruner(spec).prune(study, self.storage.get_trial(trial_id))
+        return make_pruner(spec).prune(self._load(study), self.storage.get_trial(trial_id))
 
-    def tell(self, study_id: str, number: int, state: str, value: float | None) -> None:
+    def tell(self, study: str, number: int, state: str, value: float | None) -> None:
         """End a trial as succeeded (with its value), pruned, diverged, failed or cancelled.
 
         A diverged trial counts as pruned at +inf, the worst there is. A trial that is already at
         its end stays as it is: telling twice changes nothing.
         """
-        trial_id = self._trial_id(study_id, number)
+        trial_id = self._trial_id(study, number)
         trial = self.storage.get_trial(trial_id)
         if trial.state.is_finished():
             return
@@ -175,33 +175,37 @@ class Sampler:
         end = _TELL.get(state, TrialState.FAIL)
         try:
             # A plain study: a grid at its end would ask the optimize loop, which we have not, to stop.
-            self._study(study_id).tell(
+            self._load(study).tell(
                 number,
                 value if end is TrialState.COMPLETE else None,
                 state=end,
                 skip_if_finished=True,
             )
         except optuna.exceptions.UpdateFinishedTrialError:
-            _log.info("trial %d of %s was told by another request", number, study_id)
+            _log.info("trial %d of %s was told by another request", number, study)
 
-    def importance(self, study_id: str) -> dict[str, float]:
+    def importance(self, study: str) -> dict[str, float]:
         """Share of each parameter in the variance of the loss among the best trials (PED-ANOVA)."""
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         importances = optuna.importance.get_param_importances(
-            self._study(study_id), evaluator=evaluator
+            self._load(study), evaluator=evaluator
         )
         return {name: value for name, value in importances.items() if math.isfinite(value)}
 
-    def _study(self, study_id: str) -> optuna.Study:
+    def dashboard(self) -> Callable[..., Any]:
+        """Optuna's dashboard on this storage, as a WSGI application."""
+        return optuna_dashboard.wsgi(self.storage)
+
+    def _load(self, study: str) -> optuna.Study:
         return optuna.load_study(
-            study_name=study_id, storage=self.storage, sampler=RandomSampler(), pruner=NopPruner()
+            study_name=study, storage=self.storage, sampler=RandomSampler(), pruner=NopPruner()
         )
 
-    def _trials(self, study_id: str, state: TrialState) -> Iterator[FrozenTrial]:
-        yield from self._study(study_id).get_trials(deepcopy=False, states=(state,))
+    def _trials(self, study: str, state: TrialState) -> Iterator[FrozenTrial]:
+        yield from self._load(study).get_trials(deepcopy=False, states=(state,))
 
-    def _trial_id(self, study_id: str, number: int) -> int:
-        optuna_id = self.storage.get_study_id_from_name(study_id)
+    def _trial_id(self, study: str, number: int) -> int:
+        optuna_id = self.storage.get_study_id_from_name(study)
         return self.storage.get_trial_id_from_study_id_trial_number(optuna_id, number)
 
 
@@ -212,10 +216,10 @@ _TELL = {
 }
 
 
-def _ask_in_helper(url: str, study_id: str, spec_json: str) -> Suggestion:
+def _ask_in_helper(url: str, study: str, spec_json: str) -> Suggestion:
     sampler = Sampler(url, pool_size=1)
     try:
-        return sampler._ask(study_id, StudySpec.model_validate_json(spec_json))  # noqa: SLF001
+        return sampler._ask(study, StudySpec.model_validate_json(spec_json))  # noqa: SLF001
     finally:
         sampler.close()
 

@@ -74,6 +74,8 @@ class Run(Base):
     __tablename__ = "runs"
     __table_args__ = (
         CheckConstraint(f"state IN ({_RUN_STATES})", name="state"),
+        CheckConstraint("kind IN ('trial', 'target')", name="kind"),
+        CheckConstraint("(kind = 'target') = (arm IN ('warm', 'cold') IS TRUE)", name="arm"),
         CheckConstraint("(kind = 'trial') = (trial_number IS NOT NULL)", name="trial_number"),
         CheckConstraint("state <> 'leased' OR lease_token IS NOT NULL", name="leased_has_token"),
         UniqueConstraint("study_id", "trial_number"),

@@ -71,14 +71,15 @@ def expire(session: Session) -> None:
 def tell_finished(sessions: sessionmaker[Session], sampler: Sampler) -> None:
     """Tell Optuna of every finished trial that it has not heard of. Telling twice is harmless."""
     with sessions() as session:
-        query = select(Run).where(
-            Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES)
+        query = (
+            select(Run, Study.name)
+            .join(Study, Study.id == Run.study_id)
+            .where(Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES))
         )
-        runs = list(session.scalars(query.order_by(Run.finished_at).limit(100)))
-    for run in runs:
-        assert run.trial_number is not None
+        untold = session.execute(query.order_by(Run.finished_at).limit(100)).all()
+    for run, study_name in untold:
         end = "diverged" if run.diverged else run.state
-        sampler.tell(run.study_id, run.trial_number, end, run.val_loss_nats)
+        sampler.tell(study_name, run.trial_number, end, run.val_loss_nats)
         with sessions.begin() as session:
             session.execute(update(Run).where(Run.id == run.id).values(told=True))
 
@@ -135,7 +136,7 @@ def _lease_new_trial(
         spec = StudySpec.model_validate(study.spec)
         if not _fits(spec.resources.trial, free):
             continue
-        suggestion = _orphan(session, sampler, study, spec) or sampler.ask(study.id, spec)
+        suggestion = _orphan(session, sampler, study, spec) or sampler.ask(study.name, spec)
         run = _trial_run(study, spec, suggestion)
         session.add(run)
         session.flush()
@@ -181,8 +182,8 @@ def _orphan(
     """A trial that Optuna started but whose run was never written: a crash fell in between."""
     query = select(Run.trial_number).where(Run.study_id == study.id, Run.kind == "trial")
     known = set(session.scalars(query))
-    lost = [number for number in sampler.running(study.id) if number not in known]
-    return sampler.adopt(study.id, spec, lost[0]) if lost else None
+    lost = [number for number in sampler.running(study.name) if number not in known]
+    return sampler.adopt(study.name, spec, lost[0]) if lost else None
 
 
 def _trial_run(study: Study, spec: StudySpec, suggestion: Suggestion) -> Run:

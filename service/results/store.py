@@ -158,9 +158,9 @@ def report_trials(session: Session, study_id: str) -> tuple[ReportTrial, ...]:
         .where(Run.study_id == study_id, Run.kind == "trial")
         .order_by(Run.trial_number)
     )
-    rows = session.execute(query).all()
-    by_loss = sorted(rows, key=lambda r: (r.val_loss_nats is None, r.val_loss_nats))
-    curves = _curves(session, [row.run_id for row in by_loss[:MAX_TRIAL_CURVES]])
+    rows = session.execute(query).mappings().all()
+    by_loss = sorted(rows, key=lambda r: (r["val_loss_nats"] is None, r["val_loss_nats"]))
+    curves = _curves(session, [row["run_id"] for row in by_loss[:MAX_TRIAL_CURVES]])
     return tuple(
-        ReportTrial.model_validate(row._asdict() | {"curve": curves[row.run_id]}) for row in rows
+        ReportTrial.model_validate({**row, "curve": curves[row["run_id"]]}) for row in rows
     )

@@ -25,8 +25,28 @@ def _finding(verdict: Verdict, warm_diverged: tuple[int, ...]) -> str:
         which = ", ".join(str(seed) for seed in warm_diverged)
         return f"Not shown: the warm run of seed {which} diverged; over {seeds} {ended}"
     if interval.low <= 0 <= interval.high:
-        return f"Not shown at {seeds}: {ended} on average, but the {_spelled(interval)} includes 0"
-    return f"{headline(verdict)}: over {seeds} {ended} ({_spelled(interval)})"
+        return f"Not shown at {seeds}: {ended} on average, but the {_span(interval)} includes 0"
+    return f"{headline(verdict)}: over {seeds} {ended} ({_span(interval)})"
+
+
+def nats(loss: float | None) -> str:
+    """A loss, or a dash."""
+    return "-" if loss is None else f"{loss:.4f}"
+
+
+def flops(count: float | None) -> str:
+    """FLOPs: `1.23e+12`, or a dash."""
+    return "-" if count is None else f"{count:.2e}"
+
+
+def tokens(count: float | None) -> str:
+    """A number of tokens with thousands marked, or a dash."""
+    return "-" if count is None else f"{count:,.0f}"
+
+
+def spelled(value: object) -> str:
+    """A parameter's value, short."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def headline(verdict: Verdict | None) -> str:
@@ -49,7 +69,7 @@ def count_seeds(seeds: int) -> str:
     return f"{seeds} seed" if seeds == 1 else f"{seeds} seeds"
 
 
-def _spelled(interval: Interval) -> str:
+def _span(interval: Interval) -> str:
     return f"{interval.confidence:.0%} interval {interval.low:+.4f} to {interval.high:+.4f} nats"
 
 
@@ -66,8 +86,9 @@ def _cost(costs: Costs) -> str:
     if costs.warm_flops is None or costs.cold_flops is None:
         return ""
     counted = costs.warm_base_counted_flops
-    base = "" if counted is None else f" ({counted:.3g} with the base counted)"
-    return f"a warm run costs {costs.warm_flops:.3g} FLOPs{base}, a cold one {costs.cold_flops:.3g}"
+    warm, cold = flops(costs.warm_flops), flops(costs.cold_flops)
+    base = "" if counted is None else f" ({flops(counted)} with the base counted)"
+    return f"a warm run costs {warm} FLOPs{base}, a cold one {cold}"
 
 
 def _left_out(left_out: tuple[str, ...]) -> str:

@@ -38,7 +38,7 @@ def create_study(
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
     check_data(body)
     study = store.create(session, body, key)
-    sampler.create(study.id)
+    sampler.create(study.name)
     return store.view(session, study)
 
 

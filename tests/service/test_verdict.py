@@ -36,7 +36,8 @@ def run(arm, seed, values, **changes):
     fields = {
         "run_id": f"run_{arm}_{seed}",
         "arm": arm,
-        "seed": seed,
+        "seed": 10**17 + seed,
+        "seed_number": seed,
         "state": "succeeded",
         "val_loss_nats": values[-1],
         "tokens": TOKENS,
@@ -193,7 +194,7 @@ def test_the_sentence_carries_its_numbers():
         "Growing paid: over 2 seeds warm ended 0.9950 nats lower than cold "
         "(95% interval -1.0585 to -0.9315 nats); "
         "warm reached cold's final loss in 83% of its tokens (1.20x); "
-        "a warm run costs 4e+09 FLOPs (5e+09 with the base counted), a cold one 4e+09."
+        "a warm run costs 4.00e+09 FLOPs (5.00e+09 with the base counted), a cold one 4.00e+09."
     )
 
 
@@ -231,6 +232,22 @@ def test_a_pair_needs_both_of_its_runs():
 def test_unequal_budgets_are_never_compared():
     runs = [run("warm", 0, [2.0]), run("cold", 0, [3.0], tokens=TOKENS - 1)]
     assert pair(runs) == ()
+
+
+def test_a_ladder_is_judged_on_its_last_rung():
+    lower = [run("warm", 0, [9.0]), run("warm", 1, [9.0])]
+    last = [r.model_copy(update={"rung": 1}) for r in target([([1.0], [2.0]), ([1.0], [2.0])])]
+    assert verdict(lower + last) == verdict(last)
+
+
+def test_there_is_no_verdict_while_a_lower_rung_is_unfinished():
+    last = [run("cold", seed, [2.0], rung=1) for seed in (0, 1)]
+    assert "warm seed 0 is leased" in pending([run("warm", 0, [9.0], state="leased"), *last])
+
+
+def test_a_ladder_that_broke_below_says_where():
+    cold = [run("cold", 0, [2.0], rung=1)]
+    assert "warm seed 0 failed" in pending([run("warm", 0, [9.0], state="failed"), *cold])
 
 
 def test_a_seed_that_failed_is_left_out_and_named():

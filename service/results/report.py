@@ -1,0 +1,224 @@
+"""A study's results as one HTML page that needs no network: style, script and data stand inside."""
+
+import json
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from service.results.figures import Figure, dimensions, figures, shown_state
+from service.results.markup import Column, cards, plot, section, table
+from service.results.schemas import (
+    BestTrialResult,
+    Costs,
+    ReportTrial,
+    SeedPair,
+    StudyResults,
+    TargetRun,
+    Verdict,
+)
+from service.results.words import direction, flops, headline, nats, spelled, tokens
+from service.studies.schemas import StudySpec
+
+MAX_TABLE_TRIALS = 500
+
+
+def page(results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec) -> str:
+    """The whole page."""
+    drawn = figures(results, trials, spec)
+    body = [_top(results), _arms(results, drawn), _trials(results, trials, spec, drawn)]
+    return Template(_asset("page.html")).substitute(
+        title=f"{escape(results.study_name)} · warmscale",
+        style=_asset("page.css"),
+        body="\n".join(body),
+        figures=_embedded(drawn),
+        plotly=get_plotlyjs(),
+        script=_asset("page.js"),
+    )
+
+
+def _asset(name: str) -> str:
+    return files("service.results").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def _embedded(drawn: dict[str, Figure]) -> str:
+    """JSON that cannot end the script element that it stands in."""
+    return json.dumps(drawn, allow_nan=False).replace("<", "\\u003c")
+
+
+def _top(results: StudyResults) -> str:
+    verdict = results.verdict
+    tone = _tone(verdict)
+    text = _sentence(results)
+    return (
+        f'<div class="top"><h1>{escape(results.study_name)}</h1><span>{results.state}</span></div>'
+        f'<div class="hero {tone}"><strong>{escape(headline(verdict))}</strong>'
+        f"<p>{escape(text)}</p></div>{cards(_figures_of(results))}"
+    )
+
+
+def _sentence(results: StudyResults) -> str:
+    """The verdict's sentence below its headline, which it need not repeat."""
+    if results.verdict is None:
+        text = f"{results.pending}."
+    else:
+        text = results.verdict.sentence.removeprefix(f"{headline(results.verdict)}: ")
+    return text[:1].upper() + text[1:]
+
+
+def _tone(verdict: Verdict | None) -> str:
+    found = headline(verdict)
+    return {"Growing paid": "good", "Growing did not pay": "bad"}.get(found, "open")
+
+
+def _figures_of(results: StudyResults) -> list[tuple[str, str]]:
+    shown: list[tuple[str, str]] = []
+    if (verdict := results.verdict) is not None:
+        shown = _verdict_figures(verdict)
+    if (best := results.best_trial) is not None:
+        shown.append((nats(best.val_loss_nats), f"best trial's loss (trial {best.number})"))
+    shown.append((flops(results.costs.total_flops), "FLOPs in all"))
+    return shown
+
+
+def _verdict_figures(verdict: Verdict) -> list[tuple[str, str]]:
+    interval, growth = verdict.interval_nats, verdict.growth
+    spread = f"95 % {interval.low:+.4f} to {interval.high:+.4f}" if interval else "no interval"
+    others = f"width {growth.g_width:g}x, non-embedding {growth.g_nonembedding:.2f}x"
+    return [
+        (f"{verdict.difference_nats:+.4f}", f"warm - cold, nats/token ({spread})"),
+        (_times(verdict.speedup), "token speedup, base sunk"),
+        (_times(verdict.speedup_base_counted), "FLOPs speedup, base counted"),
+        (f"{growth.g_total:.2f}x", f"growth in parameters ({others})"),
+    ]
+
+
+def _times(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.2f}x"
+
+
+def _arms(results: StudyResults, drawn: dict[str, Figure]) -> str:
+    curves = plot("arms", "Validation loss", wide=True) if "arms" in drawn else ""
+    spread = plot("differences", "Difference by seed") if "differences" in drawn else ""
+    pairs = results.verdict.pairs if results.verdict else ()
+    note = (
+        "The same target, budget, data order and seed, once grown from the best trial's checkpoint "
+        "(warm) and once from a fresh initialization (cold). Tokens on a logarithmic scale."
+    )
+    return section(
+        "Warm against cold",
+        note if results.targets else "",
+        curves,
+        table(_PAIR_COLUMNS, pairs) if pairs else "",
+        table(_target_columns(results.targets), results.targets) if results.targets else "",
+        f'<div class="figures">{spread}{_costs(results.costs)}</div>' if results.targets else "",
+    )
+
+
+_PAIR_COLUMNS: tuple[Column[SeedPair], ...] = (
+    Column(title="seed", text=lambda p: str(p.seed_number)),
+    Column(title="warm loss", text=lambda p: nats(p.warm_loss_nats)),
+    Column(title="cold loss", text=lambda p: nats(p.cold_loss_nats)),
+    Column(title="warm is", text=lambda p: direction(p.difference_nats)),
+    Column(title="tokens to cold's loss", text=lambda p: tokens(p.tokens_to_cold_loss)),
+    Column(title="speedup", text=lambda p: _times(p.speedup)),
+)
+
+
+def _target_columns(runs: Sequence[TargetRun]) -> list[Column[TargetRun]]:
+    rung: Column[TargetRun] = Column(title="rung", text=lambda r: str(r.rung))
+    return [
+        Column(title="target run", text=lambda r: r.run_id, kind="code"),
+        Column(title="arm", text=lambda r: r.arm, kind="text"),
+        *([rung] if any(r.rung for r in runs) else []),
+        Column(title="seed", text=lambda r: str(r.seed_number)),
+        Column(title="state", text=shown_state, kind="state"),
+        Column(title="loss", text=lambda r: nats(r.val_loss_nats)),
+        Column(title="tokens", text=lambda r: tokens(r.tokens)),
+        Column(title="FLOPs", text=lambda r: flops(r.cost_flops)),
+        Column(title="grown from", text=lambda r: (r.base_hash or "")[:12], kind="code"),
+        *_error_column(runs),
+    ]
+
+
+def _error_column(runs: Sequence[TargetRun] | Sequence[ReportTrial]) -> list[Column[Any]]:
+    """A column for errors where there is one to show."""
+    errors = any(run.error for run in runs)
+    return [Column(title="error", text=lambda run: run.error or "", kind="long")] if errors else []
+
+
+def _costs(costs: Costs) -> str:
+    rows = [
+        ("one warm run, the base sunk", costs.warm_flops),
+        ("one warm run, the base counted", costs.warm_base_counted_flops),
+        ("one cold run", costs.cold_flops),
+        ("the base: the best trial's own training", costs.base_flops),
+        ("the search: all trials", costs.search_flops),
+        ("everything this study ran", costs.total_flops),
+    ]
+    columns: tuple[Column[tuple[str, float | None]], ...] = (
+        Column(title="cost", text=lambda row: row[0], kind="text"),
+        Column(title="FLOPs", text=lambda row: flops(row[1])),
+    )
+    return table(columns, rows)
+
+
+def _trials(
+    results: StudyResults,
+    trials: Sequence[ReportTrial],
+    spec: StudySpec,
+    drawn: dict[str, Figure],
+) -> str:
+    titles = {"trials": "Loss by trial", "learning": "Learning curves"}
+    titles |= {f"dimension-{name}": f"Loss against {name}" for name in dimensions(spec)}
+    plots = "".join(plot(place, title) for place, title in titles.items() if place in drawn)
+    shown = _best_first(trials)
+    note = f"{len(trials)} of {results.trials_budget} trials, best first."
+    if len(trials) > len(shown):
+        note = f"The best {len(shown)} of {len(trials)} trials."
+    return section(
+        "Trials",
+        note if trials else "",
+        _best(results.best_trial),
+        f'<div class="figures">{plots}</div>' if plots else "",
+        table(_trial_columns(spec, shown), shown) if shown else "",
+    )
+
+
+def _best(best: BestTrialResult | None) -> str:
+    if best is None:
+        return ""
+    params = ", ".join(f"{name} {spelled(value)}" for name, value in sorted(best.params.items()))
+    source = (
+        f" Checkpoint {best.checkpoint.hash[:12]} at {best.checkpoint.uri}."
+        if best.checkpoint
+        else ""
+    )
+    text = f"The best is trial {best.number} with {params}.{source}"
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _best_first(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
+    def rank(trial: ReportTrial) -> tuple[bool, float, int]:
+        loss = trial.val_loss_nats
+        return trial.state != "succeeded", float("inf") if loss is None else loss, trial.number
+
+    return sorted(trials, key=rank)[:MAX_TABLE_TRIALS]
+
+
+def _trial_columns(spec: StudySpec, trials: Sequence[ReportTrial]) -> list[Column[ReportTrial]]:
+    params: list[Column[ReportTrial]] = [
+        Column(title=name, text=lambda t, name=name: spelled(t.params.get(name, "")))
+        for name in sorted(spec.search_space, key=lambda name: (name != "lr", name))
+    ]
+    return [
+        Column(title="trial", text=lambda t: str(t.number)),
+        Column(title="state", text=shown_state, kind="state"),
+        Column(title="loss", text=lambda t: nats(t.val_loss_nats)),
+        *params,
+        Column(title="FLOPs", text=lambda t: flops(t.cost_flops)),
+        *_error_column(trials),
+    ]

@@ -1,0 +1,27 @@
+"""`/v1/studies/{study}/results` and `/report`."""
+
+from fastapi import APIRouter, Depends
+from fastapi.responses import HTMLResponse
+
+from service.auth import require
+from service.deps import DbSession
+from service.results import report, store
+from service.results.schemas import StudyResults
+from service.studies.schemas import StudySpec
+from service.studies.store import find
+
+router = APIRouter(prefix="/studies", tags=["results"], dependencies=[Depends(require("read"))])
+
+
+@router.get("/{study}/results")
+def read_results(session: DbSession, study: str) -> StudyResults:
+    """Best trial, target runs, costs, and the verdict or what it waits for."""
+    return store.results(session, find(session, study))
+
+
+@router.get("/{study}/report", response_class=HTMLResponse)
+def read_report(session: DbSession, study: str) -> str:
+    """The same as one self-contained page with plots."""
+    found = find(session, study)
+    spec, trials = StudySpec.model_validate(found.spec), store.report_trials(session, found.id)
+    return report.page(store.results(session, found), trials, spec)

@@ -1,0 +1,132 @@
+"""Real parts for every test: one PostgreSQL per session, one database and one API per test."""
+
+import itertools
+import os
+import socket
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+os.environ.setdefault("TZ", "UTC")
+_numbers = itertools.count()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _scratch():
+    # Not below pytest's own folder: every new pytest run closes that to other users, and the
+    # embedded server, where root runs the tests, is another user.
+    with tempfile.TemporaryDirectory(prefix="warmscale-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def home():
+    """A folder for `WARMSCALE_HOME`, gone after the test."""
+    yield from _scratch()
+
+
+session_home = pytest.fixture(scope="session")(_scratch)
+
+
+@pytest.fixture(scope="session")
+def postgres(session_home):
+    """A running server, with a database `template_warmscale` that has every table."""
+    from service import db
+    from sqlalchemy import create_engine, text
+
+    db.use_utc()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # platformdirs: no XDG_RUNTIME_DIR for root
+        server = db.start_embedded(session_home)
+    with server:
+        url = db.normalized(server.get_uri())
+        admin = create_engine(url, isolation_level="AUTOCOMMIT")
+        with admin.connect() as connection:
+            connection.execute(text("CREATE DATABASE template_warmscale"))
+        db.upgrade(url.set(database="template_warmscale"))
+        yield SimpleNamespace(url=url, admin=admin, server=server)
+        admin.dispose()
+
+
+@pytest.fixture
+def database_url(postgres):
+    """The URL of a fresh, upgraded database."""
+    from sqlalchemy import text
+
+    name = f"test_{next(_numbers)}"
+    with postgres.admin.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name} TEMPLATE template_warmscale"))
+    yield postgres.url.set(database=name)
+    with postgres.admin.connect() as connection:
+        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def settings(home):
+    from service.settings import Settings
+
+    return Settings(home=home, lease_seconds=5.0, port=free_port())
+
+
+@pytest.fixture
+def api(database_url, settings):
+    """The API on a socket, in a thread of this process; `api.client` holds an admin key."""
+    import uvicorn
+    from service import auth
+    from service.app import create_app
+    from service.client import Client
+
+    app = create_app(settings, database_url)
+    config = uvicorn.Config(app, host="127.0.0.1", port=settings.port, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    with app.state.sessions.begin() as session:
+        _, key = auth.create_key(session, "tests", ["admin"])
+    url = f"http://127.0.0.1:{settings.port}"
+    with Client(url, key, patience_seconds=2) as client:
+        yield SimpleNamespace(url=url, key=key, client=client, app=app, sessions=app.state.sessions)
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A folder of 40 small documents, 60 kB in all."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(40):
+        lines = [f"document {i} line {j}: {i * j} is {i} times {j}\n" for j in range(40)]
+        (folder / f"{i:02d}.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.fixture
+def study_spec(corpus):
+    """A small study as a user would write it; keyword arguments replace its parts."""
+
+    def make(**changes):
+        spec = {
+            "name": f"study-{next(_numbers)}",
+            "data": {"source": str(corpus), "context": 32},
+            "proxy": {"width": 32, "depth": 1, "head_dim": 16},
+            "target": {"width": 64},
+            "train": {"batch_size": 8, "num_tokens": 8 * 32 * 20, "evaluations": 4},
+            "search_space": {"lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True}},
+            "hpo": {"trials": 4, "parallel": 2, "sampler": "random", "pruner": "none"},
+        }
+        return spec | changes
+
+    return make

@@ -1,0 +1,74 @@
+"""Helpers that speak for a worker without training anything."""
+
+import pytest
+
+from service.protocol import (
+    CheckpointReport,
+    FinishRequest,
+    LeaseRequest,
+    Measurement,
+    MeasurementBatch,
+    Resources,
+)
+
+
+class Worker:
+    """Leases, reports and finishes by hand."""
+
+    def __init__(self, client, name="by-hand"):
+        self.client, self.name = client, name
+
+    def lease(self, n=1, cpus=64, **more):
+        request = LeaseRequest(worker=self.name, max_runs=n, resources=Resources(cpus=cpus), **more)
+        return self.client.lease(request)
+
+    def one(self, **more):
+        (lease,) = self.lease(1, **more)
+        return lease
+
+    def report(self, lease, *points):
+        batch = MeasurementBatch(measurements=[Measurement(**p) for p in points])
+        return self.client.report(lease, batch).decision
+
+    def evaluate(self, lease, evaluation, loss):
+        step = evaluation * 5
+        point = {
+            "step": step,
+            "tokens": step * 256,
+            "val_loss_nats": loss,
+            "evaluation": evaluation,
+        }
+        return self.report(lease, point)
+
+    def publish(self, lease, step=20, final=True):
+        checkpoint = CheckpointReport(
+            step=step,
+            tokens=step * 256,
+            uri=f"{lease.artifact_uri}/step-{step:08d}",
+            hash=f"{hash((lease.run_id, step)) % 2**64:064x}",
+            num_bytes=1,
+            final=final,
+        )
+        return self.client.publish(lease, checkpoint)
+
+    def finish(self, lease, outcome="succeeded", loss=2.0, **more):
+        loss = loss if outcome in ("succeeded", "pruned") else None
+        request = FinishRequest(outcome=outcome, val_loss_nats=loss, **more)
+        return self.client.finish(lease, request).state
+
+    def complete(self, lease, loss=2.0):
+        self.publish(lease)
+        return self.finish(lease, loss=loss)
+
+
+@pytest.fixture
+def worker(api):
+    return Worker(api.client)
+
+
+@pytest.fixture
+def submit(api, study_spec):
+    def create(**changes):
+        return api.client.post("/v1/studies", study_spec(**changes))
+
+    return create

@@ -1,0 +1,129 @@
+"""Bad input: refused at submission, naming the field, the value and what would work."""
+
+import json
+
+import httpx
+import pytest
+
+from service.client import ServiceError
+
+
+def lr(**changes):
+    return {"lr": {"type": "float", "low": 1e-3, "high": 3e-2} | changes}
+
+
+def bad(path, value, works, **spec):
+    return pytest.param(spec, path, value, works, id=f"{path}={value}")
+
+
+CASES = [
+    bad("colour", "red", "unknown key", colour="red"),
+    bad("hpo.tirals", 3, "unknown key", hpo={"trials": 4, "tirals": 3}),
+    bad("search_space.lr.float.low", 0.5, "below high 0.03", search_space=lr(low=0.5)),
+    bad("search_space.lr.float.low", 0.03, "below high 0.03", search_space=lr(low=0.03)),
+    bad("search_space.lr.float.low", 0, "above 0", search_space=lr(low=0, log=True)),
+    bad("search_space.lr", -1, "greater than 0", search_space=lr(low=-1)),
+    bad("search_space.magic", "magic", "lr", search_space={"magic": lr()["lr"]}),
+    bad(
+        "search_space.lr.categorical.choices",
+        "()",
+        "at least 1",
+        search_space={"lr": {"type": "categorical", "choices": []}},
+    ),
+    bad("search_space", "{}", "at least one dimension", search_space={}),
+    bad("proxy", None, "32 or 48", proxy={"width": 40, "depth": 1, "head_dim": 16}),
+    bad("proxy.depth", 0, "greater than 0", proxy={"width": 32, "depth": 0, "head_dim": 16}),
+    bad("target.width", 16, "smaller than base width 32", target={"width": 16}),
+    bad("target.width", 72, "64 or 80", target={"width": 72}),
+    bad("target.width", 48, "32 or 64", target={"width": 48}, warmstart={"operator": "clone"}),
+    bad("target.width", 64, "depth 1", target={"width": 64, "depth": 3}),
+    bad("target.train.lr", -1, "greater than 0", target={"width": 64, "train": {"lr": -1}}),
+    bad("target.train.colour", "red", "not permitted", target={"width": 64, "train": {"colour": "red"}}),
+    bad("ladder.1.width", 48, "smaller", target=None, ladder=[{"width": 64}, {"width": 48}]),
+    bad("ladder", 1, "exclude each other", ladder=[{"width": 64}]),
+    bad("hpo.trials", 4, "3 would work", hpo={"trials": 4, "sampler": "grid"},
+        search_space={"lr": {"type": "categorical", "choices": [0.1, 0.2, 0.3]}}),
+    bad("search_space.lr.step", None, "needs a step", hpo={"trials": 4, "sampler": "grid"}),
+    bad("hpo.sampler", "best", "tpe", hpo={"trials": 4, "sampler": "best"}),
+    bad("hpo.trials", 0, "greater than or equal to 1", hpo={"trials": 0}),
+    bad("name", "a b/c", "pattern", name="a b/c"),
+    bad("data.source", "/no/such/file", "/no/such/file", data={"source": "/no/such/file"}),
+    bad("data.tokenizer", "gpt2", "byte", data={"source": "stdlib", "tokenizer": "gpt2"}),
+    bad("train.warmup_fraction", 1.5, "less than 1", train={"warmup_fraction": 1.5}),
+    bad("search_space", "", "exceed 1", search_space=lr() | {
+        "warmup_fraction": {"type": "float", "low": 0.1, "high": 0.9}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "path", "value", "works"), CASES)
+def test_a_bad_field_is_named_with_its_value_and_what_works(
+    api, study_spec, spec, path, value, works
+):
+    with pytest.raises(ServiceError) as refused:
+        api.client.post("/v1/studies", study_spec(**spec))
+    assert refused.value.status == 422
+    fields = {e["path"]: e for e in refused.value.problem["errors"]}
+    assert path in fields, fields
+    assert works in fields[path]["message"]
+    if value is not None and value != "":
+        assert str(fields[path]["value"]) == str(value)
+    assert api.client.get("/v1/studies")["items"] == []
+
+
+def corpus_problem(api, study_spec, source):
+    with pytest.raises(ServiceError) as refused:
+        api.client.post("/v1/studies", study_spec(data={"source": str(source), "context": 64}))
+    (field,) = refused.value.problem["errors"]
+    assert (refused.value.status, field["path"], field["value"]) == (422, "data.source", str(source))
+    return field["message"]
+
+
+def test_an_empty_corpus_is_refused(api, study_spec, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    assert "empty" in corpus_problem(api, study_spec, tmp_path / "empty.txt")
+    (tmp_path / "nothing").mkdir()
+    corpus_problem(api, study_spec, tmp_path / "nothing")
+    corpus_problem(api, study_spec, tmp_path / "*.none")
+
+
+def test_a_corpus_shorter_than_one_context_is_refused_with_both_numbers(api, study_spec, tmp_path):
+    (tmp_path / "short.txt").write_text("x" * 40)
+    message = corpus_problem(api, study_spec, tmp_path / "short.txt")
+    assert "65" in message
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"x"', b"null", b'{"name": NaN}', b"\xff", b'{"a":' * 2000]
+)
+def test_a_body_that_is_no_spec_is_a_422_problem(api, body):
+    headers = {"Authorization": f"Bearer {api.key}", "Content-Type": "application/json"}
+    response = httpx.post(f"{api.url}/v1/studies", content=body, headers=headers)
+    assert response.status_code in (400, 422)
+    assert response.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_not_finite_are_refused_in_specs_and_in_reports(
+    api, study_spec, submit, worker, number
+):
+    headers = {"Authorization": f"Bearer {api.key}", "Content-Type": "application/json"}
+    text = json.dumps(study_spec(train={"lr": 123.456})).replace("123.456", number)
+    assert httpx.post(f"{api.url}/v1/studies", content=text, headers=headers).status_code == 422
+    submit()
+    lease = worker.one()
+    point = '{"measurements": [{"step": 1, "tokens": 1, "loss_nats": %s}]}' % number
+    response = httpx.post(
+        f"{api.url}/v1/runs/{lease.run_id}/measurements",
+        content=point,
+        headers=headers | {"Lease-Token": lease.lease_token},
+    )
+    assert response.status_code == 422
+    assert api.client.get(f"/v1/runs/{lease.run_id}/measurements")["items"] == []
+
+
+def test_warnings_name_what_does_not_transfer(api, study_spec):
+    space = lr() | {"batch_size": {"type": "int", "low": 4, "high": 16}}
+    spec = study_spec(search_space=space, warmstart={"seeds": 1})
+    warnings = api.client.post("/v1/studies", spec)["warnings"]
+    assert any("batch_size" in w and "muTransferable" in w for w in warnings)
+    assert any("no interval" in w for w in warnings)

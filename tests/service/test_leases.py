@@ -1,0 +1,257 @@
+"""Leases: who may train and write, when they end, and that nothing is lost or doubled."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import text, update
+
+from service.client import Client, ServiceError, StaleLeaseError
+from service.tables import Run
+
+
+def expire_all(api):
+    with api.sessions.begin() as session:
+        session.execute(
+            update(Run).where(Run.state == "leased").values(lease_expires_at=text("now()"))
+        )
+
+
+def test_trials_are_leased_up_to_parallel(submit, worker):
+    submit()
+    first = worker.lease(8)
+    assert [lease.trial_number for lease in first] == [0, 1]
+    assert worker.lease(8) == ()
+    worker.complete(first[0])
+    assert [lease.trial_number for lease in worker.lease(8)] == [2]
+
+
+def test_a_lease_fits_the_resources_that_are_free(submit, worker):
+    submit(resources={"trial": {"cpus": 3}})
+    assert worker.lease(4, cpus=2) == ()
+    assert len(worker.lease(4, cpus=5)) == 1
+    assert len(worker.lease(4, cpus=6)) == 1
+
+
+def test_a_study_that_does_not_fit_does_not_block_the_next(submit, worker):
+    submit(resources={"trial": {"cpus": 100}})
+    small = submit()
+    assert {lease.study_id for lease in worker.lease(4, cpus=4)} == {small["id"]}
+
+
+def test_sixteen_racing_workers_start_each_trial_once_and_no_more_than_the_budget(
+    api, submit, worker
+):
+    study = submit(hpo={"trials": 24, "parallel": 24, "sampler": "random", "pruner": "none"})
+
+    def lease_all(_):
+        taken = []
+        while batch := worker.lease(2, wait_seconds=1):
+            taken += [lease.trial_number for lease in batch]
+        return taken
+
+    with ThreadPoolExecutor(16) as pool:
+        numbers = [number for taken in pool.map(lease_all, range(16)) for number in taken]
+    assert sorted(numbers) == list(range(24))
+    assert api.client.get(f"/v1/studies/{study['id']}")["trials"]["leased"] == 24
+    assert len(api.app.state.sampler.states(study["name"])) == 24
+
+
+def test_an_expired_run_is_leased_again_with_the_next_attempt(api, submit, worker):
+    submit(hpo={"trials": 1, "parallel": 1, "sampler": "random"})
+    before = worker.one()
+    worker.publish(before, step=5, final=False)
+    expire_all(api)
+    time.sleep(0.01)
+    assert worker.lease() == ()  # taken back now; its delay after a failure is 1 s
+    after = worker.one(wait_seconds=5)
+    assert (after.run_id, after.attempt, after.params) == (before.run_id, 2, before.params)
+    assert [ref.uri for ref in after.resume_from] == [f"{before.artifact_uri}/step-00000005"]
+    assert after.artifact_uri != before.artifact_uri
+
+
+def test_a_write_under_a_stale_lease_is_refused_and_changes_nothing(api, submit, worker):
+    submit(hpo={"trials": 1, "parallel": 1, "sampler": "random"})
+    stale = worker.one()
+    expire_all(api)
+    worker.one(wait_seconds=5)
+    run = api.client.get(f"/v1/runs/{stale.run_id}")
+    writes = (
+        lambda: worker.evaluate(stale, 1, 3.0),
+        lambda: worker.publish(stale),
+        lambda: worker.finish(stale),
+    )
+    for write in writes:
+        with pytest.raises(StaleLeaseError) as refused:
+            write()
+        assert refused.value.status == 409
+    assert api.client.get(f"/v1/runs/{stale.run_id}") == run
+    assert api.client.get(f"/v1/runs/{stale.run_id}/measurements") == {"items": []}
+    assert api.client.get(f"/v1/runs/{stale.run_id}/checkpoints") == {"items": []}
+
+
+def test_a_lease_that_ran_out_but_was_taken_by_nobody_is_renewed_by_a_report(api, submit, worker):
+    submit()
+    lease = worker.one()
+    expire_all(api)
+    assert worker.evaluate(lease, 1, 3.0) == "continue"
+    assert worker.complete(lease) == "succeeded"
+
+
+def test_every_report_renews_the_lease(api, submit, worker):
+    submit()
+    lease = worker.one()
+    expire_all(api)
+    assert worker.report(lease) == "continue"
+    with api.sessions() as session:
+        left = session.scalar(
+            text("SELECT extract(epoch FROM lease_expires_at - now()) FROM warmscale.runs")
+        )
+    assert 4 < left <= 5
+
+
+def test_attempts_end_at_max_attempts_and_the_run_fails(api, submit, worker):
+    study = submit(max_attempts=2, hpo={"trials": 1, "parallel": 1, "sampler": "random"})
+    assert worker.finish(worker.one(), "failed", error="boom") == "queued"
+    assert worker.finish(worker.one(wait_seconds=5), "failed", error="boom") == "failed"
+    view = api.client.get(f"/v1/studies/{study['id']}")
+    assert (view["state"], view["trials"]["failed"]) == ("failed", 1)
+    assert "no trial succeeded" in view["reason"]
+
+
+def test_a_failure_that_cannot_be_retried_ends_the_run_at_once(submit, worker):
+    submit()
+    assert worker.finish(worker.one(), "failed", retryable=False, error="bad corpus") == "failed"
+
+
+def test_a_released_run_is_queued_at_once_and_costs_no_attempt(api, submit, worker):
+    submit(max_attempts=1, hpo={"trials": 1, "parallel": 1, "sampler": "random"})
+    for _ in range(3):
+        assert worker.finish(worker.one(), "released") == "queued"
+    assert api.client.get("/v1/runs")["items"][0]["failures"] == 0
+
+
+def test_finishing_twice_changes_nothing(api, submit, worker):
+    submit()
+    lease = worker.one()
+    worker.publish(lease)
+    assert worker.finish(lease, loss=2.0) == "succeeded"
+    before = api.client.get(f"/v1/runs/{lease.run_id}")
+    assert worker.finish(lease, loss=9.0) == "succeeded"
+    assert worker.finish(lease, "failed") == "succeeded"
+    assert api.client.get(f"/v1/runs/{lease.run_id}") == before
+
+
+def test_replaying_a_report_changes_nothing(api, submit, worker):
+    submit()
+    lease = worker.one()
+    point = {"step": 10, "tokens": 2560, "loss_nats": 3.5}
+    worker.report(lease, point)
+    worker.report(lease, point | {"loss_nats": 9.9})
+    items = api.client.get(f"/v1/runs/{lease.run_id}/measurements")["items"]
+    assert [(p["step"], p["loss_nats"]) for p in items] == [(10, 3.5)]
+
+
+def test_a_cancelled_run_hears_it_at_its_next_report(api, submit, worker):
+    study = submit()
+    lease = worker.one()
+    api.client.post(f"/v1/studies/{study['id']}/cancel")
+    assert worker.evaluate(lease, 1, 3.0) == "cancel"
+    assert api.client.get(f"/v1/runs/{lease.run_id}/measurements")["items"] == []
+    assert worker.finish(lease, "released") == "cancelled"
+
+
+def test_a_paused_study_leases_nothing_until_it_resumes(api, submit, worker):
+    study = submit()
+    lease = worker.one()
+    api.client.post(f"/v1/studies/{study['id']}/pause")
+    assert worker.lease(4) == ()
+    assert worker.complete(lease) == "succeeded"
+    api.client.post(f"/v1/studies/{study['id']}/resume")
+    assert len(worker.lease(4)) == 2
+
+
+def test_a_long_poll_answers_as_soon_as_there_is_work(api, submit, worker):
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(worker.lease(1, wait_seconds=20)))
+    thread.start()
+    time.sleep(0.5)
+    start = time.monotonic()
+    submit()
+    thread.join()
+    assert len(answers[0]) == 1
+    assert time.monotonic() - start < 2
+
+
+def test_waiting_polls_hold_no_connection(api, worker):
+    def wait(_):
+        with Client(api.url, api.key) as client:
+            return type(worker)(client).lease(1, wait_seconds=3)
+
+    with ThreadPoolExecutor(30) as pool:  # three times the pool of connections
+        waiting = pool.map(wait, range(30))
+        time.sleep(1)
+        start = time.monotonic()
+        assert api.client.get("/readyz") == {"status": "ready"}
+        assert time.monotonic() - start < 1
+        assert set(waiting) == {()}
+
+
+def test_a_trial_whose_run_was_never_written_is_adopted(api, submit, worker, study_spec):
+    from service.studies.schemas import StudySpec
+
+    study = submit()
+    spec = StudySpec.model_validate(study["spec"])
+    lost = api.app.state.sampler.ask(study["name"], spec)  # then the process was killed
+    lease = worker.one()
+    assert (lease.trial_number, lease.params) == (lost.number, lost.params)
+
+
+def test_a_trial_killed_before_its_parameters_were_drawn_is_adopted_whole(api, submit, worker):
+    import optuna
+
+    study = submit()
+    storage = api.app.state.sampler.storage
+    optuna.load_study(study_name=study["name"], storage=storage).ask()
+    assert set(worker.one().params) == {"lr"}
+
+
+def test_a_finished_trial_that_optuna_has_not_heard_of_is_told_at_the_next_lease(
+    api, submit, worker
+):
+    study = submit()
+    lease = worker.one()
+    worker.complete(lease)
+    deadline = time.monotonic() + 5
+    while api.app.state.sampler.states(study["name"])[0][0] == "RUNNING":
+        assert time.monotonic() < deadline
+    with api.sessions.begin() as session:  # as if the process had died between the two
+        session.execute(update(Run).values(told=False))
+    worker.lease()
+    with api.sessions() as session:
+        assert session.get(Run, lease.run_id).told
+
+
+def test_a_checkpoint_outside_its_attempts_place_is_refused(submit, worker, api):
+    submit()
+    lease = worker.one()
+    body = {"step": 1, "tokens": 1, "hash": "0" * 64, "num_bytes": 1}
+    for uri in ("file:///etc", f"{lease.artifact_uri}/../other", lease.artifact_uri):
+        with pytest.raises(ServiceError, match="publishes below") as refused:
+            api.client.request(
+                "POST",
+                f"/v1/runs/{lease.run_id}/checkpoints",
+                body=body | {"uri": uri},
+                headers={"Lease-Token": lease.lease_token},
+            )
+        assert refused.value.status == 422
+
+
+def test_all_but_the_newest_two_checkpoints_are_superseded(submit, worker, api):
+    submit()
+    lease = worker.one()
+    gone = [worker.publish(lease, step=s, final=False).superseded for s in (5, 10, 15)]
+    assert gone == [(), (), (f"{lease.artifact_uri}/step-00000005",)]
+    kept = api.client.get(f"/v1/runs/{lease.run_id}/checkpoints")["items"]
+    assert [c["step"] for c in kept] == [15, 10]
