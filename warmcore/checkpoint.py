@@ -9,8 +9,8 @@ the step (`warmcore.batches`), and both are in the manifest.
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -96,7 +96,8 @@ def save_checkpoint(
 ) -> SavedCheckpoint:
     """Write the folder `path`, replacing one that is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    aside = _aside(path)
+    aside.mkdir()
     save_file(dict(weights), aside / MODEL)
     save_file(dict(optimizer), aside / OPTIMIZER)
     files = {name: _facts(aside / name) for name in (MODEL, OPTIMIZER)}
@@ -179,12 +180,17 @@ def _facts(path: Path) -> FileFacts:
         return FileFacts(num_bytes=file.tell(), sha256=digest)
 
 
+def _aside(path: Path) -> Path:
+    """Name beside `path` that no other process takes."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+
+
 def _publish(aside: Path, path: Path) -> None:
     """Sync and rename; a folder in the way is moved aside first, as no rename replaces it."""
     for file in [*aside.iterdir(), aside]:
         _sync(file)
     if path.exists():
-        replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        replaced = _aside(path)
         path.rename(replaced)
         aside.rename(path)
         shutil.rmtree(replaced)

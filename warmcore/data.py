@@ -7,8 +7,8 @@ written aside and renamed: concurrent preparers and a kill half-way leave whole 
 
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -88,7 +88,8 @@ def _write_split(split: Split, cache_dir: Path) -> None:
     folder = cache_dir / split.data_hash
     if folder.exists():
         return
-    aside = Path(tempfile.mkdtemp(prefix=".aside-", dir=cache_dir))
+    aside = cache_dir / f".aside-{secrets.token_hex(8)}"
+    aside.mkdir()
     try:
         _write_tokens(aside / "train.u16", split.train)
         _write_tokens(aside / "val.u16", split.val)
@@ -111,6 +112,6 @@ def _write_tokens(path: Path, documents: Iterable[Document]) -> None:
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".aside-", delete=False) as file:
-        file.write(text)
-    Path(file.name).rename(path)
+    aside = path.with_name(f".aside-{secrets.token_hex(8)}")
+    aside.write_text(text)
+    aside.rename(path)
