@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from service.client import Client
 from service.protocol import (
@@ -138,6 +139,14 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, *args: Any) -> None:
         """A client that was killed is no news."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_and_an_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        torch.set_num_threads(1)  # what `cpus.pinned` gives these runs; two would fight for a core
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

@@ -1,0 +1,81 @@
+"""Checkpoint folders by URI. A local folder is used in place; an object store through a copy.
+
+The manifest is what makes a folder a checkpoint: it names every file with its hash, it is the last
+to be uploaded, and a `CheckpointRef` is its hash.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+
+from warmcore.checkpoint import MANIFEST, SavedCheckpoint, read_manifest
+from warmcore.spec import CheckpointRef
+from warmcore.train import Training
+
+
+def save(training: Training, uri: str) -> SavedCheckpoint:
+    """Store a checkpoint at `uri`: complete when this returns, and no checkpoint before."""
+    path = _local_path(uri)
+    if path is not None:
+        return training.save(path)
+    with tempfile.TemporaryDirectory(prefix="warmscale-") as folder:
+        saved = training.save(Path(folder) / "checkpoint")
+        _upload(Path(folder) / "checkpoint", uri)
+    return saved
+
+
+@contextlib.contextmanager
+def local(ref: CheckpointRef) -> Generator[Path]:
+    """Give the checkpoint as a local folder, for as long as the context lasts.
+
+    Raises:
+        CheckpointCorruptError: it is not there, or is another checkpoint than `ref` means.
+    """
+    with contextlib.ExitStack() as stack:
+        path = _local_path(ref.uri)
+        if path is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="warmscale-"))
+            path = Path(folder) / "checkpoint"
+            _download(ref.uri, path)
+        read_manifest(path, expected_hash=ref.hash)
+        yield path
+
+
+def delete(uri: str) -> None:
+    """Delete a checkpoint; one that is not there is deleted."""
+    files, root = _filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):
+        # First the manifest: what a crash leaves half-deleted is no checkpoint any more.
+        files.rm(f"{root}/{MANIFEST}")
+        files.rm(root, recursive=True)
+
+
+def _upload(folder: Path, uri: str) -> None:
+    files, root = _filesystem(uri)
+    files.makedirs(root, exist_ok=True)
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in sorted(paths, key=lambda path: path.name == MANIFEST):
+        files.put_file(str(path), f"{root}/{path.relative_to(folder).as_posix()}")
+
+
+def _download(uri: str, folder: Path) -> None:
+    files, root = _filesystem(uri)
+    with contextlib.suppress(FileNotFoundError):  # reading the manifest tells
+        files.get(root, str(folder), recursive=True)
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    files, root = fsspec.core.url_to_fs(_local_path(uri) or uri)
+    return files, str(root).rstrip("/")
+
+
+def _local_path(uri: str) -> Path | None:
+    parts = urlsplit(uri)
+    if parts.scheme == "file":
+        return Path(unquote(parts.path))
+    return None if parts.scheme else Path(uri)

@@ -1,0 +1,117 @@
+"""Ray, as far as a fleet needs it. `workers.environment` must have been set before importing this.
+
+Runs are tasks, not actors: when a fleet is killed its tasks die with it, while detached actors
+would train on. `max_retries=0`: the service alone decides what is tried again.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Generator
+from concurrent.futures import Future
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from service.protocol import Lease, Resources
+from workers import nodes, process
+from workers.nodes import Placement
+
+_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; results are single words
+_IDLE_SECONDS = 24 * 3600  # keep worker processes warm between runs; Ray's own default is a second
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Handle:
+    """A submitted run: its future, and what cancels it."""
+
+    ref: Any
+    future: Future[Any]
+
+    def drain(self) -> None:
+        """Ask the run to publish a checkpoint and end; one that has not begun never will."""
+        ray.cancel(self.ref)
+
+    def kill(self) -> None:
+        """End the run's process."""
+        ray.cancel(self.ref, force=True)
+
+
+class Engine:
+    """A connection to Ray."""
+
+    def nodes(self) -> dict[str, Resources]:
+        """Return the whole resources of every node that is alive."""
+        return nodes.from_ray(ray.nodes())
+
+    def submit(
+        self, lease: Lease, node: str, connection: process.Connection, checkpoint_seconds: float
+    ) -> Handle:
+        """Start `lease` on `node`."""
+        ref = _on(Placement(node=node, resources=lease.resources), process.run_lease).remote(
+            lease, connection, checkpoint_seconds=checkpoint_seconds, leased_at=time.time()
+        )
+        return Handle(ref=ref, future=ref.future())
+
+    def warm_up(self, timeout_seconds: float = 120.0) -> set[int]:
+        """Start a worker process per slot, with kernels loaded; gives the process ids."""
+        refs = [
+            _on(slot, process.warm_up).remote(device=None if slot.resources.gpus else "cpu")
+            for node, total in self.nodes().items()
+            for slot in _slots(node, total)
+        ]
+        return set(ray.get(refs, timeout=timeout_seconds))
+
+
+def _slots(node: str, total: Resources) -> list[Placement]:
+    """One slot per CPU; the GPUs are spread over the first."""
+    shares = [min(1.0, max(0.0, total.gpus - cpu)) for cpu in range(total.cpus)]
+    return [Placement(node=node, resources=Resources(cpus=1, gpus=gpus)) for gpus in shares]
+
+
+def _on(placement: Placement, function: Any) -> Any:
+    remote: Any = ray.remote  # its types know neither this strategy nor functions given later
+    return remote(
+        num_cpus=placement.resources.cpus,
+        num_gpus=placement.resources.gpus,
+        max_retries=0,
+        max_calls=0,  # with GPUs Ray would otherwise end the process after every task
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=placement.node, soft=False),
+    )(function)
+
+
+@contextlib.contextmanager
+def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engine]:
+    """Start a Ray of our own on this machine, for as long as the context lasts."""
+    available = len(os.sched_getaffinity(0))
+    ray.init(
+        address="local",  # whatever RAY_ADDRESS says
+        num_cpus=None if cpus is None else min(cpus, available),
+        num_gpus=gpus,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _system_config={"idle_worker_killing_time_threshold_ms": _IDLE_SECONDS * 1000},
+    )
+    with _shutting_down():
+        yield Engine()
+
+
+@contextlib.contextmanager
+def cluster(address: str) -> Generator[Engine]:
+    """Join the Ray cluster at `address`, from inside its network."""
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    with _shutting_down():
+        yield Engine()
+
+
+@contextlib.contextmanager
+def _shutting_down() -> Generator[None]:
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,113 @@
+"""What runs inside Ray's worker processes. Torch is imported there only, once per process."""
+# The fleet's driver imports this file to submit it, and never needs torch.
+# ruff: noqa: PLC0415
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import ray
+
+from service.client import Client
+from service.protocol import Lease
+
+if TYPE_CHECKING:
+    from workers.run import Ending
+
+# A run outlives an outage of this length; then it gives up, with its last checkpoint published.
+PATIENCE_SECONDS = 600.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Connection:
+    """How a worker reaches the service."""
+
+    url: str
+    api_key: str = dataclasses.field(repr=False)
+
+
+def warm_up(*, device: str | None = None) -> int:
+    """Import everything and train two tiny steps; gives the process id."""
+    from warmcore.data import prepare
+    from warmcore.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
+    from warmcore.train import Training
+    from workers import run
+
+    del run  # imported for its imports: the first run would otherwise pay for them
+    with tempfile.TemporaryDirectory(prefix="warmscale-") as folder:
+        for name in "abcd":
+            (Path(folder) / f"{name}.txt").write_text(f"{name} warm worker starts sooner\n" * 20)
+        spec = RunSpec(
+            model=ModelSpec(width=16, depth=1, head_dim=16),
+            data=DataSpec(source=folder, context=16, val_fraction=0.5),
+            train=TrainSpec(batch_size=2, num_tokens=64, evaluations=1, eval_tokens=32),
+        )
+        corpus = prepare(spec.data, Path(folder) / "cache")
+        for _ in Training.start(spec, corpus, device=device or _device(0)).events():
+            pass
+    return os.getpid()
+
+
+def run_lease(
+    lease: Lease, connection: Connection, *, checkpoint_seconds: float, leased_at: float
+) -> "Ending":
+    """Run a lease in this process, on CPUs of its own."""
+    from workers import cpus
+    from workers.run import Options, execute
+
+    client = _client(connection)
+    with _drain_on_cancel() as draining, cpus.pinned(lease.resources.cpus) as num_threads:
+        options = Options(
+            checkpoint_seconds=checkpoint_seconds,
+            device=_device(lease.resources.gpus),
+            num_threads=num_threads,
+            leased_at=leased_at,
+        )
+        return execute(lease, client, options=options, draining=draining)
+
+
+@functools.cache
+def _client(connection: Connection) -> Client:
+    return Client(connection.url, connection.api_key, patience_seconds=PATIENCE_SECONDS)
+
+
+@contextlib.contextmanager
+def _drain_on_cancel() -> Generator[Callable[[], bool]]:
+    """Turn `ray.cancel` into a flag for as long as a run lasts.
+
+    Ray cancels a running task by simulating SIGINT, which calls Python's handler for it; with this
+    handler the run goes on until it has published a checkpoint, and its result reaches the driver.
+    """
+    flags: list[int] = []
+
+    def raise_flag(signum: int, _frame: FrameType | None) -> None:
+        flags.append(signum)
+
+    before = signal.signal(signal.SIGINT, raise_flag)
+    try:
+        yield lambda: bool(flags)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _device(gpus: float) -> str:
+    """Return the device that Ray assigned, with the share of its memory that was asked for.
+
+    Fractions are Ray's bookkeeping only: without the cap one run can take its neighbours' memory.
+    """
+    if not gpus:
+        return "cpu"
+    import torch
+
+    (assigned, *_) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    index = visible.split(",").index(assigned) if visible else int(assigned)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gpus), index)
+    return f"cuda:{index}"

@@ -1,0 +1,183 @@
+"""One leased run: resume or grow or initialize, train, report, checkpoint, finish.
+
+Trials and targets take this same way; only `RunSpec.growth` differs.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from service.client import Client, StaleLeaseError
+from service.protocol import CheckpointReport, FinishRequest, Lease, Outcome, Timing
+from warmcore import data
+from warmcore.checkpoint import CheckpointCorruptError
+from warmcore.train import (
+    DivergedEvent,
+    EvaluationEvent,
+    StepEvent,
+    Training,
+    evaluation_steps,
+)
+from workers import artifacts
+from workers.curve import Curve
+from workers.provenance import provenance
+from workers.reporter import Reporter
+
+log = logging.getLogger(__name__)
+
+Ending = Literal["succeeded", "pruned", "diverged", "released", "cancelled", "stale"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the worker decides, not the spec."""
+
+    checkpoint_seconds: float = 30.0
+    device: str = "cpu"
+    num_threads: int = 1
+    leased_at: float = dataclasses.field(default_factory=time.time)
+
+
+def execute(
+    lease: Lease,
+    client: Client,
+    *,
+    options: Options,
+    draining: Callable[[], bool] = lambda: False,
+) -> Ending:
+    """Run `lease` to its end, or to a checkpoint from which another attempt goes on.
+
+    Raises:
+        ValueError: the spec cannot be run: no other worker could either.
+        Exception: anything else that went wrong; the caller reports it.
+    """
+    with Reporter(client, lease) as reporter:  # first: a long preparation must not cost the lease
+        try:
+            return _Attempt(lease, client, reporter, options).run(draining)
+        except StaleLeaseError:
+            return "stale"
+
+
+class _Attempt:
+    def __init__(self, lease: Lease, client: Client, reporter: Reporter, options: Options) -> None:
+        self._lease, self._client, self._reporter, self._options = lease, client, reporter, options
+        self._corpus = data.prepare(lease.spec.data)
+        self._training = self._resumed() or self._started()
+        self._curve = Curve(log_every=lease.spec.train.log_every, tokens=self._training.tokens)
+        self._evaluation_steps = frozenset(
+            evaluation_steps(self._training.num_steps, lease.spec.train.evaluations)
+        )
+        self._saved_step = self._training.step
+        self._saved_at = time.monotonic()
+        self._timing = Timing()
+
+    def _resumed(self) -> Training | None:
+        for ref in self._lease.resume_from:
+            try:
+                with artifacts.local(ref) as checkpoint:
+                    return Training.resume(
+                        self._lease.spec, self._corpus, checkpoint, device=self._options.device
+                    )
+            except (CheckpointCorruptError, OSError) as error:
+                log.warning("run=%s checkpoint=unusable: %s", self._lease.run_id, error)
+        return None
+
+    def _started(self) -> Training:
+        spec, device = self._lease.spec, self._options.device
+        if spec.growth is None:
+            return Training.start(spec, self._corpus, device=device)
+        with artifacts.local(spec.growth.base) as base:
+            return Training.start(spec, self._corpus, device=device, base=base)
+
+    def run(self, draining: Callable[[], bool]) -> Ending:
+        for event in self._training.events():
+            if isinstance(event, DivergedEvent):
+                return self._finish("diverged", error=event.reason)
+            self._note(event)
+            match self._reporter.check():
+                case "prune":
+                    return self._finish("pruned")
+                case "cancel":
+                    return "cancelled"
+                case "continue":
+                    pass
+            if isinstance(event, StepEvent) and event.step in self._evaluation_steps:
+                continue  # its evaluation is next: a checkpoint between would split the measurement
+            if draining():
+                return self._release()
+            if time.monotonic() - self._saved_at >= self._options.checkpoint_seconds:
+                self._checkpoint()
+        self._checkpoint(final=True)
+        return self._finish("succeeded")
+
+    def _note(self, event: StepEvent | EvaluationEvent) -> None:
+        if (measurement := self._curve.add(event)) is not None:
+            self._reporter.add(measurement)
+        if isinstance(event, StepEvent):
+            self._timing = self._timed(event, time.time())
+
+    def _timed(self, event: StepEvent, now: float) -> Timing:
+        before = self._timing
+        first = before.first_step_at or now - event.seconds
+        return Timing(
+            first_step_at=first,
+            last_step_at=now,
+            startup_seconds=max(0.0, first - self._options.leased_at),
+            train_seconds=before.train_seconds + event.seconds,
+        )
+
+    def _release(self) -> Ending:
+        if self._training.step > self._saved_step:
+            self._checkpoint()
+        return self._finish("released")
+
+    def _checkpoint(self, *, final: bool = False) -> None:
+        uri = f"{self._lease.artifact_uri}/step-{self._training.step:08d}"
+        saved = artifacts.save(self._training, uri)
+        self._report_all()
+        report = CheckpointReport(
+            step=saved.step,
+            tokens=saved.tokens,
+            uri=uri,
+            hash=saved.hash,
+            num_bytes=saved.num_bytes,
+            val_loss_nats=_finite(saved.val_loss_nats),
+            final=final,
+        )
+        reply = self._client.publish(self._lease, report)
+        self._saved_step, self._saved_at = saved.step, time.monotonic()
+        for superseded in reply.superseded:
+            with contextlib.suppress(Exception):  # tidying must not end a run
+                artifacts.delete(superseded)
+
+    def _report_all(self) -> None:
+        """Wait until the curve up to here is accepted, so that resuming here leaves no gap."""
+        if (measurement := self._curve.take()) is not None:
+            self._reporter.add(measurement)
+        self._reporter.flush()
+
+    def _finish(self, outcome: Outcome, *, error: str | None = None) -> Ending:
+        self._report_all()
+        request = FinishRequest(
+            outcome=outcome,
+            val_loss_nats=_finite(self._training.last_val_loss_nats),
+            error=error,
+            provenance=provenance(
+                self._training,
+                data_hash=self._corpus.data_hash,
+                device=self._options.device,
+                num_threads=self._options.num_threads,
+            ),
+            timing=self._timing,
+        )
+        self._client.finish(self._lease, request)
+        assert outcome != "failed", "failures are the fleet's to report"
+        return outcome
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
