@@ -57,11 +57,10 @@ def cards(entries: Iterable[tuple[str, str]]) -> str:
     return f'<div class="cards">{inner}</div>'
 
 
-def plot(place: str, title: str, *, wide: bool = False) -> str:
+def plot(place: str, title: str, *, shape: Literal["plain", "tall", "low"] = "plain") -> str:
     """The place that the figure of this id is drawn in."""
-    kind = ' class="wide"' if wide else ""
     return (
-        f"<figure{kind}><figcaption>{escape(title)}</figcaption>"
+        f'<figure class="{shape}"><figcaption>{escape(title)}</figcaption>'
         f'<div class="plot" id="{escape(place)}"></div></figure>'
     )
 

@@ -101,8 +101,10 @@ def _times(value: float | None) -> str:
 
 
 def _arms(results: StudyResults, drawn: dict[str, Figure]) -> str:
-    curves = plot("arms", "Validation loss", wide=True) if "arms" in drawn else ""
-    spread = plot("differences", "Difference by seed") if "differences" in drawn else ""
+    curves = plot("arms", "Validation loss", shape="tall") if "arms" in drawn else ""
+    spread = (
+        plot("differences", "Difference by seed", shape="low") if "differences" in drawn else ""
+    )
     pairs = results.verdict.pairs if results.verdict else ()
     note = (
         "The same target, budget, data order and seed, once grown from the best trial's checkpoint "

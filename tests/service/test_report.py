@@ -1,0 +1,223 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from service.results.costs import costs_of
+from service.results.figures import log_ticks, loss_against
+from service.results.report import MAX_TABLE_TRIALS, page
+from service.results.schemas import (
+    Costs,
+    Evaluation,
+    Growth,
+    ReportTrial,
+    StudyResults,
+    TargetRun,
+)
+from service.results.verdict import Verdict, judge
+from service.studies.schemas import RunCounts, StudySpec
+
+EVIL = "</script><script>alert('x')</script><img src=//evil.example/a.png>"
+SPEC = StudySpec.model_validate(
+    {
+        "name": "a-study",
+        "data": {"source": "stdlib"},
+        "proxy": {"width": 32, "depth": 1, "head_dim": 16},
+        "target": {"width": 64},
+        "search_space": {"lr": {"type": "float", "low": 1e-4, "high": 1e-1, "log": True}},
+        "hpo": {"trials": 2},
+    }
+)
+COSTS = Costs(
+    search_flops=8e9,
+    base_flops=1e9,
+    warm_flops=4e9,
+    warm_base_counted_flops=5e9,
+    cold_flops=4e9,
+    total_flops=24e9,
+)
+
+
+def curve(final):
+    return tuple(
+        Evaluation(step=i, tokens=250 * i, val_loss_nats=final + 1 - i / 4) for i in range(1, 5)
+    )
+
+
+def trial(number=0, **changes):
+    fields = {
+        "number": number,
+        "run_id": f"run_{number}",
+        "state": "succeeded",
+        "diverged": False,
+        "params": {"lr": 0.01},
+        "val_loss_nats": 2.0,
+        "cost_flops": 1e9,
+        "error": None,
+        "curve": curve(2.0),
+    }
+    return ReportTrial.model_validate(fields | changes)
+
+
+def target(arm, seed, final, **changes):
+    fields = {
+        "run_id": f"run_{arm}_{seed}",
+        "arm": arm,
+        "seed": seed,
+        "seed_number": seed,
+        "state": "succeeded",
+        "val_loss_nats": final,
+        "tokens": 1000,
+        "num_tokens": 1000,
+        "cost_flops": 4e9,
+        "curve": curve(final),
+    }
+    return TargetRun.model_validate(fields | changes)
+
+
+def results(targets=(), **changes):
+    fields = {
+        "study_id": "st_1",
+        "study_name": "a-study",
+        "state": "active",
+        "reason": None,
+        "trials_budget": 2,
+        "trials": RunCounts(),
+        "best_trial": None,
+        "targets": targets,
+        "costs": COSTS,
+        "verdict": None,
+        "pending": "0 of 2 trials are finished",
+    }
+    return StudyResults.model_validate(fields | changes)
+
+
+@pytest.fixture
+def judged():
+    targets = [target(a, s, f) for s in (0, 1) for a, f in (("warm", 1.9), ("cold", 2.0))]
+    growth = Growth(g_width=2, g_nonembedding=4, g_total=2.5)
+    verdict = judge(targets, growth=growth, costs=COSTS)
+    assert isinstance(verdict, Verdict)
+    return results(targets, state="completed", verdict=verdict, pending=None)
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: its elements' attributes and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.texts = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def drawn(html):
+    embedded = re.search(
+        r'<script id="figures" type="application/json">(.*?)</script>', html, re.DOTALL
+    )
+    assert embedded
+    return json.loads(embedded[1])
+
+
+def test_the_page_needs_no_network(judged):
+    html = page(judged, [trial()], SPEC)
+    elements = Page(html).elements
+    assert not [tag for tag, _ in elements if tag in ("link", "iframe", "img", "object", "base")]
+    assert not [attrs for tag, attrs in elements if tag == "script" and "src" in attrs]
+    policy = [a["content"] for t, a in elements if t == "meta" and "http-equiv" in a]
+    assert policy[0].startswith("default-src 'none'")
+
+
+def test_every_figure_has_its_place_and_every_place_its_figure(judged):
+    html = page(judged, [trial(0), trial(1, params={"lr": 0.02})], SPEC)
+    places = {a["id"] for _, a in Page(html).elements if a.get("class") == "plot"}
+    assert places == set(drawn(html))
+    assert places == {"arms", "differences", "trials", "learning", "dimension-lr"}
+
+
+def test_nothing_a_user_wrote_becomes_markup(judged):
+    choices = {"lr": {"type": "categorical", "choices": [0.01]}}
+    spec = StudySpec.model_validate(SPEC.model_dump() | {"search_space": choices})
+    evil = page(
+        judged.model_copy(update={"study_name": EVIL, "reason": EVIL}),
+        [trial(params={"lr": EVIL}, error=EVIL)],
+        spec,
+    )
+    tags = [tag for tag, _ in Page(evil).elements]
+    assert (tags.count("script"), tags.count("img")) == (3, 0)
+    assert any(EVIL in text for text in Page(evil).texts)
+
+
+def test_hover_texts_hold_no_markup_of_a_user():
+    figure = loss_against(
+        [trial(params={"lr": "<a href='http://evil.example'>x</a>"})], "lr", log=False
+    )
+    assert "<a" not in json.dumps(figure)
+
+
+def test_the_verdict_s_sentence_is_on_the_page(judged):
+    text = " ".join(Page(page(judged, [], SPEC)).texts)
+    assert "Growing paid" in text
+    assert judged.verdict.sentence.split(": ", 1)[1][5:] in text
+
+
+def test_a_study_with_nothing_yet_says_what_it_waits_for():
+    html = page(results(), [], SPEC)
+    text = " ".join(Page(html).texts)
+    assert "No verdict yet" in text
+    assert "0 of 2 trials are finished" in text
+    assert drawn(html) == {}
+
+
+def test_curves_start_after_the_first_token():
+    runs = [
+        target("warm", 0, 1.9, curve=(Evaluation(step=0, tokens=0, val_loss_nats=9), *curve(2)))
+    ]
+    (trace,) = drawn(page(results(runs), [], SPEC))["arms"]["data"]
+    assert min(trace["x"]) > 0
+
+
+def test_a_page_of_many_trials_stays_a_page():
+    trials = [trial(n, curve=(), val_loss_nats=2 + n / 1000) for n in range(2 * MAX_TABLE_TRIALS)]
+    html = page(results(), trials, SPEC)
+    assert html.count("<tr>") == MAX_TABLE_TRIALS + 1
+    assert f"The best {MAX_TABLE_TRIALS} of {2 * MAX_TABLE_TRIALS} trials" in html
+
+
+def test_ticks_of_a_logarithmic_axis_reach_past_both_ends():
+    ticks = log_ticks(0.0005, 0.03)
+    assert ticks[0] <= 0.0005
+    assert ticks[-1] >= 0.03
+    assert ticks == sorted(ticks)
+
+
+def test_the_base_counted_is_the_base_and_one_warm_run():
+    targets = [
+        target("warm", 0, 1.9),
+        target("warm", 1, 1.9, cost_flops=6e9),
+        target("cold", 0, 2.0),
+    ]
+    costs = costs_of(search_flops=9e9, best_flops=1e9, targets=targets, total_flops=23e9)
+    assert costs.warm_flops == 5e9
+    assert costs.warm_base_counted_flops == 6e9
+    assert costs.cold_flops == 4e9
+
+
+def test_a_ladder_s_lower_rungs_are_part_of_its_base():
+    lower = [target("warm", s, 2.0, cost_flops=2e9) for s in (0, 1)]
+    last = [target("warm", s, 1.9, rung=1) for s in (0, 1)]
+    costs = costs_of(search_flops=9e9, best_flops=1e9, targets=[*lower, *last], total_flops=21e9)
+    assert costs.base_flops == 3e9
+
+
+def test_runs_that_failed_are_no_measure_of_cost():
+    targets = [target("warm", 0, 2.0, state="failed", cost_flops=1.0)]
+    costs = costs_of(search_flops=9e9, best_flops=None, targets=targets, total_flops=9e9)
+    assert costs.warm_flops is None
+    assert costs.warm_base_counted_flops is None
