@@ -1,7 +1,6 @@
 """The FastAPI application: wiring and nothing else."""
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -19,7 +18,7 @@ from service.sampler import Sampler
 from service.settings import Settings
 from service.studies.routes import router as studies
 
-_log = logging.getLogger(__name__)
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def create_app(settings: Settings, url: URL) -> FastAPI:
@@ -48,8 +47,14 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     v1 = APIRouter(prefix="/v1")
     for router in (studies, runs, leases, results):
         v1.include_router(router)
+    v1.add_api_route("/{path:path}", _no_such_call, methods=_METHODS, include_in_schema=False)
     app.include_router(v1)
     app.include_router(probes.router)
     # Last: the dashboard owns paths at the root.
     app.mount("/", dashboard.guarded(WSGIMiddleware(dashboard.wsgi(sampler)), app))
     return app
+
+
+def _no_such_call(path: str) -> None:
+    """Below /v1 a path that is not ours is a problem, not a page of the dashboard's."""
+    raise errors.not_found("call", f"/v1/{path}")

@@ -1,6 +1,8 @@
 """Problems (RFC 9457) and how every error becomes one."""
 
+import json
 import logging
+from collections.abc import Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -16,6 +18,7 @@ from service.studies.schemas import FieldError
 
 _log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
+_LONGEST_VALUE = 200
 
 
 class FieldProblem(BaseModel):
@@ -78,10 +81,10 @@ def _response(problem: Problem, headers: dict[str, str] | None = None) -> JSONRe
     )
 
 
-def _field(error: dict[str, Any]) -> FieldProblem:
+def _field(error: dict[str, Any], body: object) -> FieldProblem:
     """One entry of pydantic's list; a FieldError raised by a whole spec names its own path."""
     raised = (error.get("ctx") or {}).get("error")
-    path = ".".join(str(part) for part in error["loc"] if part != "body")
+    path = ".".join(_path([part for part in error["loc"] if part != "body"], body))
     message, value = str(error["msg"]).removeprefix("Value error, "), error.get("input")
     if isinstance(raised, FieldError):
         path = ".".join(part for part in (path, raised.path) if part)
@@ -91,17 +94,36 @@ def _field(error: dict[str, Any]) -> FieldProblem:
     return FieldProblem(path=path, message=message, value=_short(value))
 
 
+def _path(parts: list[Any], body: object) -> Iterator[str]:
+    """The location as a user wrote it: without the tag that pydantic adds below a tagged union."""
+    for part in parts:
+        inside: dict[Any, Any] = body if isinstance(body, dict) else {}
+        if part not in inside and part == inside.get("type"):
+            continue
+        yield str(part)
+        body = _inside(body, part)
+
+
+def _inside(body: object, part: object) -> object:
+    if isinstance(body, dict):
+        return body.get(part)
+    if isinstance(body, list) and isinstance(part, int) and part < len(body):
+        return body[part]
+    return None
+
+
 def _short(value: object) -> object:
-    """Scalars as they are; anything larger as its beginning."""
-    if value is None or isinstance(value, bool | int):
-        return value
-    text = repr(value) if not isinstance(value, str) else value
-    return text if len(text) <= 200 else text[:200] + "…"  # noqa: PLR2004
+    """What was given, if it is small and can be sent back; else the beginning of its text."""
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        text, value = repr(value), repr(value)
+    return value if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"
 
 
-def from_validation(errors: list[dict[str, Any]]) -> Problem:
+def from_validation(errors: list[dict[str, Any]], body: object) -> Problem:
     """422 with every bad field."""
-    fields = tuple(_field(error) for error in errors)
+    fields = tuple(_field(error, body) for error in errors)
     detail = "; ".join(f"{f.path}: {f.message} (got {f.value!r})" for f in fields[:3])
     return Problem(422, "invalid", detail, fields)
 
@@ -116,7 +138,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _response(from_validation(list(error.errors())))
+        return _response(from_validation(list(error.errors()), error.body))
 
     @app.exception_handler(HTTPException)
     def on_http(_: Request, error: HTTPException) -> JSONResponse:

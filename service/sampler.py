@@ -278,7 +278,7 @@ def make_pruner(spec: StudySpec) -> BasePruner:
             return NopPruner()
         case "median":
             startup = min(5, max(1, spec.hpo.trials // 4))
-            return MedianPruner(n_startup_trials=startup, n_warmup_steps=1)
+            return MedianPruner(n_startup_trials=startup, n_warmup_steps=2)
         case "successive_halving":
             return SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         case "hyperband":

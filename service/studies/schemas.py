@@ -169,7 +169,7 @@ class StudySpec(Spec):
                 try:
                     run.with_params({name: value})
                 except ValidationError as error:
-                    message = f"reaches {value!r}, which {name} refuses: {error.errors()[0]['msg']}"
+                    message = f"reaches {value!r}, which {name} refuses: {reason(error)}"
                     raise FieldError(f"search_space.{name}", value, message) from None
         self._check_phases(run)
         if self.hpo.sampler == "grid":
@@ -182,7 +182,7 @@ class StudySpec(Spec):
         try:
             run.with_params(longest)
         except ValidationError as error:
-            raise FieldError("search_space", longest, error.errors()[0]["msg"]) from None
+            raise FieldError("search_space", longest, reason(error)) from None
 
     def _check_grid(self) -> None:
         for name, dimension in self.search_space.items():
@@ -197,20 +197,10 @@ class StudySpec(Spec):
             raise FieldError("hpo.trials", self.hpo.trials, message)
 
     def _check_rungs(self) -> None:
-        below = self.proxy
+        below = self.base_model
         for rung, (place, spec) in enumerate(self._places()):
-            try:
-                target = self.rung_model(rung)
-                self.warmstart.check(below, target)
-                self.rung_train(rung)
-            except ValidationError as error:
-                first = error.errors()[0]
-                field = [str(part) for part in first["loc"]] or ["width"]
-                value = first["input"] if first["loc"] else spec.width
-                raise FieldError(".".join([place, *field]), value, first["msg"]) from None
-            except ValueError as error:
-                raise FieldError(f"{place}.width", spec.width, str(error)) from None
-            below = target
+            below = grown_model(below, spec, self.warmstart, place)
+            overridden_train(self.train, spec, place)
 
     def _places(self) -> list[tuple[str, TargetSpec]]:
         if self.target is not None:
@@ -230,13 +220,11 @@ class StudySpec(Spec):
 
     def rung_model(self, rung: int) -> ModelSpec:
         """The model of one rung: the proxy's shape with this width and depth."""
-        target = self.rungs[rung]
-        shape = {"width": target.width, "depth": target.depth or self.proxy.depth}
-        return ModelSpec.model_validate(self.base_model.model_dump() | shape)
+        return shaped_like(self.base_model, self.rungs[rung])
 
     def rung_train(self, rung: int) -> TrainSpec:
         """The train spec of one rung: the study's with the rung's overrides."""
-        return TrainSpec.model_validate(self.train.model_dump() | self.rungs[rung].train)
+        return overridden_train(self.train, self.rungs[rung], "target")
 
     def trial_run(self, seed: int) -> RunSpec:
         """A trial's run, before its parameters."""
@@ -256,6 +244,41 @@ class StudySpec(Spec):
             yield "warmstart.seeds 1: a verdict from one seed has no interval; 2 or more give one"
         if self.rungs and not self.warmstart.control:
             yield "warmstart.control false: without a cold run there is no verdict"
+
+
+def shaped_like(base: ModelSpec, target: TargetSpec) -> ModelSpec:
+    """`base` with the target's width and depth."""
+    shape = {"width": target.width, "depth": target.depth or base.depth}
+    return ModelSpec.model_validate(base.model_dump() | shape)
+
+
+def grown_model(
+    base: ModelSpec, target: TargetSpec, options: GrowthOptions, place: str
+) -> ModelSpec:
+    """The target's model, if `base` can be grown into it; else a FieldError below `place`."""
+    try:
+        model = shaped_like(base, target)
+        options.check(base, model)
+    except ValidationError as error:
+        raise FieldError(f"{place}.width", target.width, reason(error)) from None
+    except ValueError as error:
+        raise FieldError(f"{place}.width", target.width, str(error)) from None
+    return model
+
+
+def overridden_train(train: TrainSpec, target: TargetSpec, place: str) -> TrainSpec:
+    """`train` with the target's overrides; a FieldError below `place` if one is refused."""
+    try:
+        return TrainSpec.model_validate(train.model_dump() | target.train)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join([f"{place}.train", *(str(part) for part in first["loc"])])
+        raise FieldError(path, first["input"], reason(error)) from None
+
+
+def reason(error: ValidationError) -> str:
+    """The first complaint of a validation, in its own words."""
+    return error.errors()[0]["msg"].removeprefix("Value error, ")
 
 
 def grid_points(dimension: Dimension) -> tuple[Any, ...]:

@@ -3,15 +3,20 @@
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from pydantic import ValidationError
-
 from service.errors import bad_field, conflict, not_found
 from service.protocol import Arm
 from service.studies.advance import base_of, best_trial, enqueue_target, lock
 from service.studies.plan import Base, NewTarget, target_seeds
-from service.studies.schemas import StudySpec, TargetRequest, WarmstartSpec
+from service.studies.schemas import (
+    FieldError,
+    StudySpec,
+    TargetRequest,
+    WarmstartSpec,
+    grown_model,
+    overridden_train,
+)
 from service.tables import Checkpoint, Run, Study
-from warmcore.spec import CheckpointRef, ModelSpec, RunSpec, TrainSpec
+from warmcore.spec import CheckpointRef, RunSpec
 
 
 def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
@@ -26,8 +31,12 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
     spec = StudySpec.model_validate(study.spec)
     warmstart = request.warmstart or spec.warmstart
     base_run, base = _base(session, study, request)
-    model = _model(RunSpec.model_validate(base_run.spec).model, request, warmstart)
-    _check_train(spec, request)
+    base_model = RunSpec.model_validate(base_run.spec).model
+    try:
+        model = grown_model(base_model, request.target, warmstart, "target")
+        overridden_train(spec.train, request.target, "target")
+    except FieldError as error:
+        raise bad_field(error.path, error.value, str(error)) from None
     launch = 1 + (session.scalar(select(func.max(Run.launch)).where(Run.study_id == study.id)) or 0)
     return [
         enqueue_target(
@@ -92,25 +101,3 @@ def _from_checkpoint(session: Session, study: Study, checkpoint_id: int) -> tupl
     run, checkpoint = row
     ref = CheckpointRef(uri=checkpoint.uri, hash=checkpoint.hash)
     return run, Base(checkpoint_id=checkpoint.id, checkpoint=ref, params=run.params)
-
-
-def _model(base: ModelSpec, request: TargetRequest, warmstart: WarmstartSpec) -> ModelSpec:
-    target = request.target
-    shape = {"width": target.width, "depth": target.depth or base.depth}
-    try:
-        model = ModelSpec.model_validate(base.model_dump() | shape)
-        warmstart.check(base, model)
-    except ValidationError as error:
-        raise bad_field("target.width", target.width, error.errors()[0]["msg"]) from None
-    except ValueError as error:
-        raise bad_field("target.width", target.width, str(error)) from None
-    return model
-
-
-def _check_train(spec: StudySpec, request: TargetRequest) -> None:
-    try:
-        TrainSpec.model_validate(spec.train.model_dump() | request.target.train)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(["target.train", *(str(part) for part in first["loc"])])
-        raise bad_field(path, first["input"], first["msg"]) from None

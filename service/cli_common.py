@@ -1,0 +1,110 @@
+"""What the commands share: options, exit codes, the connection, how errors are said."""
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from service import home as homes
+
+if TYPE_CHECKING:
+    from service.client import Client, ServiceError
+
+DEFAULT_URL = "http://127.0.0.1:8765"
+PATIENCE_SECONDS = 3.0
+
+Home = Annotated[
+    Path,
+    typer.Option(
+        envvar="WARMSCALE_HOME", help="Folder of the local stack: database, checkpoints, its key."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name or id.")]
+
+EXIT_CODES = """Exit codes: 0 done; 1 the study failed, or there is no verdict; 2 wrong usage or a bad spec;
+3 the service cannot be reached; 4 not found, or in conflict with what is there; 5 the API key is
+missing or refused."""
+
+
+class Exit(IntEnum):
+    """What a command's exit code says."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    CONFLICT = 4
+    REFUSED = 5
+
+
+def fail(code: Exit, message: str) -> NoReturn:
+    """Say on one screen what is wrong, and end."""
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def access(home: Path) -> homes.Access:
+    """Where the service is and the key to it: from the environment, else from the home folder.
+
+    The home's key is for the home's own service: another URL needs its key beside it.
+    """
+    try:
+        local = homes.read_access(home)
+    except ValueError as error:
+        fail(Exit.USAGE, str(error))
+    url = os.environ.get("WARMSCALE_URL") or (local.url if local else DEFAULT_URL)
+    key = os.environ.get("WARMSCALE_API_KEY")
+    if key is None and local is not None and local.url == url:
+        key = local.key
+    if key is None:
+        works = "set WARMSCALE_API_KEY, or start a local stack with `warmscale up`"
+        fail(Exit.REFUSED, f"no API key for {url} (none in {home / 'client.json'}); {works}")
+    return homes.Access(url=url, key=key)
+
+
+@contextmanager
+def connected(home: Path, patience_seconds: float = PATIENCE_SECONDS) -> Generator["Client"]:
+    """A client of the service; whatever it answers badly ends the command with a short message."""
+    from httpx import InvalidURL, TransportError  # noqa: PLC0415 - `--help` need not wait for it
+
+    from service.client import Client, ServiceError  # noqa: PLC0415
+
+    found = access(home)
+    try:
+        with Client(found.url, found.key, patience_seconds=patience_seconds) as client:
+            yield client
+    except ServiceError as error:
+        fail(exit_code(error.status), described(error))
+    except (TransportError, InvalidURL) as error:
+        works = "is it running? start one with `warmscale up`, or set WARMSCALE_URL"
+        fail(Exit.UNREACHABLE, f"cannot reach {found.url} ({error}); {works}")
+
+
+def exit_code(status: int) -> Exit:
+    """The exit code for a problem's HTTP status."""
+    match status:
+        case 401 | 403:
+            return Exit.REFUSED
+        case 404 | 409:
+            return Exit.CONFLICT
+        case _ if status >= 500:  # noqa: PLR2004 - HTTP: the server's fault
+            return Exit.UNREACHABLE
+        case _:
+            return Exit.USAGE
+
+
+def described(error: "ServiceError") -> str:
+    """A problem as lines: each bad field with its value and what works, else the detail."""
+    fields = [_field(field) for field in error.problem.get("errors") or []]
+    return "\n".join(fields) or str(error.problem.get("detail") or error)
+
+
+def _field(field: dict[str, Any]) -> str:
+    value = field.get("value")
+    got = "" if value is None else f" (got {value!r})"
+    return f"{field.get('path') or 'spec'}: {field.get('message')}{got}"

@@ -1,0 +1,133 @@
+"""The state tables and the plan, as laws."""
+
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.lifecycle import (
+    FINAL_RUN_STATES,
+    LIVE_RUN_STATES,
+    RUN_TRANSITIONS,
+    STUDY_TRANSITIONS,
+    after_attempt,
+    derived_seed,
+    retry_delay_seconds,
+    sources,
+)
+from service.protocol import Outcome, RunState, StudyState
+from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_seeds
+from service.studies.schemas import StudySpec
+from warmcore.spec import CheckpointRef
+
+outcomes = st.sampled_from(get_args(Outcome))
+
+
+def test_every_state_has_its_row():
+    assert set(RUN_TRANSITIONS) == set(get_args(RunState))
+    assert set(STUDY_TRANSITIONS) == set(get_args(StudyState))
+    assert set(FINAL_RUN_STATES) == {"succeeded", "pruned", "failed", "cancelled"}
+    assert set(LIVE_RUN_STATES) == {"queued", "leased"}
+
+
+def test_a_study_moves_to_a_state_only_from_its_sources():
+    assert set(sources("paused")) == {"active"}
+    assert set(sources("active")) == {"paused"}
+    assert set(sources("cancelled")) == {"active", "paused"}
+
+
+@given(outcomes, st.booleans(), st.integers(0, 5), st.integers(1, 5))
+def test_an_attempt_ends_only_where_the_table_allows(outcome, retryable, failures, most):
+    state = after_attempt(outcome, retryable=retryable, failures=failures, max_attempts=most)
+    assert state in RUN_TRANSITIONS["leased"]
+
+
+@given(st.booleans(), st.integers(1, 9), st.integers(1, 9))
+def test_a_failed_attempt_is_tried_again_only_while_attempts_are_left(retryable, failures, most):
+    state = after_attempt("failed", retryable=retryable, failures=failures, max_attempts=most)
+    assert (state == "queued") == (retryable and failures < most)
+
+
+@given(st.integers(1, 1000))
+def test_retries_wait_longer_each_time_and_five_minutes_at_most(failures):
+    assert retry_delay_seconds(failures) <= retry_delay_seconds(failures + 1) <= 300
+
+
+@given(st.integers(), st.integers(), st.integers())
+def test_derived_seeds_depend_on_every_part(a, b, c):
+    assert 0 <= derived_seed(a, b) < 2**63
+    assert (derived_seed(a, b) == derived_seed(a, c)) == (b == c)
+
+
+def spec_of(rungs, control, seeds):
+    ladder = [{"width": 32 + 16 * (r + 1)} for r in range(rungs)]
+    return StudySpec.model_validate(
+        {
+            "name": "s",
+            "data": {"source": "stdlib"},
+            "proxy": {"width": 32, "depth": 1, "head_dim": 16},
+            "ladder": ladder,
+            "search_space": {"lr": {"type": "float", "low": 0.1, "high": 0.2}},
+            "hpo": {"trials": 1},
+            "warmstart": {"control": control, "seeds": seeds},
+        }
+    )
+
+
+def base(i):
+    ref = CheckpointRef(uri=f"file:///{i}", hash=f"{i:064x}")
+    return Base(checkpoint_id=i, checkpoint=ref, params={"lr": 0.1})
+
+
+@settings(deadline=None)
+@given(st.integers(0, 3), st.booleans(), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_a_plan_ends_enqueues_each_target_once_and_grows_only_from_the_rung_below(
+    rungs, control, seeds, random
+):
+    spec, targets, enqueued = spec_of(rungs, control, seeds), [], []
+    for _ in range(100):
+        step = next_step(spec, base(0), tuple(targets))
+        if isinstance(step, End):
+            break
+        for new in step or ():
+            enqueued.append(new)
+            targets.append(
+                TargetFact(rung=new.rung, arm=new.arm, seed=new.seed, state="queued", base=None)
+            )
+        live = [i for i, t in enumerate(targets) if t.state == "queued"]
+        done = random.choice(live)
+        state = random.choice(["succeeded", "succeeded", "failed"])
+        made = base(done + 1) if state == "succeeded" else None
+        old = targets[done]
+        targets[done] = TargetFact(
+            rung=old.rung, arm=old.arm, seed=old.seed, state=state, base=made
+        )
+    assert isinstance(step, End)
+    keys = [(t.rung, t.arm, t.seed) for t in enqueued]
+    assert len(keys) == len(set(keys)) <= seeds * (rungs + control)
+    for new in enqueued:
+        check_base(new, targets, rungs)
+
+
+def check_base(new: NewTarget, targets, rungs):
+    if new.arm == "cold":
+        assert (new.base, new.rung) == (None, rungs - 1)
+    elif new.rung == 0:
+        assert new.base == base(0)
+    else:
+        below = [t for t in targets if (t.rung, t.arm, t.seed) == (new.rung - 1, "warm", new.seed)]
+        assert [t.base for t in below] == [new.base]
+
+
+def test_without_a_base_a_study_fails_and_without_targets_it_completes():
+    assert next_step(spec_of(1, True, 1), None, ()) == End(
+        state="failed", reason="no trial succeeded with a checkpoint to grow from"
+    )
+    assert next_step(spec_of(0, True, 1), base(0), ()) == End(state="completed")
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_target_seeds_are_distinct_and_depend_on_the_study(count):
+    assert len(set(target_seeds(0, count))) == count
+    assert not set(target_seeds(0, count)) & set(target_seeds(1, count))

@@ -1,0 +1,167 @@
+"""Optuna behind the sampler: every sampler searches, restarts do not repeat, ends agree."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from service.db import optuna_url
+from service.sampler import Sampler
+from service.studies.schemas import StudySpec
+
+SPACE = {
+    "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},
+    "beta2": {"type": "float", "low": 0.9, "high": 0.98, "step": 0.02},
+    "batch_size": {"type": "int", "low": 4, "high": 16, "step": 4},
+}
+
+
+@pytest.fixture
+def make(database_url):
+    samplers = []
+
+    def new():
+        samplers.append(Sampler(optuna_url(database_url), pool_size=2))
+        return samplers[-1]
+
+    yield new
+    for sampler in samplers:
+        sampler.close()
+
+
+@pytest.fixture
+def spec(study_spec):
+    def build(sampler="random", trials=12, pruner="none", space=SPACE, seed=0):
+        hpo = {"trials": trials, "sampler": sampler, "pruner": pruner, "seed": seed}
+        return StudySpec.model_validate(study_spec(hpo=hpo, search_space=space, target=None))
+
+    return build
+
+
+def search(sampler, spec, n):
+    """Ask and tell `n` times; the loss is least at lr = 0.01."""
+    asked = []
+    for _ in range(n):
+        suggestion = sampler.ask(spec.name, spec)
+        loss = abs(math.log(suggestion.params["lr"] / 0.01))
+        sampler.tell(spec.name, suggestion.number, "succeeded", loss)
+        asked.append(suggestion)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["random", "tpe", "cmaes", "gp", "qmc"])
+def test_every_sampler_stays_in_its_space_and_repeats_nothing(make, spec, name):
+    sampler, study = make(), spec(name)
+    sampler.create(study.name)
+    asked = search(sampler, study, 12)
+    assert [s.number for s in asked] == list(range(12))
+    for suggestion in asked:
+        assert 1e-3 <= suggestion.params["lr"] <= 3e-2
+        assert suggestion.params["batch_size"] in (4, 8, 12, 16)
+        assert min(abs(suggestion.params["beta2"] - b / 100) for b in range(90, 99, 2)) < 1e-9
+    assert len({s.params["lr"] for s in asked}) == 12
+
+
+def test_tpe_finds_the_minimum_better_than_chance(make, spec):
+    sampler, study = make(), spec("tpe", trials=30)
+    sampler.create(study.name)
+    late = search(sampler, study, 30)[15:]
+    near = sum(abs(math.log(s.params["lr"] / 0.01)) < math.log(2) for s in late)
+    assert near >= 10  # chance: 6 of 15
+
+
+def test_a_grid_visits_every_point_once_and_its_end_is_no_error(make, spec):
+    space = {
+        "lr": {"type": "categorical", "choices": [0.001, 0.002, 0.004]},
+        "batch_size": {"type": "int", "low": 4, "high": 8, "step": 4},
+    }
+    sampler, study = make(), spec("grid", trials=6, space=space)
+    sampler.create(study.name)
+    points = {tuple(s.params.values()) for s in search(sampler, study, 6)}
+    assert len(points) == 6
+    assert {state for state, _ in sampler.states(study.name).values()} == {"COMPLETE"}
+
+
+@pytest.mark.parametrize("name", ["random", "tpe", "cmaes", "qmc"])
+def test_a_restart_does_not_repeat_the_draws_before_it(make, spec, name):
+    study = spec(name)
+    make().create(study.name)
+    before = search(make(), study, 5)
+    after = search(make(), study, 5)
+    drawn = [s.params["lr"] for s in before + after]
+    assert len(set(drawn)) == 10
+
+
+def test_the_same_seed_draws_the_same_trials(make, spec):
+    sampler = make()
+    one, two, other = spec(seed=3), spec(seed=3), spec(seed=4)
+    for study in (one, two, other):
+        sampler.create(study.name)
+    drawn = [[s.params for s in search(sampler, study, 4)] for study in (one, two, other)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_gp_runs_without_torch_in_the_service(database_url, spec):
+    study = spec("gp", trials=4)
+    program = """
+import sys
+from service.sampler import Sampler
+from service.studies.schemas import StudySpec
+if __name__ == "__main__":
+    spec = StudySpec.model_validate_json(sys.argv[2])
+    sampler = Sampler(sys.argv[1])
+    sampler.create(spec.name)
+    for n in range(4):
+        s = sampler.ask(spec.name, spec)
+        sampler.tell(spec.name, s.number, "succeeded", s.params["lr"])
+    sampler.close()
+    assert "torch" not in sys.modules
+    print("no torch")
+"""
+    arguments = [sys.executable, "-c", program, optuna_url(database_url), study.model_dump_json()]
+    assert "no torch" in subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("pruner", ["median", "successive_halving", "hyperband"])
+def test_every_pruner_stops_the_worst_and_keeps_the_best(make, spec, pruner):
+    sampler, study = make(), spec(pruner=pruner, trials=24)
+    sampler.create(study.name)
+    stopped = {}
+    for loss in [*range(24)]:
+        number = sampler.ask(study.name, study).number
+        values = {e: float(loss) for e in range(1, study.train.evaluations + 1)}
+        stopped[loss] = any(
+            sampler.report(study.name, study, number, {e: v}) for e, v in values.items()
+        )
+        sampler.tell(study.name, number, "pruned" if stopped[loss] else "succeeded", float(loss))
+    assert not stopped[0]
+    assert sum(stopped.values()) >= 6
+
+
+def test_telling_twice_keeps_the_first_end(make, spec):
+    sampler, study = make(), spec()
+    sampler.create(study.name)
+    number = sampler.ask(study.name, study).number
+    sampler.tell(study.name, number, "succeeded", 2.0)
+    sampler.tell(study.name, number, "failed", None)
+    assert sampler.states(study.name) == {number: ("COMPLETE", 2.0)}
+
+
+def test_a_trial_that_diverged_before_any_report_is_pruned_at_infinity(make, spec):
+    sampler, study = make(), spec()
+    sampler.create(study.name)
+    number = sampler.ask(study.name, study).number
+    sampler.tell(study.name, number, "diverged", None)
+    assert sampler.states(study.name) == {number: ("PRUNED", math.inf)}
+
+
+def test_reporting_twice_keeps_the_first_value(make, spec):
+    sampler, study = make(), spec()
+    sampler.create(study.name)
+    number = sampler.ask(study.name, study).number
+    sampler.report(study.name, study, number, {1: 3.0})
+    sampler.report(study.name, study, number, {1: 9.0, 2: 2.0})
+    sampler.tell(study.name, number, "pruned", None)
+    sampler.report(study.name, study, number, {3: 1.0})
+    assert sampler.states(study.name) == {number: ("PRUNED", 2.0)}
