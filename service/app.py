@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from a2wsgi import WSGIMiddleware
 from fastapi import APIRouter, FastAPI
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import sessionmaker
@@ -51,7 +50,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.include_router(v1)
     app.include_router(probes.router)
     # Last: the dashboard owns paths at the root.
-    app.mount("/", dashboard.guarded(WSGIMiddleware(dashboard.wsgi(sampler)), app))
+    app.mount("/", dashboard.guarded(dashboard.asgi(sampler), app))
     return app
 
 

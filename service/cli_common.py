@@ -13,6 +13,7 @@ from service import home as homes
 
 if TYPE_CHECKING:
     from service.client import Client, ServiceError
+    from service.settings import Settings
 
 DEFAULT_URL = "http://127.0.0.1:8765"
 PATIENCE_SECONDS = 3.0
@@ -26,9 +27,13 @@ Home = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name or id.")]
 
-EXIT_CODES = """Exit codes: 0 done; 1 the study failed, or there is no verdict; 2 wrong usage or a bad spec;
-3 the service cannot be reached; 4 not found, or in conflict with what is there; 5 the API key is
-missing or refused."""
+EXIT_CODES = """Exit codes:
+0  done
+1  the study failed, or there is no verdict
+2  wrong usage, or a bad spec
+3  the service cannot be reached
+4  not found, or in conflict with what is there
+5  the API key is missing or refused"""
 
 
 class Exit(IntEnum):
@@ -70,9 +75,9 @@ def access(home: Path) -> homes.Access:
 @contextmanager
 def connected(home: Path, patience_seconds: float = PATIENCE_SECONDS) -> Generator["Client"]:
     """A client of the service; whatever it answers badly ends the command with a short message."""
-    from httpx import InvalidURL, TransportError  # noqa: PLC0415 - `--help` need not wait for it
+    from httpx import InvalidURL, TransportError  # `--help` need not wait for it
 
-    from service.client import Client, ServiceError  # noqa: PLC0415
+    from service.client import Client, ServiceError
 
     found = access(home)
     try:
@@ -108,3 +113,18 @@ def _field(field: dict[str, Any]) -> str:
     value = field.get("value")
     got = "" if value is None else f" (got {value!r})"
     return f"{field.get('path') or 'spec'}: {field.get('message')}{got}"
+
+
+def settings(home: Path, **given: Any) -> "Settings":
+    """Settings from the environment, with what the command line gave in front."""
+    from pydantic import ValidationError
+
+    from service.settings import Settings
+
+    chosen = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Settings(home=home, **chosen)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "WARMSCALE_" + "_".join(str(part) for part in first["loc"]).upper()
+        fail(Exit.USAGE, f"{name}: {first['msg']} (got {first['input']!r})")

@@ -1,7 +1,7 @@
 """The typed HTTP client: what workers, the CLI and users' own programs call.
 
-Connection errors and 5xx are retried with exponential backoff and full jitter until `patience_seconds`
-have passed; every write it retries is idempotent on the server.
+Connection errors and 5xx are retried with exponential backoff and full jitter until
+`patience_seconds` have passed; every write it retries is idempotent on the server.
 """
 
 import random
@@ -152,7 +152,9 @@ class Client:
 
     def _under_lease(self, lease: Lease, what: str, body: BaseModel, reply: type[M]) -> M:
         headers = {LEASE_TOKEN_HEADER: lease.lease_token}
-        response = self.request("POST", f"/v1/runs/{lease.run_id}/{what}", body=body, headers=headers)
+        response = self.request(
+            "POST", f"/v1/runs/{lease.run_id}/{what}", body=body, headers=headers
+        )
         return reply.model_validate(response.json())
 
 

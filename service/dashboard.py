@@ -2,9 +2,9 @@
 
 import base64
 import binascii
-from collections.abc import Callable
-from typing import Any
+from typing import cast
 
+from a2wsgi import WSGIMiddleware
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -18,9 +18,9 @@ from service.sampler import Sampler
 _READ_METHODS = frozenset({"GET", "HEAD"})
 
 
-def wsgi(sampler: Sampler) -> Callable[..., Any]:
-    """The dashboard's WSGI application."""
-    return sampler.dashboard()
+def asgi(sampler: Sampler) -> ASGIApp:
+    """The dashboard, which is a WSGI application, for a server that speaks ASGI."""
+    return cast("ASGIApp", WSGIMiddleware(sampler.dashboard()))  # two spellings of one type
 
 
 def guarded(dashboard: ASGIApp, app: FastAPI) -> ASGIApp:

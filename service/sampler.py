@@ -1,18 +1,21 @@
 """Optuna, behind one small face: the only file that imports it.
 
 Optuna owns sampled parameters and trial values. A sampler is made anew for every ask, seeded by
-(study seed, trials so far): replicas and restarts then never repeat each other's draws. Grid and QMC
-need one seed for a whole study, and keep their place in the storage.
+(study seed, trials so far): replicas and restarts then never repeat each other's draws. Grid and
+QMC need one seed for a whole study, and keep their place in the storage.
 """
 
+import functools
 import logging
 import math
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from threading import BoundedSemaphore
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import optuna
 import optuna_dashboard
@@ -50,6 +53,9 @@ from service.studies.schemas import (
     grid_points,
 )
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 optuna.logging.disable_default_handler()
@@ -72,18 +78,43 @@ def upgrade(url: str) -> None:
     storage.engine.dispose()
 
 
+def _in_turn(
+    call: Callable[Concatenate["Sampler", P], R],
+) -> Callable[Concatenate["Sampler", P], R]:
+    """At most `pool_size` of these at once: see Sampler."""
+
+    @functools.wraps(call)
+    def bounded(self: "Sampler", *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._turns:  # pyright: ignore[reportPrivateUsage]
+            return call(self, *args, **kwargs)
+
+    return bounded
+
+
 class Sampler:
-    """Optuna's storage in one database. Safe to share between threads; never pickled."""
+    """Optuna's storage in one database. Safe to share between threads; never pickled.
+
+    Optuna opens a second connection inside some transactions (an ask of GP, for one), so threads
+    that each hold one could wait for each other's second for ever. At most `pool_size` calls
+    run at once, and twice as many connections exist: each call can always have its two.
+    """
 
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
         self._url = url
         rdb = RDBStorage(
             url,
-            engine_kwargs={"pool_size": pool_size, "max_overflow": 0, "pool_pre_ping": True},
+            engine_kwargs={
+                "pool_size": pool_size,
+                "max_overflow": pool_size,
+                "pool_pre_ping": True,
+            },
             skip_table_creation=True,
         )
         self.engine = rdb.engine
-        self.storage: BaseStorage = optuna.storages.get_storage(rdb)  # adds a cache of finished trials
+        self.storage: BaseStorage = optuna.storages.get_storage(
+            rdb
+        )  # adds a cache of finished trials
+        self._turns = BoundedSemaphore(pool_size)
         self._gp: ProcessPoolExecutor | None = None
 
     def close(self) -> None:
@@ -92,19 +123,22 @@ class Sampler:
             self._gp.shutdown(cancel_futures=True)
         self.engine.dispose()
 
+    @_in_turn
     def create(self, study: str) -> None:
         """Create Optuna's study of this name; that it is there already is fine."""
         optuna.create_study(
             study_name=study, storage=self.storage, direction="minimize", load_if_exists=True
         )
 
+    @_in_turn
     def ask(self, study: str, spec: StudySpec) -> Suggestion:
         """Start the next trial: an enqueued one first, else one that the sampler chooses."""
         if spec.hpo.sampler == "gp":
             return self._ask_elsewhere(study, spec)
-        return self._ask(study, spec)
+        return self.ask_here(study, spec)
 
-    def _ask(self, study: str, spec: StudySpec) -> Suggestion:
+    def ask_here(self, study: str, spec: StudySpec) -> Suggestion:
+        """Ask in this process, whichever the sampler is."""
         handle = self._load(study)
         handle.sampler = _make_sampler(spec, len(handle.get_trials(deepcopy=False)))
         handle.pruner = make_pruner(spec)
@@ -116,8 +150,14 @@ class Sampler:
         if self._gp is None:
             context = multiprocessing.get_context("spawn")
             self._gp = ProcessPoolExecutor(max_workers=1, mp_context=context)
-        return self._gp.submit(_ask_in_helper, self._url, study, spec.model_dump_json()).result()
+        try:
+            asked = self._gp.submit(_ask_in_helper, self._url, study, spec.model_dump_json())
+            return asked.result()
+        except BrokenProcessPool:
+            self._gp = None  # the next request starts a new one and adopts what this one began
+            raise
 
+    @_in_turn
     def adopt(self, study: str, spec: StudySpec, number: int) -> Suggestion:
         """Take over a trial that was asked for but never got its run; draw what is missing."""
         handle = self._load(study)
@@ -125,15 +165,17 @@ class Sampler:
         trial = Trial(handle, self._trial_id(study, number))
         return Suggestion(number=number, params=_suggest_all(trial, spec))
 
+    @_in_turn
     def running(self, study: str) -> tuple[int, ...]:
         """Numbers of the trials that Optuna holds as running."""
         return tuple(t.number for t in self._trials(study, TrialState.RUNNING))
 
+    @_in_turn
     def waiting(self, study: str) -> dict[int, dict[str, Any]]:
         """Enqueued trials that nobody started: their given parameters by number."""
-        trials = self._trials(study, TrialState.WAITING)
-        return {t.number: dict(t.system_attrs.get("fixed_params", {})) for t in trials}
+        return self._waiting(study)
 
+    @_in_turn
     def states(self, study: str) -> dict[int, tuple[str, float | None]]:
         """State and value of every trial, by number: Optuna's view."""
         return {
@@ -141,16 +183,18 @@ class Sampler:
             for t in self._load(study).get_trials(deepcopy=False)
         }
 
+    @_in_turn
     def enqueue(self, study: str, params: dict[str, Any]) -> int:
         """Put parameters at the head of what is asked next; return the trial's number."""
-        before = set(self.waiting(study))
+        before = set(self._waiting(study))
         self._load(study).enqueue_trial(params)
-        return max(set(self.waiting(study)) - before)
+        return max(set(self._waiting(study)) - before)
 
+    @_in_turn
     def report(
         self, study: str, spec: StudySpec, number: int, evaluations: dict[int, float]
     ) -> bool:
-        """Record validation losses by evaluation number; True when the pruner would stop the trial."""
+        """Record validation losses by evaluation number; True when the pruner would stop it."""
         trial_id = self._trial_id(study, number)
         trial = self.storage.get_trial(trial_id)
         for evaluation, loss in sorted(evaluations.items()):
@@ -160,6 +204,7 @@ class Sampler:
             return False
         return make_pruner(spec).prune(self._load(study), self.storage.get_trial(trial_id))
 
+    @_in_turn
     def tell(self, study: str, number: int, state: str, value: float | None) -> None:
         """End a trial as succeeded (with its value), pruned, diverged, failed or cancelled.
 
@@ -170,11 +215,11 @@ class Sampler:
         trial = self.storage.get_trial(trial_id)
         if trial.state.is_finished():
             return
-        if state == "diverged":
-            self.storage.set_trial_intermediate_value(trial_id, trial.last_step or 1, math.inf)
         end = _TELL.get(state, TrialState.FAIL)
         try:
-            # A plain study: a grid at its end would ask the optimize loop, which we have not, to stop.
+            if state == "diverged":
+                self.storage.set_trial_intermediate_value(trial_id, trial.last_step or 1, math.inf)
+            # A plain study: at its end a grid would stop the optimize loop, which we have not.
             self._load(study).tell(
                 number,
                 value if end is TrialState.COMPLETE else None,
@@ -184,6 +229,7 @@ class Sampler:
         except optuna.exceptions.UpdateFinishedTrialError:
             _log.info("trial %d of %s was told by another request", number, study)
 
+    @_in_turn
     def importance(self, study: str) -> dict[str, float]:
         """Share of each parameter in the variance of the loss among the best trials (PED-ANOVA)."""
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
@@ -200,6 +246,10 @@ class Sampler:
         return optuna.load_study(
             study_name=study, storage=self.storage, sampler=RandomSampler(), pruner=NopPruner()
         )
+
+    def _waiting(self, study: str) -> dict[int, dict[str, Any]]:
+        trials = self._trials(study, TrialState.WAITING)
+        return {t.number: dict(t.system_attrs.get("fixed_params", {})) for t in trials}
 
     def _trials(self, study: str, state: TrialState) -> Iterator[FrozenTrial]:
         yield from self._load(study).get_trials(deepcopy=False, states=(state,))
@@ -219,7 +269,7 @@ _TELL = {
 def _ask_in_helper(url: str, study: str, spec_json: str) -> Suggestion:
     sampler = Sampler(url, pool_size=1)
     try:
-        return sampler._ask(study, StudySpec.model_validate_json(spec_json))  # noqa: SLF001
+        return sampler.ask_here(study, StudySpec.model_validate_json(spec_json))
     finally:
         sampler.close()
 
@@ -229,7 +279,9 @@ def distribution(dimension: Dimension) -> BaseDistribution:
     if isinstance(dimension, CategoricalDimension):
         return CategoricalDistribution(dimension.choices)
     if isinstance(dimension, FloatDimension):
-        return FloatDistribution(dimension.low, dimension.high, log=dimension.log, step=dimension.step)
+        return FloatDistribution(
+            dimension.low, dimension.high, log=dimension.log, step=dimension.step
+        )
     return IntDistribution(
         dimension.low, dimension.high, log=dimension.log, step=dimension.step or 1
     )

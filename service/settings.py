@@ -20,7 +20,8 @@ class Settings(BaseSettings):
         default=None, description="postgresql://…; None starts the embedded server below `home`"
     )
     artifacts: str | None = Field(
-        default=None, description="root URI of checkpoints (file://, s3://, gs://); None: below `home`"
+        default=None,
+        description="root URI of checkpoints (file://, s3://, gs://); None: below `home`",
     )
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8765

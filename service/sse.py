@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fastapi import Request
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
-from sse_starlette.sse import EventSourceResponse, ServerSentEvent
+from sse_starlette.event import ServerSentEvent
+from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from service.errors import bad_field

@@ -1,4 +1,4 @@
-"""Our tables, in schema `warmscale`. Optuna's own stand in schema `optuna`, under its own migrations."""
+"""Our tables, in schema `warmscale`. Optuna's stand in schema `optuna`, migrated by Optuna."""
 
 from datetime import datetime
 from secrets import token_hex
@@ -135,9 +135,7 @@ class Measurement(Base):
 
     __tablename__ = "measurements"
 
-    run_id: Mapped[str] = mapped_column(
-        ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True
-    )
+    run_id: Mapped[str] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True)
     step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
     attempt: Mapped[int]
     tokens: Mapped[int] = mapped_column(BigInteger)

@@ -152,8 +152,9 @@ def free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except OSError as error:
+            message = f"cannot listen on {host}:{port} ({error.strerror}); "
             works = "choose another with --port, or --port 0 for any free one"
-            raise PortTakenError(f"cannot listen on {host}:{port} ({error.strerror}); {works}") from None
+            raise PortTakenError(message + works) from None
         return probe.getsockname()[1]
 
 

@@ -41,8 +41,9 @@ session_home = pytest.fixture(scope="session")(_scratch)
 @pytest.fixture(scope="session")
 def postgres(session_home):
     """A running server, with a database `template_warmscale` that has every table."""
-    from service import db
     from sqlalchemy import create_engine, text
+
+    from service import db
 
     db.use_utc()
     with warnings.catch_warnings():
@@ -82,6 +83,7 @@ def settings(home):
 def api(database_url, settings):
     """The API on a socket, in a thread of this process; `api.client` holds an admin key."""
     import uvicorn
+
     from service import auth
     from service.app import create_app
     from service.client import Client

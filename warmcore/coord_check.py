@@ -16,7 +16,8 @@ from warmcore.model import Decoder, init_, loss_nats
 from warmcore.optim import build_optimizer
 from warmcore.spec import ModelSpec, TrainSpec
 
-KINDS = ("embedding", "attention", "ffn", "final_norm", "unembedding")
+# Not the final norm: it carries the logit multiplier 1/m.
+KINDS = ("embedding", "attention", "ffn", "unembedding")
 
 
 def slopes(

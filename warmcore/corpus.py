@@ -23,6 +23,8 @@ MAX_INSPECTED_BYTES = 64 * 2**20
 MAX_DOCUMENT_SHARE = 1 / 20
 PIECES_PER_SHARE = 8
 MAX_PIECE_BYTES = 2**20
+# Pieces end at a line's end within this many bytes, or within another piece size.
+LINE_BYTES = 256
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 
@@ -206,15 +208,12 @@ def _whole(path: Path) -> Document:
 
 
 def _pieces(path: Path, size: int) -> Iterator[Document]:
-    """Cut after at least `size` bytes, at the line's end, or `size` later where lines are longer.
-
-    What remains at the end may be shorter.
-    """
+    """Cut after at least `size` bytes, at a line's end where there is one soon enough."""
     offset = 0
     with path.open("rb") as file:
         while piece := file.read(size):
             if len(piece) == size:
-                piece += file.readline(size)
+                piece += file.readline(max(size, LINE_BYTES))
             digest = hashlib.sha256(piece).hexdigest()
             yield Document(path=path, offset=offset, num_bytes=len(piece), hash=digest)
             offset += len(piece)

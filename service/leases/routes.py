@@ -16,7 +16,7 @@ _POLL_SECONDS = 0.25
 
 @router.post("/leases", dependencies=[Depends(require("work"))])
 async def lease(body: LeaseRequest, request: Request) -> LeaseReply:
-    """Lease runs that fit; wait up to `wait_seconds` for some. A waiting call holds no connection."""
+    """Lease runs that fit; wait up to `wait_seconds` for some, holding no connection."""
     state = request.app.state
     deadline = time.monotonic() + body.wait_seconds
     while True:

@@ -78,6 +78,7 @@ def tell_finished(sessions: sessionmaker[Session], sampler: Sampler) -> None:
         )
         untold = session.execute(query.order_by(Run.finished_at).limit(100)).all()
     for run, study_name in untold:
+        assert run.trial_number is not None
         end = "diverged" if run.diverged else run.state
         sampler.tell(study_name, run.trial_number, end, run.val_loss_nats)
         with sessions.begin() as session:
@@ -129,7 +130,7 @@ def _lease_new_trial(
     session: Session, sampler: Sampler, settings: Settings, request: LeaseRequest, free: Resources
 ) -> Lease | None:
     """Ask for a trial of the oldest study with room for one, and lease it."""
-    for study_id in session.scalars(_with_room(request)).all():
+    for study_id in list(session.scalars(_with_room(request))):
         study = _claim(session, request, study_id)
         if study is None:
             continue
@@ -145,7 +146,7 @@ def _lease_new_trial(
     return None
 
 
-def _with_room(request: LeaseRequest) -> Select[tuple[str]]:
+def _with_room(request: LeaseRequest) -> Select[str]:
     """Active studies with fewer live trials than `parallel` and fewer trials than their budget."""
     trials = select(func.count()).where(Run.study_id == Study.id, Run.kind == "trial")
     live = trials.where(Run.state.in_(LIVE_RUN_STATES))
@@ -176,9 +177,7 @@ def _claim(session: Session, request: LeaseRequest, study_id: str) -> Study | No
     return study if still else None
 
 
-def _orphan(
-    session: Session, sampler: Sampler, study: Study, spec: StudySpec
-) -> Suggestion | None:
+def _orphan(session: Session, sampler: Sampler, study: Study, spec: StudySpec) -> Suggestion | None:
     """A trial that Optuna started but whose run was never written: a crash fell in between."""
     query = select(Run.trial_number).where(Run.study_id == study.id, Run.kind == "trial")
     known = set(session.scalars(query))
@@ -188,7 +187,9 @@ def _orphan(
 
 def _trial_run(study: Study, spec: StudySpec, suggestion: Suggestion) -> Run:
     seed = derived_seed(spec.hpo.seed, suggestion.number)
-    run = new_run(study, spec, spec.trial_run(seed).with_params(suggestion.params), suggestion.params)
+    run = new_run(
+        study, spec, spec.trial_run(seed).with_params(suggestion.params), suggestion.params
+    )
     run.kind, run.trial_number = "trial", suggestion.number
     run.cpus, run.gpus = spec.resources.trial.cpus, spec.resources.trial.gpus
     return run

@@ -1,4 +1,4 @@
-"""Moves a study on when a run has ended: inside the transaction that ended it, under its row lock."""
+"""Moves a study on when a run has ended: in the transaction that ended it, under its row lock."""
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session

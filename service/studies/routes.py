@@ -112,7 +112,6 @@ def start_targets(body: TargetRequest, session: DbSession, study: str) -> Target
     return TargetList(items=tuple(runs.view(run, found.name) for run in started))
 
 
-
 @router.get("/{study}/events", dependencies=read, response_class=sse.EventSourceResponse)
 async def stream_events(request: Request, study: str) -> sse.EventSourceResponse:
     """The study's transitions as Server-Sent Events; `Last-Event-ID` resumes."""

@@ -152,7 +152,9 @@ class StudySpec(Spec):
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
         if self.target is not None and self.ladder:
-            raise FieldError("ladder", len(self.ladder), "target and ladder exclude each other; give one")
+            raise FieldError(
+                "ladder", len(self.ladder), "target and ladder exclude each other; give one"
+            )
         if not self.search_space:
             raise FieldError("search_space", {}, "empty; give at least one dimension, e.g. lr")
         self._check_search_space()
@@ -198,7 +200,7 @@ class StudySpec(Spec):
 
     def _check_rungs(self) -> None:
         below = self.base_model
-        for rung, (place, spec) in enumerate(self._places()):
+        for place, spec in self._places():
             below = grown_model(below, spec, self.warmstart, place)
             overridden_train(self.train, spec, place)
 
@@ -240,7 +242,7 @@ class StudySpec(Spec):
         for name in sorted(set(self.search_space) & set(NOT_TRANSFERABLE)):
             if self.rungs:
                 yield f"search_space.{name}: not safely muTransferable: {NOT_TRANSFERABLE[name]}"
-        if self.rungs and self.warmstart.control and self.warmstart.seeds < 2:
+        if self.rungs and self.warmstart.control and self.warmstart.seeds == 1:
             yield "warmstart.seeds 1: a verdict from one seed has no interval; 2 or more give one"
         if self.rungs and not self.warmstart.control:
             yield "warmstart.control false: without a cold run there is no verdict"

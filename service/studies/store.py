@@ -59,7 +59,10 @@ def _lost_the_race(session: Session, spec: StudySpec, idempotency_key: str | Non
 
 def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
     if StudySpec.model_validate(study.spec) != spec:
-        detail = f"Idempotency-Key {idempotency_key!r} was used for study {study.name!r} with another spec"
+        detail = (
+            f"Idempotency-Key {idempotency_key!r} was used for study {study.name!r}, "
+            "whose spec is another"
+        )
         raise conflict("idempotency-key-reused", detail)
     return study
 
@@ -107,7 +110,9 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
         .execution_options(populate_existing=True)
     ).one_or_none()
     if changed is None:
-        raise conflict("wrong-state", f"study {study.name!r} is {study.state}; it cannot become {state}")
+        raise conflict(
+            "wrong-state", f"study {study.name!r} is {study.state}; it cannot become {state}"
+        )
     record(session, f"study.{state}", study_id=study.id)
     if state == "cancelled":
         _cancel_runs(session, study.id)
@@ -182,7 +187,9 @@ def _progress(spec: StudySpec, state: str, counts: dict[str, dict[str, int]]) ->
     arms = len(spec.rungs) + (1 if spec.warmstart.control and spec.rungs else 0)
     expected = spec.hpo.trials + arms * spec.warmstart.seeds
     live = frozenset(LIVE_RUN_STATES)
-    done = sum(n for kind in counts.values() for run_state, n in kind.items() if run_state not in live)
+    done = sum(
+        n for kind in counts.values() for run_state, n in kind.items() if run_state not in live
+    )
     return min(1.0, done / expected)
 
 

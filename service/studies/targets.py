@@ -1,10 +1,11 @@
 """Warmstarts that a user starts by hand, beside the one that ends the study."""
 
+from typing import TYPE_CHECKING
+
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.errors import bad_field, conflict, not_found
-from service.protocol import Arm
 from service.studies.advance import base_of, best_trial, enqueue_target, lock
 from service.studies.plan import Base, NewTarget, target_seeds
 from service.studies.schemas import (
@@ -18,6 +19,9 @@ from service.studies.schemas import (
 from service.tables import Checkpoint, Run, Study
 from warmcore.spec import CheckpointRef, RunSpec
 
+if TYPE_CHECKING:
+    from service.protocol import Arm
+
 
 def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
     """Enqueue warm runs, and cold ones as control, from the base that is asked for.
@@ -27,7 +31,9 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
     """
     study = lock(session, study.id)
     if study.state in ("cancelled", "failed"):
-        raise conflict("wrong-state", f"study {study.name!r} is {study.state}; it starts no targets")
+        raise conflict(
+            "wrong-state", f"study {study.name!r} is {study.state}; it starts no targets"
+        )
     spec = StudySpec.model_validate(study.spec)
     warmstart = request.warmstart or spec.warmstart
     base_run, base = _base(session, study, request)

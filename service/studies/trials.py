@@ -27,9 +27,7 @@ def listing(session: Session, sampler: Sampler, study: Study) -> TrialList:
     return TrialList(items=tuple(sorted(trials.values(), key=lambda trial: trial.number)))
 
 
-def enqueue(
-    session: Session, sampler: Sampler, study: Study, params: dict[str, Any]
-) -> TrialView:
+def enqueue(session: Session, sampler: Sampler, study: Study, params: dict[str, Any]) -> TrialView:
     """Put parameters at the head of the queue.
 
     Raises:

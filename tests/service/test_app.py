@@ -132,7 +132,6 @@ def test_a_database_that_is_away_is_a_503_problem_and_the_process_stays_healthy(
 
 
 def test_the_openapi_document_is_the_one_on_record(api):
-    """Run `python -m pytest tests/service/test_app.py --snapshot` … or read the diff and copy it."""
     found = json.dumps(api.app.openapi(), indent=1, sort_keys=True) + "\n"
     if not SNAPSHOT.exists():
         SNAPSHOT.write_text(found)
@@ -156,15 +155,17 @@ while not server.started:
 port = server.servers[0].sockets[0].getsockname()[1]
 with app.state.sessions.begin() as session:
     key = auth.create_key(session, "k", ["admin"])[1]
-http = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"})
+headers = {"Authorization": f"Bearer {key}"}
+http = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers)
 spec = {
-    "name": "small", "data": {"source": "stdlib"}, "proxy": {"width": 32, "depth": 1, "head_dim": 16},
-    "target": {"width": 64}, "search_space": {"lr": {"type": "float", "low": 0.001, "high": 0.01}},
+    "name": "small", "data": {"source": "stdlib"},
+    "proxy": {"width": 32, "depth": 1, "head_dim": 16}, "target": {"width": 64}, "search_space": {"lr": {"type": "float", "low": 0.001, "high": 0.01}},
     "hpo": {"trials": 30, "parallel": 30, "sampler": "tpe"},
 }
 assert http.post("/v1/studies", json=spec).status_code == 201
 for _ in range(30):
-    (lease,) = http.post("/v1/leases", json={"worker": "w", "resources": {"cpus": 9}}).json()["leases"]
+    ask = {"worker": "w", "resources": {"cpus": 9}}
+    (lease,) = http.post("/v1/leases", json=ask).json()["leases"]
     run, token = f"/v1/runs/{lease['run_id']}", {"Lease-Token": lease["lease_token"]}
     point = {"step": 1, "tokens": 1, "val_loss_nats": 2.0, "evaluation": 1}
     http.post(f"{run}/measurements", json={"measurements": [point]}, headers=token)

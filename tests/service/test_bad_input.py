@@ -38,7 +38,8 @@ CASES = [
     bad("target.width", 48, "32 or 64", target={"width": 48}, warmstart={"operator": "clone"}),
     bad("target.width", 64, "depth 1", target={"width": 64, "depth": 3}),
     bad("target.train.lr", -1, "greater than 0", target={"width": 64, "train": {"lr": -1}}),
-    bad("target.train.colour", "red", "not permitted", target={"width": 64, "train": {"colour": "red"}}),
+    bad("target.train.colour", "red", "not permitted",
+        target={"width": 64, "train": {"colour": "red"}}),
     bad("ladder.1.width", 48, "smaller", target=None, ladder=[{"width": 64}, {"width": 48}]),
     bad("ladder", 1, "exclude each other", ladder=[{"width": 64}]),
     bad("hpo.trials", 4, "3 would work", hpo={"trials": 4, "sampler": "grid"},
@@ -74,7 +75,11 @@ def corpus_problem(api, study_spec, source):
     with pytest.raises(ServiceError) as refused:
         api.client.post("/v1/studies", study_spec(data={"source": str(source), "context": 64}))
     (field,) = refused.value.problem["errors"]
-    assert (refused.value.status, field["path"], field["value"]) == (422, "data.source", str(source))
+    assert (refused.value.status, field["path"], field["value"]) == (
+        422,
+        "data.source",
+        str(source),
+    )
     return field["message"]
 
 
@@ -120,7 +125,7 @@ def test_numbers_that_are_not_finite_are_refused_in_specs_and_in_reports(
     assert httpx.post(f"{api.url}/v1/studies", content=text, headers=headers).status_code == 422
     submit()
     lease = worker.one()
-    point = '{"measurements": [{"step": 1, "tokens": 1, "loss_nats": %s}]}' % number
+    point = f'{{"measurements": [{{"step": 1, "tokens": 1, "loss_nats": {number}}}]}}'
     response = httpx.post(
         f"{api.url}/v1/runs/{lease.run_id}/measurements",
         content=point,

@@ -120,7 +120,9 @@ if __name__ == "__main__":
     print("no torch")
 """
     arguments = [sys.executable, "-c", program, optuna_url(database_url), study.model_dump_json()]
-    assert "no torch" in subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    assert (
+        "no torch" in subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
+    )
 
 
 @pytest.mark.parametrize("pruner", ["median", "successive_halving", "hyperband"])

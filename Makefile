@@ -1,0 +1,47 @@
+# Everything from a fresh clone with Python 3.11+ and make. `make demo` and `make test` set up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export TZ := UTC
+
+.PHONY: demo test check lint format types imports up bench clean
+
+demo: $(READY)
+	$(BIN)/warmscale demo
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types imports
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/pyright
+
+imports: $(READY)
+	$(BIN)/lint-imports
+
+up: $(READY)
+	$(BIN)/warmscale up
+
+bench: $(READY)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+# torch goes first and pinned: where a small CPU build is provided, that is how pip finds it.
+# A torch that is already there (a GPU machine's own) is kept.
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis

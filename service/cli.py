@@ -1,0 +1,131 @@
+"""The command line: `warmscale …`. Commands import what they need, so that help comes at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service import cli_admin, cli_study
+from service.cli_common import EXIT_CODES, Exit, Home, Json, access, settings
+from service.home import DEFAULT
+
+app = typer.Typer(
+    name="warmscale",
+    help="Tune on small proxy models, grow the best checkpoint, train the target, and tell whether "
+    f"growing paid.\n\n{EXIT_CODES}",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(cli_study.study, name="study")
+app.add_typer(cli_study.run, name="run")
+app.add_typer(cli_admin.db, name="db")
+app.add_typer(cli_admin.key, name="key")
+
+Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
+Port = Annotated[int | None, typer.Option(help="Port of the API; 0 takes any free one.")]
+Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs for training; all when not given.")]
+
+
+def _print_version(value: bool) -> None:  # noqa: FBT001 - typer's callback
+    if value:
+        from service import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def up(
+    *,
+    home: Home = DEFAULT,
+    port: Port = None,
+    fleet: Annotated[bool, typer.Option(help="Start a fleet on this machine.")] = True,
+    cpus: Cpus = None,
+    as_json: Json = False,
+) -> None:
+    """Start database, API and fleet on this machine. Ctrl-C stops them; everything resumes."""
+    from service import cli_up
+
+    fleet_options = [*(["--cpus", str(cpus)] if cpus else [])] if fleet else None
+    cli_up.up(settings(home, port=port), fleet_options, as_json=as_json)
+
+
+@app.command()
+def serve(
+    *,
+    home: Home = DEFAULT,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Port = None,
+    supervised: Supervised = False,
+) -> None:
+    """Start the API alone, on a database that `warmscale db upgrade` has prepared."""
+    from service import cli_up
+
+    cli_up.serve(settings(home, host=host, port=port), supervised=supervised)
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def fleet(context: typer.Context, *, home: Home = DEFAULT, supervised: Supervised = False) -> None:
+    """Start a fleet, which trains what the service leases. `fleet --help` has its options."""
+    arguments = list(context.args)
+    environment = dict(os.environ)
+    if "--help" not in arguments:
+        found = access(home)
+        environment["WARMSCALE_API_KEY"] = found.key
+        if "--url" not in arguments:
+            arguments = ["--url", found.url, *arguments]
+    if supervised:
+        from service.child import die_with_parent
+
+        die_with_parent()
+    command = [sys.executable, "-m", "workers.fleet", *arguments]
+    os.execve(command[0], command, environment)  # noqa: S606 - the fleet takes this process over
+
+
+@app.command()
+def demo(
+    *,
+    folder: Annotated[
+        Path, typer.Option(help="Has spec.yaml; gets results.json and report.html.")
+    ] = Path("demo"),
+    cpus: Annotated[int, typer.Option(min=1, help="CPUs for training.")] = 2,
+) -> None:
+    """Run a small study on real text from nothing to its verdict, in minutes."""
+    from service import demo as demonstration
+
+    demonstration.run(folder, cpus=cpus)
+
+
+def main() -> None:
+    """Run the command line; a fault of ours shows its trace, a user's never does."""
+    try:
+        app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(Exit.FAILED)
+
+
+if __name__ == "__main__":
+    main()

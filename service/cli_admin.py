@@ -1,0 +1,105 @@
+"""`warmscale db` and `warmscale key`: on the database itself, with or without a running service."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast, get_args
+
+import typer
+
+from service.cli_common import Exit, Home, fail, settings
+from service.home import DEFAULT
+from service.protocol import Scope
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+SCOPES: tuple[str, ...] = get_args(Scope)
+
+db = typer.Typer(help="The database.", no_args_is_help=True)
+key = typer.Typer(help="API keys.", no_args_is_help=True)
+
+
+@db.command()
+def upgrade(home: Home = DEFAULT) -> None:
+    """Create the tables, or bring them to the newest version. Safe to repeat."""
+    from service import db as database  # a second of imports
+
+    with _reached(), database.database(settings(home)) as url:
+        database.use_utc()
+        database.upgrade(url)
+        typer.echo(f"{url.render_as_string(hide_password=True)} is up to date")
+
+
+@key.command()
+def create(
+    *,
+    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    scope: Annotated[
+        list[str], typer.Option(help=f"{', '.join(SCOPES)}; give it once for each scope.")
+    ],
+    expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires.")] = None,
+    home: Home = DEFAULT,
+) -> None:
+    """Make a key and print it: this is the only time that it is shown."""
+    from service import auth  # imports FastAPI
+
+    scopes = _scopes(scope)
+    expires_at = datetime.now(UTC) + timedelta(days=expires_days) if expires_days else None
+    with _session(home) as session:
+        key_id, text = auth.create_key(session, name, scopes, expires_at)
+    typer.echo(f"{key_id}  {name}  {', '.join(scope)}", err=True)
+    typer.echo(text)
+
+
+@key.command()
+def revoke(
+    key_id: Annotated[str, typer.Argument(help="The key's id, key_….")], home: Home = DEFAULT
+) -> None:
+    """Revoke a key for good."""
+    from service import auth  # imports FastAPI
+
+    with _session(home) as session:
+        revoked = auth.revoke_key(session, key_id)
+    if not revoked:
+        fail(Exit.CONFLICT, f"there is no key {key_id!r} that is still good")
+    typer.echo(f"{key_id} is revoked")
+
+
+def _scopes(given: list[str]) -> list[Scope]:
+    for scope in given:
+        if scope not in SCOPES:
+            fail(Exit.USAGE, f"--scope: choose from {', '.join(SCOPES)} (got {scope!r})")
+    return cast("list[Scope]", given)
+
+
+@contextmanager
+def _session(home: Path) -> Generator["Session"]:
+    """One transaction on the database, embedded or not."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.orm import Session
+
+    from service.db import database
+
+    with _reached(), database(settings(home)) as url:
+        engine = create_engine(url)
+        with Session(engine) as session, session.begin():
+            yield session
+        engine.dispose()
+
+
+@contextmanager
+def _reached() -> Generator[None]:
+    """Say shortly that a database cannot be reached, or that it has no tables yet."""
+    from sqlalchemy.exc import OperationalError, ProgrammingError
+
+    try:
+        yield
+    except OperationalError as error:
+        fail(Exit.UNREACHABLE, f"cannot reach the database: {str(error.orig).strip()}")
+    except ProgrammingError as error:
+        works = "run `warmscale db upgrade` first"
+        fail(Exit.CONFLICT, f"{str(error.orig).splitlines()[0]}; {works}")
+    except ValueError as error:
+        fail(Exit.USAGE, str(error))

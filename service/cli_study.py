@@ -1,0 +1,195 @@
+"""`warmscale study` and `warmscale run`: what a user asks of a running service."""
+
+import json
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli_common import Exit, Home, Json, StudyName, connected, fail
+from service.home import DEFAULT
+
+if TYPE_CHECKING:
+    from service.client import Client
+
+study = typer.Typer(help="Studies: submit, follow, read, steer.", no_args_is_help=True)
+run = typer.Typer(help="Runs: one training each.", no_args_is_help=True)
+
+_PAGE = 200
+
+
+@study.command()
+def create(
+    *,
+    spec: Annotated[Path, typer.Option("--file", "-f", help="The study's spec, YAML or JSON.")],
+    name: Annotated[str | None, typer.Option(help="Instead of the name in the file.")] = None,
+    home: Home = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Submit a study. A relative data.source is taken from the working directory."""
+    from service.cli_spec import SpecError, load  # reads YAML
+
+    try:
+        body = load(spec, Path.cwd())
+    except SpecError as error:
+        fail(Exit.USAGE, str(error))
+    with connected(home) as client:
+        created = submit(client, body | ({"name": name} if name else {}))
+    for warning in created["warnings"]:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(json.dumps(created) if as_json else f"{created['name']} ({created['id']})")
+
+
+def submit(client: "Client", spec: dict[str, Any]) -> dict[str, Any]:
+    """Submit a study under a key of its own, so that a retry cannot make a second one."""
+    from service.protocol import IDEMPOTENCY_HEADER
+
+    return client.post("/v1/studies", spec, **{IDEMPOTENCY_HEADER: str(uuid.uuid4())})
+
+
+@study.command(name="list")
+def list_studies(
+    *,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
+    home: Home = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """List studies, newest first."""
+    from service import cli_tables
+    from service.studies.schemas import StudyView
+
+    with connected(home) as client:
+        studies = _pages(client, "/v1/studies", limit)
+    if as_json:
+        typer.echo(json.dumps(studies))
+    else:
+        cli_tables.show(cli_tables.studies([StudyView.model_validate(s) for s in studies]))
+
+
+def _pages(client: "Client", path: str, limit: int) -> list[dict[str, Any]]:
+    items: list[dict[str, Any]] = []
+    cursor: str | None = None
+    while len(items) < limit:
+        page = client.get(path, cursor=cursor, limit=min(_PAGE, limit - len(items)))
+        items += page["items"]
+        cursor = page["next_cursor"]
+        if cursor is None:
+            break
+    return items
+
+
+@study.command()
+def show(name: StudyName, *, home: Home = DEFAULT, as_json: Json = False) -> None:
+    """Show a study: state, counts, best trial, progress, cost so far."""
+    from service import cli_tables
+    from service.studies.schemas import StudyView, TrialView
+
+    with connected(home) as client:
+        found = client.get(f"/v1/studies/{_quoted(name)}")
+        trials = client.get(f"/v1/studies/{_quoted(name)}/trials")["items"]
+    if as_json:
+        typer.echo(json.dumps(found | {"trial_list": trials}))
+        return
+    views = [TrialView.model_validate(trial) for trial in trials]
+    cli_tables.show(cli_tables.study(StudyView.model_validate(found)), cli_tables.trials(views))
+
+
+@study.command()
+def watch(name: StudyName, *, home: Home = DEFAULT, as_json: Json = False) -> None:
+    """Follow a study until it ends. Ctrl-C leaves the study as it is."""
+    from service import watch as watching
+
+    try:
+        with connected(home, patience_seconds=0) as client:
+            style = watching.style(as_json=as_json)
+            ended = watching.watch(client, _quoted(name), style)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if ended.state != "completed":
+        raise typer.Exit(Exit.FAILED)
+
+
+@study.command()
+def results(
+    *,
+    name: StudyName,
+    html: Annotated[Path | None, typer.Option(help="Save the report, one HTML page, here.")] = None,
+    home: Home = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Show what a study found: the verdict, the runs behind it, what it cost."""
+    from service import cli_tables
+    from service.results.schemas import StudyResults
+
+    with connected(home) as client:
+        found = client.get(f"/v1/studies/{_quoted(name)}/results")
+        page = client.request("GET", f"/v1/studies/{_quoted(name)}/report").text if html else ""
+    if html:
+        _save(html, page)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        cli_tables.show(*cli_tables.results(StudyResults.model_validate(found)))
+    if found["verdict"] is None:
+        raise typer.Exit(Exit.FAILED)
+
+
+def _save(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        fail(Exit.USAGE, f"{path}: {error.strerror}")
+    typer.echo(f"report: {path}", err=True)
+
+
+@study.command()
+def pause(name: StudyName, *, home: Home = DEFAULT) -> None:
+    """Lease nothing more of a study; what runs goes on to its end."""
+    _steer(home, name, "pause")
+
+
+@study.command()
+def resume(name: StudyName, *, home: Home = DEFAULT) -> None:
+    """Lease again."""
+    _steer(home, name, "resume")
+
+
+@study.command()
+def cancel(name: StudyName, *, home: Home = DEFAULT) -> None:
+    """End a study; a running worker hears it at its next report."""
+    _steer(home, name, "cancel")
+
+
+def _steer(home: Path, name: str, verb: str) -> None:
+    with connected(home) as client:
+        changed = client.post(f"/v1/studies/{_quoted(name)}/{verb}")
+    typer.echo(f"{changed['name']} is {changed['state']}")
+
+
+@run.command(name="show")
+def show_run(
+    *,
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, run_….")],
+    home: Home = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Show a run: state, progress, parameters, checkpoints, error."""
+    from service import cli_tables
+    from service.protocol import CheckpointView, RunView
+
+    with connected(home) as client:
+        found = client.get(f"/v1/runs/{_quoted(run_id)}")
+        checkpoints = client.get(f"/v1/runs/{_quoted(run_id)}/checkpoints")["items"]
+    if as_json:
+        typer.echo(json.dumps(found | {"checkpoints": checkpoints}))
+        return
+    views = [CheckpointView.model_validate(checkpoint) for checkpoint in checkpoints]
+    cli_tables.show(*cli_tables.run(RunView.model_validate(found), views))
+
+
+def _quoted(name: str) -> str:
+    """A name as one segment of a path."""
+    from urllib.parse import quote
+
+    return quote(name, safe="")

@@ -1,0 +1,211 @@
+"""What the commands print for people. Text of users is never read as markup."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from service.protocol import CheckpointView, RunView
+from service.results.schemas import Costs, StudyResults, TargetRun, Verdict
+from service.results.words import direction, flops, headline, nats, spelled, tokens
+from service.studies.schemas import RunCounts, StudyView, TrialView
+
+_FILE_WIDTH = 200  # not a terminal: nobody's screen is to be fitted
+_MAX_TRIALS = 50
+
+
+def console() -> Console:
+    """Standard output."""
+    plain = Console(markup=False, highlight=False, emoji=False)
+    if not plain.is_terminal:
+        plain.width = _FILE_WIDTH
+    return plain
+
+
+def show(*parts: RenderableType) -> None:
+    """Print the parts one below another."""
+    out = console()
+    for part in parts:
+        out.print(part)
+
+
+def _table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> Table:
+    """A table; a column whose title begins with `<` is text, any other is a number."""
+    table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+    for column in columns.split("|"):
+        left = column.startswith("<")
+        table.add_column(column.removeprefix("<"), justify="left" if left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        if value:
+            grid.add_row(name, value)
+    return grid
+
+
+def counts(runs: RunCounts) -> str:
+    """Runs by state, the states that there are."""
+    return ", ".join(f"{n} {state}" for state, n in runs.model_dump().items() if n) or "none yet"
+
+
+def _params(params: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {spelled(value)}" for name, value in sorted(params.items()))
+
+
+def studies(views: Iterable[StudyView]) -> Table:
+    """One row a study."""
+    rows = [
+        (
+            view.name,
+            view.state,
+            f"{view.progress:.0%}",
+            counts(view.trials),
+            nats(view.best_trial.val_loss_nats if view.best_trial else None),
+            flops(view.cost_flops),
+            f"{view.created_at:%Y-%m-%d %H:%M}",
+        )
+        for view in views
+    ]
+    return _table("", "<study|<state|done|<trials|best loss|FLOPs|<created (UTC)", rows)
+
+
+def study(view: StudyView) -> Table:
+    """A study's facts."""
+    return _facts(
+        [
+            ("study", f"{view.name} ({view.id})"),
+            ("state", view.state + (f": {view.reason}" if view.reason else "")),
+            ("progress", f"{view.progress:.0%}"),
+            ("trials", f"{counts(view.trials)}, of {view.trials_budget}"),
+            ("targets", counts(view.targets) if view.spec.rungs else "none asked for"),
+            ("best", _best(view)),
+            ("cost", f"{flops(view.cost_flops)} FLOPs"),
+            *(("warning", warning) for warning in view.warnings),
+        ]
+    )
+
+
+def _best(view: StudyView) -> str:
+    best = view.best_trial
+    if best is None:
+        return ""
+    return f"trial {best.number}: loss {nats(best.val_loss_nats)}, {_params(best.params)}"
+
+
+def trials(views: Sequence[TrialView]) -> Table:
+    """The best trials first, then the ones without a result."""
+    ordered = sorted(views, key=_rank)[:_MAX_TRIALS]
+    rows = [
+        (
+            str(trial.number),
+            "diverged" if trial.diverged else trial.state,
+            nats(trial.val_loss_nats),
+            f"{trial.step}/{trial.num_steps}",
+            _params(trial.params),
+            _last_line(trial.error),
+        )
+        for trial in ordered
+    ]
+    title = "trials" if len(ordered) == len(views) else f"the best {len(ordered)} trials"
+    return _table(title, "trial|<state|loss|step|<parameters|<error", rows)
+
+
+def _last_line(error: str | None) -> str:
+    """Of a trace, the line that names the error."""
+    lines = (error or "").strip().splitlines()
+    return lines[-1] if lines else ""
+
+
+def _rank(trial: TrialView) -> tuple[bool, float, int]:
+    loss = trial.val_loss_nats
+    return trial.state != "succeeded", float("inf") if loss is None else loss, trial.number
+
+
+def results(found: StudyResults) -> list[RenderableType]:
+    """The verdict and what it rests on."""
+    verdict = found.verdict
+    said = verdict.sentence if verdict else f"{headline(None)}: {found.pending}."
+    parts: list[RenderableType] = [said]
+    if verdict is not None:
+        parts += ["", _pairs(verdict)]
+    if found.targets:
+        parts += ["", _targets(found.targets), "", _costs(found.costs)]
+    return parts
+
+
+def _pairs(verdict: Verdict) -> Table:
+    rows = [
+        (
+            str(pair.seed_number),
+            nats(pair.warm_loss_nats),
+            nats(pair.cold_loss_nats),
+            direction(pair.difference_nats),
+            tokens(pair.tokens_to_cold_loss),
+            "-" if pair.speedup is None else f"{pair.speedup:.2f}x",
+        )
+        for pair in verdict.pairs
+    ]
+    columns = "seed|warm loss|cold loss|<warm is|tokens to cold's loss|speedup"
+    return _table("warm against cold (nats/token)", columns, rows)
+
+
+def _targets(runs: Iterable[TargetRun]) -> Table:
+    rows = [
+        (
+            run.run_id,
+            run.arm,
+            str(run.rung),
+            str(run.seed_number),
+            "diverged" if run.diverged else run.state,
+            nats(run.val_loss_nats),
+            tokens(run.tokens),
+            flops(run.cost_flops),
+            (run.base_hash or "")[:12],
+        )
+        for run in runs
+    ]
+    columns = "<run|<arm|rung|seed|<state|loss|tokens|FLOPs|<grown from"
+    return _table("target runs", columns, rows)
+
+
+def _costs(costs: Costs) -> Table:
+    """Both accountings, side by side."""
+    rows = [
+        ("one warm run, the base sunk", flops(costs.warm_flops)),
+        ("one warm run, the base counted", flops(costs.warm_base_counted_flops)),
+        ("one cold run", flops(costs.cold_flops)),
+        ("the base (the best trial)", flops(costs.base_flops)),
+        ("the search (all trials)", flops(costs.search_flops)),
+        ("everything", flops(costs.total_flops)),
+    ]
+    return _table("costs", "<what|FLOPs", rows)
+
+
+def run(view: RunView, checkpoints: Sequence[CheckpointView]) -> list[RenderableType]:
+    """A run's facts and the checkpoints that are kept."""
+    what = f"trial {view.trial_number}" if view.kind == "trial" else f"target, {view.arm}"
+    facts = _facts(
+        [
+            ("run", f"{view.id}, {what}, of {view.study_name}"),
+            ("state", view.state),
+            ("progress", f"step {view.step}/{view.num_steps}, {tokens(view.tokens)} tokens"),
+            ("validation", f"{nats(view.val_loss_nats)} nats/token"),
+            ("training", f"{nats(view.loss_nats)} nats/token"),
+            ("speed", f"{tokens(view.tokens_per_second)} tokens/s"),
+            ("parameters", _params(view.params)),
+            ("attempt", f"{view.attempt}, {view.failures} failed of {view.max_attempts}"),
+            ("worker", view.worker or ""),
+            ("grown from", view.base_hash or ""),
+            ("cost", f"{flops(view.cost_flops)} FLOPs"),
+            ("error", view.error or ""),
+        ]
+    )
+    rows = [(str(c.step), c.hash[:12], f"{c.num_bytes:,}", c.uri) for c in checkpoints]
+    table = _table("checkpoints", "step|<hash|bytes|<place", rows)
+    return [facts, "", table] if rows else [facts]

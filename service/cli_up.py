@@ -1,0 +1,95 @@
+"""`warmscale up` and `warmscale serve`."""
+
+import json
+import os
+
+import typer
+import uvicorn
+from sqlalchemy import create_engine
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.engine import URL
+from sqlalchemy.orm import Session
+
+from service import __version__
+from service.child import ChildError, die_with_parent
+from service.cli_common import Exit, fail
+from service.db import database, upgrade, use_utc
+from service.home import HomeInUseError
+from service.settings import Settings
+from service.tables import ApiKey
+from service.up import Interrupted, PortTakenError, Stack, log_folder, stack
+
+_GRACEFUL_SECONDS = 3  # long polls and event streams would hold the end up
+
+
+def up(settings: Settings, fleet: list[str] | None, *, as_json: bool) -> None:
+    """Hold a stack up until told to stop."""
+    try:
+        with stack(settings, fleet=fleet, say=say) as running:
+            seconds = running.wait_until_ready()
+            _announce(settings, running, seconds, as_json=as_json)
+            running.run()
+    except Interrupted:
+        say("stopped; everything resumes at the next `warmscale up`")
+    except (HomeInUseError, PortTakenError) as error:
+        fail(Exit.CONFLICT, str(error))
+    except (ChildError, ValueError) as error:
+        fail(Exit.FAILED, str(error))
+
+
+def say(message: str) -> None:
+    """Tell the person at the terminal; standard output stays for results."""
+    typer.echo(message, err=True)
+
+
+def _announce(settings: Settings, running: Stack, seconds: float, *, as_json: bool) -> None:
+    url = running.access.url
+    if as_json:
+        typer.echo(json.dumps({"url": url, "ready_seconds": round(seconds, 3), "pid": os.getpid()}))
+        return
+    typer.echo(
+        f"warmscale {__version__}, ready in {seconds:.1f} s\n"
+        f"  API        {url}/v1\n"
+        f"  docs       {url}/docs\n"
+        f"  dashboard  {url}/dashboard/\n"
+        f"  logs       {log_folder(settings)}\n"
+        "Ctrl-C stops it; everything resumes from where it was."
+    )
+
+
+def serve(settings: Settings, *, supervised: bool) -> None:
+    """Run the API in this process. A supervised or embedded one prepares its database itself."""
+    from service.app import create_app  # a second of imports
+
+    use_utc()
+    if supervised:
+        die_with_parent()
+    with database(settings) as url:
+        if supervised or settings.database_url is None:
+            upgrade(url)
+        if supervised:
+            _admit(url, os.environ["WARMSCALE_API_KEY"])
+        uvicorn.run(
+            create_app(settings, url),
+            host=settings.host,
+            port=settings.port,
+            timeout_graceful_shutdown=_GRACEFUL_SECONDS,
+        )
+
+
+def _admit(url: URL, key: str) -> None:
+    """Let the supervisor's own key in.
+
+    Raises:
+        SystemExit: it was revoked, so it stays out.
+    """
+    from service import auth  # imports FastAPI
+
+    row = {"name": "warmscale up", "hash": auth.hash_key(key), "scopes": ["admin"]}
+    engine = create_engine(url)
+    with Session(engine) as session, session.begin():
+        session.execute(insert(ApiKey).values(row).on_conflict_do_nothing())
+        scopes = auth.scopes_of(session, key)
+    engine.dispose()
+    if scopes is None:
+        raise SystemExit("the key in client.json was revoked; delete that file for a new one")

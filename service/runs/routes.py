@@ -1,0 +1,127 @@
+"""`/v1/runs`: reading runs, and what their workers report."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request
+
+from service import sse
+from service.auth import require
+from service.deps import DbSession, TheSampler, TheSettings
+from service.leases.store import artifact_uri, tell_finished
+from service.protocol import (
+    LEASE_TOKEN_HEADER,
+    CheckpointReply,
+    CheckpointReport,
+    FinishReply,
+    FinishRequest,
+    MeasurementBatch,
+    ReportReply,
+    RunKind,
+    RunState,
+    RunView,
+)
+from service.runs import store
+from service.runs.schemas import CheckpointList, MeasurementList, RunPage
+from service.sampler import Sampler
+from service.studies import store as studies
+from service.studies.schemas import StudySpec
+from service.tables import Run, Study
+
+router = APIRouter(prefix="/runs", tags=["runs"])
+Token = Annotated[str, Header(alias=LEASE_TOKEN_HEADER)]
+read = [Depends(require("read"))]
+work = [Depends(require("work"))]
+
+
+@router.get("", dependencies=read)
+def list_runs(
+    session: DbSession,
+    study: str | None = None,
+    state: RunState | None = None,
+    kind: RunKind | None = None,
+    cursor: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 100,
+) -> RunPage:
+    """Runs, newest first."""
+    filters = [] if study is None else [Run.study_id == studies.find(session, study).id]
+    filters += [] if state is None else [Run.state == state]
+    filters += [] if kind is None else [Run.kind == kind]
+    return store.page(session, filters, cursor, limit)
+
+
+@router.get("/{run_id}", dependencies=read)
+def read_run(session: DbSession, run_id: str) -> RunView:
+    """One run."""
+    run = store.get(session, run_id)
+    return store.view(run, session.get_one(Study, run.study_id).name)
+
+
+@router.get("/{run_id}/measurements", dependencies=read)
+def read_measurements(session: DbSession, run_id: str) -> MeasurementList:
+    """The run's curve, by step."""
+    return MeasurementList(items=store.measurements(session, store.get(session, run_id).id))
+
+
+@router.get("/{run_id}/checkpoints", dependencies=read)
+def read_checkpoints(session: DbSession, run_id: str) -> CheckpointList:
+    """The run's checkpoints that are kept, newest first."""
+    return CheckpointList(items=store.checkpoints(session, store.get(session, run_id).id))
+
+
+@router.get("/{run_id}/events", dependencies=read, response_class=sse.EventSourceResponse)
+async def stream_events(request: Request, run_id: str) -> sse.EventSourceResponse:
+    """The run's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
+    return await sse.respond(request, lambda session: sse.of_run(session, run_id))
+
+
+@router.post("/{run_id}/measurements", dependencies=work)
+def report(
+    body: MeasurementBatch,
+    run_id: str,
+    token: Token,
+    session: DbSession,
+    sampler: TheSampler,
+    settings: TheSettings,
+) -> ReportReply:
+    """Add points to the run's curve and renew its lease; an empty batch just renews it."""
+    run = store.renew(session, run_id, token, settings.lease_seconds)
+    if not isinstance(run, Run):
+        return ReportReply(decision=run)
+    store.add_measurements(session, run, body.measurements)
+    return ReportReply(decision="prune" if _prune(sampler, session, run, body) else "continue")
+
+
+def _prune(sampler: Sampler, session: DbSession, run: Run, body: MeasurementBatch) -> bool:
+    heard = store.evaluations(body.measurements)
+    if run.trial_number is None or not heard:
+        return False
+    study = session.get_one(Study, run.study_id)
+    return sampler.report(study.name, StudySpec.model_validate(study.spec), run.trial_number, heard)
+
+
+@router.post("/{run_id}/checkpoints", dependencies=work)
+def publish(
+    body: CheckpointReport, run_id: str, token: Token, session: DbSession, settings: TheSettings
+) -> CheckpointReply:
+    """Publish a checkpoint whose files are complete and in place."""
+    run = store.renew(session, run_id, token, settings.lease_seconds)
+    if not isinstance(run, Run):
+        return CheckpointReply(decision=run)
+    store.check_uri(run, body.uri, artifact_uri(settings, run))
+    return CheckpointReply(decision="continue", superseded=store.publish(session, run, body))
+
+
+@router.post("/{run_id}/finish", dependencies=work)
+def finish(
+    body: FinishRequest,
+    run_id: str,
+    token: Token,
+    session: DbSession,
+    sampler: TheSampler,
+    request: Request,
+    after: BackgroundTasks,
+) -> FinishReply:
+    """End this attempt. Sending the same end twice changes nothing."""
+    state = store.finish(session, run_id, token, body)
+    after.add_task(tell_finished, request.app.state.sessions, sampler)
+    return FinishReply.model_validate({"state": state})

@@ -1,0 +1,235 @@
+"""Queries on runs: reading them, and what their worker writes under its lease."""
+
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from service.cursor import decode_cursor, encode_cursor
+from service.errors import bad_field, conflict, not_found
+from service.events import record
+from service.lifecycle import FINAL_RUN_STATES, after_attempt, retry_delay_seconds
+from service.protocol import (
+    CheckpointReport,
+    CheckpointView,
+    Decision,
+    FinishRequest,
+    Measurement,
+    Outcome,
+    RunView,
+)
+from service.runs.schemas import MeasurementView, RunPage
+from service.studies.advance import advance, lock
+from service.tables import Checkpoint, Run, Study
+from service.tables import Measurement as MeasurementRow
+
+_KEPT_CHECKPOINTS = 2
+
+
+def get(session: Session, run_id: str) -> Run:
+    """The run of this id.
+
+    Raises:
+        Problem: 404 when there is none.
+    """
+    run = session.get(Run, run_id)
+    if run is None:
+        raise not_found("run", run_id)
+    return run
+
+
+def view(run: Run, study_name: str) -> RunView:
+    """The run as it is read."""
+    same = {name: getattr(run, name) for name in RunView.model_fields if hasattr(run, name)}
+    derived = {"study_name": study_name, "cost_flops": run.tokens * run.flops_per_token}
+    return RunView.model_validate(same | derived)
+
+
+def page(
+    session: Session, filters: list[ColumnElement[bool]], cursor: str | None, limit: int
+) -> RunPage:
+    """Runs with their study's name, newest first."""
+    query = select(Run, Study.name).join(Study, Study.id == Run.study_id).where(*filters)
+    query = query.order_by(Run.created_at.desc(), Run.id.desc()).limit(limit + 1)
+    if cursor is not None:
+        query = query.where(tuple_(Run.created_at, Run.id) < decode_cursor(cursor))
+    rows = list(session.execute(query))
+    last: Run | None = rows[limit - 1][0] if len(rows) > limit else None
+    return RunPage(
+        items=tuple(view(run, name) for run, name in rows[:limit]),
+        next_cursor=encode_cursor(last.created_at, last.id) if last else None,
+    )
+
+
+def measurements(session: Session, run_id: str) -> tuple[MeasurementView, ...]:
+    """The run's curve, by step."""
+    query = select(MeasurementRow).where(MeasurementRow.run_id == run_id)
+    rows = session.scalars(query.order_by(MeasurementRow.step))
+    fields = tuple(MeasurementView.model_fields)
+    return tuple(MeasurementView(**{f: getattr(row, f) for f in fields}) for row in rows)
+
+
+def checkpoints(session: Session, run_id: str) -> tuple[CheckpointView, ...]:
+    """The run's checkpoints that are kept, newest first."""
+    fields = tuple(CheckpointView.model_fields)
+    return tuple(
+        CheckpointView(**{f: getattr(row, f) for f in fields}) for row in kept(session, run_id)
+    )
+
+
+def kept(session: Session, run_id: str) -> list[Checkpoint]:
+    """Checkpoints whose files are there, newest first."""
+    query = select(Checkpoint).where(Checkpoint.run_id == run_id, ~Checkpoint.superseded)
+    return list(session.scalars(query.order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc())))
+
+
+def renew(session: Session, run_id: str, token: str, lease_seconds: float) -> Run | Decision:
+    """Renew a lease and return its run, locked; "cancel" when the run was cancelled meanwhile.
+
+    A lease that has run out but was not taken by anybody else yet is still good.
+
+    Raises:
+        Problem: 404 for no such run; 409 for a token that another attempt has replaced.
+    """
+    run = session.scalars(
+        update(Run)
+        .where(Run.id == run_id, Run.lease_token == token, Run.state == "leased")
+        .values(lease_expires_at=func.now() + timedelta(seconds=lease_seconds))
+        .returning(Run)
+    ).one_or_none()
+    if run is not None:
+        return run
+    if _ended(session, run_id, token) == "cancelled":
+        return "cancel"
+    raise _stale(run_id)
+
+
+def _ended(session: Session, run_id: str, token: str) -> str | None:
+    """The final state of a run whose last lease was this one; None for a lease that is stale."""
+    run = get(session, run_id)
+    mine = run.lease_token == token and run.state in FINAL_RUN_STATES
+    return run.state if mine else None
+
+
+def _stale(run_id: str) -> Exception:
+    return conflict("stale-lease", f"run {run_id} is no longer leased under this token; stop")
+
+
+def add_measurements(session: Session, run: Run, points: tuple[Measurement, ...]) -> None:
+    """Add points to the run's curve. A step that is there already keeps its first report."""
+    if not points:
+        return
+    rows = [{"run_id": run.id, "attempt": run.attempt, **p.model_dump()} for p in points]
+    session.execute(insert(MeasurementRow).on_conflict_do_nothing(), rows)
+    session.execute(update(Run).where(Run.id == run.id).values(**_latest(run, points)))
+
+
+def _latest(run: Run, points: tuple[Measurement, ...]) -> dict[str, Any]:
+    """What the run shows of itself: the newest step, and the newest of each number."""
+    newest: dict[str, Any] = {"step": run.step, "tokens": run.tokens}
+    for point in sorted(points, key=lambda p: p.step):
+        if point.step < run.step:
+            continue  # a resumed attempt goes over ground that is on record
+        given = point.model_dump(
+            include={"step", "tokens", "loss_nats", "val_loss_nats", "tokens_per_second"},
+            exclude_none=True,
+        )
+        newest |= given
+    return newest
+
+
+def evaluations(points: tuple[Measurement, ...]) -> dict[int, float]:
+    """Validation losses by evaluation number: what the pruner hears."""
+    return {
+        p.evaluation: p.val_loss_nats
+        for p in points
+        if p.evaluation is not None and p.val_loss_nats is not None
+    }
+
+
+def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[str, ...]:
+    """Write a checkpoint's row; return the URIs of those that nothing needs any more.
+
+    The final one and the newest two are kept.
+    """
+    values = {"run_id": run.id, "attempt": run.attempt, **checkpoint.model_dump()}
+    added = session.execute(
+        insert(Checkpoint).values(values).on_conflict_do_nothing().returning(Checkpoint.id)
+    ).one_or_none()
+    if added is not None:
+        record(
+            session,
+            "run.checkpoint",
+            study_id=run.study_id,
+            run_id=run.id,
+            attempt=run.attempt,
+            step=checkpoint.step,
+        )
+    old = [row for row in kept(session, run.id)[_KEPT_CHECKPOINTS:] if not row.final]
+    for row in old:
+        row.superseded = True
+    return tuple(row.uri for row in old)
+
+
+def check_uri(run: Run, uri: str, artifact_uri: str) -> None:
+    """Refuse a checkpoint that does not stand below its attempt's own place."""
+    if not uri.startswith(f"{artifact_uri}/") or "/../" in f"{uri}/":
+        raise bad_field("uri", uri, f"run {run.id} publishes below {artifact_uri}/")
+
+
+def finish(session: Session, run_id: str, token: str, finish: FinishRequest) -> str:
+    """End an attempt, and move its study on. Sending the same end twice changes nothing.
+
+    Raises:
+        Problem: 404 for no such run, 409 for a stale token, 422 for a success without its loss.
+    """
+    if finish.outcome == "succeeded" and finish.val_loss_nats is None:
+        raise bad_field("val_loss_nats", None, "a succeeded run has a final validation loss")
+    study = lock(session, get(session, run_id).study_id)
+    query = select(Run).where(Run.id == run_id).with_for_update()
+    run = session.scalars(query.execution_options(populate_existing=True)).one()
+    if run.lease_token != token or run.state != "leased":
+        ended = _ended(session, run_id, token)
+        if ended is None:
+            raise _stale(run_id)
+        return ended
+    if finish.val_loss_nats is not None:
+        run.val_loss_nats = finish.val_loss_nats
+    if finish.provenance is not None:
+        run.provenance = finish.provenance.model_dump(mode="json")
+    if finish.timing is not None:
+        run.timing = finish.timing.model_dump(mode="json")
+    end_attempt(session, run, finish.outcome, error=finish.error, retryable=finish.retryable)
+    session.flush()
+    advance(session, study)
+    return run.state
+
+
+def end_attempt(
+    session: Session, run: Run, outcome: Outcome, *, error: str | None, retryable: bool
+) -> None:
+    """Move a leased run to where this outcome leads. Its study and itself are locked."""
+    run.failures += outcome == "failed"
+    state = after_attempt(
+        outcome, retryable=retryable, failures=run.failures, max_attempts=run.max_attempts
+    )
+    run.state, run.error, run.diverged = state, error, outcome == "diverged"
+    run.lease_expires_at = None
+    if state == "queued":
+        run.lease_token = None
+        delay = retry_delay_seconds(run.failures) if outcome == "failed" else 0.0
+        run.available_at = func.now() + timedelta(seconds=delay)
+    else:
+        run.finished_at = func.now()
+    record(
+        session,
+        f"run.{state}",
+        study_id=run.study_id,
+        run_id=run.id,
+        attempt=run.attempt,
+        outcome=outcome,
+        error=error,
+        val_loss_nats=run.val_loss_nats,
+    )
