@@ -81,36 +81,28 @@ def iter_grown(
         tensor = base_tensors[name]
         match options.operator:
             case "shrink_perturb":
-                noise = options.perturb * _fresh(name, shape, target, generator).to(tensor.dtype)
-                yield name, shrink_perturb(name, tensor, noise, shrink=options.shrink)
+                grown = pad_shrunk(name, tensor, shape, shrink=options.shrink)
+                noise = options.perturb
             case "zero_pad":
-                yield name, pad(tensor, shape, fill=_rest_value(name))
+                grown = pad_shrunk(name, tensor, shape, shrink=1.0)
+                noise = 0.0
             case "clone":
                 grown = clone(name, tensor, base, target)
-                if options.noise and role_of(name) != "gain":
-                    noise = options.noise * _fresh(name, shape, target, generator)
-                    grown += noise.to(grown.dtype)
-                yield name, grown
+                noise = options.noise
+        role = role_of(name)
+        if noise and role != "gain":
+            grown += noise * fresh_(torch.empty(shape), role, target, generator).to(grown.dtype)
+        yield name, grown
 
 
-def _fresh(name: str, shape: torch.Size, target: ModelSpec, generator: Generator) -> Tensor:
-    return fresh_(torch.empty(shape), role_of(name), target, generator)
+def pad_shrunk(name: str, tensor: Tensor, shape: torch.Size, *, shrink: float) -> Tensor:
+    """s pad0(W_base); for gains, whose value of no effect is 1 and not 0, 1 + s pad0(gain - 1).
 
-
-def _rest_value(name: str) -> float:
-    """Value of a parameter that does nothing: gains multiply, everything else adds."""
-    return 1.0 if role_of(name) == "gain" else 0.0
-
-
-def shrink_perturb(name: str, tensor: Tensor, noise: Tensor, *, shrink: float) -> Tensor:
-    """W = s pad0(W_base) + p eps, with noise = p eps; gains 1 + s pad0(gain_base - 1).
-
-    arXiv 2411.07340 after shrink and perturb, arXiv 1910.08475. Eps is the target's own initial
-    value over the whole tensor, so with s = 0 and p = 1 this is a cold start.
+    With p eps, the target's own initial value over the whole tensor, this is `shrink_perturb`
+    (arXiv 2411.07340, after shrink and perturb, arXiv 1910.08475); s = 0 and p = 1 is a cold start.
     """
-    if role_of(name) == "gain":
-        return 1 + shrink * pad(tensor - 1, noise.shape, fill=0.0)
-    return shrink * pad(tensor, noise.shape, fill=0.0) + noise
+    idle = 1.0 if role_of(name) == "gain" else 0.0
+    return pad(shrink * tensor + (1 - shrink) * idle, shape, fill=idle)
 
 
 def pad(tensor: Tensor, shape: torch.Size, *, fill: float) -> Tensor:

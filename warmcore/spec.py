@@ -50,7 +50,7 @@ class ModelSpec(Spec):
     base_width: PositiveInt | None = None
     parametrization: Parametrization = "mup"
     init_std: Positive = Field(default=0.08, description="of hidden matrices, at the base width")
-    embedding_std: Positive = 0.08
+    embedding_std: Positive = 0.5
     unembedding_std: NonNegative = 0.0
     embedding_multiplier: Positive = 1.0
     output_multiplier: Positive = 1.0
@@ -137,7 +137,7 @@ class TrainSpec(Spec):
     )
     tokens_per_param: Positive = 20.0
     num_tokens: PositiveInt | None = None
-    lr: Positive = 4e-3
+    lr: Positive = 0.012
     weight_decay: NonNegative = 0.1
     beta1: OpenFraction = 0.9
     beta2: OpenFraction = 0.95

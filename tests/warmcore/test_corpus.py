@@ -14,7 +14,7 @@ CONTEXT = 16
 
 def words(seed, num_bytes):
     """Lines of text that do not repeat."""
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311 - text, not secrets
     lines = b""
     while len(lines) < num_bytes:
         lines += bytes(draw.choices(b"abcdefgh ", k=draw.randint(5, 40))) + b"\n"

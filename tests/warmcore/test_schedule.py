@@ -9,10 +9,11 @@ from warmcore.schedule import cooldown, cosine, lr_factor
 from warmcore.spec import CooldownShape, ScheduleName, TrainSpec
 
 fractions = st.floats(0.0, 0.5)
+any_schedule = st.sampled_from(get_args(ScheduleName))
 
 
 @st.composite
-def trains(draw, names=st.sampled_from(get_args(ScheduleName))):
+def trains(draw, names=any_schedule):
     return TrainSpec(
         schedule=draw(names),
         warmup_fraction=draw(fractions),
