@@ -3,12 +3,14 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import httpx
-from rich.console import Group, RenderableType
+import typer
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -19,24 +21,28 @@ from service.client import Client, ServiceError
 from service.lifecycle import FINAL_STUDY_STATES
 from service.pace import Pace
 from service.protocol import RunView
-from service.results.words import nats, spelled
+from service.results.words import nats, spelled, tokens
 from service.studies.schemas import StudyView
 
 Style = Literal["live", "plain", "json"]
+Tick = Callable[[], None]
+Show = Callable[["Snapshot"], None]
 
 _POLL_SECONDS = 0.5
 _TICK_SECONDS = 0.1
 _GIVE_UP_SECONDS = 600.0
 _SERVER_FAULT = 500
+_RUN_FIELDS = {"id", "kind", "arm", "trial_number", "step", "num_steps", "tokens_per_second"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A study at one moment, the runs that are running, and those that ended since the last."""
+    """A study at one moment, and the runs that are running. `away`: it could not be read anew."""
 
     study: StudyView
     running: tuple[RunView, ...]
     ended: tuple[RunView, ...] = ()
+    away: bool = False
 
 
 def style(*, as_json: bool) -> Style:
@@ -46,44 +52,156 @@ def style(*, as_json: bool) -> Style:
     return "live" if sys.stdout.isatty() else "plain"
 
 
-def watch(
-    client: Client, name: str, how: Style, tick: Callable[[], None] = lambda: None
-) -> StudyView:
+def watch(client: Client, name: str, how: Style, tick: Tick = lambda: None) -> StudyView:
     """Show a study's progress until it ends; `tick` is called several times a second."""
-    match how:
-        case "live":
-            return _live(client, name, tick)
-        case "plain":
-            return _lines(client, name, tick, plain_line)
-        case "json":
-            return _lines(client, name, tick, json_line)
+    last: Snapshot | None = None
+    with {"live": _live, "plain": _plain, "json": _json}[how]() as show:
+        for last in snapshots(client, name, tick):
+            show(last)
+    assert last is not None
+    return last.study
 
 
-def _live(client: Client, name: str, tick: Callable[[], None]) -> StudyView:
-    pace, last = Pace(), None
+def snapshots(client: Client, name: str, tick: Tick) -> Iterator[Snapshot]:
+    """The study every half second until it has ended, through restarts of the service.
+
+    Raises:
+        httpx.TransportError: the service stayed away for ten minutes.
+        ServiceError: it refused, e.g. because there is no such study.
+    """
+    last: Snapshot | None = None
+    give_up_at = time.monotonic() + _GIVE_UP_SECONDS
+    while last is None or last.away or last.study.state not in FINAL_STUDY_STATES:
+        try:
+            last = _read(client, name, last)
+            give_up_at = time.monotonic() + _GIVE_UP_SECONDS
+        except (httpx.TransportError, ServiceError) as error:
+            if last is None or not _passes(error) or time.monotonic() > give_up_at:
+                raise
+            last = Snapshot(study=last.study, running=last.running, away=True)
+        yield last
+        _wait(tick)
+
+
+def _passes(error: httpx.TransportError | ServiceError) -> bool:
+    return not isinstance(error, ServiceError) or error.status >= _SERVER_FAULT
+
+
+def _wait(tick: Tick) -> None:
+    until = time.monotonic() + _POLL_SECONDS
+    while time.monotonic() < until:
+        tick()
+        time.sleep(_TICK_SECONDS)
+
+
+def _read(client: Client, name: str, last: Snapshot | None) -> Snapshot:
+    study = StudyView.model_validate(client.get(f"/v1/studies/{name}"))
+    items = client.get("/v1/runs", study=study.id, state="leased")["items"]
+    running = tuple(RunView.model_validate(item) for item in reversed(items))
+    here = {run.id for run in running}
+    gone = [run.id for run in last.running if run.id not in here] if last else []
+    ended = tuple(RunView.model_validate(client.get(f"/v1/runs/{run_id}")) for run_id in gone)
+    return Snapshot(study=study, running=running, ended=ended)
+
+
+@contextmanager
+def _plain() -> Generator[Show]:
+    """A line for each run that ended, and one whenever the counts have changed."""
+    said = ""
+
+    def show(now: Snapshot) -> None:
+        nonlocal said
+        for run in now.ended:
+            typer.echo(ended_line(run))
+        line = "the service is away; waiting" if now.away else summary(now.study)
+        if line != said:
+            typer.echo(line)
+            said = line
+
+    yield show
+
+
+@contextmanager
+def _json() -> Generator[Show]:
+    """A line whenever something has changed."""
+    said: dict[str, Any] = {}
+
+    def show(now: Snapshot) -> None:
+        nonlocal said
+        line = as_json(now)
+        if line != said and not now.away:
+            typer.echo(json.dumps(line))
+            said = line
+
+    yield show
+
+
+@contextmanager
+def _live() -> Generator[Show]:
+    """One screen, kept up to date."""
+    pace = Pace()
     with Live(console=console(), refresh_per_second=4) as screen:
-        for now in snapshots(client, name, tick):
-            if now is None:
-                screen.update(Group(*_parts(last, pace), Text("the service is away; waiting")))
-                continue
-            pace.see(time.monotonic(), now.study)
-            last = now
-            screen.update(Group(*_parts(now, pace)))
-    assert last is not None
-    return last.study
+
+        def show(now: Snapshot) -> None:
+            if not now.away:
+                pace.see(time.monotonic(), now.study.cost_flops)
+            screen.update(picture(now, pace.eta_seconds(now.study, now.running)))
+
+        yield show
 
 
-def _lines(
-    client: Client, name: str, tick: Callable[[], None], line_of: Callable[[Snapshot], str]
-) -> StudyView:
-    last, said = None, ""
-    for now in snapshots(client, name, tick):
-        if now is None:
-            continue
-        for line in (*ended_lines(now, line_of), line_of(now)):
-            if line != said:
-                print(line, flush=True)
-                said = line
-        last = now
-    assert last is not None
-    return last.study
+def label(run: RunView) -> str:
+    """A run by what it is for."""
+    return f"trial {run.trial_number}" if run.kind == "trial" else f"target {run.arm}"
+
+
+def ended_line(run: RunView) -> str:
+    """How a run that is no longer running ended, or that it waits for another attempt."""
+    params = ", ".join(f"{name} {spelled(value)}" for name, value in sorted(run.params.items()))
+    where = f"step {run.step}/{run.num_steps}, loss {nats(run.val_loss_nats)}"
+    return f"  {label(run)} {run.state}: {where} ({params})"
+
+
+def summary(study: StudyView) -> str:
+    """The study in a line."""
+    parts = [f"{study.name} {study.state}", f"trials: {counts(study.trials)}"]
+    if study.best_trial is not None:
+        best = study.best_trial
+        parts.append(f"best {nats(best.val_loss_nats)} (trial {best.number})")
+    if study.spec.rungs:
+        parts.append(f"targets: {counts(study.targets)}")
+    return " | ".join(parts)
+
+
+def as_json(now: Snapshot) -> dict[str, Any]:
+    """What changes of a study, for programs."""
+    fields = {"name", "state", "reason", "trials", "targets", "best_trial", "progress"}
+    loss = {"loss_nats", "val_loss_nats"}
+    running = [run.model_dump(mode="json", include=_RUN_FIELDS | loss) for run in now.running]
+    return now.study.model_dump(mode="json", include=fields | {"cost_flops"}) | {"running": running}
+
+
+def picture(now: Snapshot, eta_seconds: float | None) -> Group:
+    """The live screen: the study's line, then a bar for each running run."""
+    head = f"{summary(now.study)} | {now.study.progress:.0%}"
+    if eta_seconds is not None:
+        head += f", about {clock(eta_seconds)} left"
+    bars = Table.grid(padding=(0, 2))
+    for run in now.running:
+        bars.add_row(
+            label(run),
+            ProgressBar(total=run.num_steps, completed=run.step, width=24),
+            f"{run.step}/{run.num_steps}",
+            f"loss {nats(run.loss_nats)}",
+            f"val {nats(run.val_loss_nats)}",
+            f"{tokens(run.tokens_per_second)} tokens/s",
+        )
+    away = [Text("the service is away; waiting")] if now.away else []
+    return Group(Text(head), bars, *away)
+
+
+def clock(seconds: float) -> str:
+    """`1:02:03`, or `2:03` below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
