@@ -75,6 +75,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 
 def _local_path(uri: str) -> Path | None:
+    # As `Path.as_uri` writes them: fsspec takes "%20" in a file URI for three characters.
     parts = urlsplit(uri)
     if parts.scheme == "file":
         return Path(unquote(parts.path))

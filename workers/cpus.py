@@ -59,27 +59,31 @@ def pinned(count: int, *, folder: Path | None = None) -> Generator[int]:
     equal thread counts. Only the pinning is given up when CPUs are short.
     """
     num_threads = max(1, count)
-    threads_before, cpus_before = torch.get_num_threads(), os.sched_getaffinity(0)
     with contextlib.ExitStack() as stack:
-        cpus = None if _has_quota() else stack.enter_context(leased(count, folder=folder))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(num_threads)
-        _move_all_threads(cpus or cpus_before)
-        try:
-            yield num_threads
-        finally:
-            _move_all_threads(cpus_before)
-            torch.set_num_threads(threads_before)
+        cpus = stack.enter_context(leased(count, folder=folder)) if _may_pin() else None
+        if cpus is not None:
+            stack.callback(_move_all_threads, frozenset(os.sched_getaffinity(0)))
+            _move_all_threads(cpus)
+        yield num_threads
 
 
-def _has_quota() -> bool:
-    """Whether a container's quota limits us: its CPUs are then shared with strangers."""
-    try:
-        return not _QUOTA.read_text().startswith("max")
-    except OSError:
+def _may_pin() -> bool:
+    """Whether CPUs can be ours: not on macOS, nor below a container's quota.
+
+    A quota is a share of CPUs that all containers of the machine see and number alike, and our
+    locks do not reach into the others: all would pin their first run to CPU 0.
+    """
+    if not hasattr(os, "sched_setaffinity"):
         return False
+    try:
+        return _QUOTA.read_text().startswith("max")
+    except OSError:
+        return True
 
 
-def _move_all_threads(cpus: frozenset[int] | set[int]) -> None:
+def _move_all_threads(cpus: frozenset[int]) -> None:
     # All of them: torch's pool outlives a run and keeps the CPUs that it was created on.
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):

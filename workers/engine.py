@@ -86,10 +86,9 @@ def _on(placement: Placement, function: Any) -> Any:
 @contextlib.contextmanager
 def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engine]:
     """Start a Ray of our own on this machine, for as long as the context lasts."""
-    available = len(os.sched_getaffinity(0))
     ray.init(
         address="local",  # whatever RAY_ADDRESS says
-        num_cpus=None if cpus is None else min(cpus, available),
+        num_cpus=None if cpus is None else min(cpus, _num_cpus()),
         num_gpus=gpus,
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
@@ -99,6 +98,11 @@ def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engi
     )
     with _shutting_down():
         yield Engine()
+
+
+def _num_cpus() -> int:
+    has_affinity = hasattr(os, "sched_getaffinity")  # macOS has not
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

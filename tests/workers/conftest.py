@@ -1,8 +1,14 @@
 """A small real HTTP server that speaks the worker half of the protocol, for as long as a test."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +37,7 @@ from service.protocol import (
 )
 from warmcore.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
 
+_numbers = itertools.count()
 _WRITE = re.compile(r"/v1/runs/([^/]+)/(measurements|checkpoints|finish)")
 
 
@@ -43,6 +50,8 @@ class Written:
     checkpoints: list[CheckpointReport] = dataclasses.field(default_factory=list)
     steps_at_checkpoint: list[set[int]] = dataclasses.field(default_factory=list)
     finish: FinishRequest | None = None
+    finished_at: float | None = None
+    leased_at: float | None = None
     decision: Decision = "continue"
     superseded: tuple[str, ...] = ()
     prune_at_evaluation: int | None = None
@@ -60,6 +69,7 @@ class FakeService:
         self.runs: dict[str, Written] = {}
         self.requests: list[LeaseRequest] = []
         self.away = False
+        self.refuses = False
         self.stale: set[str] = set()
         self.changed = threading.Condition()
 
@@ -78,6 +88,8 @@ class FakeService:
         with self.changed:
             if self.away:
                 return 503, json.dumps({"title": "away"})
+            if self.refuses:
+                return 401, json.dumps({"title": "unknown key"})
             if path == "/v1/leases":
                 return 200, self._lease(LeaseRequest.model_validate_json(body)).model_dump_json()
             run_id, what = _WRITE.fullmatch(path).groups()
@@ -90,6 +102,7 @@ class FakeService:
 
     def _lease(self, request: LeaseRequest) -> LeaseReply:
         self.requests.append(request)
+        self.changed.notify_all()
         self.changed.wait_for(lambda: self.queue, request.wait_seconds)
         cpus, gpus, taken = request.resources.cpus, request.resources.gpus, []
         for lease in list(self.queue):
@@ -97,6 +110,7 @@ class FakeService:
                 cpus, gpus = cpus - lease.resources.cpus, gpus - lease.resources.gpus
                 self.queue.remove(lease)
                 taken.append(lease)
+                self.runs[lease.run_id].leased_at = time.monotonic()
         return LeaseReply(leases=tuple(taken))
 
     def _measurements(self, run: Written, body: str) -> ReportReply:
@@ -113,7 +127,7 @@ class FakeService:
         return CheckpointReply(decision=run.decision, superseded=run.superseded)
 
     def _finish(self, run: Written, body: str) -> FinishReply:
-        run.finish = FinishRequest.model_validate_json(body)
+        run.finish, run.finished_at = FinishRequest.model_validate_json(body), time.monotonic()
         state = "queued" if run.finish.outcome == "released" else "succeeded"
         return FinishReply(state=state)
 
@@ -149,13 +163,8 @@ def _one_thread_and_an_own_cache(tmp_path_factory: pytest.TempPathFactory) -> It
         yield
 
 
-@pytest.fixture
-def fake() -> FakeService:
-    return FakeService()
-
-
-@pytest.fixture
-def url(fake: FakeService) -> Iterator[str]:
+@contextlib.contextmanager
+def serving(fake: FakeService) -> Iterator[str]:
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": fake}))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
@@ -163,6 +172,17 @@ def url(fake: FakeService) -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def fake() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+def url(fake: FakeService) -> Iterator[str]:
+    with serving(fake) as url:
+        yield url
 
 
 @pytest.fixture
@@ -184,10 +204,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_lease(tmp_path: Path, text: Path) -> Callable[..., Lease]:
     """Leases of small runs; keyword arguments override the lease's or the train spec's fields."""
-    counter = iter(range(1_000))
 
     def make(*, num_steps: int = 20, train: dict[str, Any] | None = None, **fields: Any) -> Lease:
-        number = next(counter)
+        number = next(_numbers)
         options = {"batch_size": 4, "log_every": 5, "evaluations": 4, "eval_tokens": 512}
         spec = RunSpec(
             model=ModelSpec(width=16, depth=1, head_dim=16),
@@ -214,3 +233,75 @@ def make_lease(tmp_path: Path, text: Path) -> Callable[..., Lease]:
         return Lease.model_validate(values | fields)
 
     return make
+
+
+class FleetProcess:
+    """A fleet as a user starts one, in a process of its own."""
+
+    def __init__(self, url: str, log: Path, *options: str) -> None:
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "workers.fleet", "--url", url, *options],
+                env=os.environ | {"WARMSCALE_API_KEY": "key"},
+                stdout=stream,
+                stderr=stream,
+            )
+
+    def wait_until_ready(self, seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        while " ready " not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
+
+    def signal(self, signum: signal.Signals) -> None:
+        self.process.send_signal(signum)
+
+    def descendants(self) -> dict[int, str]:
+        """Process ids and titles below the fleet."""
+        parents, titles = {}, {}
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(entry.name)
+                parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                titles[pid] = (entry / "cmdline").read_text().replace("\0", " ").strip()
+        found = {self.process.pid}
+        while below := {p for p, parent in parents.items() if parent in found} - found:
+            found |= below
+        return {pid: titles[pid] for pid in found - {self.process.pid}}
+
+    def worker_pids(self) -> set[int]:
+        """Processes in which runs run."""
+        below = self.descendants()
+        agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+        return {p for p, t in below.items() if t.startswith("ray::") and t not in agents}
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def start_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., FleetProcess]]:
+    """Start fleets that end with the module at the latest."""
+    with contextlib.ExitStack() as stack:
+
+        def start(url: str, *options: str) -> FleetProcess:
+            fleet = FleetProcess(url, tmp_path_factory.mktemp("fleet") / "log", *options)
+            stack.callback(fleet.stop)
+            return fleet
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared_fake() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture(scope="module")
+def shared_url(shared_fake: FakeService) -> Iterator[str]:
+    with serving(shared_fake) as url:
+        yield url

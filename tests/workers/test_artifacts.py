@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from warmcore.checkpoint import MANIFEST, CheckpointCorruptError, load_checkpoint
+from warmcore.data import prepare
+from warmcore.spec import CheckpointRef
+from warmcore.train import Training
+from workers import artifacts
+
+
+@pytest.fixture(params=["file", "memory"])
+def uri(request, tmp_path: Path) -> str:
+    """A place on disk, and one in an object store."""
+    if request.param == "file":
+        return (tmp_path / "a b" / "step-00000000").as_uri()
+    return f"memory://{tmp_path.name}/step-00000000"
+
+
+@pytest.fixture
+def training(make_lease) -> Training:
+    spec = make_lease().spec
+    return Training.start(spec, prepare(spec.data))
+
+
+def test_what_is_saved_is_what_is_loaded(training: Training, uri: str) -> None:
+    saved = artifacts.save(training, uri)
+    with artifacts.local(CheckpointRef(uri=uri, hash=saved.hash)) as path:
+        weights = load_checkpoint(path, expected_hash=saved.hash).weights
+    assert weights.keys() == training.model.state_dict().keys()
+    assert all(weights[name].equal(value) for name, value in training.model.state_dict().items())
+
+
+def test_a_checkpoint_that_is_not_there_is_corrupt(uri: str) -> None:
+    ref = CheckpointRef(uri=uri, hash="0" * 64)
+    with pytest.raises(CheckpointCorruptError), artifacts.local(ref):
+        pass
+
+
+def test_another_checkpoint_in_its_place_is_refused(training: Training, uri: str) -> None:
+    saved = artifacts.save(training, uri)
+    files, root = artifacts._filesystem(uri)
+    manifest = files.cat_file(f"{root}/{MANIFEST}")
+    files.pipe_file(f"{root}/{MANIFEST}", manifest + b" ")
+    ref = CheckpointRef(uri=uri, hash=saved.hash)
+    with pytest.raises(CheckpointCorruptError, match=saved.hash), artifacts.local(ref):
+        pass
+
+
+def test_the_manifest_is_uploaded_last(training: Training, tmp_path: Path) -> None:
+    artifacts.save(training, f"memory://{tmp_path.name}/c")
+    files = fsspec.filesystem("memory")
+    found = {Path(f["name"]).name: f["created"] for f in files.ls(f"/{tmp_path.name}/c")}
+    assert max(found, key=found.__getitem__) == MANIFEST
+    assert len(found) == 3
+
+
+def test_deleting_removes_all_of_it_and_what_is_gone_may_be_deleted(
+    training: Training, uri: str
+) -> None:
+    saved = artifacts.save(training, uri)
+    files, root = artifacts._filesystem(uri)
+    assert files.exists(root)
+    artifacts.delete(uri)
+    assert not files.exists(root)
+    artifacts.delete(uri)
+    with (
+        pytest.raises(CheckpointCorruptError),
+        artifacts.local(CheckpointRef(uri=uri, hash=saved.hash)),
+    ):
+        pass
+
+
+def test_a_local_checkpoint_is_used_in_place(training: Training, tmp_path: Path) -> None:
+    uri = (tmp_path / "here").as_uri()
+    saved = artifacts.save(training, uri)
+    with artifacts.local(CheckpointRef(uri=uri, hash=saved.hash)) as path:
+        assert path == tmp_path / "here"
+    assert path.is_dir()
+
+
+def test_a_copy_lasts_as_long_as_its_context(training: Training, tmp_path: Path) -> None:
+    uri = f"memory://{tmp_path.name}/copy"
+    saved = artifacts.save(training, uri)
+    with artifacts.local(CheckpointRef(uri=uri, hash=saved.hash)) as path:
+        assert path.is_dir()
+    assert not path.exists()

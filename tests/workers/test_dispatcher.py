@@ -1,0 +1,127 @@
+"""The loop alone, on an engine that records what it is asked to do."""
+
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+from ray.exceptions import WorkerCrashedError
+
+from service.protocol import Resources
+from workers.dispatcher import Dispatcher, Options
+from workers.link import FleetRefusedError
+
+
+class _Handle:
+    def __init__(self) -> None:
+        self.future: Future[str] = Future()
+        self.drained = False
+
+    def drain(self) -> None:
+        self.drained = True
+
+    def kill(self) -> None:
+        if not self.future.done():
+            self.future.set_exception(WorkerCrashedError())
+
+
+class _Engine:
+    def __init__(self) -> None:
+        self.submitted: dict[str, _Handle] = {}
+
+    def nodes(self) -> dict[str, Resources]:
+        return {"a": Resources(cpus=1), "b": Resources(cpus=2)}
+
+    def submit(self, lease, node, connection, checkpoint_seconds) -> _Handle:
+        self.submitted[lease.run_id] = _Handle()
+        return self.submitted[lease.run_id]
+
+
+@pytest.fixture
+def engine() -> _Engine:
+    return _Engine()
+
+
+@pytest.fixture
+def start(engine, url):
+    """Run a dispatcher on another thread; what it raised, or None, is its result."""
+    threads, dispatchers = [], []
+
+    def start(**options) -> tuple[Dispatcher, Future]:
+        options = {"drain_seconds": 0.2} | options
+        dispatcher = Dispatcher(engine, Options(url=url, api_key="key", name="fleet", **options))
+        result: Future = Future()
+
+        def work() -> None:
+            try:
+                result.set_result(dispatcher.run())
+            except Exception as error:  # noqa: BLE001 - the result
+                result.set_exception(error)
+
+        threads.append(threading.Thread(target=work))
+        dispatchers.append(dispatcher)
+        threads[-1].start()
+        return dispatcher, result
+
+    yield start
+    for dispatcher, thread in zip(dispatchers, threads, strict=True):
+        dispatcher.drain()
+        thread.join()
+
+
+def test_a_refused_fleet_drains_and_says_why(fake, start) -> None:
+    fake.refuses = True
+    _, result = start()
+    with pytest.raises(FleetRefusedError, match="unknown key"):
+        result.result(timeout=5)
+
+
+def test_a_fleet_outlives_a_service_that_is_away(fake, engine, start, make_lease) -> None:
+    fake.away = True
+    _, result = start(exit_when_idle_seconds=60)
+    time.sleep(0.5)
+    assert not result.done()
+    fake.away = False
+    run = fake.offer(make_lease())
+    fake.wait_for(lambda: run.leased_at, seconds=5)
+
+
+def test_an_idle_fleet_exits_after_as_long_as_it_was_told(fake, start) -> None:
+    started = time.monotonic()
+    _, result = start(exit_when_idle_seconds=0.5)
+    result.result(timeout=5)
+    assert time.monotonic() - started >= 0.5
+
+
+def test_only_one_nodes_resources_are_offered_at_a_time(fake, engine, start, make_lease) -> None:
+    runs = [fake.offer(make_lease(resources=Resources(cpus=2))) for _ in range(2)]
+    _, _ = start()
+    fake.wait_for(lambda: any(run.leased_at for run in runs), seconds=5)
+    fake.wait_for(lambda: len(fake.requests) > 3, seconds=5)
+    assert sum(run.leased_at is not None for run in runs) == 1
+    assert max(request.resources.cpus for request in fake.requests) == 2
+
+
+def test_a_lease_that_arrives_while_draining_is_given_back(fake, engine, start, make_lease) -> None:
+    dispatcher, result = start()
+    fake.wait_for(lambda: fake.requests, seconds=5)
+    dispatcher.drain()
+    time.sleep(0.2)
+    run = fake.offer(make_lease())
+    fake.wait_for(lambda: run.finish, seconds=5)
+    assert run.finish.outcome == "released"
+    assert engine.submitted == {}
+    result.result(timeout=5)
+
+
+def test_a_run_that_does_not_drain_is_killed_and_given_back(
+    fake, engine, start, make_lease
+) -> None:
+    run = fake.offer(make_lease(resources=Resources(cpus=1)))
+    dispatcher, result = start(drain_seconds=0.5)
+    while not engine.submitted:
+        time.sleep(0.01)
+    dispatcher.drain()
+    result.result(timeout=10)
+    assert engine.submitted[run.lease.run_id].drained
+    assert run.finish.outcome == "released"

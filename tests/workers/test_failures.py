@@ -1,0 +1,46 @@
+import pytest
+from ray.exceptions import OutOfMemoryError, RayTaskError, TaskCancelledError, WorkerCrashedError
+
+from workers.failures import failure
+
+
+def _raised_in_a_task(cause: Exception) -> Exception:
+    return RayTaskError(
+        "run_lease", f"\x1b[36mtraceback\x1b[39m\n{cause}", cause
+    ).as_instanceof_cause()
+
+
+def test_a_wrong_spec_is_not_tried_again() -> None:
+    finish = failure(_raised_in_a_task(ValueError("width 3")), draining=False)
+    assert (finish.outcome, finish.retryable) == ("failed", False)
+    assert finish.error.endswith("traceback\nwidth 3")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        WorkerCrashedError(),
+        OutOfMemoryError("node"),
+        _raised_in_a_task(RuntimeError("CUDA out of memory")),
+        _raised_in_a_task(MemoryError()),
+    ],
+)
+def test_lost_processes_and_memory_are_tried_again(error: Exception) -> None:
+    finish = failure(error, draining=False)
+    assert (finish.outcome, finish.retryable) == ("failed", True)
+    assert finish.error
+
+
+@pytest.mark.parametrize("error", [TaskCancelledError(), _raised_in_a_task(TaskCancelledError())])
+def test_a_run_that_was_drained_before_it_began_is_given_back(error: Exception) -> None:
+    assert failure(error, draining=False).outcome == "released"
+
+
+def test_what_a_draining_fleet_kills_it_gives_back() -> None:
+    assert failure(WorkerCrashedError(), draining=True).outcome == "released"
+
+
+def test_of_a_long_error_the_end_is_kept() -> None:
+    finish = failure(RuntimeError("x" * 100_000 + "the cause"), draining=False)
+    assert finish.error.endswith("the cause")
+    assert len(finish.error) <= 8_003

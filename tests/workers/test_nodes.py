@@ -1,0 +1,68 @@
+from service.protocol import Resources
+from workers.nodes import Nodes, Placement, from_ray
+
+
+def _nodes(**total: Resources) -> Nodes:
+    nodes = Nodes()
+    nodes.update(total)
+    return nodes
+
+
+def _placement(node: str, cpus: int, gpus: float = 0.0) -> Placement:
+    return Placement(node=node, resources=Resources(cpus=cpus, gpus=gpus))
+
+
+def test_what_is_placed_is_not_offered_again() -> None:
+    nodes = _nodes(a=Resources(cpus=3))
+    nodes.place("run", _placement("a", 2))
+    assert nodes.offer() == _placement("a", 1)
+
+
+def test_what_is_removed_is_offered_again() -> None:
+    nodes = _nodes(a=Resources(cpus=3))
+    nodes.place("run", _placement("a", 3))
+    assert nodes.offer() is None
+    nodes.remove("run")
+    assert nodes.offer() == _placement("a", 3)
+
+
+def test_an_offer_is_of_one_node_and_every_node_has_its_turn() -> None:
+    nodes = _nodes(a=Resources(cpus=1), b=Resources(cpus=2))
+    offers = [nodes.offer() for _ in range(4)]
+    assert offers[:2] == offers[2:]
+    assert {offer.node for offer in offers} == {"a", "b"}
+
+
+def test_tenths_of_a_gpu_add_up() -> None:
+    nodes = _nodes(a=Resources(cpus=0, gpus=1.0))
+    for run in range(10):
+        assert nodes.offer().resources.gpus == round(1.0 - run / 10, 1)
+        nodes.place(run, _placement("a", 0, 0.1))
+    assert nodes.offer() is None
+
+
+def test_runs_of_a_lost_node_hold_nothing_elsewhere() -> None:
+    nodes = _nodes(a=Resources(cpus=1), b=Resources(cpus=1))
+    nodes.place("run", _placement("a", 1))
+    nodes.update({"b": Resources(cpus=1)})
+    assert nodes.offer() == _placement("b", 1)
+    nodes.remove("run")
+
+
+def test_a_node_that_shrank_offers_nothing_rather_than_less() -> None:
+    nodes = _nodes(a=Resources(cpus=4))
+    nodes.place("run", _placement("a", 4))
+    nodes.update({"a": Resources(cpus=2)})
+    assert nodes.offer() is None
+
+
+def test_only_nodes_that_are_alive_count() -> None:
+    raw = [
+        {"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0, "memory": 1e9}},
+        {"NodeID": "b", "Alive": False, "Resources": {"CPU": 8.0}},
+        {"NodeID": "c", "Alive": True, "Resources": {"memory": 1e9}},
+    ]
+    assert from_ray(raw) == {
+        "a": Resources(cpus=2, gpus=1.0),
+        "c": Resources(cpus=0, gpus=0.0),
+    }

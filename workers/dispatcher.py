@@ -1,0 +1,194 @@
+"""Free resources -> leases -> Ray tasks, until told to drain.
+
+One loop on the main thread takes events off a queue, and never waits for anything else: a thread
+asks for leases while there is room (a long poll), Ray's callbacks put the ends of runs on the
+queue, and signals put drains. So a slot that falls free is offered again at once.
+"""
+
+import functools
+import logging
+import queue
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from service.protocol import FinishRequest, Lease, LeaseRequest, RunKind
+from workers.engine import Engine, Handle
+from workers.failures import failure
+from workers.link import FleetRefusedError, Link
+from workers.nodes import Nodes, Placement
+from workers.process import Connection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+_MAX_RUNS = 64  # the protocol's
+# While runs run, more may soon be free than was offered: ask for little time, then for all of it.
+_BUSY_WAIT_SECONDS = 1.0
+_IDLE_WAIT_SECONDS = 5.0
+_PAUSE_SECONDS = 0.2
+_AWAY_SECONDS = 1.0
+_TICK_SECONDS = 0.2
+_KILLED_SECONDS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a fleet takes on."""
+
+    url: str
+    api_key: str = field(repr=False)
+    name: str
+    study: str | None = None
+    kinds: tuple[RunKind, ...] | None = None
+    checkpoint_seconds: float = 30.0
+    exit_when_idle_seconds: float | None = None
+    drain_seconds: float = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    lease: Lease
+    handle: Handle
+    started: float
+
+
+class Dispatcher:
+    """Runs leases on an engine. Everything but `drain` belongs to the thread that calls `run`."""
+
+    def __init__(self, engine: Engine, options: Options) -> None:
+        self._engine, self._options = engine, options
+        self._connection = Connection(url=options.url, api_key=options.api_key)
+        self._link = Link(options.url, options.api_key)
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._nodes = Nodes()
+        self._running: dict[str, _Running] = {}
+        self._is_asking = False
+        self._ask_at = self._busy_at = time.monotonic()
+        self._kill_at: float | None = None
+        self._refusal: FleetRefusedError | None = None
+
+    def drain(self) -> None:
+        """Lease no more, have every run checkpointed and given back; safe in a signal handler."""
+        self._events.put(self._drain)
+
+    def run(self) -> None:
+        """Work until drained or, where the options say so, idle for long enough.
+
+        Raises:
+            FleetRefusedError: and what was running has been given back.
+        """
+        while not self._is_done():
+            if self._should_ask():
+                self._ask()
+            try:
+                self._events.get(timeout=_TICK_SECONDS)()
+            except queue.Empty:
+                self._kill_what_does_not_drain()
+        self._link.close()
+        if self._refusal is not None:
+            raise self._refusal
+
+    def _is_done(self) -> bool:
+        now = time.monotonic()
+        if self._kill_at is not None:
+            is_waiting = self._running or self._is_asking
+            return not is_waiting or now > self._kill_at + _KILLED_SECONDS
+        idle = self._options.exit_when_idle_seconds
+        if idle is None or self._running or self._is_asking:
+            return False
+        return now >= self._busy_at + idle
+
+    # Asking: one request at a time, so that what it offers is still free when it is answered.
+
+    def _should_ask(self) -> bool:
+        return not self._is_asking and self._kill_at is None and time.monotonic() >= self._ask_at
+
+    def _ask(self) -> None:
+        self._nodes.update(self._engine.nodes())
+        offer = self._nodes.offer()
+        if offer is None:
+            return
+        wait = _BUSY_WAIT_SECONDS if self._running else _IDLE_WAIT_SECONDS
+        idle = self._options.exit_when_idle_seconds
+        request = LeaseRequest(
+            worker=self._options.name,
+            resources=offer.resources,
+            max_runs=_MAX_RUNS,
+            study=self._options.study,
+            kinds=self._options.kinds,
+            wait_seconds=wait if idle is None else min(wait, idle),
+        )
+        self._is_asking = True
+
+        def answered(answer: tuple[Lease, ...] | Exception) -> None:
+            self._events.put(functools.partial(self._answered, offer.node, answer))
+
+        self._link.ask(request, answered)
+
+    def _answered(self, node: str, answer: tuple[Lease, ...] | Exception) -> None:
+        self._is_asking = False
+        if isinstance(answer, FleetRefusedError):
+            self._refusal = answer
+            self._drain()
+        elif isinstance(answer, Exception):
+            self._ask_at = time.monotonic() + _AWAY_SECONDS
+        elif not answer:
+            self._ask_at = time.monotonic() + _PAUSE_SECONDS
+        elif self._kill_at is None:
+            for lease in answer:
+                self._start(lease, node)
+        else:
+            for lease in answer:
+                self._link.tell(lease, FinishRequest(outcome="released"))
+
+    # Running
+
+    def _start(self, lease: Lease, node: str) -> None:
+        seconds = self._options.checkpoint_seconds
+        handle = self._engine.submit(lease, node, self._connection, seconds)
+        token = lease.lease_token
+        self._nodes.place(token, Placement(node=node, resources=lease.resources))
+        self._running[token] = _Running(lease=lease, handle=handle, started=time.monotonic())
+        log.info(
+            "lease run=%s study=%s kind=%s trial=%s attempt=%d cpus=%d gpus=%g",
+            *(lease.run_id, lease.study_name, lease.kind, lease.trial_number, lease.attempt),
+            *(lease.resources.cpus, lease.resources.gpus),
+        )
+        handle.future.add_done_callback(
+            lambda future: self._events.put(functools.partial(self._ended, token, future))
+        )
+
+    def _ended(self, token: str, future: Future[str]) -> None:
+        running = self._running.pop(token)
+        self._nodes.remove(token)
+        self._ask_at = self._busy_at = time.monotonic()
+        run_id, seconds = running.lease.run_id, time.monotonic() - running.started
+        error = future.exception()
+        if error is None:
+            log.info("end run=%s outcome=%s seconds=%.2f", run_id, future.result(), seconds)
+            return
+        finish = failure(error, draining=self._kill_at is not None)
+        last_line = str(error).strip().rsplit("\n", 1)[-1]
+        log.warning(
+            "end run=%s outcome=%s retryable=%s seconds=%.2f error=%s",
+            *(run_id, finish.outcome, finish.retryable, seconds, last_line),
+        )
+        self._link.tell(running.lease, finish)
+
+    # Draining
+
+    def _drain(self) -> None:
+        if self._kill_at is None:
+            log.info("drain runs=%d", len(self._running))
+            self._kill_at = time.monotonic() + self._options.drain_seconds
+            for running in self._running.values():
+                running.handle.drain()
+
+    def _kill_what_does_not_drain(self) -> None:
+        if self._kill_at is not None and time.monotonic() > self._kill_at:
+            for running in self._running.values():
+                running.handle.kill()

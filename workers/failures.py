@@ -1,0 +1,29 @@
+"""What a run that ended in an exception tells the service: pure, from the exception alone.
+
+Only a `ValueError` fails for good: the spec, the data or a checkpoint is wrong, and would be wrong
+for the next worker too. Lost processes, lost nodes and memory are worth another attempt elsewhere.
+"""
+
+import re
+
+from ray.exceptions import TaskCancelledError
+
+from service.protocol import FinishRequest
+
+_MAX_CHARS = 8_000
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def failure(error: BaseException, *, draining: bool) -> FinishRequest:
+    """Say how an attempt ended that raised `error`; a draining fleet gives back what it stopped."""
+    if isinstance(error, ValueError):
+        return FinishRequest(outcome="failed", error=_text(error), retryable=False)
+    if draining or isinstance(error, TaskCancelledError):
+        return FinishRequest(outcome="released")
+    return FinishRequest(outcome="failed", error=_text(error), retryable=True)
+
+
+def _text(error: BaseException) -> str:
+    """Kind, message and traceback from Ray; of a long one the end, which names the cause."""
+    text = _COLOUR.sub("", f"{type(error).__name__}: {error}")
+    return text if len(text) <= _MAX_CHARS else f"...{text[-_MAX_CHARS:]}"

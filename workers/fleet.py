@@ -1,0 +1,125 @@
+"""The fleet's command line: `python -m workers.fleet --url http://127.0.0.1:8000`.
+
+The API key comes from the environment alone (WARMSCALE_API_KEY): a command line is public on its
+machine. SIGTERM or Ctrl-C drains: every run publishes a checkpoint and is given back, exit 0; a
+second one exits at once, and Ray's processes with it.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from workers import environment
+from workers.link import FleetRefusedError
+
+if TYPE_CHECKING:
+    from workers.dispatcher import Dispatcher
+    from workers.engine import Engine
+
+API_KEY_VARIABLE = "WARMSCALE_API_KEY"
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a fleet until it is drained, idle or refused; gives the exit code."""
+    args = _parser().parse_args(argv)
+    api_key = os.environ.get(API_KEY_VARIABLE)
+    if not api_key:
+        sys.stderr.write(f"set {API_KEY_VARIABLE} to a key with the scope `work`\n")
+        return 2
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # Ctrl-C while Ray starts
+        # Ray prints a paragraph there for every lost process; our log has a line for it.
+        silence = stack.enter_context(Path(os.devnull).open("w"))
+        stack.enter_context(contextlib.redirect_stdout(silence))
+        return _work(args, api_key)
+    return 128 + signal.SIGINT
+
+
+def _work(args: argparse.Namespace, api_key: str) -> int:
+    started = time.monotonic()
+    with _engine(args) as engine:
+        from workers.dispatcher import Dispatcher, Options  # noqa: PLC0415 - see `_engine`
+
+        options = Options(
+            url=args.url,
+            api_key=api_key,
+            name=args.name,
+            study=args.study,
+            kinds=tuple(args.kinds) if args.kinds else None,
+            checkpoint_seconds=args.checkpoint_seconds,
+            exit_when_idle_seconds=args.exit_when_idle,
+            drain_seconds=args.drain_seconds,
+        )
+        dispatcher = Dispatcher(engine, options)
+        _drain_on_signals(dispatcher)
+        processes = engine.warm_up()
+        log.info(
+            "ready fleet=%s processes=%d seconds=%.1f",
+            *(args.name, len(processes), time.monotonic() - started),
+        )
+        try:
+            dispatcher.run()
+        except FleetRefusedError as error:
+            log.error("refused %s", error)  # noqa: TRY400 - the message says it all
+            return 1
+    return 0
+
+
+def _engine(args: argparse.Namespace) -> contextlib.AbstractContextManager["Engine"]:
+    """Set what Ray reads when it is imported, and only then import it."""
+    if args.ray_address is None:
+        environment.set_for_local_ray()
+    else:
+        environment.set_for_any_ray()
+    from workers import engine  # noqa: PLC0415
+
+    if args.ray_address is None:
+        return engine.local(cpus=args.cpus, gpus=args.gpus)
+    return engine.cluster(args.ray_address)
+
+
+def _drain_on_signals(dispatcher: "Dispatcher") -> None:
+    signals: list[int] = []
+
+    def on_signal(signum: int, _frame: FrameType | None) -> None:
+        signals.append(signum)
+        if len(signals) > 1:
+            os._exit(128 + signum)
+        dispatcher.drain()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, on_signal)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="workers.fleet", description=__doc__)
+    parser.add_argument("--url", required=True, help="the service")
+    parser.add_argument("--ray-address", help="a running Ray cluster, `auto` for this node's")
+    parser.add_argument("--cpus", type=int, help="of a local Ray; all by default")
+    parser.add_argument("--gpus", type=int, help="of a local Ray; all by default")
+    parser.add_argument("--study", help="name or id; by default runs of any study")
+    parser.add_argument("--kinds", nargs="+", choices=("trial", "target"))
+    parser.add_argument("--checkpoint-seconds", type=float, default=30.0, metavar="SECONDS")
+    parser.add_argument("--exit-when-idle", type=float, metavar="SECONDS")
+    parser.add_argument("--drain-seconds", type=float, default=60.0, metavar="SECONDS")
+    parser.add_argument("--name", default=f"{socket.gethostname()}-{os.getpid()}")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The fleet's line to the service: requests on threads of their own, answers as calls back.
+
+Threads are daemons: a service that never answers must not keep a fleet from exiting.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+from http import HTTPStatus
+
+import httpx
+
+from service.client import Client, ServiceError, StaleLeaseError
+from service.protocol import FinishRequest, Lease, LeaseRequest
+
+log = logging.getLogger(__name__)
+
+_TELL_PATIENCE_SECONDS = 30.0
+
+
+class FleetRefusedError(Exception):
+    """The service does not accept this fleet: its key, its study or its protocol."""
+
+
+class Link:
+    """Asks for leases, and tells how attempts ended that could not tell so themselves."""
+
+    def __init__(self, url: str, api_key: str) -> None:
+        self._asking = Client(url, api_key, patience_seconds=0.0)  # the fleet asks again anyway
+        self._telling = Client(url, api_key, patience_seconds=_TELL_PATIENCE_SECONDS)
+        self._untold: list[threading.Thread] = []
+        self._is_away = False
+
+    def ask(
+        self, request: LeaseRequest, answered: Callable[[tuple[Lease, ...] | Exception], None]
+    ) -> None:
+        """Call `answered` from another thread, once, with leases or with the reason for none."""
+        threading.Thread(target=lambda: answered(self._ask(request)), daemon=True).start()
+
+    def _ask(self, request: LeaseRequest) -> tuple[Lease, ...] | Exception:
+        try:
+            leases = self._asking.lease(request)
+        except (httpx.TransportError, ServiceError) as error:
+            if isinstance(error, ServiceError) and _is_refusal(error.status):
+                return FleetRefusedError(str(error))
+            if not self._is_away:
+                log.warning("service=away error=%r", error)
+            self._is_away = True
+            return error
+        if self._is_away:
+            log.info("service=back")
+        self._is_away = False
+        return leases
+
+    def tell(self, lease: Lease, finish: FinishRequest) -> None:
+        """Finish an attempt in the background."""
+        thread = threading.Thread(target=self._tell, args=(lease, finish), daemon=True)
+        self._untold = [other for other in self._untold if other.is_alive()] + [thread]
+        thread.start()
+
+    def _tell(self, lease: Lease, finish: FinishRequest) -> None:
+        try:
+            self._telling.finish(lease, finish)
+        except StaleLeaseError:
+            pass  # told before, or another attempt's business by now
+        except (httpx.TransportError, ServiceError) as error:
+            log.warning("untold run=%s error=%r", lease.run_id, error)  # its lease will expire
+
+    def close(self) -> None:
+        """Wait until everything is told, or was tried for as long as patience lasts; hang up."""
+        for thread in self._untold:
+            thread.join()
+        self._asking.close()
+        self._telling.close()
+
+
+def _is_refusal(status: int) -> bool:
+    is_client_error = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
+    return is_client_error and status != HTTPStatus.TOO_MANY_REQUESTS
