@@ -96,10 +96,10 @@ def iter_grown(
 
 
 def pad_shrunk(name: str, tensor: Tensor, shape: torch.Size, *, shrink: float) -> Tensor:
-    """s pad0(W_base); for gains, whose value of no effect is 1 and not 0, 1 + s pad0(gain - 1).
+    """Return s pad0(W_base); for gains, which do nothing at 1, 1 + s pad0(gain - 1).
 
     With p eps, the target's own initial value over the whole tensor, this is `shrink_perturb`
-    (arXiv 2411.07340, after shrink and perturb, arXiv 1910.08475); s = 0 and p = 1 is a cold start.
+    (arXiv 2411.07340, after arXiv 1910.08475); s = 0 and p = 1 is a cold start.
     """
     idle = 1.0 if role_of(name) == "gain" else 0.0
     return pad(shrink * tensor + (1 - shrink) * idle, shape, fill=idle)

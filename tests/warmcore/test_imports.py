@@ -1,0 +1,25 @@
+"""What the service loads must stay light."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "numpy", "safetensors")
+
+
+@pytest.mark.parametrize("module", ["spec", "flops", "corpus"])
+def test_the_service_can_look_at_specs_and_corpora_without_torch(module):
+    code = (
+        f"import sys, warmcore.{module}, warmcore.spec;"
+        "warmcore.spec.DataSpec(source='stdlib').inspect();"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_preparing_a_corpus_needs_no_torch():
+    code = "import sys, warmcore.data; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
