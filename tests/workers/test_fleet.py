@@ -49,6 +49,8 @@ def test_a_run_is_only_asked_for_when_its_resources_are_free(
     shared_fake.wait_for(lambda: len(shared_fake.requests) > asked + 1)
     assert {r.resources.cpus for r in shared_fake.requests[asked + 1 :]} == {1}
     run.decision = "cancel"
+    while f"run={run.lease.run_id} outcome=cancelled" not in fleet.log.read_text():
+        time.sleep(0.05)
 
 
 def test_a_run_whose_process_is_killed_is_reported_and_the_fleet_goes_on(
