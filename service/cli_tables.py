@@ -27,7 +27,7 @@ def show(*parts: RenderableType) -> None:
     """Print the parts one below another."""
     out = console()
     for part in parts:
-        out.print(part)
+        out.print(part, soft_wrap=isinstance(part, str))
 
 
 def _table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> Table:

@@ -164,7 +164,7 @@ def ended_line(run: RunView) -> str:
 
 def summary(study: StudyView) -> str:
     """The study in a line."""
-    parts = [f"{study.name} {study.state}", f"trials: {counts(study.trials)}"]
+    parts = [study.state, f"trials: {counts(study.trials)}"]
     if study.best_trial is not None:
         best = study.best_trial
         parts.append(f"best {nats(best.val_loss_nats)} (trial {best.number})")
@@ -183,7 +183,7 @@ def as_json(now: Snapshot) -> dict[str, Any]:
 
 def picture(now: Snapshot, eta_seconds: float | None) -> Group:
     """The live screen: the study's line, then a bar for each running run."""
-    head = f"{summary(now.study)} | {now.study.progress:.0%}"
+    head = f"{now.study.name} {summary(now.study)} | {now.study.progress:.0%}"
     if eta_seconds is not None:
         head += f", about {clock(eta_seconds)} left"
     bars = Table.grid(padding=(0, 2))

@@ -194,7 +194,7 @@ def _best_so_far(trials: Sequence[ReportTrial]) -> Figure:
 def learning_curves(trials: Sequence[ReportTrial]) -> Figure:
     """Validation loss against tokens, one line a trial; diverged ones do not stretch the axis."""
     shown = [trial for trial in trials if trial.curve]
-    losses = [p.val_loss_nats for t in shown if not t.diverged for p in t.curve]
+    losses = [p.val_loss_nats for t in shown if not t.diverged for p in t.curve if p.tokens]
     figure = _with_axes([_learning_curve(t) for t in shown], "tokens", log_x=True, showlegend=False)
     if losses:
         pad = 0.05 * (max(losses) - min(losses))

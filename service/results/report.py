@@ -97,7 +97,7 @@ def _verdict_figures(verdict: Verdict) -> list[tuple[str, str]]:
 
 
 def _times(value: float | None) -> str:
-    return "not reached" if value is None else f"{value:.2f}x"
+    return "never" if value is None else f"{value:.2f}x"
 
 
 def _arms(results: StudyResults, drawn: dict[str, Figure]) -> str:

@@ -81,7 +81,7 @@ def _trial_counts(session: Session, study_id: str) -> RunCounts:
         .where(Run.study_id == study_id, Run.kind == "trial")
         .group_by(Run.state)
     )
-    counts = dict(session.execute(query).tuples())
+    counts = dict(session.execute(query).tuples().all())
     return RunCounts.model_validate({s: counts.get(s, 0) for s in get_args(RunState)})
 
 
@@ -110,15 +110,12 @@ def _best(session: Session, study_id: str) -> BestTrialResult | None:
 
 
 def _targets(session: Session, study_id: str, spec: StudySpec) -> tuple[TargetRun, ...]:
-    query = (
-        select(Run)
-        .where(Run.study_id == study_id, Run.kind == "target")
-        .order_by(Run.launch, Run.rung, Run.created_at, Run.arm, Run.id)
-    )
+    query = select(Run).where(Run.study_id == study_id, Run.kind == "target").order_by(Run.id)
     runs = session.scalars(query).all()
     curves = _curves(session, [run.id for run in runs])
     numbers = {s: k for k, s in enumerate(target_seeds(spec.hpo.seed, _MAX_SEEDS))}
-    return tuple(_target(run, curves[run.id], numbers.get(run.seed, run.seed)) for run in runs)
+    targets = [_target(run, curves[run.id], numbers.get(run.seed, run.seed)) for run in runs]
+    return tuple(sorted(targets, key=lambda t: (t.launch, t.rung, t.seed_number, t.arm)))
 
 
 def _target(run: Run, curve: tuple[Evaluation, ...], seed_number: int) -> TargetRun:

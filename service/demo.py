@@ -1,0 +1,106 @@
+"""`warmscale demo`: a study on real text, from an empty folder to its verdict, and what it took."""
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from service import cli_tables
+from service.child import ChildError
+from service.cli_common import Exit, connected, fail, settings
+from service.cli_spec import SpecError, load
+from service.cli_study import submit
+from service.cli_up import say
+from service.client import Client
+from service.home import HomeInUseError
+from service.protocol import RunView
+from service.results.schemas import StudyResults
+from service.studies.schemas import TrialView
+from service.up import Interrupted, PortTakenError, stack
+from service.watch import style, watch
+
+_RUNS_PAGE = 200
+
+
+def run(folder: Path, *, cpus: int) -> None:
+    """Start a stack, run the study of `folder`/spec.yaml, print and save what it found, stop."""
+    began_at = time.monotonic()
+    home = folder / ".warmscale"
+    try:
+        spec = load(folder / "spec.yaml", Path.cwd())
+        spec["name"] = f"{spec['name']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        with stack(settings(home, port=0), fleet=["--cpus", str(cpus)], say=say) as running:
+            seconds = running.wait_until_ready()
+            say(f"{running.access.url} is ready after {seconds:.1f} s; the fleet follows")
+            with connected(home) as client:
+                say(f"study {spec['name']}")
+                submit(client, spec)
+                ended = watch(client, spec["name"], style(as_json=False), running.check)
+                completed = ended.state == "completed"
+                _conclude(client, spec["name"], folder, cpus)
+    except SpecError as error:
+        fail(Exit.USAGE, str(error))
+    except (HomeInUseError, PortTakenError) as error:
+        fail(Exit.CONFLICT, str(error))
+    except ChildError as error:
+        fail(Exit.FAILED, str(error))
+    except Interrupted:
+        fail(Exit.FAILED, "interrupted; the stack is stopped")
+    typer.echo(f"demo: {time.monotonic() - began_at:.0f} s from start to stop")
+    if not completed:
+        fail(Exit.FAILED, f"the study is {ended.state}: {ended.reason}")
+
+
+def _conclude(client: Client, name: str, folder: Path, slots: int) -> None:
+    """Print the tables, the verdict and the fleet's figures; write the two files."""
+    found = client.get(f"/v1/studies/{name}/results")
+    trials = client.get(f"/v1/studies/{name}/trials")["items"]
+    items = client.get("/v1/runs", study=name, limit=_RUNS_PAGE)["items"]
+    runs = [RunView.model_validate(item) for item in items]
+    report = client.request("GET", f"/v1/studies/{name}/report").text
+    (folder / "report.html").write_text(report, encoding="utf-8")
+    figures = fleet_figures(runs, slots)
+    saved = found | {"trial_list": trials, "fleet": figures}
+    (folder / "results.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    views = [TrialView.model_validate(trial) for trial in trials]
+    results = cli_tables.results(StudyResults.model_validate(found))
+    cli_tables.show("", cli_tables.trials(views), "", *results, "")
+    _say_figures(figures)
+    typer.echo(f"written: {folder / 'results.json'}, {folder / 'report.html'}")
+
+
+def _say_figures(figures: dict[str, Any]) -> None:
+    share, start = figures["utilization"], figures["slowest_warm_start_seconds"]
+    if share is not None:
+        typer.echo(f"fleet: {share:.1%} of its wall time between first and last step inside steps")
+    if start is not None:
+        typer.echo(f"slowest start of a trial on a warm worker: {start:.2f} s from lease to step")
+
+
+def fleet_figures(runs: Sequence[RunView], slots: int) -> dict[str, float | None]:
+    """How much of the fleet's time was training, and how slowly a trial started.
+
+    Utilization is the seconds inside train steps over `slots` times the wall seconds between the
+    first and the last step of all runs.
+    """
+    timings = [run.timing for run in runs if run.timing is not None]
+    firsts = [t.first_step_at for t in timings if t.first_step_at is not None]
+    lasts = [t.last_step_at for t in timings if t.last_step_at is not None]
+    starts = [
+        run.timing.startup_seconds
+        for run in runs
+        if run.kind == "trial" and run.timing and run.timing.startup_seconds is not None
+    ]
+    wall = max(lasts) - min(firsts) if firsts and lasts else 0.0
+    inside = sum(timing.train_seconds for timing in timings)
+    return {
+        "train_seconds": inside,
+        "wall_seconds": wall,
+        "slots": float(slots),
+        "utilization": inside / (slots * wall) if wall > 0 else None,
+        "slowest_warm_start_seconds": max(starts, default=None),
+    }
