@@ -1,5 +1,6 @@
 """`warmscale db` and `warmscale key`: on the database itself, with or without a running service."""
 
+import logging
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ def upgrade(home: Home = DEFAULT) -> None:
     """Create the tables, or bring them to the newest version. Safe to repeat."""
     from service import db as database  # a second of imports
 
+    logging.basicConfig(level=logging.WARNING)
     with _reached(), database.database(settings(home)) as url:
         database.use_utc()
         database.upgrade(url)

@@ -1,6 +1,7 @@
 """`warmscale up` and `warmscale serve`."""
 
 import json
+import logging
 import os
 
 import typer
@@ -19,6 +20,7 @@ from service.settings import Settings
 from service.tables import ApiKey
 from service.up import Interrupted, PortTakenError, Stack, log_folder, stack
 
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _GRACEFUL_SECONDS = 3  # long polls and event streams would hold the end up
 
 
@@ -62,6 +64,8 @@ def serve(settings: Settings, *, supervised: bool) -> None:
     from service.app import create_app  # a second of imports
 
     use_utc()
+    # Before any upgrade: Optuna's silences every logger there is if the root has no handler.
+    logging.basicConfig(format=_LOG_FORMAT, level=logging.INFO)
     if supervised:
         die_with_parent()
     with database(settings) as url:
@@ -73,6 +77,8 @@ def serve(settings: Settings, *, supervised: bool) -> None:
             create_app(settings, url),
             host=settings.host,
             port=settings.port,
+            log_config=None,
+            access_log=not supervised,
             timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         )
 
