@@ -5,8 +5,12 @@ import math
 import pytest
 import torch
 
-from warmcore.checkpoint import CheckpointCorruptError
+from warmcore import train as train_module
+from warmcore.batches import train_batch
+from warmcore.checkpoint import CheckpointCorruptError, load_checkpoint
 from warmcore.data import prepare
+from warmcore.growth import grow_optimizer
+from warmcore.optim import optimizer_tensors
 from warmcore.spec import CheckpointRef, GrowthSpec
 from warmcore.train import EvaluationEvent, StepEvent, Training, evaluation_steps
 
@@ -122,6 +126,37 @@ def test_grown_with_nothing_of_the_base_a_run_is_the_cold_run(run_spec, corpus, 
     assert_equal_weights(weights_of(cold), weights_of(warm))
     assert timeless(cold.events()) == timeless(warm.events())
     assert (cold.base_hash, warm.base_hash) == (None, base.hash)
+
+
+def test_warm_and_cold_runs_of_a_seed_read_the_same_batches_and_another_seed_others(
+    run_spec, corpus, base, monkeypatch
+):
+    wide = {"width": 32, "base_width": 16}
+    read = []
+
+    def recorded(*args, **keywords):
+        read[-1].append(train_batch(*args, **keywords))
+        return read[-1][-1]
+
+    monkeypatch.setattr(train_module, "train_batch", recorded)
+    for seed, growth in ((0, None), (0, growth_of(base)), (1, None)):
+        read.append([])
+        spec = run_spec(**wide, seed=seed, growth=growth)
+        list(Training.start(spec, corpus, base=growth and base.path).events())
+    cold, warm, other = (torch.stack(batches) for batches in read)
+    assert torch.equal(cold, warm)
+    assert not torch.equal(cold, other)
+
+
+def test_a_clone_starts_with_its_bases_optimizer_where_that_is_transferred(run_spec, corpus, base):
+    growth = growth_of(base, operator="clone", optimizer_state="transfer")
+    spec = run_spec(width=32, base_width=16, growth=growth)
+    warm = Training.start(spec, corpus, base=base.path)
+    source = load_checkpoint(base.path)
+    expected = grow_optimizer(source.optimizer, source.manifest.run.model, spec.model, growth)
+    found = optimizer_tensors(warm.optimizer)
+    assert_equal_weights(found, expected)
+    assert found["final_norm.weight.step"] == base.step
 
 
 def test_a_clone_starts_at_its_bases_loss(run_spec, corpus, base):
