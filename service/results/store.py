@@ -81,7 +81,7 @@ def _trial_counts(session: Session, study_id: str) -> RunCounts:
         .where(Run.study_id == study_id, Run.kind == "trial")
         .group_by(Run.state)
     )
-    counts = dict(session.execute(query).tuples().all())
+    counts: dict[str, int] = dict(session.execute(query).all())
     return RunCounts.model_validate({s: counts.get(s, 0) for s in get_args(RunState)})
 
 

@@ -1,0 +1,276 @@
+import json
+import stat
+
+import pytest
+from typer.testing import CliRunner
+
+from service import home as homes
+from service.cli import app
+from service.cli_spec import SpecError, anchored, load
+from service.home import Access, HomeInUseError
+
+runner = CliRunner()
+
+SPEC = """
+name: a-study
+data: {source: corpus, context: 32}
+proxy: {width: 32, depth: 1, head_dim: 16}
+train: {batch_size: 8, num_tokens: 5120, evaluations: 4}
+search_space: {lr: {type: float, low: 1e-3, high: 3e-2, log: true}}
+hpo: {trials: 2, sampler: random, pruner: none}
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in ("WARMSCALE_URL", "WARMSCALE_API_KEY", "WARMSCALE_HOME", "WARMSCALE_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def local(tmp_path, api):
+    """A home whose client.json names the test's API."""
+    folder = tmp_path / "local"
+    folder.mkdir()
+    homes.write_access(folder, Access(url=api.url, key=api.key))
+    return folder
+
+
+@pytest.fixture
+def warmscale(local):
+    """Run a command against the test's API."""
+
+    def call(*arguments):
+        return runner.invoke(app, [*arguments, "--home", str(local)])
+
+    return call
+
+
+@pytest.fixture
+def spec_file(tmp_path, corpus, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert corpus == tmp_path / "corpus"
+    path = tmp_path / "spec.yaml"
+    path.write_text(SPEC)
+    return path
+
+
+def test_every_command_explains_itself():
+    for command in ((), ("up",), ("serve",), ("demo",), ("study", "watch"), ("key", "create")):
+        shown = runner.invoke(app, [*command, "--help"])
+        assert shown.exit_code == 0
+        assert "Usage" in shown.output
+
+
+def test_the_exit_codes_are_on_the_first_page():
+    shown = runner.invoke(app, ["--help"]).output
+    for line in ("0  done", "3  the service cannot be reached", "5  the API key"):
+        assert line in shown
+
+
+def test_a_study_goes_from_its_file_to_the_list(warmscale, spec_file):
+    created = warmscale("study", "create", "-f", str(spec_file), "--json")
+    assert created.exit_code == 0, created.output
+    assert json.loads(created.stdout)["name"] == "a-study"
+    (listed,) = json.loads(warmscale("study", "list", "--json").stdout)
+    assert listed["id"] == json.loads(created.stdout)["id"]
+    assert "a-study" in warmscale("study", "list").stdout
+
+
+def test_a_relative_source_is_taken_from_the_working_directory(warmscale, spec_file, corpus):
+    warmscale("study", "create", "-f", str(spec_file))
+    shown = json.loads(warmscale("study", "show", "a-study", "--json").stdout)
+    assert shown["spec"]["data"]["source"] == str(corpus)
+
+
+def test_steering_says_what_the_study_is_now(warmscale, spec_file):
+    warmscale("study", "create", "-f", str(spec_file))
+    said = [warmscale("study", v, "a-study").stdout for v in ("pause", "resume", "cancel")]
+    assert said == ["a-study is paused\n", "a-study is active\n", "a-study is cancelled\n"]
+    refused = warmscale("study", "resume", "a-study")
+    assert refused.exit_code == 4
+    assert "cancelled" in refused.stderr
+
+
+def test_a_cancelled_study_s_watch_fails(warmscale, spec_file):
+    warmscale("study", "create", "-f", str(spec_file))
+    warmscale("study", "cancel", "a-study")
+    watched = warmscale("study", "watch", "a-study", "--json")
+    assert watched.exit_code == 1
+    assert json.loads(watched.stdout.splitlines()[-1])["state"] == "cancelled"
+
+
+def test_results_without_a_verdict_say_why_and_fail(warmscale, spec_file, tmp_path):
+    warmscale("study", "create", "-f", str(spec_file))
+    page = tmp_path / "report.html"
+    shown = warmscale("study", "results", "a-study", "--html", str(page))
+    assert shown.exit_code == 1
+    assert "No verdict yet: the study has no target" in shown.stdout
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_run_is_shown_with_its_checkpoints(warmscale, spec_file, worker):
+    warmscale("study", "create", "-f", str(spec_file))
+    lease = worker.one()
+    worker.evaluate(lease, 1, 2.5)
+    worker.complete(lease, loss=2.25)
+    shown = json.loads(warmscale("run", "show", lease.run_id, "--json").stdout)
+    assert (shown["state"], shown["val_loss_nats"]) == ("succeeded", 2.25)
+    assert len(shown["checkpoints"]) == 1
+    assert "2.2500 nats/token" in warmscale("run", "show", lease.run_id).stdout
+
+
+def test_text_of_a_user_is_never_markup(warmscale, spec_file, worker):
+    warmscale("study", "create", "-f", str(spec_file))
+    lease = worker.one()
+    worker.finish(lease, "failed", error="[bold]boom[/nope]", retryable=False)
+    shown = warmscale("run", "show", lease.run_id)
+    assert shown.exit_code == 0
+    assert "[bold]boom[/nope]" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("hpo:", "hop:"), "hop: unknown key"),
+        (("high: 3e-2", "high: 1e-4"), "search_space.lr"),
+        (("source: corpus", "source: nowhere"), "nowhere"),
+        (("width: 32", "width: 33"), "proxy"),
+    ],
+)
+def test_a_bad_spec_names_its_field_and_value(warmscale, spec_file, change, said):
+    spec_file.write_text(SPEC.replace(*change))
+    refused = warmscale("study", "create", "-f", str(spec_file))
+    assert refused.exit_code == 2
+    assert said in refused.stderr
+    assert "got" in refused.stderr
+    assert "Traceback" not in refused.output
+
+
+def test_a_name_that_is_taken_is_a_conflict(warmscale, spec_file):
+    warmscale("study", "create", "-f", str(spec_file))
+    again = warmscale("study", "create", "-f", str(spec_file))
+    assert again.exit_code == 4
+    assert "a-study" in again.stderr
+    other = warmscale("study", "create", "-f", str(spec_file), "--name", "another")
+    assert other.exit_code == 0
+
+
+@pytest.mark.parametrize("command", [("study", "show"), ("study", "watch"), ("run", "show")])
+def test_what_is_not_there_is_not_found(warmscale, command):
+    refused = warmscale(*command, "no such/thing")
+    assert refused.exit_code == 4
+    assert "no such/thing" in refused.stderr
+
+
+def test_a_service_that_is_away_is_said_to_be_unreachable(tmp_path, monkeypatch):
+    monkeypatch.setattr("service.cli_common.PATIENCE_SECONDS", 0.0)
+    homes.write_access(tmp_path, Access(url="http://127.0.0.1:9", key="ws_x"))
+    refused = runner.invoke(app, ["study", "watch", "x", "--home", str(tmp_path)])
+    assert refused.exit_code == 3
+    assert "http://127.0.0.1:9" in refused.stderr
+
+
+def test_without_a_key_it_says_where_keys_come_from(tmp_path):
+    refused = runner.invoke(app, ["study", "list", "--home", str(tmp_path)])
+    assert refused.exit_code == 5
+    assert "WARMSCALE_API_KEY" in refused.stderr
+
+
+def test_a_wrong_key_is_refused(warmscale, monkeypatch):
+    monkeypatch.setenv("WARMSCALE_API_KEY", "ws_wrong")
+    assert warmscale("study", "list").exit_code == 5
+
+
+def test_a_home_s_key_is_never_sent_to_another_service(warmscale, monkeypatch):
+    monkeypatch.setenv("WARMSCALE_URL", "http://127.0.0.1:9")
+    refused = warmscale("study", "list")
+    assert refused.exit_code == 5
+    assert "no API key for http://127.0.0.1:9" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: [", "no YAML"),
+        ("- a\n- b\n", "a spec is a mapping"),
+        ("name: a\nname: b\n", "'name' is given twice"),
+        ("when: 2020-01-01\n", "not JSON serializable"),
+        ("lr: .inf\n", "JSON"),
+    ],
+)
+def test_a_file_that_is_no_spec_says_why(tmp_path, text, said):
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=said):
+        load(path, tmp_path)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SpecError, match=r"nowhere\.yaml: No such file"):
+        load(tmp_path / "nowhere.yaml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("stdlib", "stdlib"),
+        ("hf:org/name", "hf:org/name"),
+        ("s3://bucket/key", "s3://bucket/key"),
+        ("/abs/text", "/abs/text"),
+        ("text", "/here/text"),
+        ("text/*.py", "/here/text/*.py"),
+        ("../text", "/here/../text"),
+    ],
+)
+def test_only_relative_paths_are_anchored(tmp_path, source, expected):
+    spec = anchored({"data": {"source": source}}, tmp_path.__class__("/here"))
+    assert spec["data"]["source"] == expected
+
+
+@pytest.mark.parametrize("spec", [{}, {"data": None}, {"data": "x"}, {"data": {"source": 3}}])
+def test_a_spec_without_a_source_is_left_to_the_service(spec, tmp_path):
+    assert anchored(spec, tmp_path) == spec
+
+
+def test_access_is_for_this_user_alone(tmp_path):
+    for url in ("http://a", "http://b"):
+        homes.write_access(tmp_path, Access(url=url, key="k"))
+    path = tmp_path / "client.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert homes.read_access(tmp_path) == Access(url="http://b", key="k")
+    assert [p.name for p in tmp_path.iterdir()] == ["client.json"]
+
+
+def test_a_damaged_access_file_says_what_to_do(tmp_path):
+    (tmp_path / "client.json").write_text("{")
+    refused = runner.invoke(app, ["study", "list", "--home", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert "delete it" in refused.stderr
+
+
+def test_a_home_has_one_holder_at_a_time(tmp_path):
+    with homes.held(tmp_path), pytest.raises(HomeInUseError, match="in use by another"):
+        homes.held(tmp_path).__enter__()
+    with homes.held(tmp_path):
+        pass
+
+
+def test_a_key_s_life_is_create_use_revoke(tmp_path, database_url, api, monkeypatch):
+    url = database_url.render_as_string(hide_password=False)
+    monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
+    made = runner.invoke(app, ["key", "create", "ci", "--scope", "read", "--home", str(tmp_path)])
+    assert made.exit_code == 0, made.output
+    homes.write_access(tmp_path, Access(url=api.url, key=made.stdout.strip()))
+    listing = ["study", "list", "--json", "--home", str(tmp_path)]
+    assert runner.invoke(app, listing).stdout == "[]\n"
+    key_id = made.stderr.split()[0]
+    assert runner.invoke(app, ["key", "revoke", key_id]).exit_code == 0
+    assert runner.invoke(app, listing).exit_code == 5
+    assert runner.invoke(app, ["key", "revoke", key_id]).exit_code == 4
+
+
+def test_an_unknown_scope_is_refused_with_those_that_are(tmp_path):
+    refused = runner.invoke(app, ["key", "create", "x", "--scope", "all", "--home", str(tmp_path)])
+    assert refused.exit_code == 2
+    assert "read, write, work, admin (got 'all')" in refused.stderr
