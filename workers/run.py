@@ -72,6 +72,7 @@ class _Attempt:
             evaluation_steps(self._training.num_steps, lease.spec.train.evaluations)
         )
         self._saved_step = self._training.step
+        self._published: CheckpointReport | None = None
         self._saved_at = time.monotonic()
         self._timing = Timing()
 
@@ -136,23 +137,29 @@ class _Attempt:
         return self._finish("released")
 
     def _checkpoint(self, *, final: bool = False) -> None:
+        report = self._saved().model_copy(update={"final": final})
+        reply = self._client.publish(self._lease, report)
+        self._published = report
+        self._saved_step, self._saved_at = report.step, time.monotonic()
+        for superseded in reply.superseded:
+            with contextlib.suppress(Exception):  # tidying must not end a run
+                artifacts.delete(superseded)
+
+    def _saved(self) -> CheckpointReport:
+        """This step's checkpoint, in place; the curve up to it accepted. Never written twice."""
+        if self._published is not None and self._published.step == self._training.step:
+            return self._published
         uri = f"{self._lease.artifact_uri}/step-{self._training.step:08d}"
         saved = artifacts.save(self._training, uri)
         self._report_all()
-        report = CheckpointReport(
+        return CheckpointReport(
             step=saved.step,
             tokens=saved.tokens,
             uri=uri,
             hash=saved.hash,
             num_bytes=saved.num_bytes,
             val_loss_nats=_finite(saved.val_loss_nats),
-            final=final,
         )
-        reply = self._client.publish(self._lease, report)
-        self._saved_step, self._saved_at = saved.step, time.monotonic()
-        for superseded in reply.superseded:
-            with contextlib.suppress(Exception):  # tidying must not end a run
-                artifacts.delete(superseded)
 
     def _report_all(self) -> None:
         """Wait until the curve up to here is accepted, so that resuming here leaves no gap."""

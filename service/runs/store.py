@@ -152,13 +152,20 @@ def evaluations(points: tuple[Measurement, ...]) -> dict[int, float]:
 def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[str, ...]:
     """Write a checkpoint's row; return the URIs of those that nothing needs any more.
 
-    The final one and the newest two are kept.
+    The final one and the newest two are kept. Publishing the same again changes nothing, but that
+    it may turn out to have been the last. The run's row is locked: no other request can be here.
+
+    Raises:
+        Problem: 409 when this attempt has published another checkpoint of this step.
     """
-    values = {"run_id": run.id, "attempt": run.attempt, **checkpoint.model_dump()}
-    added = session.execute(
-        insert(Checkpoint).values(values).on_conflict_do_nothing().returning(Checkpoint.id)
+    at = (Checkpoint.run_id == run.id, Checkpoint.attempt == run.attempt)
+    row = session.scalars(
+        select(Checkpoint).where(*at, Checkpoint.step == checkpoint.step)
     ).one_or_none()
-    if added is not None:
+    if row is None:
+        values = {"run_id": run.id, "attempt": run.attempt, **checkpoint.model_dump()}
+        session.add(Checkpoint(**values))
+        session.flush()
         record(
             session,
             "run.checkpoint",
@@ -167,6 +174,11 @@ def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[s
             attempt=run.attempt,
             step=checkpoint.step,
         )
+    elif row.hash != checkpoint.hash:
+        detail = f"run {run.id} has published step {checkpoint.step} with hash {row.hash}"
+        raise conflict("checkpoint-exists", detail)
+    else:
+        row.final = row.final or checkpoint.final
     old = [row for row in kept(session, run.id)[_KEPT_CHECKPOINTS:] if not row.final]
     for row in old:
         row.superseded = True

@@ -248,6 +248,32 @@ def test_a_checkpoint_outside_its_attempts_place_is_refused(submit, worker, api)
         assert refused.value.status == 422
 
 
+def test_a_checkpoint_that_was_published_before_it_was_known_to_be_the_last_becomes_final(
+    submit, worker, api
+):
+    submit()
+    lease = worker.one()
+    worker.publish(lease, step=20, final=False)
+    worker.publish(lease, step=20, final=True)
+    (kept,) = api.client.get(f"/v1/runs/{lease.run_id}/checkpoints")["items"]
+    assert kept["final"]
+
+
+def test_a_published_checkpoint_keeps_its_hash(submit, worker, api):
+    submit()
+    lease = worker.one()
+    worker.publish(lease, step=20)
+    body = {"step": 20, "tokens": 1, "hash": "0" * 64, "num_bytes": 1}
+    with pytest.raises(ServiceError) as refused:
+        api.client.request(
+            "POST",
+            f"/v1/runs/{lease.run_id}/checkpoints",
+            body=body | {"uri": f"{lease.artifact_uri}/step-00000020"},
+            headers={"Lease-Token": lease.lease_token},
+        )
+    assert (refused.value.status, refused.value.type) == (409, "urn:warmscale:checkpoint-exists")
+
+
 def test_all_but_the_newest_two_checkpoints_are_superseded(submit, worker, api):
     submit()
     lease = worker.one()
@@ -255,3 +281,15 @@ def test_all_but_the_newest_two_checkpoints_are_superseded(submit, worker, api):
     assert gone == [(), (), (f"{lease.artifact_uri}/step-00000005",)]
     kept = api.client.get(f"/v1/runs/{lease.run_id}/checkpoints")["items"]
     assert [c["step"] for c in kept] == [15, 10]
+
+
+def test_last_trials_that_finish_at_once_enqueue_the_targets_once(api, submit, worker):
+    for _ in range(10):
+        study = submit(hpo={"trials": 4, "parallel": 4, "sampler": "random", "pruner": "none"})
+        leases = worker.lease(4)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(worker.complete, leases))
+        view = api.client.get(f"/v1/studies/{study['id']}")
+        assert (view["state"], view["reason"]) == ("active", None)
+        assert view["targets"]["queued"] == 4
+        api.client.post(f"/v1/studies/{study['id']}/cancel")

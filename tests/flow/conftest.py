@@ -1,0 +1,152 @@
+"""The program as a user runs it: an API process, a fleet process, killed and started again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import sessionmaker
+
+KEY_SCOPES = ["admin"]
+
+
+class Processes:
+    """One API and one fleet on one database; each can be killed and started again."""
+
+    def __init__(self, url, settings, key, folder):
+        self.database_url, self.settings, self.key, self.folder = url, settings, key, folder
+        self.api = self.fleet = None
+        self.url = f"http://127.0.0.1:{settings.port}"
+
+    def environment(self):
+        return os.environ | {
+            "TZ": "UTC",
+            "WARMSCALE_DATABASE_URL": self.database_url.render_as_string(hide_password=False),
+            "WARMSCALE_HOME": str(self.settings.home),
+            "WARMSCALE_PORT": str(self.settings.port),
+            "WARMSCALE_LEASE_SECONDS": "3",
+            "WARMSCALE_API_KEY": self.key,
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+        }
+
+    def start(self, name, *command):
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, *command],
+                env=self.environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def start_api(self):
+        self.api = self.start("api", "-m", "service.cli", "serve")
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{self.url}/readyz").is_success:
+                    return
+            except httpx.TransportError:
+                time.sleep(0.1)
+        raise TimeoutError((self.folder / "api.log").read_text()[-3000:])
+
+    def start_fleet(self):
+        self.fleet = self.start(
+            "fleet", "-m", "workers.fleet", "--url", self.url, "--cpus", "2",
+            "--checkpoint-seconds", "0.4",
+        )  # fmt: skip
+
+    def log(self, name):
+        return (self.folder / f"{name}.log").read_text()
+
+    def stop(self):
+        for process in (self.fleet, self.api):
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in (self.fleet, self.api):
+            if process is not None:
+                try:
+                    process.wait(30)
+                except subprocess.TimeoutExpired:
+                    kill(process)
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+
+
+def training_processes(fleet):
+    """The processes of a fleet that are in the middle of a run: Ray names them after their task."""
+    children = psutil.Process(fleet.pid).children(recursive=True)
+    return [p for p in children if "ray::run_lease" in " ".join(p.cmdline())]
+
+
+@pytest.fixture
+def processes(database_url, settings, tmp_path):
+    from service import auth
+
+    engine = create_engine(database_url)
+    with sessionmaker(engine).begin() as session:
+        _, key = auth.create_key(session, "flow", KEY_SCOPES)
+    engine.dispose()
+    stack = Processes(database_url, settings, key, tmp_path)
+    stack.start_api()
+    stack.start_fleet()
+    yield stack
+    stack.stop()
+    for name in ("api", "fleet"):  # shown by pytest when the test failed
+        sys.stderr.write(f"--- {name}.log\n{stack.log(name)[-4000:]}\n")
+
+
+@pytest.fixture
+def client(processes):
+    from service.client import Client
+
+    with Client(processes.url, processes.key, patience_seconds=30) as client:
+        yield client
+
+
+@pytest.fixture
+def small_study(study_spec, corpus):
+    """Four trials of a few seconds each, then warm and cold targets on two seeds."""
+
+    def make(**changes):
+        spec = {
+            "data": {"source": str(corpus), "context": 64},
+            "proxy": {"width": 32, "depth": 1, "head_dim": 16},
+            "target": {"width": 64, "train": {"num_tokens": 8 * 64 * 200}},
+            "train": {
+                "batch_size": 8,
+                "num_tokens": 8 * 64 * 800,
+                "evaluations": 4,
+                "eval_tokens": 2048,
+            },
+            "hpo": {"trials": 4, "parallel": 2, "sampler": "tpe", "pruner": "none"},
+            "max_attempts": 5,
+        }
+        return study_spec(**(spec | changes))
+
+    return make
+
+
+def wait_for(condition, seconds=60.0, every=0.05):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(every)
+    raise TimeoutError(f"not within {seconds} s")
+
+
+@pytest.fixture
+def flow():
+    """The helpers of this file, for tests that cannot import it."""
+    from types import SimpleNamespace
+
+    return SimpleNamespace(kill=kill, training_processes=training_processes, wait_for=wait_for)

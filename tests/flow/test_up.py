@@ -1,0 +1,151 @@
+"""`warmscale up` as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import psutil
+import pytest
+
+
+class Up:
+    """One supervisor process, and everything that it has started."""
+
+    def __init__(self, home, *options):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WARMSCALE_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service.cli", "up", "--home", str(home), "--json", *options],
+            env=environment | {"XDG_CACHE_HOME": str(home / "cache")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def ready(self):
+        line = self.process.stdout.readline()
+        assert line, self.process.stderr.read()
+        return json.loads(line)
+
+    def family(self):
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def end(self, number=signal.SIGINT, seconds=60):
+        """Send a signal; give the exit code and what was said."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=seconds)
+        return self.process.returncode, said
+
+
+@pytest.fixture
+def up(home):
+    started = []
+
+    def start(*options, folder=home):
+        started.append(Up(folder, "--port", "0", *options))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+
+
+def serve_process(one):
+    (found,) = [p for p in one.family() if "serve" in p.cmdline()]
+    return found
+
+
+def wait_gone(processes, seconds=20):
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return [p.cmdline() for p in alive]
+
+
+def test_it_is_ready_within_8_seconds_on_an_initialised_home_and_small(up):
+    first = up("--no-fleet")
+    first.ready()
+    assert first.end()[0] == 0
+    one = up("--cpus", "1")
+    ready = one.ready()
+    assert ready["ready_seconds"] < 8
+    assert httpx.get(f"{ready['url']}/readyz").status_code == 200
+    assert serve_process(one).memory_info().rss < 300 * 2**20
+
+
+def test_ctrl_c_ends_everything_and_the_next_start_finds_it_again(up, home):
+    one = up("--cpus", "1")
+    ready = one.ready()
+    key = json.loads((home / "client.json").read_text())["key"]
+    wait_for_line(home / "logs" / "fleet.log", "ready")
+    family = one.family()
+    assert len(family) > 3
+    code, said = one.end()
+    assert (code, wait_gone(family)) == (0, [])
+    assert "everything resumes" in said
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if str(home) in (p.info["cmdline"] or [])
+    ]
+    again = up("--no-fleet").ready()
+    assert again["url"] != "" != ready["url"]
+    listing = httpx.get(f"{again['url']}/v1/studies", headers={"Authorization": f"Bearer {key}"})
+    assert listing.status_code == 200
+
+
+def wait_for_line(path, text, seconds=90):
+    deadline = time.monotonic() + seconds
+    while text not in (path.read_text() if path.exists() else ""):
+        assert time.monotonic() < deadline, path.read_text()
+        time.sleep(0.2)
+
+
+def test_a_home_in_use_and_a_port_in_use_are_refused_at_once(up, tmp_path):
+    one = up("--no-fleet")
+    ready = one.ready()
+    code, said = up("--no-fleet").end(seconds=10)
+    assert code == 4
+    assert f"process {one.process.pid}" in said
+    port = ready["url"].rsplit(":", 1)[1]
+    other = Up(tmp_path, "--no-fleet", "--port", port)
+    other.process.wait(10)
+    code, said = other.end()
+    assert code == 4
+    assert f"cannot listen on 127.0.0.1:{port}" in said
+
+
+def test_an_api_killed_with_9_is_started_again(up):
+    one = up("--no-fleet")
+    url = one.ready()["url"]
+    victim = serve_process(one)
+    victim.kill()
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            if httpx.get(f"{url}/readyz").is_success:
+                break
+        except httpx.TransportError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert serve_process(one).pid != victim.pid
+    code, said = one.end()
+    assert code == 0
+    assert "the API ended with SIGKILL" in said
+
+
+def test_a_supervisor_killed_with_9_takes_its_children_along_and_can_start_again(up):
+    one = up("--no-fleet")
+    one.ready()
+    api = serve_process(one)
+    one.end(signal.SIGKILL)
+    assert wait_gone([api]) == []
+    up("--no-fleet").ready()
+
+
+def test_sigterm_stops_like_ctrl_c(up):
+    one = up("--no-fleet")
+    one.ready()
+    family = one.family()
+    assert one.end(signal.SIGTERM)[0] == 0
+    assert wait_gone(family) == []
