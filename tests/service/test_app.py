@@ -159,7 +159,8 @@ headers = {"Authorization": f"Bearer {key}"}
 http = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers)
 spec = {
     "name": "small", "data": {"source": "stdlib"},
-    "proxy": {"width": 32, "depth": 1, "head_dim": 16}, "target": {"width": 64}, "search_space": {"lr": {"type": "float", "low": 0.001, "high": 0.01}},
+    "proxy": {"width": 32, "depth": 1, "head_dim": 16}, "target": {"width": 64},
+    "search_space": {"lr": {"type": "float", "low": 0.001, "high": 0.01}},
     "hpo": {"trials": 30, "parallel": 30, "sampler": "tpe"},
 }
 assert http.post("/v1/studies", json=spec).status_code == 201
