@@ -33,6 +33,11 @@ class Up:
     def family(self):
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def refused(self):
+        """Wait for an end that it comes to by itself."""
+        _, said = self.process.communicate(timeout=10)
+        return self.process.returncode, said
+
     def end(self, number=signal.SIGINT, seconds=60):
         """Send a signal; give the exit code and what was said."""
         if self.process.poll() is None:
@@ -104,13 +109,11 @@ def wait_for_line(path, text, seconds=90):
 def test_a_home_in_use_and_a_port_in_use_are_refused_at_once(up, tmp_path):
     one = up("--no-fleet")
     ready = one.ready()
-    code, said = up("--no-fleet").end(seconds=10)
+    code, said = up("--no-fleet").refused()
     assert code == 4
     assert f"process {one.process.pid}" in said
     port = ready["url"].rsplit(":", 1)[1]
-    other = Up(tmp_path, "--no-fleet", "--port", port)
-    other.process.wait(10)
-    code, said = other.end()
+    code, said = Up(tmp_path, "--no-fleet", "--port", port).refused()
     assert code == 4
     assert f"cannot listen on 127.0.0.1:{port}" in said
 

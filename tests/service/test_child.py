@@ -70,9 +70,8 @@ def test_the_pauses_double(child, monkeypatch):
 
 
 def test_stopping_asks_before_it_kills(child):
-    one = child(
-        "import signal,sys,time; signal.signal(15, lambda *_: sys.exit(7)); print('up'); time.sleep(60)"
-    )
+    listen = "import signal,sys,time; signal.signal(15, lambda *_: sys.exit(7)); "
+    one = child(listen + "print('up'); time.sleep(60)")
     one.start()
     wait_for(lambda: "up" in one.log.read_text())
     one.stop(hurry=lambda: False)
@@ -99,8 +98,8 @@ def test_in_a_hurry_nothing_is_waited_for(child):
 
 
 def test_nothing_of_a_child_s_session_outlives_it(child):
-    script = f"import subprocess,sys; p=subprocess.Popen([sys.executable,'-c',{DEAF!r}]); print(p.pid); p.wait()"
-    one = child(script)
+    start = f"import subprocess,sys; p=subprocess.Popen([sys.executable,'-c',{DEAF!r}]); "
+    one = child(start + "print(p.pid); p.wait()")
     one.start()
     wait_for(lambda: one.log.read_text().count("\n") == 2)
     grandchild = int(next(x for x in one.log.read_text().split() if x.isdigit()))
