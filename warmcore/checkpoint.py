@@ -60,6 +60,27 @@ class Manifest(Spec):
     versions: dict[str, str]
     files: dict[str, FileFacts]
 
+    def check(self, run: RunSpec, data_hash: str) -> None:
+        """Raise ValueError unless this is a checkpoint of `run` on that data."""
+        if self.run != run:
+            raise ValueError(f"is of another run: {_difference(self.run, run)}")
+        if self.data_hash != data_hash:
+            raise ValueError(f"was trained on data {self.data_hash}, not {data_hash}")
+
+
+def _difference(saved: RunSpec, asked: RunSpec) -> str:
+    """Name the first field in which two specs differ, with both values."""
+    name, a, b = _first_difference(saved, asked)
+    if isinstance(a, Spec) and isinstance(b, Spec):
+        field, a, b = _first_difference(a, b)
+        name = f"{name}.{field}"
+    return f"{name} is {a}, not {b}"
+
+
+def _first_difference(a: Spec, b: Spec) -> tuple[str, object, object]:
+    pairs = ((name, getattr(a, name), getattr(b, name)) for name in type(a).model_fields)
+    return next((name, x, y) for name, x, y in pairs if x != y)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:

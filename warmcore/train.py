@@ -36,7 +36,7 @@ from warmcore.optim import (
     vector_weight,
 )
 from warmcore.schedule import lr_factor
-from warmcore.spec import RunSpec, Spec
+from warmcore.spec import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +138,10 @@ class Training:
             CheckpointCorruptError: a file differs from its hash.
         """
         saved = load_checkpoint(checkpoint)
-        if saved.manifest.run != spec:
-            difference = _difference(saved.manifest.run, spec)
-            raise ValueError(f"checkpoint {checkpoint} is of another run: {difference}")
-        if saved.manifest.data_hash != corpus.data_hash:
-            raise ValueError(
-                f"checkpoint {checkpoint} was trained on data {saved.manifest.data_hash}, "
-                f"not {corpus.data_hash}"
-            )
+        try:
+            saved.manifest.check(spec, corpus.data_hash)
+        except ValueError as error:
+            raise ValueError(f"checkpoint {checkpoint} {error}") from error
         model = Decoder(spec.model, context=spec.data.context)
         model.load_state_dict(saved.weights)
         training = cls(spec, corpus, model.to(device))
@@ -245,16 +241,3 @@ class Training:
             val_loss_nats=loss,
             seconds=time.perf_counter() - started,
         )
-
-
-def _difference(saved: RunSpec, asked: RunSpec) -> str:
-    """Name the first field in which two specs differ, with both values."""
-    for section in RunSpec.model_fields:
-        a, b = getattr(saved, section), getattr(asked, section)
-        if a == b:
-            continue
-        if isinstance(a, Spec) and isinstance(b, Spec):
-            fields = [f for f in type(a).model_fields if getattr(a, f) != getattr(b, f)]
-            return f"{section}.{fields[0]} is {getattr(a, fields[0])}, not {getattr(b, fields[0])}"
-        return f"{section} is {a}, not {b}"
-    raise AssertionError

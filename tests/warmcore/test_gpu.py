@@ -1,0 +1,52 @@
+"""The same laws on a CUDA device; each test skips by itself where there is none."""
+
+import pytest
+import torch
+
+from warmcore.spec import CheckpointRef, GrowthSpec
+from warmcore.train import StepEvent, Training
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def losses(training):
+    return [event.loss_nats for event in training.events() if isinstance(event, StepEvent)]
+
+
+def test_a_cold_start_is_the_same_on_both_devices_and_trains_alike(run_spec, corpus):
+    cpu = Training.start(run_spec(steps=20), corpus)
+    cuda = Training.start(run_spec(steps=20), corpus, device="cuda")
+    for name, tensor in cpu.model.state_dict().items():
+        assert torch.equal(tensor, cuda.model.state_dict()[name].cpu())
+    assert losses(cuda) == pytest.approx(losses(cpu), rel=1e-3)
+
+
+def test_a_run_saved_on_one_device_resumes_on_the_other(run_spec, corpus, tmp_path):
+    spec = run_spec(steps=20)
+    expected = losses(Training.start(spec, corpus))
+    first = Training.start(spec, corpus, device="cuda")
+    events = first.events()
+    while first.step < 10:
+        next(events)
+    saved = first.save(tmp_path / "checkpoint")
+    for device in ("cpu", "cuda"):
+        resumed = Training.resume(spec, corpus, saved.path, device=device)
+        assert losses(resumed) == pytest.approx(expected[10:], rel=1e-3)
+
+
+def test_a_clone_starts_at_its_bases_loss(run_spec, corpus, tmp_path):
+    base = Training.start(run_spec(steps=20), corpus, device="cuda")
+    list(base.events())
+    saved = base.save(tmp_path / "base")
+    growth = GrowthSpec(
+        operator="clone",
+        optimizer_state="transfer",
+        base=CheckpointRef(uri=str(saved.path), hash=saved.hash),
+    )
+    spec = run_spec(width=32, base_width=16, growth=growth)
+    warm = Training.start(spec, corpus, base=saved.path, device="cuda")
+    assert next(warm.events()).val_loss_nats == pytest.approx(saved.val_loss_nats, rel=1e-4)
+    assert all(loss < saved.val_loss_nats + 1 for loss in losses(warm))
