@@ -164,13 +164,18 @@ def ended_line(run: RunView) -> str:
 
 def summary(study: StudyView) -> str:
     """The study in a line."""
-    parts = [study.state, f"trials: {counts(study.trials)}"]
+    return " | ".join([study.state, *standing(study)])
+
+
+def standing(study: StudyView) -> list[str]:
+    """How the search and the targets stand."""
+    parts = [f"trials: {counts(study.trials)}"]
     if study.best_trial is not None:
         best = study.best_trial
         parts.append(f"best {nats(best.val_loss_nats)} (trial {best.number})")
     if study.spec.rungs:
         parts.append(f"targets: {counts(study.targets)}")
-    return " | ".join(parts)
+    return parts
 
 
 def as_json(now: Snapshot) -> dict[str, Any]:
@@ -182,22 +187,32 @@ def as_json(now: Snapshot) -> dict[str, Any]:
 
 
 def picture(now: Snapshot, eta_seconds: float | None) -> Group:
-    """The live screen: the study's line, then a bar for each running run."""
-    head = f"{now.study.name} {summary(now.study)} | {now.study.progress:.0%}"
-    if eta_seconds is not None:
+    """The live screen: how the study stands, then a bar for each running run."""
+    head = f"{now.study.name} {now.study.state}, {now.study.progress:.0%}"
+    if eta_seconds is not None and now.running:
         head += f", about {clock(eta_seconds)} left"
+    lines = [head, *standing(now.study), *(["the service is away; waiting"] if now.away else [])]
     bars = Table.grid(padding=(0, 2))
     for run in now.running:
         bars.add_row(
             label(run),
-            ProgressBar(total=run.num_steps, completed=run.step, width=24),
+            _bar(run),
             f"{run.step}/{run.num_steps}",
             f"loss {nats(run.loss_nats)}",
             f"val {nats(run.val_loss_nats)}",
             f"{tokens(run.tokens_per_second)} tokens/s",
         )
-    away = [Text("the service is away; waiting")] if now.away else []
-    return Group(Text(head), bars, *away)
+    return Group(*(Text(line) for line in lines), bars)
+
+
+def _bar(run: RunView) -> ProgressBar:
+    return ProgressBar(
+        total=run.num_steps,
+        completed=run.step,
+        width=24,
+        complete_style="cyan",
+        finished_style="green",
+    )
 
 
 def clock(seconds: float) -> str:
