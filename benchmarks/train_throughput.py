@@ -9,8 +9,10 @@ few steps each, so that both see the same machine. Prints the median of each and
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -18,17 +20,19 @@ from warmcore.model import Decoder, init_, loss_nats
 from warmcore.optim import build_optimizer, clip_
 from warmcore.spec import ModelSpec, TrainSpec
 
+Step = Callable[[], float]
+
 CONTEXT = 128
 BATCH = 16
 SIZES = ((32, 2), (64, 4), (256, 4))
 STEPS_PER_TURN = 5
 
 
-def ours(spec, window):
+def ours(spec: ModelSpec, window: Tensor) -> Step:
     model = init_(Decoder(spec, context=CONTEXT), spec, torch.Generator().manual_seed(0))
     optimizer = build_optimizer(model.named_parameters(), spec, TrainSpec())
 
-    def step():
+    def step() -> float:
         optimizer.zero_grad()
         loss = loss_nats(model, window)
         loss.backward()
@@ -39,7 +43,7 @@ def ours(spec, window):
     return step
 
 
-def theirs(spec, window):
+def theirs(spec: ModelSpec, window: Tensor) -> Step:
     config = LlamaConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.width,
@@ -56,7 +60,7 @@ def theirs(spec, window):
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
 
-    def step():
+    def step() -> float:
         optimizer.zero_grad()
         logits = model(input_ids=window[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
@@ -68,14 +72,14 @@ def theirs(spec, window):
     return step
 
 
-def tokens_per_second(step):
+def tokens_per_second(step: Step) -> float:
     start = time.perf_counter()
     for _ in range(STEPS_PER_TURN):
         step()
     return STEPS_PER_TURN * BATCH * CONTEXT / (time.perf_counter() - start)
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
