@@ -1,6 +1,5 @@
 """The state tables, and what follows from them. Pure: no database, no clock."""
 
-import hashlib
 from typing import get_args
 
 from service.protocol import Outcome, RunState, StudyState
@@ -59,9 +58,3 @@ def after_attempt(
 def retry_delay_seconds(failures: int) -> float:
     """Exponential: 1 s after the first failure, doubling, 5 minutes at most."""
     return min(RETRY_FIRST_SECONDS * 2.0 ** max(0, failures - 1), RETRY_MAX_SECONDS)
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed in [0, 2^63) that depends on every part and on nothing else."""
-    digest = hashlib.sha256("/".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

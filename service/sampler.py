@@ -44,7 +44,6 @@ from optuna.samplers import (
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from service.lifecycle import derived_seed
 from service.studies.schemas import (
     CategoricalDimension,
     Dimension,
@@ -52,6 +51,7 @@ from service.studies.schemas import (
     StudySpec,
     grid_points,
 )
+from warmcore.spec import derived_seed
 
 P = ParamSpec("P")
 R = TypeVar("R")

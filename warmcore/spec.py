@@ -3,6 +3,7 @@
 Nothing here loads torch. Every spec refuses unknown keys and names the field that is wrong.
 """
 
+import hashlib
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -26,6 +27,12 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed in [0, 2^63) that depends on every part and on nothing else."""
+    digest = hashlib.sha256(" ".join(str(part) for part in parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class Spec(BaseModel):

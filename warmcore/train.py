@@ -4,7 +4,6 @@ A run's seed drives two generators: one for the initial weights (and the noise o
 the data order. So warm and cold runs of one seed read the same batches.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -36,7 +35,7 @@ from warmcore.optim import (
     vector_weight,
 )
 from warmcore.schedule import lr_factor
-from warmcore.spec import RunSpec
+from warmcore.spec import RunSpec, derived_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +73,6 @@ class DivergedEvent:
 Event = StepEvent | EvaluationEvent | DivergedEvent
 
 
-def derive_seed(seed: int, purpose: str) -> int:
-    """Seed of one of a run's generators: 63 bits of SHA-256 of the purpose and the run's seed."""
-    return int.from_bytes(hashlib.sha256(f"{purpose} {seed}".encode()).digest()[:8], "big") >> 1
-
-
 def evaluation_steps(total: int, evaluations: int) -> list[int]:
     """Steps 0 = k_0 < ... < k_E = total, evenly spaced; fewer when there are fewer steps."""
     return sorted({round(k * total / evaluations) for k in range(evaluations + 1)})
@@ -96,7 +90,7 @@ class Training:
         self.progress = Progress()
         self.num_steps = num_steps(spec)
         self._evaluation_steps = evaluation_steps(self.num_steps, spec.train.evaluations)
-        self._data_seed = derive_seed(spec.seed, "data")
+        self._data_seed = derived_seed("data", spec.seed)
 
     @classmethod
     def start(
@@ -114,7 +108,7 @@ class Training:
                 f"growth is {spec.growth} but the base checkpoint is {base}; give both"
             )
         model = Decoder(spec.model, context=spec.data.context)
-        generator = Generator().manual_seed(derive_seed(spec.seed, "weights"))
+        generator = Generator().manual_seed(derived_seed("weights", spec.seed))
         if spec.growth is None or base is None:
             init_(model, spec.model, generator)
             return cls(spec, corpus, model.to(device))

@@ -11,7 +11,7 @@ from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.events import record
-from service.lifecycle import FINAL_RUN_STATES, LIVE_RUN_STATES, derived_seed
+from service.lifecycle import FINAL_RUN_STATES, LIVE_RUN_STATES
 from service.protocol import Lease, LeaseRequest, Resources
 from service.runs.store import end_attempt, kept
 from service.sampler import Sampler, Suggestion
@@ -19,7 +19,7 @@ from service.settings import Settings
 from service.studies.advance import advance, lock, new_run
 from service.studies.schemas import StudySpec
 from service.tables import Run, Study
-from warmcore.spec import CheckpointRef, RunSpec
+from warmcore.spec import CheckpointRef, RunSpec, derived_seed
 
 
 def lease(

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from service.lifecycle import FINAL_RUN_STATES, derived_seed
+from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import Arm, RunState
 from service.studies.schemas import StudySpec, WarmstartSpec
-from warmcore.spec import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec
+from warmcore.spec import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec, derived_seed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,14 +12,13 @@ from service.lifecycle import (
     RUN_TRANSITIONS,
     STUDY_TRANSITIONS,
     after_attempt,
-    derived_seed,
     retry_delay_seconds,
     sources,
 )
 from service.protocol import Outcome, RunState, StudyState
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_seeds
 from service.studies.schemas import StudySpec
-from warmcore.spec import CheckpointRef
+from warmcore.spec import CheckpointRef, derived_seed
 
 outcomes = st.sampled_from(get_args(Outcome))
 
