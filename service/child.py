@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-_QUICK_DEATH_SECONDS = 10.0
+_QUICK_DEATH_SECONDS = 60.0
 _MAX_QUICK_DEATHS = 5
 _BACKOFF_FIRST_SECONDS = 0.5
 _POLL_SECONDS = 0.05

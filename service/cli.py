@@ -91,7 +91,7 @@ def fleet(context: typer.Context, *, home: Home = DEFAULT, supervised: Supervise
     """Start a fleet, which trains what the service leases. `fleet --help` has its options."""
     arguments = list(context.args)
     environment = dict(os.environ)
-    if "--help" not in arguments:
+    if not {"--help", "-h"} & set(arguments):
         found = access(home)
         environment["WARMSCALE_API_KEY"] = found.key
         if "--url" not in arguments:
