@@ -1,5 +1,6 @@
 """Real parts for every test: one PostgreSQL per session, one database and one API per test."""
 
+import contextlib
 import itertools
 import os
 import socket
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from .by_hand import Worker
+
 os.environ.setdefault("TZ", "UTC")
 _numbers = itertools.count()
 
@@ -22,7 +25,9 @@ def free_port():
         return s.getsockname()[1]
 
 
-def _scratch():
+@contextlib.contextmanager
+def scratch():
+    """A folder outside pytest's own, gone afterwards."""
     # Not below pytest's own folder: every new pytest run closes that to other users, and the
     # embedded server, where root runs the tests, is another user.
     with tempfile.TemporaryDirectory(prefix="warmscale-", ignore_cleanup_errors=True) as folder:
@@ -32,36 +37,34 @@ def _scratch():
 @pytest.fixture
 def home():
     """A folder for `WARMSCALE_HOME`, gone after the test."""
-    yield from _scratch()
-
-
-session_home = pytest.fixture(scope="session")(_scratch)
+    with scratch() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")
-def postgres(session_home):
+def postgres():
     """A running server, with a database `template_warmscale` that has every table."""
     from sqlalchemy import create_engine, text
 
     from service import db
 
     db.use_utc()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # platformdirs: no XDG_RUNTIME_DIR for root
-        server = db.start_embedded(session_home)
-    with server:
-        url = db.normalized(server.get_uri())
-        admin = create_engine(url, isolation_level="AUTOCOMMIT")
-        with admin.connect() as connection:
-            connection.execute(text("CREATE DATABASE template_warmscale"))
-        db.upgrade(url.set(database="template_warmscale"))
-        yield SimpleNamespace(url=url, admin=admin, server=server)
-        admin.dispose()
+    with scratch() as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # platformdirs: no XDG_RUNTIME_DIR for root
+            server = db.start_embedded(folder)
+        with server:
+            url = db.normalized(server.get_uri())
+            admin = create_engine(url, isolation_level="AUTOCOMMIT")
+            with admin.connect() as connection:
+                connection.execute(text("CREATE DATABASE template_warmscale"))
+            db.upgrade(url.set(database="template_warmscale"))
+            yield SimpleNamespace(url=url, admin=admin, server=server)
+            admin.dispose()
 
 
-@pytest.fixture
-def database_url(postgres):
-    """The URL of a fresh, upgraded database."""
+@contextlib.contextmanager
+def fresh_database(postgres):
     from sqlalchemy import text
 
     name = f"test_{next(_numbers)}"
@@ -73,15 +76,26 @@ def database_url(postgres):
 
 
 @pytest.fixture
-def settings(home):
+def database_url(postgres):
+    """The URL of a fresh, upgraded database."""
+    with fresh_database(postgres) as url:
+        yield url
+
+
+def settings_below(home):
     from service.settings import Settings
 
     return Settings(home=home, lease_seconds=5.0, port=free_port())
 
 
 @pytest.fixture
-def api(database_url, settings):
-    """The API on a socket, in a thread of this process; `api.client` holds an admin key."""
+def settings(home):
+    return settings_below(home)
+
+
+@contextlib.contextmanager
+def serving(settings, database_url):
+    """The API on a socket, in a thread of this process; `client` holds an admin key."""
     import uvicorn
 
     from service import auth
@@ -102,6 +116,37 @@ def api(database_url, settings):
         yield SimpleNamespace(url=url, key=key, client=client, app=app, sessions=app.state.sessions)
     server.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture
+def api(database_url, settings):
+    """The API, serving; `api.client` holds an admin key."""
+    with serving(settings, database_url) as api:
+        yield api
+
+
+@pytest.fixture(scope="module")
+def shared_api(postgres):
+    """An API for all tests of a module: each of them leaves it without work."""
+    with (
+        scratch() as home,
+        fresh_database(postgres) as url,
+        serving(settings_below(home), url) as api,
+    ):
+        yield api
+
+
+@pytest.fixture
+def worker(api):
+    return Worker(api.client)
+
+
+@pytest.fixture
+def submit(api, study_spec):
+    def create(**changes):
+        return api.client.post("/v1/studies", study_spec(**changes))
+
+    return create
 
 
 @pytest.fixture

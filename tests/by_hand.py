@@ -1,6 +1,4 @@
-"""Helpers that speak for a worker without training anything."""
-
-import pytest
+"""A worker that trains nothing: it leases, reports and finishes as a test tells it."""
 
 from service.protocol import (
     CheckpointReport,
@@ -18,8 +16,9 @@ class Worker:
     def __init__(self, client, name="by-hand"):
         self.client, self.name = client, name
 
-    def lease(self, n=1, cpus=64, **more):
-        request = LeaseRequest(worker=self.name, max_runs=n, resources=Resources(cpus=cpus), **more)
+    def lease(self, n=1, cpus=64, gpus=0.0, **more):
+        resources = Resources(cpus=cpus, gpus=gpus)
+        request = LeaseRequest(worker=self.name, max_runs=n, resources=resources, **more)
         return self.client.lease(request)
 
     def one(self, **more):
@@ -40,16 +39,16 @@ class Worker:
         }
         return self.report(lease, point)
 
-    def publish(self, lease, step=20, final=True):
-        checkpoint = CheckpointReport(
-            step=step,
-            tokens=step * 256,
-            uri=f"{lease.artifact_uri}/step-{step:08d}",
-            hash=f"{hash((lease.run_id, step)) % 2**64:064x}",
-            num_bytes=1,
-            final=final,
-        )
-        return self.client.publish(lease, checkpoint)
+    def publish(self, lease, step=20, final=True, **more):
+        fields = {
+            "step": step,
+            "tokens": step * 256,
+            "uri": f"{lease.artifact_uri}/step-{step:08d}",
+            "hash": f"{hash((lease.run_id, step)) % 2**64:064x}",
+            "num_bytes": 1,
+            "final": final,
+        }
+        return self.client.publish(lease, CheckpointReport.model_validate(fields | more))
 
     def finish(self, lease, outcome="succeeded", loss=2.0, **more):
         loss = loss if outcome in ("succeeded", "pruned") else None
@@ -59,16 +58,3 @@ class Worker:
     def complete(self, lease, loss=2.0):
         self.publish(lease)
         return self.finish(lease, loss=loss)
-
-
-@pytest.fixture
-def worker(api):
-    return Worker(api.client)
-
-
-@pytest.fixture
-def submit(api, study_spec):
-    def create(**changes):
-        return api.client.post("/v1/studies", study_spec(**changes))
-
-    return create
