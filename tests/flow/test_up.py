@@ -1,5 +1,6 @@
 """`warmscale up` as a user runs it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -59,6 +60,19 @@ def up(home):
         one.end()
 
 
+@pytest.fixture
+def connect(home):
+    """A client of a stack that is ready, with the home's key."""
+    with contextlib.ExitStack() as opened:
+
+        def open_client(ready):
+            key = json.loads((home / "client.json").read_text())["key"]
+            headers = {"Authorization": f"Bearer {key}"}
+            return opened.enter_context(httpx.Client(base_url=ready["url"], headers=headers))
+
+        yield open_client
+
+
 def serve_process(one):
     (found,) = [p for p in one.family() if "serve" in p.cmdline()]
     return found
@@ -80,10 +94,9 @@ def test_it_is_ready_within_8_seconds_on_an_initialised_home_and_small(up):
     assert serve_process(one).memory_info().rss < 300 * 2**20
 
 
-def test_ctrl_c_ends_everything_and_the_next_start_finds_it_again(up, home):
+def test_ctrl_c_ends_everything_and_the_next_start_finds_it_again(up, home, connect):
     one = up("--cpus", "1")
-    ready = one.ready()
-    key = json.loads((home / "client.json").read_text())["key"]
+    one.ready()
     wait_for_line(home / "logs" / "fleet.log", "ready")
     family = one.family()
     assert len(family) > 3
@@ -93,10 +106,10 @@ def test_ctrl_c_ends_everything_and_the_next_start_finds_it_again(up, home):
     assert not [
         p for p in psutil.process_iter(["cmdline"]) if str(home) in (p.info["cmdline"] or [])
     ]
-    again = up("--no-fleet").ready()
-    assert again["url"] != "" != ready["url"]
-    listing = httpx.get(f"{again['url']}/v1/studies", headers={"Authorization": f"Bearer {key}"})
-    assert listing.status_code == 200
+    key = (home / "client.json").read_text()
+    client = connect(up("--no-fleet").ready())
+    assert client.get("/v1/studies").status_code == 200
+    assert json.loads((home / "client.json").read_text())["key"] == json.loads(key)["key"]
 
 
 def wait_for_line(path, text, seconds=90):
@@ -152,3 +165,35 @@ def test_sigterm_stops_like_ctrl_c(up):
     family = one.family()
     assert one.end(signal.SIGTERM)[0] == 0
     assert wait_gone(family) == []
+
+
+def test_what_ctrl_c_interrupted_goes_on_where_it_was(up, connect, study_spec):
+    one = up("--cpus", "1")
+    client = connect(one.ready())
+    spec = study_spec(
+        target=None,
+        train={"batch_size": 8, "num_tokens": 8 * 32 * 2000, "evaluations": 4},
+        hpo={"trials": 1, "sampler": "random", "pruner": "none"},
+    )
+    name = client.post("/v1/studies", json=spec).json()["name"]
+    before = wait_for_run(client, name, lambda run: run["step"] >= 100)
+    assert one.end()[0] == 0
+    client = connect(up("--cpus", "1").ready())
+    after = wait_for_run(client, name, lambda run: run["state"] == "succeeded")
+    assert after["id"] == before["id"]
+    assert (after["attempt"], after["failures"]) == (2, 0)
+    curve = client.get(f"/v1/runs/{after['id']}/measurements").json()["items"]
+    firsts = {
+        attempt: min(p["step"] for p in curve if p["attempt"] == attempt) for attempt in (1, 2)
+    }
+    assert firsts[2] >= 100
+
+
+def wait_for_run(client, study, condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while True:
+        runs = client.get("/v1/runs", params={"study": study}).json()["items"]
+        if runs and condition(runs[0]):
+            return runs[0]
+        assert time.monotonic() < deadline, runs
+        time.sleep(0.1)
