@@ -1,0 +1,54 @@
+"""`warmscale demo` as a user runs it, on a small study."""
+
+import json
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+import yaml
+
+
+@pytest.fixture
+def demo(home, study_spec):
+    """Run the demo of a folder with a small spec.yaml."""
+    spec = study_spec(name="small", warmstart={"seeds": 2})
+    (home / "spec.yaml").write_text(yaml.safe_dump(spec))
+
+    def run():
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WARMSCALE_")}
+        return subprocess.run(
+            [sys.executable, "-m", "service.cli", "demo", "--folder", str(home), "--cpus", "2"],
+            env=environment | {"XDG_CACHE_HOME": str(home / "cache")},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+
+    return run
+
+
+def test_it_leaves_a_verdict_and_a_page_and_nothing_running_and_runs_again(demo, home):
+    names = []
+    for _ in range(2):
+        done = demo()
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = json.loads((home / "results.json").read_text())
+        names.append(found["study_name"])
+        assert found["verdict"]["sentence"] in done.stdout
+        assert found["verdict"]["seeds"] == 2
+        assert 0 < found["fleet"]["utilization"] <= 1
+        assert "lease to step" in done.stdout
+        assert found["study_name"] in (home / "report.html").read_text()
+        mine = [p.info for p in psutil.process_iter(["cmdline"])]
+        assert not [p for p in mine if str(home) in " ".join(p["cmdline"] or [])]
+    assert len(set(names)) == 2
+
+
+def test_a_folder_without_a_spec_is_wrong_usage(demo, home):
+    (home / "spec.yaml").unlink()
+    refused = demo()
+    assert refused.returncode == 2
+    assert "spec.yaml: No such file" in refused.stderr
