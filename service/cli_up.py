@@ -15,7 +15,7 @@ from service import __version__
 from service.child import ChildError, die_with_parent
 from service.cli_common import Exit, fail
 from service.db import database, upgrade, use_utc
-from service.home import HomeInUseError
+from service.home import HomeInUseError, access_path
 from service.settings import Settings
 from service.tables import ApiKey
 from service.up import Interrupted, PortTakenError, Stack, log_folder, stack
@@ -53,7 +53,8 @@ def _announce(settings: Settings, running: Stack, seconds: float, *, as_json: bo
         f"warmscale {__version__}, ready in {seconds:.1f} s\n"
         f"  API        {url}/v1\n"
         f"  docs       {url}/docs\n"
-        f"  dashboard  {url}/dashboard/\n"
+        f"  dashboard  {url}/dashboard/ (any user name; the password is the key)\n"
+        f"  key        in {access_path(settings.home)}\n"
         f"  logs       {log_folder(settings)}\n"
         "Ctrl-C stops it; everything resumes from where it was."
     )

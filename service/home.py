@@ -30,7 +30,7 @@ def read_access(home: Path) -> Access | None:
     Raises:
         ValueError: the file is there but is not what `up` writes.
     """
-    path = _access_path(home)
+    path = access_path(home)
     try:
         return Access.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def read_access(home: Path) -> Access | None:
 
 def write_access(home: Path, access: Access) -> None:
     """Leave it for clients: readable by this user alone, and never half written."""
-    path = _access_path(home)
+    path = access_path(home)
     aside = path.with_suffix(".new")
     aside.unlink(missing_ok=True)
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -50,7 +50,8 @@ def write_access(home: Path, access: Access) -> None:
     aside.replace(path)
 
 
-def _access_path(home: Path) -> Path:
+def access_path(home: Path) -> Path:
+    """Where the access of a home is kept."""
     return home / "client.json"
 
 

@@ -1,13 +1,12 @@
 """A study's results as one HTML page that needs no network: style, script and data stand inside."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from importlib.resources import files
+from itertools import chain
 from string import Template
 from typing import Any
-
-from plotly.offline import get_plotlyjs
 
 from service.results.figures import Figure, dimensions, figures, shown_state
 from service.results.markup import Column, cards, plot, section, table
@@ -24,20 +23,28 @@ from service.results.words import direction, flops, headline, nats, spelled, tok
 from service.studies.schemas import StudySpec
 
 MAX_TABLE_TRIALS = 500
+_PIECE_BYTES = 2**18
 
 
-def page(results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec) -> str:
-    """The whole page."""
+def page(results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec) -> Iterator[bytes]:
+    """The whole page, in pieces: Plotly's 5 MB pass from disk to socket and are never held."""
     drawn = figures(results, trials, spec)
     body = [_top(results), _arms(results, drawn), _trials(results, trials, spec, drawn)]
-    return Template(_asset("page.html")).substitute(
+    before, after = _asset("page.html").split("$plotly")
+    head = Template(before).substitute(
         title=f"{escape(results.study_name)} · warmscale",
         style=_asset("page.css"),
         body="\n".join(body),
         figures=_embedded(drawn),
-        plotly=get_plotlyjs(),
-        script=_asset("page.js"),
     )
+    tail = Template(after).substitute(script=_asset("page.js"))
+    return chain([head.encode()], _plotly(), [tail.encode()])
+
+
+def _plotly() -> Iterator[bytes]:
+    with files("plotly").joinpath("package_data", "plotly.min.js").open("rb") as script:
+        while piece := script.read(_PIECE_BYTES):
+            yield piece
 
 
 def _asset(name: str) -> str:

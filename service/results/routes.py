@@ -1,7 +1,7 @@
 """`/v1/studies/{study}/results` and `/report`."""
 
 from fastapi import APIRouter, Depends
-from fastapi.responses import HTMLResponse
+from fastapi.responses import HTMLResponse, StreamingResponse
 
 from service.auth import require
 from service.deps import DbSession
@@ -20,8 +20,9 @@ def read_results(session: DbSession, study: str) -> StudyResults:
 
 
 @router.get("/{study}/report", response_class=HTMLResponse)
-def read_report(session: DbSession, study: str) -> str:
+def read_report(session: DbSession, study: str) -> StreamingResponse:
     """The same as one self-contained page with plots."""
     found = find(session, study)
     spec, trials = StudySpec.model_validate(found.spec), store.report_trials(session, found.id)
-    return report.page(store.results(session, found), trials, spec)
+    page = report.page(store.results(session, found), trials, spec)
+    return StreamingResponse(page, media_type="text/html; charset=utf-8")
