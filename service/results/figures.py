@@ -121,7 +121,7 @@ def differences(verdict: Verdict | None) -> Figure:
         "y1": 1,
         "line": {"dash": "dot"},
     }
-    axis = {"title": {"text": "warm - cold (nats/token); left of 0, warm is better"}}
+    axis = {"title": {"text": "warm - cold (nats/token)"}}
     layout = {"xaxis": axis, "yaxis": {"type": "category"}, "shapes": [zero], "showlegend": False}
     return {"data": [seeds, seeds | mean], "layout": layout}
 

@@ -97,9 +97,18 @@ def _verdict_figures(verdict: Verdict) -> list[tuple[str, str]]:
     others = f"width {growth.g_width:g}x, non-embedding {growth.g_nonembedding:.2f}x"
     return [
         (f"{verdict.difference_nats:+.4f}", f"warm - cold, nats/token ({spread})"),
+        *_speed_figures(verdict),
+        (f"{growth.g_total:.2f}x", f"growth in parameters ({others})"),
+    ]
+
+
+def _speed_figures(verdict: Verdict) -> list[tuple[str, str]]:
+    if verdict.speedup is None:
+        reached = sum(pair.speedup is not None for pair in verdict.pairs)
+        return [(f"{reached} of {verdict.seeds}", "seeds where warm reached cold's final loss")]
+    return [
         (_times(verdict.speedup), "token speedup, base sunk"),
         (_times(verdict.speedup_base_counted), "FLOPs speedup, base counted"),
-        (f"{growth.g_total:.2f}x", f"growth in parameters ({others})"),
     ]
 
 
@@ -110,7 +119,9 @@ def _times(value: float | None) -> str:
 def _arms(results: StudyResults, drawn: dict[str, Figure]) -> str:
     curves = plot("arms", "Validation loss", shape="tall") if "arms" in drawn else ""
     spread = (
-        plot("differences", "Difference by seed", shape="low") if "differences" in drawn else ""
+        plot("differences", "Difference: left of 0, warm is better", shape="low")
+        if "differences" in drawn
+        else ""
     )
     pairs = results.verdict.pairs if results.verdict else ()
     note = (

@@ -23,20 +23,18 @@ from service.results.schemas import (
 from service.results.verdict import Pending, judge
 from service.results.words import why_no_target
 from service.studies.advance import base_of, best_trial
-from service.studies.plan import target_seeds
 from service.studies.schemas import RunCounts, StudySpec
 from service.tables import Measurement, Run, Study
 from warmcore.flops import growth_factors
 
 MAX_TRIAL_CURVES = 100
-_MAX_SEEDS = 100
 
 
 def results(session: Session, study: Study) -> StudyResults:
     """Everything that the study has found so far."""
     spec = StudySpec.model_validate(study.spec)
     best = _best(session, study.id)
-    targets = _targets(session, study.id, spec)
+    targets = _targets(session, study.id)
     trials = _trial_counts(session, study.id)
     flops = _flops_by_kind(session, study.id)
     costs = costs_of(
@@ -109,12 +107,12 @@ def _best(session: Session, study_id: str) -> BestTrialResult | None:
     )
 
 
-def _targets(session: Session, study_id: str, spec: StudySpec) -> tuple[TargetRun, ...]:
+def _targets(session: Session, study_id: str) -> tuple[TargetRun, ...]:
     query = select(Run).where(Run.study_id == study_id, Run.kind == "target").order_by(Run.id)
     runs = session.scalars(query).all()
     curves = _curves(session, [run.id for run in runs])
-    numbers = {s: k for k, s in enumerate(target_seeds(spec.hpo.seed, _MAX_SEEDS))}
-    targets = [_target(run, curves[run.id], numbers.get(run.seed, run.seed)) for run in runs]
+    seeds = {run.launch: sorted({r.seed for r in runs if r.launch == run.launch}) for run in runs}
+    targets = [_target(run, curves[run.id], seeds[run.launch].index(run.seed)) for run in runs]
     return tuple(sorted(targets, key=lambda t: (t.launch, t.rung, t.seed_number, t.arm)))
 
 
