@@ -80,7 +80,7 @@ def checkpoints(session: Session, run_id: str) -> tuple[CheckpointView, ...]:
 
 
 def kept(session: Session, run_id: str) -> list[Checkpoint]:
-    """Checkpoints whose files are there, newest first."""
+    """Checkpoints whose files are there, the furthest first."""
     query = select(Checkpoint).where(Checkpoint.run_id == run_id, ~Checkpoint.superseded)
     return list(session.scalars(query.order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc())))
 
@@ -150,10 +150,12 @@ def evaluations(points: tuple[Measurement, ...]) -> dict[int, float]:
 
 
 def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[str, ...]:
-    """Write a checkpoint's row; return the URIs of those that nothing needs any more.
+    """Write a checkpoint's row; return the URI of the one that it pushed out, if it did.
 
-    The final one and the newest two are kept. Publishing the same again changes nothing, but that
-    it may turn out to have been the last. The run's row is locked: no other request can be here.
+    The final one and the newest two are kept: newest by attempt, since an attempt that could use
+    none of those before it counts its steps from the start. Publishing the same again changes
+    nothing, but that it may turn out to have been the last, and has the same answer: the first may
+    have been lost. The run's row is locked: no other request can be here.
 
     Raises:
         Problem: 409 when this attempt has published another checkpoint of this step.
@@ -179,10 +181,13 @@ def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[s
         raise conflict("checkpoint-exists", detail)
     else:
         row.final = row.final or checkpoint.final
-    old = [row for row in kept(session, run.id)[_KEPT_CHECKPOINTS:] if not row.final]
-    for row in old:
-        row.superseded = True
-    return tuple(row.uri for row in old)
+    newest = select(Checkpoint).where(Checkpoint.run_id == run.id)
+    newest = newest.order_by(Checkpoint.attempt.desc(), Checkpoint.step.desc())
+    old = session.scalars(newest.offset(_KEPT_CHECKPOINTS).limit(1)).one_or_none()
+    if old is None or old.final:
+        return ()
+    old.superseded = True
+    return (old.uri,)
 
 
 def check_uri(run: Run, uri: str, artifact_uri: str) -> None:
