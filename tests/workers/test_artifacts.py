@@ -19,8 +19,8 @@ def uri(request, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def training(make_lease) -> Training:
-    spec = make_lease().spec
+def training(make_spec) -> Training:
+    spec = make_spec()
     return Training.start(spec, prepare(spec.data))
 
 

@@ -70,19 +70,19 @@ def start(engine, url):
 
 
 def test_a_refused_fleet_drains_and_says_why(fake, start) -> None:
-    fake.refuses = True
+    fake.key = "another"
     _, result = start()
-    with pytest.raises(FleetRefusedError, match="unknown key"):
+    with pytest.raises(FleetRefusedError, match="key is unknown"):
         result.result(timeout=5)
 
 
-def test_a_fleet_outlives_a_service_that_is_away(fake, engine, start, make_lease) -> None:
+def test_a_fleet_outlives_a_service_that_is_away(fake, engine, start, make_spec) -> None:
     fake.away = True
     _, result = start(exit_when_idle_seconds=60)
     time.sleep(0.5)
     assert not result.done()
     fake.away = False
-    run = fake.offer(make_lease())
+    run = fake.offer(make_spec())
     fake.wait_for(lambda: run.leased_at, seconds=5)
 
 
@@ -93,8 +93,8 @@ def test_an_idle_fleet_exits_after_as_long_as_it_was_told(fake, start) -> None:
     assert time.monotonic() - started >= 0.5
 
 
-def test_only_one_nodes_resources_are_offered_at_a_time(fake, engine, start, make_lease) -> None:
-    runs = [fake.offer(make_lease(resources=Resources(cpus=2))) for _ in range(2)]
+def test_only_one_nodes_resources_are_offered_at_a_time(fake, engine, start, make_spec) -> None:
+    runs = [fake.offer(make_spec(), cpus=2) for _ in range(2)]
     _, _ = start()
     fake.wait_for(lambda: any(run.leased_at for run in runs), seconds=5)
     fake.wait_for(lambda: len(fake.requests) > 3, seconds=5)
@@ -102,26 +102,24 @@ def test_only_one_nodes_resources_are_offered_at_a_time(fake, engine, start, mak
     assert max(request.resources.cpus for request in fake.requests) == 2
 
 
-def test_a_lease_that_arrives_while_draining_is_given_back(fake, engine, start, make_lease) -> None:
+def test_a_lease_that_arrives_while_draining_is_given_back(fake, engine, start, make_spec) -> None:
     dispatcher, result = start()
     fake.wait_for(lambda: fake.requests, seconds=5)
     dispatcher.drain()
     time.sleep(0.2)
-    run = fake.offer(make_lease())
+    run = fake.offer(make_spec())
     fake.wait_for(lambda: run.finish, seconds=5)
     assert run.finish.outcome == "released"
     assert engine.submitted == {}
     result.result(timeout=5)
 
 
-def test_a_run_that_does_not_drain_is_killed_and_given_back(
-    fake, engine, start, make_lease
-) -> None:
-    run = fake.offer(make_lease(resources=Resources(cpus=1)))
+def test_a_run_that_does_not_drain_is_killed_and_given_back(fake, engine, start, make_spec) -> None:
+    run = fake.offer(make_spec())
     dispatcher, result = start(drain_seconds=0.5)
     while not engine.submitted:
         time.sleep(0.01)
     dispatcher.drain()
     result.result(timeout=10)
-    assert engine.submitted[run.lease.run_id].drained
+    assert engine.submitted[run.id].drained
     assert run.finish.outcome == "released"

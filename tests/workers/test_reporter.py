@@ -13,19 +13,19 @@ def _point(step: int, evaluation: int | None = None) -> Measurement:
     return Measurement(step=step, tokens=step * 128, loss_nats=1.0, evaluation=evaluation)
 
 
-def test_measurements_arrive_in_order_and_in_batches(fake, client, make_lease) -> None:
-    run = fake.offer(make_lease())
+def test_measurements_arrive_in_order_and_in_batches(fake, client, make_spec) -> None:
+    run = fake.leased(make_spec())
     with Reporter(client, run.lease, period_seconds=0.1) as reporter:
         for step in range(2_500):
             reporter.add(_point(step))
         reporter.flush()
     assert [m.step for m in run.curve] == list(range(2_500))
-    assert all(len(batch) <= 1_000 for _, batch in run.batches)
+    assert all(len(batch.measurements) <= 1_000 for batch in run.batches)
     assert len(run.batches) <= 4
 
 
-def test_an_evaluation_leaves_at_once(fake, client, make_lease) -> None:
-    run = fake.offer(make_lease())
+def test_an_evaluation_leaves_at_once(fake, client, make_spec) -> None:
+    run = fake.leased(make_spec())
     with Reporter(client, run.lease, period_seconds=30.0) as reporter:
         reporter.add(_point(1))
         time.sleep(0.2)
@@ -34,29 +34,28 @@ def test_an_evaluation_leaves_at_once(fake, client, make_lease) -> None:
         fake.wait_for(lambda: len(run.curve) == 2, seconds=1)
 
 
-def test_silence_renews_the_lease_every_third_of_it(fake, client, make_lease) -> None:
-    run = fake.offer(make_lease(lease_seconds=0.6))
+def test_silence_renews_the_lease_every_third_of_it(fake, client, make_spec) -> None:
+    run = fake.leased(make_spec(), lease_seconds=0.6)
     with Reporter(client, run.lease):
         fake.wait_for(lambda: len(run.batches) >= 4, seconds=3)
     assert run.curve == []
-    times = [at for at, _ in run.batches]
+    times = [batch.at for batch in run.batches]
     assert all(b - a < 0.5 for a, b in itertools.pairwise(times))
 
 
-def test_a_decision_reaches_the_run_and_stands(fake, client, make_lease) -> None:
-    run = fake.offer(make_lease(), prune_at_evaluation=2)
+def test_a_decision_reaches_the_run_and_stands(fake, client, make_spec) -> None:
+    run = fake.leased(make_spec(), prune_at_evaluation=2)
     with Reporter(client, run.lease) as reporter:
         reporter.add(_point(1, evaluation=1))
         assert reporter.flush() == "continue"
         reporter.add(_point(2, evaluation=2))
         assert reporter.flush() == "prune"
-        run.decision = "continue"
-        reporter.add(_point(3))
+        reporter.add(_point(3))  # answered with "continue"
         assert reporter.flush() == reporter.check() == "prune"
 
 
-def test_an_outage_delays_measurements_and_never_the_run(fake, client, make_lease) -> None:
-    run = fake.offer(make_lease())
+def test_an_outage_delays_measurements_and_never_the_run(fake, client, make_spec) -> None:
+    run = fake.leased(make_spec())
     with Reporter(client, run.lease, period_seconds=0.05) as reporter:
         fake.away = True
         started = time.monotonic()
@@ -71,8 +70,8 @@ def test_an_outage_delays_measurements_and_never_the_run(fake, client, make_leas
     assert [m.step for m in run.curve] == list(range(50))
 
 
-def test_flush_returns_only_after_everything_is_accepted(fake, client, make_lease) -> None:
-    run = fake.offer(make_lease())
+def test_flush_returns_only_after_everything_is_accepted(fake, client, make_spec) -> None:
+    run = fake.leased(make_spec())
     back = threading.Timer(0.5, lambda: setattr(fake, "away", False))
     with Reporter(client, run.lease) as reporter:
         fake.away = True
@@ -83,10 +82,11 @@ def test_flush_returns_only_after_everything_is_accepted(fake, client, make_leas
     back.join()
 
 
-def test_a_stale_lease_surfaces_at_the_next_check(fake, client, make_lease) -> None:
-    run = fake.offer(make_lease())
-    fake.stale.add(run.lease.run_id)
-    with Reporter(client, run.lease) as reporter:
+def test_a_stale_lease_surfaces_at_the_next_check(fake, client, make_spec) -> None:
+    run = fake.leased(make_spec())
+    lease = run.lease
+    fake.disown(run)
+    with Reporter(client, lease) as reporter:
         reporter.add(_point(1))
         with pytest.raises(StaleLeaseError):
             reporter.flush()
@@ -95,8 +95,8 @@ def test_a_stale_lease_surfaces_at_the_next_check(fake, client, make_lease) -> N
     assert run.curve == []
 
 
-def test_an_outage_beyond_all_patience_ends_the_run(fake, url, make_lease) -> None:
-    run = fake.offer(make_lease())
+def test_an_outage_beyond_all_patience_ends_the_run(fake, url, make_spec) -> None:
+    run = fake.leased(make_spec())
     fake.away = True
     with (
         Client(url, "key", patience_seconds=0.2) as impatient,

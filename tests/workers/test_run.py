@@ -1,13 +1,17 @@
+"""One run on the real API, from its lease to its end."""
+
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from service.protocol import FinishRequest, Lease
-from warmcore.spec import CheckpointRef, GrowthSpec
-from workers.run import Ending, Options, execute
+from service.client import StaleLeaseError
+from workers.run import Options, execute
+
+from .spy import Spy
+
+EVALUATED_OFTEN = {"num_steps": 3_000, "evaluations": 300}
 
 
 class _After:
@@ -22,190 +26,220 @@ class _After:
 
 
 @pytest.fixture
-def run(fake, client) -> Callable[..., Ending]:
-    def run(lease: Lease, *, checkpoint_seconds: float = 1e9, **kwargs) -> Ending:
+def lease(submit, worker, text):
+    """Lease the first run of a new study of small models; keywords are the train spec's."""
+
+    def lease(*, num_steps=20, study=None, **train):
+        options = {"batch_size": 4, "log_every": 5, "evaluations": 4, "eval_tokens": 512}
+        spec = {
+            "data": {"source": str(text), "context": 32},
+            "proxy": {"width": 16, "depth": 1, "head_dim": 16},
+            "target": {"width": 32},
+            "train": options | {"num_tokens": num_steps * 128} | train,
+            "hpo": {"trials": 1, "sampler": "random", "pruner": "none"},
+        }
+        created = submit(**spec | (study or {}))
+        return worker.one(study=created["id"])
+
+    return lease
+
+
+@pytest.fixture
+def spy(api):
+    """Clients of the API that keep what was accepted through them."""
+    spies = []
+
+    def spy():
+        spies.append(Spy(api.url, api.key))
+        return spies[-1]
+
+    yield spy
+    for client in spies:
+        client.close()
+
+
+@pytest.fixture
+def run(spy):
+    """Run a lease: how it ended, and what the service accepted."""
+
+    def run(lease, *, checkpoint_seconds=1e9, **kwargs):
+        client = spy()
         options = Options(checkpoint_seconds=checkpoint_seconds)
-        return execute(lease, client, options=options, **kwargs)
+        return execute(lease, client, options=options, **kwargs), client
 
     return run
 
 
-def _refs(written) -> tuple[CheckpointRef, ...]:
-    newest_first = reversed(written.checkpoints)
-    return tuple(CheckpointRef(uri=c.uri, hash=c.hash) for c in newest_first)
-
-
-def _losses(written) -> dict[int, float | None]:
-    return {m.step: m.loss_nats for m in written.curve}
-
-
-def _path(uri: str) -> Path:
+def _path(uri) -> Path:
     return Path(urlsplit(uri).path)
 
 
-def test_a_run_reports_its_whole_curve_one_measurement_per_step(fake, make_lease, run) -> None:
-    written = fake.offer(make_lease(num_steps=20))
-    assert run(written.lease) == "succeeded"
-    assert [m.step for m in written.curve] == [0, 5, 10, 15, 20]
-    assert [m.evaluation for m in written.curve] == [None, 1, 2, 3, 4]
-    assert all(m.val_loss_nats for m in written.curve)
-    assert written.curve[-1].val_loss_nats < written.curve[0].val_loss_nats
+def test_a_run_reports_its_whole_curve_one_measurement_per_step(lease, run):
+    ending, sent = run(lease(num_steps=20))
+    assert ending == "succeeded"
+    assert [m.step for m in sent.curve] == [0, 5, 10, 15, 20]
+    assert [m.evaluation for m in sent.curve] == [None, 1, 2, 3, 4]
+    assert all(m.val_loss_nats for m in sent.curve)
+    assert sent.curve[-1].val_loss_nats < sent.curve[0].val_loss_nats
 
 
-def test_a_finished_run_says_what_it_was_made_with(fake, make_lease, run) -> None:
-    written = fake.offer(make_lease())
-    run(written.lease)
-    finish: FinishRequest = written.finish
-    assert finish.outcome == "succeeded"
-    assert finish.val_loss_nats == written.curve[-1].val_loss_nats
-    assert len(finish.provenance.code_hash) == len(finish.provenance.data_hash) == 64
-    assert {"torch", "python", "numpy"} <= finish.provenance.packages.keys()
-    assert finish.provenance.num_threads == 1
-    assert finish.timing.train_seconds > 0
-    assert finish.timing.first_step_at < finish.timing.last_step_at
-    seconds = sum(m.train_seconds or 0 for m in written.curve)
-    assert seconds == pytest.approx(finish.timing.train_seconds)
+def test_a_finished_run_says_what_it_was_made_with(api, lease, run):
+    one = lease()
+    _, sent = run(one)
+    found = api.client.get(f"/v1/runs/{one.run_id}")
+    made_with, timing = found["provenance"], found["timing"]
+    assert (found["state"], found["step"]) == ("succeeded", 20)
+    assert found["val_loss_nats"] == sent.curve[-1].val_loss_nats
+    assert len(made_with["code_hash"]) == len(made_with["data_hash"]) == 64
+    assert {"torch", "python", "numpy"} <= made_with["packages"].keys()
+    assert made_with["num_threads"] == 1
+    assert timing["train_seconds"] > 0
+    assert timing["first_step_at"] < timing["last_step_at"]
+    seconds = sum(m.train_seconds or 0 for m in sent.curve)
+    assert seconds == pytest.approx(timing["train_seconds"])
 
 
-def test_the_final_checkpoint_stands_before_the_run_is_finished(fake, make_lease, run) -> None:
-    written = fake.offer(make_lease(num_steps=7))
-    run(written.lease)
-    (final,) = written.checkpoints
+def test_the_final_checkpoint_stands_before_the_run_is_finished(lease, run):
+    one = lease(num_steps=7)
+    _, sent = run(one)
+    (final,) = sent.checkpoints
     assert final.final
     assert (final.step, final.tokens) == (7, 7 * 128)
-    assert final.uri == f"{written.lease.artifact_uri}/step-00000007"
+    assert final.uri == f"{one.artifact_uri}/step-00000007"
     assert _path(final.uri).is_dir()
 
 
-def test_every_measurement_up_to_a_checkpoint_is_accepted_before_it(fake, make_lease, run) -> None:
-    written = fake.offer(make_lease(num_steps=20, train={"log_every": 2}))
-    run(written.lease, checkpoint_seconds=0.0)
-    assert len(written.checkpoints) > 10
+def test_every_measurement_up_to_a_checkpoint_is_accepted_before_it(lease, run):
+    _, sent = run(lease(num_steps=20, log_every=2), checkpoint_seconds=0.0)
+    assert len(sent.checkpoints) > 10
     measured = {0, *range(2, 21, 2), 5, 15}
-    for checkpoint, steps in zip(written.checkpoints, written.steps_at_checkpoint, strict=True):
+    for checkpoint, steps in zip(sent.checkpoints, sent.steps_at_checkpoint, strict=True):
         assert steps == {step for step in measured if step <= checkpoint.step}
-    assert [m.step for m in written.curve] == sorted(measured)
+    assert [m.step for m in sent.curve] == sorted(measured)
 
 
-def test_a_resumed_run_ends_with_the_same_curve_bit_for_bit(fake, make_lease, run) -> None:
-    whole = fake.offer(make_lease(num_steps=20, train={"log_every": 1}))
-    run(whole.lease)
-    first = fake.offer(make_lease(num_steps=20, train={"log_every": 1}))
-    assert run(first.lease, draining=_After(8)) == "released"
-    assert first.finish.outcome == "released"
-    rest = fake.offer(
-        make_lease(num_steps=20, train={"log_every": 1}, attempt=2, resume_from=_refs(first))
-    )
-    assert run(rest.lease) == "succeeded"
-    assert _losses(first) | _losses(rest) == _losses(whole)
-    assert not _losses(first).keys() & _losses(rest).keys()
-    assert rest.finish.val_loss_nats == whole.finish.val_loss_nats
+def test_a_resumed_run_ends_with_the_same_curve_bit_for_bit(lease, run, worker):
+    one = lease(log_every=1)
+    _, whole = run(one)
+    again = lease(log_every=1)
+    assert again.spec == one.spec
+    ending, first = run(again, draining=_After(8))
+    assert ending == "released"
+    ending, rest = run(worker.one(study=again.study_id))
+    assert ending == "succeeded"
+    assert first.losses | rest.losses == whole.losses
+    assert not first.losses.keys() & rest.losses.keys()
+    assert rest.finished.val_loss_nats == whole.finished.val_loss_nats
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "missing"])
-def test_a_run_falls_back_to_the_next_older_checkpoint(fake, make_lease, run, damage) -> None:
-    first = fake.offer(make_lease(num_steps=20, train={"log_every": 1}))
-    run(first.lease, checkpoint_seconds=0.0, draining=_After(8))
-    newest, *_ = _refs(first)
+def test_a_run_falls_back_to_the_next_older_checkpoint(lease, run, worker, damage):
+    run(lease(log_every=1), checkpoint_seconds=0.0, draining=_After(8))
+    second = worker.one()
+    newest, older = second.resume_from
     if damage == "corrupt":
         weights = _path(newest.uri) / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     else:
         _path(newest.uri).rename(_path(newest.uri).with_name("elsewhere"))
-    second = fake.offer(make_lease(num_steps=20, train={"log_every": 1}, resume_from=_refs(first)))
-    assert run(second.lease) == "succeeded"
-    assert min(_losses(second)) == first.checkpoints[-2].step + 1
+    ending, sent = run(second)
+    assert ending == "succeeded"
+    assert f"step-{min(sent.losses) - 1:08d}" == _path(older.uri).name
 
 
-def test_without_a_usable_checkpoint_a_run_starts_again(fake, make_lease, run) -> None:
-    gone = CheckpointRef(uri="file:///nowhere/step-1", hash="0" * 64)
-    written = fake.offer(make_lease(resume_from=(gone,)))
-    assert run(written.lease) == "succeeded"
-    assert written.curve[0].step == 0
+def test_without_a_usable_checkpoint_a_run_starts_again(lease, run, worker):
+    run(lease(), draining=_After(8))
+    second = worker.one()
+    (only,) = second.resume_from
+    _path(only.uri).rename(_path(only.uri).with_name("elsewhere"))
+    ending, sent = run(second)
+    assert ending == "succeeded"
+    assert sent.curve[0].step == 0
 
 
-def test_a_run_whose_finish_was_lost_finishes_from_its_final_checkpoint(
-    fake, make_lease, run
-) -> None:
-    first = fake.offer(make_lease(num_steps=10))
-    run(first.lease)
-    again = fake.offer(make_lease(num_steps=10, attempt=2, resume_from=_refs(first)))
-    assert run(again.lease) == "succeeded"
+def test_a_run_whose_finish_was_lost_finishes_from_its_final_checkpoint(lease, run, spy, worker):
+    one = lease(num_steps=10)
+    client = spy()
+    client.finish = lambda *_: worker.finish(one, "failed")  # instead: its process was killed
+    execute(one, client, options=Options())
+    ending, again = run(worker.one(wait_seconds=5))
+    assert ending == "succeeded"
     assert again.curve == []
-    assert again.finish.val_loss_nats == first.finish.val_loss_nats
+    assert again.finished.val_loss_nats == client.curve[-1].val_loss_nats
 
 
-def test_a_target_grows_from_its_base_and_says_which(fake, make_lease, run) -> None:
-    base = fake.offer(make_lease())
-    run(base.lease)
-    (ref,) = _refs(base)
-    lease = make_lease()
-    spec = lease.spec.model_copy(
-        update={
-            "model": lease.spec.model.model_copy(update={"width": 32, "base_width": 16}),
-            "growth": GrowthSpec(base=ref),
-        }
-    )
-    written = fake.offer(lease.model_copy(update={"spec": spec, "kind": "target", "arm": "warm"}))
-    assert run(written.lease) == "succeeded"
-    assert written.finish.provenance.base_hash == ref.hash
+def test_a_target_grows_from_its_base_and_says_which(api, lease, run, worker):
+    _, base = run(lease(study={"warmstart": {"seeds": 1, "control": False}}))
+    target = worker.one()
+    assert (target.kind, target.arm) == ("target", "warm")
+    ending, sent = run(target)
+    assert ending == "succeeded"
+    assert sent.finished.provenance.base_hash == base.checkpoints[-1].hash
 
 
-def test_a_pruned_run_stops_at_the_evaluation_and_keeps_its_curve(fake, make_lease, run) -> None:
-    lease = make_lease(num_steps=3_000, train={"evaluations": 300})
-    written = fake.offer(lease, prune_at_evaluation=2)
-    assert run(written.lease) == "pruned"
-    assert written.finish.outcome == "pruned"
-    assert written.finish.val_loss_nats in {m.val_loss_nats for m in written.curve}
-    assert written.curve[-1].step < 3_000
-    assert written.checkpoints == []
+def test_a_pruned_run_stops_at_the_evaluation_and_keeps_its_curve(lease, run, worker):
+    hpo = {"trials": 2, "parallel": 2, "sampler": "random", "pruner": "successive_halving"}
+    better = lease(study={"hpo": hpo}, **EVALUATED_OFTEN)
+    worker.evaluate(better, evaluation=1, loss=0.0)
+    ending, sent = run(worker.one())
+    assert ending == sent.finished.outcome == "pruned"
+    assert sent.finished.val_loss_nats in {m.val_loss_nats for m in sent.curve}
+    assert sent.curve[-1].step < 3_000
+    assert sent.checkpoints == []
 
 
-def test_a_cancelled_run_stops_quietly(fake, make_lease, run) -> None:
-    written = fake.offer(make_lease(num_steps=3_000, train={"evaluations": 300}))
-    written.decision = "cancel"
-    assert run(written.lease) == "cancelled"
-    assert written.finish is None
+def test_a_cancelled_run_stops_quietly(api, lease, run):
+    one = lease(**EVALUATED_OFTEN)
+    api.client.post(f"/v1/studies/{one.study_id}/cancel")
+    ending, sent = run(one)
+    assert ending == "cancelled"
+    assert sent.finished is None
 
 
-def test_a_run_whose_lease_is_stale_writes_nothing_more(fake, make_lease, run) -> None:
-    written = fake.offer(make_lease(num_steps=3_000, train={"evaluations": 300}))
-    fake.stale.add(written.lease.run_id)
-    assert run(written.lease) == "stale"
-    assert written.curve == written.checkpoints == []
-    assert written.finish is None
+def test_a_run_whose_lease_is_stale_writes_nothing_more(lease, run, worker):
+    one = lease(**EVALUATED_OFTEN)
+    worker.finish(one, "released")
+    other = worker.one()
+    ending, sent = run(one)
+    assert ending == "stale"
+    assert sent.curve == sent.checkpoints == []
+    assert sent.finished is None
+    assert worker.finish(other, "released") == "queued"
+    with pytest.raises(StaleLeaseError):
+        worker.report(one)
 
 
-def test_a_diverged_run_says_why(fake, make_lease, run) -> None:
-    written = fake.offer(make_lease(num_steps=300, train={"lr": 1e6, "grad_clip": None}))
-    assert run(written.lease) == "diverged"
-    assert written.finish.outcome == "diverged"
-    assert "nan" in written.finish.error or "loss" in written.finish.error
+def test_a_diverged_run_says_why(api, lease, run):
+    space = {"search_space": {"lr": {"type": "categorical", "choices": [1e6]}}}
+    one = lease(num_steps=300, grad_clip=None, study=space)
+    ending, sent = run(one)
+    assert ending == sent.finished.outcome == "diverged"
+    assert "nan" in sent.finished.error or "loss" in sent.finished.error
+    assert api.client.get(f"/v1/runs/{one.run_id}")["state"] == "failed"
 
 
-def test_superseded_checkpoints_are_deleted(fake, make_lease, run, tmp_path) -> None:
-    old = tmp_path / "old"
-    old.mkdir()
-    (old / "checkpoint.json").write_text("{}")
-    written = fake.offer(make_lease(), superseded=(old.as_uri(), "file:///not/there"))
-    assert run(written.lease) == "succeeded"
-    assert not old.exists()
+def test_superseded_checkpoints_are_deleted(api, lease, run):
+    one = lease()
+    _, sent = run(one, checkpoint_seconds=0.0)
+    kept = api.client.get(f"/v1/runs/{one.run_id}/checkpoints")["items"]
+    folders = sorted(_path(one.artifact_uri).iterdir())
+    assert folders == sorted(_path(checkpoint["uri"]) for checkpoint in kept)
+    assert len(folders) == 2 < len(sent.checkpoints)
 
 
-def test_a_run_survives_an_outage(fake, make_lease, run) -> None:
-    written = fake.offer(make_lease(num_steps=40))
+def test_a_run_survives_an_outage(fake, client, make_spec):
+    one = fake.leased(make_spec(num_steps=40))
     fake.away = True
     back = threading.Timer(1.0, lambda: setattr(fake, "away", False))
     back.start()
-    assert run(written.lease) == "succeeded"
+    assert execute(one.lease, client, options=Options()) == "succeeded"
     back.join()
-    assert [m.step for m in written.curve] == list(range(0, 41, 5))
+    assert [m.step for m in one.curve] == list(range(0, 41, 5))
 
 
-def test_a_spec_that_cannot_run_is_a_value_error(fake, make_lease, run, tmp_path) -> None:
-    lease = make_lease()
-    data = lease.spec.data.model_copy(update={"source": str(tmp_path / "nothing")})
-    spec = lease.spec.model_copy(update={"data": data})
-    written = fake.offer(lease.model_copy(update={"spec": spec}))
+def test_a_spec_that_cannot_run_is_a_value_error(lease, run, tmp_path):
+    one = lease()
+    data = one.spec.data.model_copy(update={"source": str(tmp_path / "nothing")})
+    spec = one.spec.model_copy(update={"data": data})
     with pytest.raises(ValueError, match="nothing"):
-        run(written.lease)
+        run(one.model_copy(update={"spec": spec}))
