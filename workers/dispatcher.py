@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.protocol import FinishRequest, Lease, LeaseRequest, RunKind
-from workers.engine import Engine, Handle
+from workers.engine import Engine, Handle, RayLostError
 from workers.failures import failure
 from workers.link import FleetRefusedError, Link
 from workers.nodes import Nodes, Placement
@@ -80,17 +80,27 @@ class Dispatcher:
 
         Raises:
             FleetRefusedError: and what was running has been given back.
+            RayLostError: and what was running has been reported.
         """
-        while not self._is_done():
-            if self._should_ask():
-                self._ask()
-            try:
-                self._events.get(timeout=_TICK_SECONDS)()
-            except queue.Empty:
-                self._kill_what_does_not_drain()
-        self._link.close()
+        try:
+            while not self._is_done():
+                self._step()
+        except RayLostError as error:
+            for running in self._running.values():
+                self._link.tell(running.lease, failure(error, draining=False))
+            raise
+        finally:
+            self._link.close()
         if self._refusal is not None:
             raise self._refusal
+
+    def _step(self) -> None:
+        if self._should_ask():
+            self._ask()
+        try:
+            self._events.get(timeout=_TICK_SECONDS)()
+        except queue.Empty:
+            self._kill_what_does_not_drain()
 
     def _is_done(self) -> bool:
         now = time.monotonic()

@@ -10,10 +10,11 @@ import logging
 import os
 import time
 from collections.abc import Generator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.protocol import Lease, Resources
@@ -21,7 +22,13 @@ from workers import nodes, process
 from workers.nodes import Placement
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; results are single words
+_ANSWER_SECONDS = 8.0
+_HEALTH_CHECK_SECONDS = 1.0  # a raylet is dead after five refused; of Ray's own 3 s that takes 15
 _IDLE_SECONDS = 24 * 3600  # keep worker processes warm between runs; Ray's own default is a second
+
+
+class RayLostError(Exception):
+    """Ray's part on this node is dead, or the cluster does not answer: nothing can run any more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +50,24 @@ class Handle:
 class Engine:
     """A connection to Ray."""
 
+    def __init__(self) -> None:
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._asking = ThreadPoolExecutor(max_workers=1)
+
     def nodes(self) -> dict[str, Resources]:
-        """Return the whole resources of every node that is alive."""
-        return nodes.from_ray(ray.nodes())
+        """Return the whole resources of every node that is alive.
+
+        Raises:
+            RayLostError: this node is not among them, or nobody answers.
+        """
+        try:  # without its GCS, Ray would block for a minute and then abort the process
+            alive = nodes.from_ray(self._asking.submit(ray.nodes).result(_ANSWER_SECONDS))
+        except (TimeoutError, RayError) as error:
+            why = str(error) or f"nothing for {_ANSWER_SECONDS:g} s"
+            raise RayLostError(f"Ray does not answer: {why}") from error
+        if self._node_id not in alive:
+            raise RayLostError(f"Ray says that node {self._node_id}, which is this one, is dead")
+        return alive
 
     def submit(
         self, lease: Lease, node: str, connection: process.Connection, checkpoint_seconds: float
@@ -94,7 +116,10 @@ def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engi
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _system_config={"idle_worker_killing_time_threshold_ms": _IDLE_SECONDS * 1000},
+        _system_config={
+            "idle_worker_killing_time_threshold_ms": _IDLE_SECONDS * 1000,
+            "health_check_period_ms": int(_HEALTH_CHECK_SECONDS * 1000),
+        },
     )
     with _shutting_down():
         yield Engine()

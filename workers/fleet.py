@@ -2,7 +2,7 @@
 
 The API key comes from the environment alone (WARMSCALE_API_KEY): a command line is public on its
 machine. SIGTERM or Ctrl-C drains: every run publishes a checkpoint and is given back, exit 0; a
-second one exits at once, and Ray's processes with it.
+second one exits at once, and Ray's processes with it. A fleet that lost its Ray exits with 1.
 """
 
 import argparse
@@ -72,11 +72,20 @@ def _work(args: argparse.Namespace, api_key: str) -> int:
             "ready fleet=%s processes=%d seconds=%.1f",
             *(args.name, len(processes), time.monotonic() - started),
         )
-        try:
-            dispatcher.run()
-        except FleetRefusedError as error:
-            log.error("refused %s", error)  # noqa: TRY400 - the message says it all
-            return 1
+        return _run(dispatcher)
+
+
+def _run(dispatcher: "Dispatcher") -> int:
+    from workers.engine import RayLostError  # noqa: PLC0415 - see `_engine`
+
+    try:
+        dispatcher.run()
+    except FleetRefusedError as error:
+        log.error("refused %s", error)  # noqa: TRY400 - the message says it all
+        return 1
+    except RayLostError as error:
+        log.error("lost %s", error)  # noqa: TRY400
+        os._exit(1)  # Ray would take a minute to shut down what is dead; its rest dies with us
     return 0
 
 

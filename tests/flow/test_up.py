@@ -189,6 +189,26 @@ def test_what_ctrl_c_interrupted_goes_on_where_it_was(up, connect, study_spec):
     assert firsts[2] >= 100
 
 
+def test_a_fleet_that_lost_its_ray_is_started_again_and_the_study_completes(
+    up, home, connect, study_spec
+):
+    one = up("--cpus", "1")
+    client = connect(one.ready())
+    spec = study_spec(
+        target=None,
+        train={"batch_size": 8, "num_tokens": 8 * 32 * 8000, "evaluations": 4},
+        hpo={"trials": 1, "sampler": "random", "pruner": "none"},
+    )
+    name = client.post("/v1/studies", json=spec).json()["name"]
+    wait_for_run(client, name, lambda run: run["step"] >= 100)
+    (raylet,) = [p for p in one.family() if p.name() == "raylet"]
+    raylet.kill()
+    after = wait_for_run(client, name, lambda run: run["state"] == "succeeded")
+    assert after["failures"] == 1
+    assert client.get(f"/v1/studies/{name}").json()["state"] == "completed"
+    assert "the fleet ended with exit code 1" in one.end()[1]
+
+
 def wait_for_run(client, study, condition, seconds=120):
     deadline = time.monotonic() + seconds
     while True:

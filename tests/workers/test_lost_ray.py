@@ -1,0 +1,41 @@
+"""A fleet whose Ray is gone has nothing left to do but to say so: its supervisor starts another."""
+
+import os
+import signal
+import time
+
+import pytest
+
+_LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 50}
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_a_fleet_that_lost_its_ray_reports_its_runs_and_fails(
+    part, fake, url, start_fleet, make_spec
+) -> None:
+    fleet = start_fleet(url, "--cpus", "2", "--checkpoint-seconds", "0.2")
+    fleet.wait_until_ready()
+    run = fake.offer(make_spec(**_LONG))
+    fake.wait_for(lambda: run.checkpoints)
+    workers = fleet.worker_pids()
+    (victim,) = [p for p, t in fleet.descendants().items() if t.split(" ")[0].endswith(f"/{part}")]
+    os.kill(victim, signal.SIGKILL)
+    assert fleet.process.wait(timeout=20) == 1
+    assert (run.finish.outcome, run.finish.retryable) == ("failed", True)
+    assert " lost " in fleet.log.read_text()
+    _wait_until(lambda: not [pid for pid in workers if _trains(pid)])
+
+
+def _wait_until(done, seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _trains(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline") as title:  # noqa: PTH123 - a path of the kernel's
+            return title.read().startswith("ray::run_lease")
+    except OSError:
+        return False
