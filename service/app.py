@@ -10,6 +10,7 @@ from sqlalchemy.orm import sessionmaker
 
 from service import __version__, dashboard, errors, metrics, probes
 from service.db import make_engine, optuna_url
+from service.leases.repair import Presence
 from service.leases.routes import router as leases
 from service.results.routes import router as results
 from service.runs.routes import router as runs
@@ -40,6 +41,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         responses={"4XX": {"model": errors.ProblemBody, "description": "Problem (RFC 9457)"}},
     )
     app.state.settings, app.state.sampler = settings, sampler
+    app.state.presence = Presence(settings.lease_seconds)
     app.state.sessions = sessionmaker(engine, expire_on_commit=False)
     errors.install(app)
     metrics.install(app)

@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 from sqlalchemy.orm import Session
 
+from service.leases.repair import Presence
 from service.sampler import Sampler
 from service.settings import Settings
 
@@ -24,7 +25,12 @@ def _settings(request: Request) -> Settings:
     return request.app.state.settings
 
 
+def _presence(request: Request) -> Presence:
+    return request.app.state.presence
+
+
 # Function scope: the commit happens before the response is sent, so that an answer is a promise.
 DbSession = Annotated[Session, Depends(_session, scope="function")]
 TheSampler = Annotated[Sampler, Depends(_sampler)]
+ThePresence = Annotated[Presence, Depends(_presence)]
 TheSettings = Annotated[Settings, Depends(_settings)]

@@ -10,11 +10,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
-from service.studies.schemas import FieldError
+from service.studies.space import FieldError
 
 _log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
@@ -68,6 +68,16 @@ def bad_field(path: str, value: object, message: str) -> Problem:
     return Problem(422, "invalid", f"{path}: {message}", (field,))
 
 
+class ProblemResponse(JSONResponse):
+    """In ASCII: what was given is sent back, and it may hold half a surrogate pair."""
+
+    media_type = MEDIA_TYPE
+
+    def render(self, content: object) -> bytes:
+        """Escape everything that is not ASCII."""
+        return json.dumps(content).encode()
+
+
 def _response(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
     body = ProblemBody(
         type=f"urn:warmscale:{problem.kind}",
@@ -76,9 +86,7 @@ def _response(problem: Problem, headers: dict[str, str] | None = None) -> JSONRe
         detail=problem.detail,
         errors=list(problem.errors),
     )
-    return JSONResponse(
-        body.model_dump(mode="json"), problem.status, headers=headers, media_type=MEDIA_TYPE
-    )
+    return ProblemResponse(body.model_dump(), problem.status, headers=headers)
 
 
 def _field(error: dict[str, Any], body: object) -> FieldProblem:
@@ -155,6 +163,11 @@ def install(app: FastAPI) -> None:
         _log.warning("database unavailable: %s", str(error).splitlines()[0])
         problem = Problem(503, "database-unavailable", "the database cannot be reached; try again")
         return _response(problem, {"Retry-After": "1"})
+
+    @app.exception_handler(DataError)
+    def on_data(_: Request, error: DataError) -> JSONResponse:
+        reason = str(error.orig).splitlines()[0]
+        return _response(Problem(422, "invalid", f"a value cannot be stored: {reason}"))
 
     @app.exception_handler(Exception)
     def on_bug(request: Request, error: Exception) -> JSONResponse:

@@ -3,9 +3,11 @@
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 
 from service import metrics
 from service.deps import DbSession
+from service.errors import Problem
 
 router = APIRouter(tags=["probes"])
 
@@ -19,7 +21,10 @@ def healthz() -> dict[str, str]:
 @router.get("/readyz")
 def readyz(session: DbSession) -> dict[str, str]:
     """200 when the database answers and has our tables; 503 when it is away."""
-    session.execute(text("SELECT count(*) FROM warmscale.studies WHERE false"))
+    try:
+        session.execute(text("SELECT FROM warmscale.studies LIMIT 0"))
+    except ProgrammingError:
+        raise Problem(503, "no-tables", "run `warmscale db upgrade`") from None
     return {"status": "ready"}
 
 

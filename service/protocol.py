@@ -1,9 +1,9 @@
 """The wire messages between workers and the service (v1); neither FastAPI nor SQLAlchemy here."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from warmcore.spec import CheckpointRef, RunSpec
 
@@ -19,6 +19,7 @@ LEASE_TOKEN_HEADER = "Lease-Token"  # noqa: S105 - a header's name
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -33,6 +34,24 @@ class Resources(Message):
 
     cpus: Annotated[int, Field(ge=0, le=4096)] = 1
     gpus: Annotated[float, Field(ge=0, le=1024, allow_inf_nan=False)] = 0.0
+
+    @model_validator(mode="after")
+    def _is_a_share(self) -> Self:
+        """Ray counts GPUs in ten-thousandths up to one, and whole above."""
+        unit = 1.0 if self.gpus > 1 else 1e-4
+        if abs(self.gpus / unit - round(self.gpus / unit)) > 1e-9 / unit:
+            near = max(round(self.gpus / unit), 1) * unit
+            raise ValueError(f"gpus {self.gpus} is no multiple of {unit:g}; {near:g} would work")
+        return self
+
+    def fits(self, free: "Resources") -> bool:
+        """Whether these fit into what is free."""
+        return self.cpus <= free.cpus and self.gpus <= free.gpus
+
+    def less(self, used: "Resources") -> "Resources":
+        """What is left of these; GPU shares are rounded as Ray counts them."""
+        gpus = max(0.0, round(self.gpus - used.gpus, 4))
+        return self.model_copy(update={"cpus": self.cpus - used.cpus, "gpus": gpus})
 
 
 class LeaseRequest(Message):
@@ -62,7 +81,9 @@ class Lease(Message):
     params: dict[str, Any]
     resources: Resources
     artifact_uri: str = Field(description="where this attempt's checkpoints go")
-    resume_from: tuple[CheckpointRef, ...] = Field(description="complete checkpoints, newest first")
+    resume_from: tuple[CheckpointRef, ...] = Field(
+        description="complete checkpoints, the furthest first"
+    )
     reported_step: int = Field(description="last step whose measurement stands; 0 for none")
 
 
@@ -75,11 +96,11 @@ class LeaseReply(Message):
 class Measurement(Message):
     """One point of a curve. Losses in nats per token; `train_seconds` in steps since the last."""
 
-    step: Annotated[int, Field(ge=0)]
-    tokens: Annotated[int, Field(ge=0)]
+    step: Count
+    tokens: Count
     loss_nats: Finite | None = None
     val_loss_nats: Finite | None = None
-    evaluation: Annotated[int, Field(ge=1)] | None = Field(
+    evaluation: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         default=None, description="which evaluation of the run this is; the pruner's resource"
     )
     lr: NonNegative | None = None
@@ -103,11 +124,11 @@ class ReportReply(Message):
 class CheckpointReport(Message):
     """A complete checkpoint, already in place, to be published."""
 
-    step: Annotated[int, Field(ge=0)]
-    tokens: Annotated[int, Field(ge=0)]
+    step: Count
+    tokens: Count
     uri: str = Field(min_length=1, max_length=2000)
     hash: str = Field(pattern=r"^[0-9a-f]{64}$")
-    num_bytes: Annotated[int, Field(ge=0)]
+    num_bytes: Count
     val_loss_nats: Finite | None = None
     final: bool = False
 

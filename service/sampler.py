@@ -25,6 +25,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import (
     BasePruner,
     HyperbandPruner,
@@ -43,18 +44,18 @@ from optuna.samplers import (
 )
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from service.studies.schemas import (
-    CategoricalDimension,
-    Dimension,
-    FloatDimension,
-    StudySpec,
-    grid_points,
-)
+from service.studies.schemas import StudySpec
+from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
 from warmcore.spec import derived_seed
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+# What passes by itself: the database or a helper process was away. Anything else is a fault.
+TRANSIENT = (OperationalError, PoolTimeoutError, StorageInternalError, BrokenProcessPool)
 
 _log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -160,9 +161,12 @@ class Sampler:
     @_in_turn
     def adopt(self, study: str, spec: StudySpec, number: int) -> Suggestion:
         """Take over a trial that was asked for but never got its run; draw what is missing."""
-        handle = self._load(study)
+        handle, trial_id = self._load(study), self._trial_id(study, number)
         handle.sampler = RandomSampler(seed=derived_seed(spec.hpo.seed, "adopt", number) % 2**32)
-        trial = Trial(handle, self._trial_id(study, number))
+        if spec.hpo.sampler == "grid":  # its point, and no other
+            handle.sampler = _make_sampler(spec, number)
+            handle.sampler.before_trial(handle, self.storage.get_trial(trial_id))
+        trial = Trial(handle, trial_id)
         return Suggestion(number=number, params=_suggest_all(trial, spec))
 
     @_in_turn

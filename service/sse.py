@@ -5,21 +5,26 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from fastapi import Request
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, select, text, tuple_
 from sqlalchemy.orm import Session
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
 from service.errors import bad_field
-from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES
+from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.runs.schemas import EventView
 from service.runs.store import get
 from service.studies.store import find
-from service.tables import Event
+from service.tables import Event, Run
 
 _POLL_SECONDS = 0.5
 _BATCH = 500
+_LONGEST_ID = 38  # two bigints
+_SETTLED = text("(pg_snapshot_xmin(pg_current_snapshot())::text)::bigint")
+
+Cursor = tuple[int, int]
+Batch = tuple[list[tuple[str, EventView]], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +38,9 @@ class Topic:
 def of_study(session: Session, name_or_id: str) -> Topic:
     """Every event of a study and of its runs."""
     study = find(session, name_or_id)
-    return Topic(where=Event.study_id == study.id, over=study.state in FINAL_STUDY_STATES)
+    live = select(Run.id).where(Run.study_id == study.id, Run.state.in_(LIVE_RUN_STATES)).limit(1)
+    over = study.state in FINAL_STUDY_STATES and session.scalar(live) is None
+    return Topic(where=Event.study_id == study.id, over=over)
 
 
 def of_run(session: Session, run_id: str) -> Topic:
@@ -49,35 +56,48 @@ async def respond(request: Request, topic: Callable[[Session], Topic]) -> EventS
     return EventSourceResponse(_follow(request, topic, batch, last), ping=15)
 
 
-def _last_event_id(request: Request) -> int:
-    given = request.headers.get("Last-Event-ID", "0")
-    if not given.isdecimal():
-        raise bad_field("Last-Event-ID", given, "the number of an event, such as 17")
-    return min(int(given), 2**63 - 1)
+def _last_event_id(request: Request) -> Cursor:
+    given = request.headers.get("Last-Event-ID", "0-0")
+    xid, _, number = given.partition("-")
+    if not (xid.isdecimal() and number.isdecimal() and len(given) <= _LONGEST_ID):
+        raise bad_field("Last-Event-ID", given, "the id of an event of this stream, such as 740-17")
+    return int(xid), int(number)
 
 
-def _read(
-    request: Request, topic: Callable[[Session], Topic], last: int
-) -> tuple[list[EventView], bool]:
+def _read(request: Request, topic: Callable[[Session], Topic], last: Cursor) -> Batch:
+    """The next settled events, in the order of their transactions.
+
+    Ids are drawn before transactions commit, so a lower one may appear after a higher one was
+    read; a transaction below every running one is settled, and those are read in order.
+    """
     with request.app.state.sessions() as session:
         subject = topic(session)
-        query = select(Event).where(subject.where, Event.id > last).order_by(Event.id).limit(_BATCH)
+        query = (
+            select(Event)
+            .where(subject.where, tuple_(Event.xid, Event.id) > last, Event.xid < _SETTLED)
+            .order_by(Event.xid, Event.id)
+            .limit(_BATCH)
+        )
         fields = tuple(EventView.model_fields)
-        rows = [EventView(**{f: getattr(e, f) for f in fields}) for e in session.scalars(query)]
-        return rows, subject.over and len(rows) < _BATCH
+        rows = [
+            (f"{event.xid}-{event.id}", EventView(**{f: getattr(event, f) for f in fields}))
+            for event in session.scalars(query)
+        ]
+        ahead = session.scalar(
+            select(Event.id).where(subject.where, Event.xid >= _SETTLED).limit(1)
+        )
+        return rows, subject.over and len(rows) < _BATCH and ahead is None
 
 
 async def _follow(
-    request: Request,
-    topic: Callable[[Session], Topic],
-    batch: tuple[list[EventView], bool],
-    last: int,
+    request: Request, topic: Callable[[Session], Topic], batch: Batch, last: Cursor
 ) -> AsyncGenerator[ServerSentEvent]:
     while True:
         rows, over = batch
-        for row in rows:
-            last = row.id
-            yield ServerSentEvent(row.model_dump_json(), event=row.type, id=str(row.id))
+        for cursor, row in rows:
+            xid, _, number = cursor.partition("-")
+            last = int(xid), int(number)
+            yield ServerSentEvent(row.model_dump_json(), event=row.type, id=cursor)
         if over or request.app.state.stopping.is_set() or await request.is_disconnected():
             return
         await asyncio.sleep(_POLL_SECONDS)

@@ -174,13 +174,18 @@ class Event(Base):
 
     __tablename__ = "events"
     __table_args__ = (
-        Index("ix_events_study_id_id", "study_id", "id"),
-        Index("ix_events_run_id_id", "run_id", "id"),
+        Index("ix_events_study_id_xid_id", "study_id", "xid", "id"),
+        Index("ix_events_run_id_xid_id", "run_id", "xid", "id"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
     study_id: Mapped[str] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"))
     run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    xid: Mapped[int] = mapped_column(
+        BigInteger,
+        server_default=text("(pg_current_xact_id()::text)::bigint"),
+        doc="the transaction: readers follow (xid, id), and only transactions that are settled",
+    )
     type: Mapped[str] = mapped_column(doc="study.created, run.leased, run.succeeded, …")
     attempt: Mapped[int | None]
     payload: Mapped[dict[str, Any]]

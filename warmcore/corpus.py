@@ -132,7 +132,10 @@ def _paths(source: str) -> Iterator[Path]:
         root = Path(sysconfig.get_paths()["stdlib"])
         yield from (path for path in _walk(root, STDLIB_SKIPPED) if path.suffix == ".py")
         return
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"source {source} has no such home folder: {error}") from None
     if path.is_dir():
         yield from _walk(path, frozenset())
     elif path.exists():

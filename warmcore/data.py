@@ -53,7 +53,7 @@ def prepare(spec: DataSpec, cache_dir: Path | None = None) -> Corpus:
     """Return the corpus of `spec`, tokenized at most once for its content.
 
     Raises:
-        ValueError: as `DataSpec.inspect`.
+        ValueError: as `DataSpec.inspect`, or the corpus is not the one that `spec.hash` names.
     """
     cache_dir = cache_dir or default_cache_dir()
     files = list_files(spec.source)
@@ -64,6 +64,11 @@ def prepare(spec: DataSpec, cache_dir: Path | None = None) -> Corpus:
         _write_split(split, cache_dir)
         _write_atomically(listing, split.data_hash)
         data_hash = split.data_hash
+    if spec.hash not in (None, data_hash):
+        raise ValueError(
+            f"source {spec.source} has changed: its hash is {data_hash}, not {spec.hash}; "
+            "restore it, or submit a new study"
+        )
     return _open(cache_dir / data_hash)
 
 

@@ -27,6 +27,9 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+# Bounds far beyond any model, so that every size that follows from them can be computed and stored.
+Width = Annotated[int, Field(gt=0, le=2**20)]
+TokenCount = Annotated[int, Field(gt=0, le=10**15)]
 
 
 def derived_seed(*parts: object) -> int:
@@ -48,13 +51,17 @@ class ModelSpec(Spec):
     of one study); None means the model's own, so a lone model equals its standard twin.
     """
 
-    width: PositiveInt
-    depth: PositiveInt
-    head_dim: PositiveInt = 64
-    group_size: PositiveInt = Field(default=1, description="query heads per key/value head")
-    ffn_ratio: Positive = Field(default=3.0, description="feed-forward width over width")
-    vocab_size: PositiveInt = BYTE_VOCAB_SIZE
-    base_width: PositiveInt | None = None
+    width: Width
+    depth: Annotated[int, Field(gt=0, le=10_000)]
+    head_dim: Annotated[int, Field(gt=0, le=4096)] = 64
+    group_size: Annotated[int, Field(gt=0, le=4096)] = Field(
+        default=1, description="query heads per key/value head"
+    )
+    ffn_ratio: Annotated[float, Field(gt=0, le=64)] = Field(
+        default=3.0, description="feed-forward width over width"
+    )
+    vocab_size: Annotated[int, Field(gt=0, le=2**24)] = BYTE_VOCAB_SIZE
+    base_width: Width | None = None
     parametrization: Parametrization = "mup"
     init_std: Positive = Field(default=0.08, description="of hidden matrices, at the base width")
     embedding_std: Positive = 0.5
@@ -117,13 +124,15 @@ class ModelSpec(Spec):
 class DataSpec(Spec):
     """Where text comes from and how it becomes tokens.
 
-    `source` is `stdlib`, a file, a folder or a glob.
+    `source` is `stdlib`, a file, a folder or a glob. `hash`, where given, is of the split's
+    content: a corpus that has another is refused, so that the runs of a study are comparable.
     """
 
     source: str = Field(min_length=1)
     tokenizer: Literal["byte"] = "byte"
     context: Annotated[int, Field(ge=2, le=1_048_576)] = 128
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
 
     def inspect(self) -> "CorpusFacts":
         """Look at the corpus itself: its size and, when it is small enough to read, its split.
@@ -139,11 +148,11 @@ class DataSpec(Spec):
 class TrainSpec(Spec):
     """Optimizer, schedule and budget: `tokens_per_param`, unless `num_tokens` is set."""
 
-    batch_size: PositiveInt = Field(
+    batch_size: Annotated[int, Field(gt=0, le=2**20)] = Field(
         default=16, description="sequences of `context` tokens per step"
     )
-    tokens_per_param: Positive = 20.0
-    num_tokens: PositiveInt | None = None
+    tokens_per_param: Annotated[float, Field(gt=0, le=1e6)] = 20.0
+    num_tokens: TokenCount | None = None
     lr: Positive = 0.012
     weight_decay: NonNegative = 0.1
     beta1: OpenFraction = 0.9
@@ -155,11 +164,11 @@ class TrainSpec(Spec):
     warmup_fraction: OpenFraction = 0.01
     cooldown_fraction: Fraction = 0.2
     cooldown: CooldownShape = "1-sqrt"
-    evaluations: PositiveInt = Field(
+    evaluations: Annotated[int, Field(gt=0, le=10_000)] = Field(
         default=8, description="evenly spaced, the last one at the end"
     )
-    eval_tokens: PositiveInt = Field(default=65_536, description="of the fixed validation set")
-    log_every: PositiveInt = Field(default=10, description="steps per measurement")
+    eval_tokens: TokenCount = Field(default=65_536, description="of the fixed validation set")
+    log_every: TokenCount = Field(default=10, description="steps per measurement")
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -262,6 +271,7 @@ _TRAIN_PARAMS = frozenset(
     }
 )
 TUNABLE_PARAMS = _MODEL_PARAMS | _TRAIN_PARAMS
+WHOLE_PARAMS = frozenset({"batch_size"})
 # METHOD §2: these do not carry over from a proxy to a wider target, or only mostly.
 NOT_TRANSFERABLE = {
     "batch_size": "the best batch size changes with model and data size",

@@ -208,6 +208,12 @@ def upgrade() -> None:
         sa.Column("id", sa.BigInteger(), autoincrement=True, nullable=False),
         sa.Column("study_id", sa.Text(), nullable=False),
         sa.Column("run_id", sa.Text(), nullable=True),
+        sa.Column(
+            "xid",
+            sa.BigInteger(),
+            server_default=sa.text("(pg_current_xact_id()::text)::bigint"),
+            nullable=False,
+        ),
         sa.Column("type", sa.Text(), nullable=False),
         sa.Column("attempt", sa.Integer(), nullable=True),
         sa.Column("payload", postgresql.JSONB(astext_type=sa.Text()), nullable=False),
@@ -230,10 +236,10 @@ def upgrade() -> None:
         schema="warmscale",
     )
     op.create_index(
-        "ix_events_run_id_id", "events", ["run_id", "id"], unique=False, schema="warmscale"
+        "ix_events_run_id_xid_id", "events", ["run_id", "xid", "id"], unique=False, schema="warmscale"
     )
     op.create_index(
-        "ix_events_study_id_id", "events", ["study_id", "id"], unique=False, schema="warmscale"
+        "ix_events_study_id_xid_id", "events", ["study_id", "xid", "id"], unique=False, schema="warmscale"
     )
     op.create_table(
         "measurements",
@@ -267,8 +273,8 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("measurements", schema="warmscale")
-    op.drop_index("ix_events_study_id_id", table_name="events", schema="warmscale")
-    op.drop_index("ix_events_run_id_id", table_name="events", schema="warmscale")
+    op.drop_index("ix_events_study_id_xid_id", table_name="events", schema="warmscale")
+    op.drop_index("ix_events_run_id_xid_id", table_name="events", schema="warmscale")
     op.drop_table("events", schema="warmscale")
     op.drop_constraint("fk_runs_base_checkpoint_id", "runs", schema="warmscale", type_="foreignkey")
     op.drop_table("checkpoints", schema="warmscale")

@@ -21,7 +21,7 @@ async def lease(body: LeaseRequest, request: Request) -> LeaseReply:
     deadline = time.monotonic() + body.wait_seconds
     while True:
         leases = await run_in_threadpool(
-            store.lease, state.sessions, state.sampler, state.settings, body
+            store.lease, state.sessions, state.sampler, state.settings, state.presence, body
         )
         over = time.monotonic() >= deadline or state.stopping.is_set()
         if leases or over or await request.is_disconnected():

@@ -6,8 +6,9 @@ from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request
 
 from service import sse
 from service.auth import require
-from service.deps import DbSession, TheSampler, TheSettings
-from service.leases.store import artifact_uri, tell_finished
+from service.deps import DbSession, ThePresence, TheSampler, TheSettings
+from service.leases.repair import tell_finished
+from service.leases.store import artifact_uri
 from service.protocol import (
     LEASE_TOKEN_HEADER,
     CheckpointReply,
@@ -82,9 +83,11 @@ def report(
     session: DbSession,
     sampler: TheSampler,
     settings: TheSettings,
+    presence: ThePresence,
 ) -> ReportReply:
     """Add points to the run's curve and renew its lease; an empty batch just renews it."""
     run = store.renew(session, run_id, token, settings.lease_seconds)
+    presence.seen()
     if not isinstance(run, Run):
         return ReportReply(decision=run)
     store.add_measurements(session, run, body.measurements)

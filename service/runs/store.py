@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from service.cursor import decode_cursor, encode_cursor
 from service.errors import bad_field, conflict, not_found
 from service.events import record
-from service.lifecycle import FINAL_RUN_STATES, after_attempt, retry_delay_seconds
+from service.lifecycle import after_attempt, retry_delay_seconds
 from service.protocol import (
     CheckpointReport,
     CheckpointView,
@@ -107,9 +107,9 @@ def renew(session: Session, run_id: str, token: str, lease_seconds: float) -> Ru
 
 
 def _ended(session: Session, run_id: str, token: str) -> str | None:
-    """The final state of a run whose last lease was this one; None for a lease that is stale."""
+    """The state of a run whose last lease was this one and is over; None for a stale lease."""
     run = get(session, run_id)
-    mine = run.lease_token == token and run.state in FINAL_RUN_STATES
+    mine = run.lease_token == token and run.state != "leased"
     return run.state if mine else None
 
 
@@ -184,10 +184,16 @@ def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[s
     newest = select(Checkpoint).where(Checkpoint.run_id == run.id)
     newest = newest.order_by(Checkpoint.attempt.desc(), Checkpoint.step.desc())
     old = session.scalars(newest.offset(_KEPT_CHECKPOINTS).limit(1)).one_or_none()
-    if old is None or old.final:
+    if old is None or old.final or _is_base(session, old):
         return ()
     old.superseded = True
     return (old.uri,)
+
+
+def _is_base(session: Session, checkpoint: Checkpoint) -> bool:
+    """Whether a run grows from it."""
+    query = select(Run.id).where(Run.base_checkpoint_id == checkpoint.id).limit(1)
+    return session.scalar(query) is not None
 
 
 def check_uri(run: Run, uri: str, artifact_uri: str) -> None:
@@ -235,7 +241,6 @@ def end_attempt(
     run.state, run.error, run.diverged = state, error, outcome == "diverged"
     run.lease_expires_at = None
     if state == "queued":
-        run.lease_token = None
         delay = retry_delay_seconds(run.failures) if outcome == "failed" else 0.0
         run.available_at = func.now() + timedelta(seconds=delay)
     else:

@@ -1,31 +1,59 @@
 """Moves a study on when a run has ended: in the transaction that ended it, under its row lock."""
 
-from sqlalchemy import func, select, update
+import logging
+
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from service.events import record
-from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES
+from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
 from service.studies.schemas import StudySpec, WarmstartSpec
 from service.tables import Checkpoint, Run, Study
 from warmcore.flops import flops_per_token, num_steps, num_tokens
 from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
 
+_log = logging.getLogger(__name__)
+
 
 def lock(session: Session, study_id: str) -> Study:
-    """The study's row, locked until the transaction ends. Always taken before any run's lock."""
-    query = select(Study).where(Study.id == study_id).with_for_update()
+    """The study's row, locked until the transaction ends. Always taken before any run's lock.
+
+    FOR NO KEY UPDATE: an event's foreign key only asks that the row stays, and must not wait.
+    """
+    query = select(Study).where(Study.id == study_id).with_for_update(key_share=True)
     return session.scalars(query.execution_options(populate_existing=True)).one()
 
 
 def advance(session: Session, study: Study) -> None:
-    """Enqueue what follows, or end the study; nothing while trials remain. `study` is locked."""
+    """Enqueue what follows, or end the study; nothing while trials remain. `study` is locked.
+
+    A fault in this must not undo the end of the run that led here: it fails the study.
+    """
+    try:
+        with session.begin_nested():
+            _advance(session, study)
+    except OperationalError:
+        raise  # the database went away: nothing is done, and it is tried again
+    except Exception as error:  # noqa: BLE001 - whatever it is, the run's end must stand
+        _log.exception("study %s cannot move on", study.name)
+        end(session, study, "failed", f"cannot move on: {type(error).__name__}: {error}")
+
+
+def _advance(session: Session, study: Study) -> None:
     spec = StudySpec.model_validate(study.spec)
     if study.state in FINAL_STUDY_STATES or _finished_trials(session, study) < spec.hpo.trials:
         return
-    match next_step(spec, best_base(session, study.id), _targets(session, study.id)):
+    step = next_step(
+        spec,
+        best_base(session, study.id),
+        _targets(session, study.id),
+        any_succeeded=best_trial(session, study.id) is not None,
+    )
+    match step:
         case End(state=state, reason=reason):
-            _end(session, study, state, reason)
+            end(session, study, state, reason)
         case tuple() as missing:
             for new in missing:
                 _enqueue(session, study, spec, new)
@@ -45,8 +73,16 @@ def best_trial(session: Session, study_id: str) -> Run | None:
 
 
 def best_base(session: Session, study_id: str) -> Base | None:
-    """The best trial as a base for growth; None while there is none with a final checkpoint."""
-    best = best_trial(session, study_id)
+    """The best trial that can be grown: a worker of another framework may publish no checkpoint."""
+    query = (
+        select(Run)
+        .join(Checkpoint, Checkpoint.run_id == Run.id)
+        .where(Run.study_id == study_id, Run.kind == "trial", Run.state == "succeeded")
+        .where(Checkpoint.final)
+        .order_by(Run.val_loss_nats, Run.trial_number)
+        .limit(1)
+    )
+    best = session.scalars(query).one_or_none()
     return None if best is None else base_of(session, best)
 
 
@@ -137,10 +173,26 @@ def _targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
     )
 
 
-def _end(session: Session, study: Study, state: str, reason: str | None) -> None:
+def end(session: Session, study: Study, state: str, reason: str | None) -> None:
+    """End a study, which is locked; of a failed one only what was started by hand goes on."""
+    if state == "failed":
+        cancel_runs(session, study.id, Run.launch == 0)
     session.execute(
         update(Study)
         .where(Study.id == study.id)
         .values(state=state, reason=reason, finished_at=func.now())
     )
     record(session, f"study.{state}", study_id=study.id, reason=reason)
+
+
+def cancel_runs(session: Session, study_id: str, *which: ColumnElement[bool]) -> int:
+    """Cancel the live runs of a study; a worker hears it at its next report. Return how many."""
+    cancelled = session.execute(
+        update(Run)
+        .where(Run.study_id == study_id, Run.state.in_(LIVE_RUN_STATES), *which)
+        .values(state="cancelled", finished_at=func.now(), lease_expires_at=None)
+        .returning(Run.id, Run.attempt)
+    ).all()
+    for run_id, attempt in cancelled:
+        record(session, "run.cancelled", study_id=study_id, run_id=run_id, attempt=attempt)
+    return len(cancelled)

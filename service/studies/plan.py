@@ -8,6 +8,8 @@ from service.protocol import Arm, RunState
 from service.studies.schemas import StudySpec, WarmstartSpec
 from warmcore.spec import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec, derived_seed
 
+_NONE = "no trial succeeded"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
@@ -54,17 +56,17 @@ def target_seeds(study_seed: int, count: int) -> tuple[int, ...]:
 
 
 def next_step(
-    spec: StudySpec, best: Base | None, targets: tuple[TargetFact, ...]
+    spec: StudySpec, best: Base | None, targets: tuple[TargetFact, ...], *, any_succeeded: bool
 ) -> tuple[NewTarget, ...] | End | None:
     """Decide once every trial has finished: enqueue targets, end, or (None) wait for runs.
 
     Rung 0 grows from the best trial, rung r from rung r-1's warm run of the same seed. The cold
     control is of the last rung alone: that is what the verdict compares.
     """
-    if best is None:
-        return End(state="failed", reason="no trial succeeded with a checkpoint to grow from")
     if not spec.rungs:
-        return End(state="completed")
+        return End(state="completed") if any_succeeded else End(state="failed", reason=_NONE)
+    if best is None:
+        return End(state="failed", reason=f"{_NONE} with a checkpoint to grow from")
     known = {(t.rung, t.arm, t.seed) for t in targets}
     wanted = [*_cold(spec, best), *_warm(spec, best, targets)]
     missing = tuple(t for t in wanted if (t.rung, t.arm, t.seed) not in known)

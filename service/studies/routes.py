@@ -36,18 +36,24 @@ def create_study(
     key: Annotated[str | None, Header(alias=IDEMPOTENCY_HEADER, max_length=200)] = None,
 ) -> StudyView:
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
-    check_data(body)
-    study = store.create(session, body, key)
+    study = store.create(session, body.with_data_hash(data_hash(body)), key)
     sampler.create(study.name)
     return store.view(session, study)
 
 
-def check_data(spec: StudySpec) -> None:
-    """Look at the corpus: it is there, not empty, and long enough for one context on each side."""
+def data_hash(spec: StudySpec) -> str | None:
+    """Look at the corpus: it is there, long enough, and the one that the spec names if it does.
+
+    Its hash goes into every run of the study, so that all are of the same text; None for a corpus
+    too large to read while a request waits.
+    """
     try:
-        spec.data.inspect()
+        found = spec.data.inspect().data_hash
     except ValueError as error:
         raise bad_field("data.source", spec.data.source, str(error)) from None
+    if found is not None and spec.data.hash not in (None, found):
+        raise bad_field("data.hash", spec.data.hash, f"the corpus has hash {found}")
+    return found or spec.data.hash
 
 
 @router.get("", dependencies=read)

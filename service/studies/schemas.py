@@ -7,9 +7,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from service.protocol import Message, Resources, RunState, RunView, StudyState
+from service.studies.space import Dimension, FieldError, check_dimension, check_grid
+from warmcore.flops import count_params, tokens_per_step
 from warmcore.spec import (
+    BYTE_VOCAB_SIZE,
     NOT_TRANSFERABLE,
-    TUNABLE_PARAMS,
     DataSpec,
     GrowthOptions,
     ModelSpec,
@@ -22,82 +24,7 @@ from warmcore.spec import (
 
 SamplerName = Literal["tpe", "random", "cmaes", "gp", "qmc", "grid"]
 PrunerName = Literal["hyperband", "successive_halving", "median", "none"]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-
-
-class FieldError(ValueError):
-    """A bad field below the level at which it was found; `path` is relative to there."""
-
-    def __init__(self, path: str, value: object, message: str) -> None:
-        self.path = path
-        self.value = value
-        super().__init__(message)
-
-
-class FloatDimension(Spec):
-    """A range of real numbers; `log` searches its logarithm, `step` a grid."""
-
-    type: Literal["float"]
-    low: Finite
-    high: Finite
-    log: bool = False
-    step: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        _check_range(self.low, self.high, log=self.log, step=self.step)
-        return self
-
-    @property
-    def bounds(self) -> tuple[Any, ...]:
-        """The values at which a field's own limits are checked."""
-        return (self.low, self.high)
-
-
-class IntDimension(Spec):
-    """A range of whole numbers, both ends included."""
-
-    type: Literal["int"]
-    low: int
-    high: int
-    log: bool = False
-    step: PositiveInt | None = None
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        _check_range(self.low, self.high, log=self.log, step=self.step)
-        return self
-
-    @property
-    def bounds(self) -> tuple[Any, ...]:
-        """The values at which a field's own limits are checked."""
-        return (self.low, self.high)
-
-
-class CategoricalDimension(Spec):
-    """A choice among given values."""
-
-    type: Literal["categorical"]
-    choices: Annotated[tuple[bool | int | Finite | str, ...], Field(min_length=1)]
-
-    @property
-    def bounds(self) -> tuple[Any, ...]:
-        """Every choice: there is no order to check only the ends of."""
-        return self.choices
-
-
-Dimension = Annotated[
-    FloatDimension | IntDimension | CategoricalDimension, Field(discriminator="type")
-]
-
-
-def _check_range(low: float, high: float, *, log: bool, step: float | None) -> None:
-    if low >= high:
-        raise FieldError("low", low, f"low {low:g} must be below high {high:g}")
-    if log and low <= 0:
-        raise FieldError("low", low, f"log needs low above 0, not {low:g}; try 1e-4 or log: false")
-    if log and step is not None:
-        raise FieldError("step", step, f"log and step {step:g} exclude each other; drop one")
+MAX_TOKENS = 10**18
 
 
 class TargetSpec(Spec):
@@ -162,47 +89,33 @@ class StudySpec(Spec):
         return self
 
     def _check_search_space(self) -> None:
+        if self.proxy.vocab_size < BYTE_VOCAB_SIZE:
+            message = f"smaller than the byte tokenizer's; {BYTE_VOCAB_SIZE} would work"
+            raise FieldError("proxy.vocab_size", self.proxy.vocab_size, message)
         run = self.trial_run(0)
         for name, dimension in self.search_space.items():
-            if name not in TUNABLE_PARAMS:
-                works = ", ".join(sorted(TUNABLE_PARAMS))
-                raise FieldError(f"search_space.{name}", name, f"not tunable; these are: {works}")
+            check_dimension(name, dimension)
             for value in dimension.bounds:
                 try:
-                    run.with_params({name: value})
-                except ValidationError as error:
+                    check_size(run.with_params({name: value}))
+                except ValueError as error:
                     message = f"reaches {value!r}, which {name} refuses: {reason(error)}"
                     raise FieldError(f"search_space.{name}", value, message) from None
-        self._check_phases(run)
+        _check_phases(self.search_space, self.train, "search_space")
         if self.hpo.sampler == "grid":
-            self._check_grid()
-
-    def _check_phases(self, run: RunSpec) -> None:
-        """The longest warmup and the longest cooldown must fit together, for every trial."""
-        phases = ("warmup_fraction", "cooldown_fraction")
-        longest = {n: max(self.search_space[n].bounds) for n in phases if n in self.search_space}
-        try:
-            run.with_params(longest)
-        except ValidationError as error:
-            raise FieldError("search_space", longest, reason(error)) from None
-
-    def _check_grid(self) -> None:
-        for name, dimension in self.search_space.items():
-            if isinstance(dimension, FloatDimension) and dimension.step is None:
-                message = "sampler grid needs a step here, or type categorical with choices"
-                raise FieldError(f"search_space.{name}.step", None, message)
-        size = 1
-        for dimension in self.search_space.values():
-            size *= len(grid_points(dimension))
-        if self.hpo.trials > size:
-            message = f"{self.hpo.trials} trials exceed the grid's {size} points; {size} would work"
-            raise FieldError("hpo.trials", self.hpo.trials, message)
+            check_grid(self.search_space, self.hpo.trials)
 
     def _check_rungs(self) -> None:
         below = self.base_model
         for place, spec in self._places():
             below = grown_model(below, spec, self.warmstart, place)
-            overridden_train(self.train, spec, place)
+            train = overridden_train(self.train, spec, place)
+            tuned = {n: d for n, d in self.search_space.items() if n not in spec.train}
+            _check_phases(tuned, train, f"{place}.train")
+            try:
+                check_size(RunSpec(model=below, data=self.data, train=train))
+            except ValueError as error:
+                raise FieldError(place, spec.width, reason(error)) from None
 
     def _places(self) -> list[tuple[str, TargetSpec]]:
         if self.target is not None:
@@ -236,6 +149,11 @@ class StudySpec(Spec):
         """A target's run, before its parameters and its growth."""
         model, train = self.rung_model(rung), self.rung_train(rung)
         return RunSpec(model=model, data=self.data, train=train, seed=seed)
+
+    def with_data_hash(self, data_hash: str | None) -> "StudySpec":
+        """This study with its corpus pinned to what it is now (None: to nothing)."""
+        data = self.data.model_copy(update={"hash": data_hash})
+        return self.model_copy(update={"data": data})
 
     def warnings(self) -> Iterator[str]:
         """What a user should know before paying for this study."""
@@ -278,18 +196,28 @@ def overridden_train(train: TrainSpec, target: TargetSpec, place: str) -> TrainS
         raise FieldError(path, first["input"], reason(error)) from None
 
 
-def reason(error: ValidationError) -> str:
+def _check_phases(space: dict[str, Dimension], train: TrainSpec, place: str) -> None:
+    """The longest warmup and the longest cooldown must fit together, for every trial."""
+    phases = ("warmup_fraction", "cooldown_fraction")
+    longest = {n: max(space[n].bounds) for n in phases if n in space}
+    try:
+        TrainSpec.model_validate(train.model_dump() | longest)
+    except ValidationError as error:
+        raise FieldError(place, str(longest), reason(error)) from None
+
+
+def check_size(run: RunSpec) -> None:
+    """Raise ValueError when the sizes that follow from a run are beyond anything that can be."""
+    tokens = run.train.num_tokens or run.train.tokens_per_param * count_params(run.model).total
+    if tokens > MAX_TOKENS or tokens_per_step(run) > MAX_TOKENS:
+        raise ValueError(f"the run would train on {tokens:.3g} tokens; {MAX_TOKENS:.0e} at most")
+
+
+def reason(error: ValueError) -> str:
     """The first complaint of a validation, in its own words."""
-    return error.errors()[0]["msg"].removeprefix("Value error, ")
-
-
-def grid_points(dimension: Dimension) -> tuple[Any, ...]:
-    """The values that a grid visits along one dimension."""
-    if isinstance(dimension, CategoricalDimension):
-        return dimension.choices
-    step = dimension.step or 1
-    count = int((dimension.high - dimension.low) / step + 1e-9) + 1
-    return tuple(dimension.low + i * step for i in range(count))
+    if isinstance(error, ValidationError):
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return str(error)
 
 
 class RunCounts(Message):
@@ -359,11 +287,16 @@ class EnqueueRequest(Message):
     params: Annotated[dict[str, Any], Field(min_length=1)]
 
 
+RowNumber = Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class TargetRequest(Message):
     """Start a warmstart by hand: from a trial or a checkpoint, to a target."""
 
-    trial: int | None = Field(default=None, description="trial number; None: the best trial")
-    checkpoint: int | None = Field(default=None, description="checkpoint id, instead of a trial")
+    trial: RowNumber | None = Field(default=None, description="trial number; None: the best trial")
+    checkpoint: RowNumber | None = Field(
+        default=None, description="checkpoint id, instead of a trial"
+    )
     target: TargetSpec
     warmstart: WarmstartSpec | None = Field(default=None, description="None: the study's")
 

@@ -11,18 +11,18 @@ from service.errors import Problem, bad_field, conflict, not_found
 from service.events import record
 from service.lifecycle import LIVE_RUN_STATES, sources
 from service.protocol import StudyState
-from service.studies.advance import best_trial, lock
+from service.studies.advance import best_trial, cancel_runs, lock
 from service.studies.schemas import (
     BestTrial,
-    CategoricalDimension,
-    Dimension,
-    IntDimension,
     RunCounts,
     StudyPage,
     StudySpec,
     StudyView,
 )
+from service.studies.space import contains
 from service.tables import Run, Study
+
+_ENDED = ("completed", "failed")
 
 
 def create(session: Session, spec: StudySpec, idempotency_key: str | None) -> Study:
@@ -58,7 +58,8 @@ def _lost_the_race(session: Session, spec: StudySpec, idempotency_key: str | Non
 
 
 def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
-    if StudySpec.model_validate(study.spec) != spec:
+    before = StudySpec.model_validate(study.spec)
+    if before.with_data_hash(None) != spec.with_data_hash(None):
         detail = (
             f"Idempotency-Key {idempotency_key!r} was used for study {study.name!r}, "
             "whose spec is another"
@@ -96,11 +97,15 @@ def page(session: Session, cursor: str | None, limit: int) -> StudyPage:
 def change_state(session: Session, study: Study, state: StudyState) -> Study:
     """Move a study to `state` if its state allows it; asking for the state it is in is fine.
 
+    To cancel a study that has ended cancels the targets that were started by hand after it.
+
     Raises:
         Problem: 409 when the state does not allow it.
     """
     study = lock(session, study.id)
     if study.state == state:
+        return study
+    if state == "cancelled" and study.state in _ENDED and cancel_runs(session, study.id):
         return study
     changed = session.scalars(
         update(Study)
@@ -115,19 +120,8 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
         )
     record(session, f"study.{state}", study_id=study.id)
     if state == "cancelled":
-        _cancel_runs(session, study.id)
+        cancel_runs(session, study.id)
     return changed
-
-
-def _cancel_runs(session: Session, study_id: str) -> None:
-    cancelled = session.execute(
-        update(Run)
-        .where(Run.study_id == study_id, Run.state.in_(LIVE_RUN_STATES))
-        .values(state="cancelled", finished_at=func.now(), lease_expires_at=None)
-        .returning(Run.id, Run.attempt)
-    )
-    for run_id, attempt in cancelled.all():
-        record(session, "run.cancelled", study_id=study_id, run_id=run_id, attempt=attempt)
 
 
 def view(session: Session, study: Study) -> StudyView:
@@ -204,18 +198,9 @@ def parameters_fit(spec: StudySpec, params: dict[str, Any]) -> None:
         if dimension is None:
             works = ", ".join(sorted(spec.search_space))
             raise bad_field(f"params.{name}", value, f"not in the search space: {works}")
-        if not _contains(dimension, value):
+        if not contains(dimension, value):
             works = f"outside the search space, which spans {list(dimension.bounds)}"
             raise bad_field(f"params.{name}", value, works)
     absent = sorted(set(spec.search_space) - set(params))
     if spec.hpo.sampler == "grid" and absent:
         raise bad_field(f"params.{absent[0]}", None, "sampler grid needs every parameter given")
-
-
-def _contains(dimension: Dimension, value: object) -> bool:
-    if isinstance(dimension, CategoricalDimension):
-        return any(type(value) is type(choice) and value == choice for choice in dimension.choices)
-    numbers = int if isinstance(dimension, IntDimension) else (int, float)
-    if isinstance(value, bool) or not isinstance(value, numbers):
-        return False
-    return dimension.low <= value <= dimension.high

@@ -7,15 +7,17 @@ from sqlalchemy.orm import Session
 
 from service.errors import bad_field, conflict, not_found
 from service.studies.advance import base_of, best_trial, enqueue_target, lock
-from service.studies.plan import Base, NewTarget, target_seeds
+from service.studies.plan import Base, NewTarget, target_run, target_seeds
 from service.studies.schemas import (
-    FieldError,
     StudySpec,
     TargetRequest,
     WarmstartSpec,
+    check_size,
     grown_model,
     overridden_train,
+    reason,
 )
+from service.studies.space import FieldError
 from service.tables import Checkpoint, Run, Study
 from warmcore.spec import CheckpointRef, RunSpec
 
@@ -43,6 +45,14 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
         overridden_train(spec.train, request.target, "target")
     except FieldError as error:
         raise bad_field(error.path, error.value, str(error)) from None
+    try:
+        check_size(
+            target_run(
+                spec, model, request.target.train, _pairs(spec, warmstart, base)[0], warmstart
+            )
+        )
+    except ValueError as error:
+        raise bad_field("target.train", request.target.train, reason(error)) from None
     launch = 1 + (session.scalar(select(func.max(Run.launch)).where(Run.study_id == study.id)) or 0)
     return [
         enqueue_target(

@@ -141,3 +141,81 @@ def test_warnings_name_what_does_not_transfer(api, study_spec):
     warnings = api.client.post("/v1/studies", spec)["warnings"]
     assert any("batch_size" in w and "muTransferable" in w for w in warnings)
     assert any("no interval" in w for w in warnings)
+
+
+def send(api, method, path, body=None):
+    headers = {"Authorization": f"Bearer {api.key}", "Content-Type": "application/json"}
+    content = json.dumps(body) if not isinstance(body, str | bytes) else body
+    return httpx.request(method, f"{api.url}{path}", content=content, headers=headers)
+
+
+HUGE = {
+    "train.num_tokens": {"train": {"num_tokens": 10**30}},
+    "train.tokens_per_param": {"train": {"tokens_per_param": 1e300}},
+    "train.batch_size": {"train": {"batch_size": 10**30}},
+    "train.evaluations": {"train": {"evaluations": 10**12}},
+    "target.width": {"target": {"width": 16 * 10**15}},
+    "target.train.num_tokens": {"target": {"width": 64, "train": {"num_tokens": 10**30}}},
+    "target.train.batch_size": {"target": {"width": 64, "train": {"batch_size": 10**30}}},
+    "proxy.width": {"proxy": {"width": 16 * 10**400, "depth": 1, "head_dim": 16}},
+    "proxy.ffn_ratio": {"proxy": {"width": 32, "depth": 1, "head_dim": 16, "ffn_ratio": 1e308}},
+    "proxy.vocab_size": {"proxy": {"width": 32, "depth": 1, "head_dim": 16, "vocab_size": 10}},
+    "search_space.lr.low": {"search_space": {"lr": {"type": "int", "low": 10**400, "high": 1}}},
+    "search_space.lr": {"search_space": {"lr": {"type": "int", "low": 0, "high": 10**12}},
+                        "hpo": {"trials": 4, "sampler": "grid"}},
+    "search_space": {"search_space": {"lr": {"type": "float", "low": 1e-3, "high": 1e-2,
+                                             "step": 1e-9}},
+                     "hpo": {"trials": 4, "sampler": "grid"}},
+    "search_space.batch_size.type": {
+        "search_space": {"batch_size": {"type": "float", "low": 8, "high": 64}}},
+    "search_space.batch_size": {
+        "search_space": {"batch_size": {"type": "categorical", "choices": [8, 8.5]}}},
+    "search_space.cooldown_fraction.choices.0": {
+        "search_space": {"cooldown_fraction": {"type": "categorical", "choices": ["a", 0.2]}}},
+    "resources.trial": {"resources": {"trial": {"gpus": 0.00001}}},
+    "resources.target": {"resources": {"target": {"gpus": 1.5}}},
+    "data.source": {"data": {"source": "~nosuchuser/x"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", HUGE)
+def test_sizes_and_types_that_no_run_could_have_are_refused_at_submission(api, study_spec, path):
+    response = send(api, "POST", "/v1/studies", study_spec(**HUGE[path]))
+    assert response.status_code == 422, response.text
+    found = [error["path"] for error in response.json()["errors"]]
+    assert any(f == path or f.startswith(f"{path}.") for f in found), found
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "/v1/studies/%00", None),
+        ("GET", "/v1/runs/a%00", None),
+        ("POST", "/v1/leases", {"worker": "a\0b"}),
+        ("POST", "/v1/leases", {"worker": "w", "study": "a\0b"}),
+        ("POST", "/v1/studies", '{"name": "\\ud800"}'),
+        ("POST", "/v1/studies", '{"\\ud800": 1}'),
+        ("POST", "/v1/studies", b'{"name": ' + b"9" * 5000 + b"}"),
+    ],
+)
+def test_text_that_cannot_be_stored_is_no_fault_of_ours(api, submit, method, path, body):
+    submit()
+    response = send(api, method, path, body)
+    assert 400 <= response.status_code < 500, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+
+
+def test_numbers_beyond_the_database_are_refused(api, submit, worker):
+    study = submit()
+    lease = worker.one()
+    run = f"/v1/runs/{lease.run_id}/measurements"
+    headers = {"Authorization": f"Bearer {api.key}", "Lease-Token": lease.lease_token}
+    for step in (2**63, 10**30):
+        body = {"measurements": [{"step": step, "tokens": 1}]}
+        assert httpx.post(f"{api.url}{run}", json=body, headers=headers).status_code == 422
+    for given in ({"trial": 10**30}, {"checkpoint": 10**30}):
+        body = given | {"target": {"width": 64}}
+        assert send(api, "POST", f"/v1/studies/{study['id']}/targets", body).status_code == 422
+    error = {"outcome": "failed", "error": "a\0b"}
+    finish = f"{api.url}/v1/runs/{lease.run_id}/finish"
+    assert httpx.post(finish, json=error, headers=headers).status_code == 422

@@ -86,7 +86,7 @@ def test_a_plan_ends_enqueues_each_target_once_and_grows_only_from_the_rung_belo
 ):
     spec, targets, enqueued = spec_of(rungs, control, seeds), [], []
     for _ in range(100):
-        step = next_step(spec, base(0), tuple(targets))
+        step = next_step(spec, base(0), tuple(targets), any_succeeded=True)
         if isinstance(step, End):
             break
         for new in step or ():
@@ -120,10 +120,13 @@ def check_base(new: NewTarget, targets, rungs):
 
 
 def test_without_a_base_a_study_fails_and_without_targets_it_completes():
-    assert next_step(spec_of(1, True, 1), None, ()) == End(
-        state="failed", reason="no trial succeeded with a checkpoint to grow from"
-    )
-    assert next_step(spec_of(0, True, 1), base(0), ()) == End(state="completed")
+    def step(rungs, best, *, any_succeeded):
+        return next_step(spec_of(rungs, True, 1), best, (), any_succeeded=any_succeeded)
+
+    without = "no trial succeeded with a checkpoint to grow from"
+    assert step(1, None, any_succeeded=True) == End(state="failed", reason=without)
+    assert step(0, None, any_succeeded=True) == End(state="completed")
+    assert step(0, None, any_succeeded=False) == End(state="failed", reason="no trial succeeded")
 
 
 @pytest.mark.parametrize("count", [1, 5])

@@ -1,0 +1,223 @@
+"""One study's fault is that study's alone, and an outage of ours is not the workers' fault."""
+
+import threading
+
+import httpx
+import pytest
+from sqlalchemy import select, text, update
+from sqlalchemy.exc import OperationalError
+
+from service.client import ServiceError
+from service.leases.repair import Presence
+from service.runs import store as runs
+from service.studies import store as studies
+from service.tables import Event, Run, Study
+
+ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
+
+
+def poison(api, study, **changes):
+    """A stored spec that no check of today lets through, as an older version may have left one."""
+    with api.sessions.begin() as session:
+        row = session.get(Study, study["id"])
+        row.spec = row.spec | changes
+
+
+def test_a_study_that_cannot_start_a_trial_fails_alone_and_says_why(api, submit, worker):
+    bad, good = submit(), submit()
+    poison(api, bad, search_space={"beta1": {"type": "float", "low": 2.0, "high": 3.0}})
+    assert {lease.study_id for lease in worker.lease(2)} == {good["id"]}
+    view = api.client.get("/v1/runs", study=bad["id"])
+    assert view["items"] == []
+    with api.sessions() as session:
+        row = session.get(Study, bad["id"])
+        assert (row.state, "cannot start a trial" in row.reason) == ("failed", True)
+
+
+def test_a_fault_in_what_follows_a_run_keeps_the_run_and_fails_the_study(api, submit, worker):
+    study = submit(hpo=ONE)
+    lease = worker.one()
+    poison(api, study, target={"width": 64, "train": {"cooldown_fraction": 7.0}})
+    assert worker.complete(lease) == "succeeded"
+    with api.sessions() as session:
+        row = session.get(Study, study["id"])
+        assert (row.state, "cannot move on" in row.reason) == ("failed", True)
+    submit()
+    assert len(worker.lease(2)) == 2
+
+
+def test_what_was_granted_is_returned_though_the_next_ask_fails(api, submit, worker, monkeypatch):
+    submit(hpo=ONE)
+    worker.finish(worker.one(), "released")
+
+    def away(*_):
+        raise OperationalError("", {}, Exception("away"))
+
+    submit()
+    monkeypatch.setattr(api.app.state.sampler, "ask", away)
+    assert len(worker.lease(2)) == 1
+
+
+def test_a_study_whose_target_cannot_be_trained_is_refused_at_submission(api, study_spec):
+    space = {"warmup_fraction": {"type": "float", "low": 0.2, "high": 0.3}}
+    target = {"width": 64, "train": {"cooldown_fraction": 0.9}}
+    with pytest.raises(ServiceError, match="exceed 1") as refused:
+        api.client.post("/v1/studies", study_spec(search_space=space, target=target))
+    assert refused.value.problem["errors"][0]["path"] == "target.train"
+
+
+def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit, worker):
+    study = submit()
+    lease = worker.one()
+    with api.sessions.begin() as session:
+        run = runs.renew(session, lease.run_id, lease.lease_token, 5.0)
+        cancel = threading.Thread(
+            target=lambda: api.client.post(f"/v1/studies/{study['id']}/cancel")
+        )
+        cancel.start()
+        cancel.join(0.5)
+        assert cancel.is_alive()  # it holds the study and waits for the run
+        runs.record(session, "run.checkpoint", study_id=run.study_id, run_id=run.id)
+    cancel.join(5)
+    assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "cancelled"
+
+
+def test_after_an_absence_of_ours_leases_get_their_time_again(api, submit, worker):
+    submit()
+    lease = worker.one()
+    with api.sessions.begin() as session:
+        session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 hour'")))
+    api.app.state.presence = Presence(5.0)  # a process that has just started
+    worker.lease(1)
+    run = api.client.get(f"/v1/runs/{lease.run_id}")
+    assert (run["state"], run["failures"]) == ("leased", 0)
+    assert worker.complete(lease) == "succeeded"
+
+
+def test_a_presence_is_broken_by_a_gap_longer_than_a_lease():
+    presence = Presence(1000.0)
+    assert [presence.seen(), presence.seen()] == [False, True]
+    short = Presence(-1.0)
+    assert [short.seen(), short.seen()] == [False, False]
+
+
+def test_a_checkpoint_that_a_target_grows_from_is_kept(api, submit, worker):
+    study = submit(target=None)
+    lease = worker.one()
+    worker.publish(lease, step=5, final=False)
+    (base,) = api.client.get(f"/v1/runs/{lease.run_id}/checkpoints")["items"]
+    body = {"checkpoint": base["id"], "target": {"width": 64}}
+    api.client.post(f"/v1/studies/{study['id']}/targets", body)
+    gone = [worker.publish(lease, step=s, final=False).superseded for s in (10, 15, 20)]
+    assert not any(base["uri"] in uris for uris in gone)
+
+
+def test_a_study_without_target_needs_no_checkpoints(api, submit, worker):
+    study = submit(target=None, hpo=ONE)
+    worker.finish(worker.one(), loss=2.0)
+    assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "completed"
+
+
+def test_growth_starts_from_the_best_trial_that_has_a_checkpoint(api, submit, worker):
+    submit(hpo=ONE | {"trials": 2})
+    worker.finish(worker.one(), loss=1.0)
+    second = worker.one()
+    worker.complete(second, 2.0)
+    warm = [lease for lease in worker.lease(4) if lease.arm == "warm"]
+    assert {lease.spec.growth.base.uri for lease in warm} == {
+        f"{second.artifact_uri}/step-00000020"
+    }
+
+
+def test_targets_started_by_hand_outlive_their_study_and_can_be_cancelled(api, submit, worker):
+    study = submit(target=None)
+    for loss in (1.0, 2.0, 3.0, 4.0):
+        worker.complete(worker.one(), loss)
+    path = f"/v1/studies/{study['id']}"
+    api.client.post(f"{path}/targets", {"target": {"width": 64}})
+    with api.sessions.begin() as session:
+        session.execute(update(Study).values(state="failed"))
+    assert len(worker.lease(2)) == 2
+    assert api.client.post(f"{path}/cancel")["targets"]["cancelled"] == 4
+    with pytest.raises(ServiceError, match="409"):
+        api.client.post(f"{path}/cancel")
+
+
+def test_a_stream_waits_for_an_event_that_commits_after_a_later_one(api, submit):
+    study = submit()
+    path = f"{api.url}/v1/studies/{study['id']}"
+    headers = {"Authorization": f"Bearer {api.key}"}
+    early = api.sessions()
+    runs.record(early, "early", study_id=study["id"])
+    api.client.post(f"/v1/studies/{study['id']}/pause")
+    seen = []
+    with httpx.stream("GET", f"{path}/events", headers=headers, timeout=10) as response:
+        for line in response.iter_lines():
+            if line.startswith("event: "):
+                seen.append(line.removeprefix("event: "))
+            if seen == ["study.created"]:
+                seen.append("(committed)")
+                early.commit()
+            if "study.paused" in seen:
+                break
+    early.close()
+    assert seen == ["study.created", "(committed)", "early", "study.paused"]
+
+
+def test_every_event_has_its_transaction(api, submit):
+    submit()
+    with api.sessions() as session:
+        assert all(event.xid > 0 for event in session.scalars(select(Event)))
+
+
+def test_the_runs_of_a_study_are_pinned_to_the_corpus_as_it_was(api, submit, worker, corpus):
+    from warmcore import data
+
+    study = submit()
+    lease = worker.one()
+    assert lease.spec.data.hash == study["spec"]["data"]["hash"] is not None
+    (corpus / "more.txt").write_text("one more document\n" * 40)
+    with pytest.raises(ValueError, match="has changed"):
+        data.prepare(lease.spec.data)
+
+
+def test_a_study_may_name_the_corpus_it_expects(api, study_spec, corpus):
+    other = {"source": str(corpus), "context": 32, "hash": "0" * 64}
+    with pytest.raises(ServiceError, match="the corpus has hash"):
+        api.client.post("/v1/studies", study_spec(data=other))
+
+
+def test_the_same_key_gives_the_same_study_though_the_corpus_has_changed(api, study_spec, corpus):
+    spec = study_spec()
+    first = api.client.post("/v1/studies", spec, **{"Idempotency-Key": "k"})
+    (corpus / "more.txt").write_text("one more document\n" * 40)
+    assert api.client.post("/v1/studies", spec, **{"Idempotency-Key": "k"}) == first
+
+
+def test_leasing_from_a_study_that_does_not_exist_is_a_404(worker):
+    with pytest.raises(ServiceError, match="404"):
+        worker.lease(1, study="typo")
+
+
+def test_a_grid_trial_that_is_adopted_keeps_its_point(api, submit, worker):
+    import optuna
+
+    space = {"lr": {"type": "categorical", "choices": [0.001, 0.002, 0.004]}}
+    study = submit(search_space=space, hpo=ONE | {"trials": 3, "parallel": 3, "sampler": "grid"})
+    storage = api.app.state.sampler.storage
+    optuna.load_study(study_name=study["name"], storage=storage).ask()
+    assert sorted(lease.params["lr"] for lease in worker.lease(3)) == [0.001, 0.002, 0.004]
+
+
+def test_a_run_given_back_twice_is_given_back_once(api, submit, worker):
+    submit(hpo=ONE)
+    lease = worker.one()
+    assert worker.finish(lease, "released") == "queued"
+    assert worker.finish(lease, "released") == "queued"
+    assert api.client.get("/v1/runs")["items"][0]["attempt"] == 1
+
+
+def test_studies_are_found_by_id_before_name(api, submit):
+    first = submit()
+    with api.sessions() as session:
+        assert studies.find(session, first["name"]).id == first["id"]
