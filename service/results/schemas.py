@@ -30,6 +30,7 @@ class TargetRun(Message):
     diverged: bool = False
     val_loss_nats: float | None
     base_hash: str | None = None
+    data_hash: str | None = Field(default=None, description="of the corpus as the worker read it")
     tokens: int
     num_tokens: int
     cost_flops: float

@@ -22,7 +22,7 @@ from service.results.schemas import (
 )
 from service.results.verdict import Pending, judge
 from service.results.words import why_no_target
-from service.studies.advance import base_of, best_trial
+from service.studies.advance import base_of, best_growable, best_trial
 from service.studies.schemas import RunCounts, StudySpec
 from service.tables import Measurement, Run, Study
 from warmcore.flops import growth_factors
@@ -93,7 +93,7 @@ def _flops_by_kind(session: Session, study_id: str) -> dict[str, float]:
 
 
 def _best(session: Session, study_id: str) -> BestTrialResult | None:
-    run = best_trial(session, study_id)
+    run = best_growable(session, study_id) or best_trial(session, study_id)
     if run is None or run.trial_number is None or run.val_loss_nats is None:
         return None
     base = base_of(session, run)
@@ -126,6 +126,7 @@ def _target(run: Run, curve: tuple[Evaluation, ...], seed_number: int) -> Target
             "seed_number": seed_number,
             "cost_flops": run.tokens * run.flops_per_token,
             "curve": curve,
+            "data_hash": (run.provenance or {}).get("data_hash"),
         }
     )
 

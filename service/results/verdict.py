@@ -96,15 +96,20 @@ def _verdict(
 
 
 def pair(runs: Iterable[TargetRun]) -> tuple[SeedPair, ...]:
-    """The seeds whose warm and cold runs both succeeded on equal budgets, in their order."""
+    """The seeds whose warm and cold runs both succeeded on equal terms, in their order."""
     done = [r for r in runs if r.state == "succeeded" and r.val_loss_nats is not None]
     cold = {r.seed: r for r in done if r.arm == "cold"}
     warm = sorted((r for r in done if r.arm == "warm"), key=lambda r: r.seed_number)
     return tuple(
         _pair(run, cold[run.seed])
         for run in warm
-        if run.seed in cold and cold[run.seed].tokens == run.tokens
+        if run.seed in cold and _equal(run, cold[run.seed])
     )
+
+
+def _equal(warm: TargetRun, cold: TargetRun) -> bool:
+    """Whether two runs differ in their start alone: the same budget, the same text."""
+    return (warm.tokens, warm.data_hash) == (cold.tokens, cold.data_hash)
 
 
 def _pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
@@ -134,7 +139,11 @@ def _fallen(runs: Iterable[TargetRun]) -> list[str]:
 def _unmatched(runs: Iterable[TargetRun], judged: set[int]) -> list[str]:
     """The results that have nothing equal to be compared with."""
     alone = sorted((r for r in runs if r.state == "succeeded" and r.seed not in judged), key=_order)
-    return [f"{_name(r)} ({r.tokens} tokens) has no equal partner" for r in alone]
+    return [
+        f"{_name(r)} ({r.tokens} tokens of corpus {(r.data_hash or 'unknown')[:8]}) "
+        "has no equal partner"
+        for r in alone
+    ]
 
 
 def _order(run: TargetRun) -> tuple[int, int, str]:

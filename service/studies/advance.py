@@ -47,7 +47,7 @@ def _advance(session: Session, study: Study) -> None:
         return
     step = next_step(
         spec,
-        best_base(session, study.id),
+        _best_base(session, study.id),
         _targets(session, study.id),
         any_succeeded=best_trial(session, study.id) is not None,
     )
@@ -72,7 +72,7 @@ def best_trial(session: Session, study_id: str) -> Run | None:
     return session.scalars(query).one_or_none()
 
 
-def best_base(session: Session, study_id: str) -> Base | None:
+def best_growable(session: Session, study_id: str) -> Run | None:
     """The best trial that can be grown: a worker of another framework may publish no checkpoint."""
     query = (
         select(Run)
@@ -82,7 +82,11 @@ def best_base(session: Session, study_id: str) -> Base | None:
         .order_by(Run.val_loss_nats, Run.trial_number)
         .limit(1)
     )
-    best = session.scalars(query).one_or_none()
+    return session.scalars(query).one_or_none()
+
+
+def _best_base(session: Session, study_id: str) -> Base | None:
+    best = best_growable(session, study_id)
     return None if best is None else base_of(session, best)
 
 

@@ -1,6 +1,7 @@
 import json
 import stat
 
+import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -169,6 +170,15 @@ def test_a_service_that_is_away_is_said_to_be_unreachable(tmp_path, monkeypatch)
     refused = runner.invoke(app, ["study", "watch", "x", "--home", str(tmp_path)])
     assert refused.exit_code == 3
     assert "http://127.0.0.1:9" in refused.stderr
+
+
+def test_a_page_in_place_of_an_answer_is_said_shortly(warmscale, monkeypatch):
+    page = httpx.Response(200, text="<html>", request=httpx.Request("GET", "http://proxy/"))
+    monkeypatch.setattr("service.client.Client.request", lambda *_, **__: page)
+    refused = warmscale("study", "list")
+    assert refused.exit_code == 3
+    assert "'<html>' of http://proxy/ is no JSON" in refused.stderr
+    assert "Traceback" not in refused.output
 
 
 def test_without_a_key_it_says_where_keys_come_from(tmp_path):

@@ -226,12 +226,19 @@ def test_a_pair_needs_both_of_its_runs():
     runs = [run("warm", 0, [2.0]), run("cold", 0, [3.0], state="failed", val_loss_nats=None)]
     why = pending(runs)
     assert "cold seed 0 failed" in why
-    assert "warm seed 0 (1000 tokens) has no equal partner" in why
+    assert "warm seed 0 (1000 tokens of corpus unknown) has no equal partner" in why
 
 
 def test_unequal_budgets_are_never_compared():
     runs = [run("warm", 0, [2.0]), run("cold", 0, [3.0], tokens=TOKENS - 1)]
     assert pair(runs) == ()
+
+
+def test_runs_on_different_text_are_never_compared():
+    runs = [run("warm", 0, [2.0], data_hash="a" * 64), run("cold", 0, [3.0], data_hash="b" * 64)]
+    why = pending(runs)
+    assert "corpus aaaaaaaa" in why
+    assert "corpus bbbbbbbb" in why
 
 
 def test_a_ladder_is_judged_on_its_last_rung():
