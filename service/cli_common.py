@@ -77,7 +77,7 @@ def connected(home: Path, patience_seconds: float = PATIENCE_SECONDS) -> Generat
     """A client of the service; whatever it answers badly ends the command with a short message."""
     from httpx import InvalidURL, TransportError  # `--help` need not wait for it
 
-    from service.client import Client, ServiceError
+    from service.client import BadAnswerError, Client, ServiceError
 
     found = access(home)
     try:
@@ -85,6 +85,8 @@ def connected(home: Path, patience_seconds: float = PATIENCE_SECONDS) -> Generat
             yield client
     except ServiceError as error:
         fail(exit_code(error.status), described(error))
+    except BadAnswerError as error:
+        fail(Exit.UNREACHABLE, f"{error}; is {found.url} a warmscale of this version?")
     except (TransportError, InvalidURL) as error:
         works = "is it running? start one with `warmscale up`, or set WARMSCALE_URL"
         fail(Exit.UNREACHABLE, f"cannot reach {found.url} ({error}); {works}")

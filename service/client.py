@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from service.protocol import (
     LEASE_TOKEN_HEADER,
@@ -50,6 +50,10 @@ class ServiceError(Exception):
         lines = [f"{self.status} {self.problem.get('title', '')}: {self.problem.get('detail', '')}"]
         lines += [f"  {e.get('path')}: {e.get('message')}" for e in self.problem.get("errors", [])]
         return "\n".join(lines)
+
+
+class BadAnswerError(Exception):
+    """A success that is not of this protocol: a proxy's page, or a service of another version."""
 
 
 class StaleLeaseError(ServiceError):
@@ -127,16 +131,16 @@ class Client:
 
     def get(self, path: str, **params: Any) -> Any:
         """GET `path` and return its JSON."""
-        return self.request("GET", path, params=_given(params)).json()
+        return _json(self.request("GET", path, params=_given(params)))
 
     def post(self, path: str, body: dict[str, Any] | None = None, **headers: str) -> Any:
         """POST `body` to `path` and return its JSON."""
-        return self.request("POST", path, body=body or {}, headers=headers).json()
+        return _json(self.request("POST", path, body=body or {}, headers=headers))
 
     def lease(self, request: LeaseRequest) -> tuple[Lease, ...]:
         """Lease runs that fit; empty when there was nothing to do."""
         response = self.request("POST", "/v1/leases", body=request)
-        return LeaseReply.model_validate(response.json()).leases
+        return _read(LeaseReply, response).leases
 
     def report(self, lease: Lease, batch: MeasurementBatch) -> ReportReply:
         """Add measurements and renew the lease."""
@@ -155,7 +159,25 @@ class Client:
         response = self.request(
             "POST", f"/v1/runs/{lease.run_id}/{what}", body=body, headers=headers
         )
-        return reply.model_validate(response.json())
+        return _read(reply, response)
+
+
+def _read(reply: type[M], response: httpx.Response) -> M:
+    try:
+        return reply.model_validate_json(response.content)
+    except ValidationError as error:
+        raise BadAnswerError(f"{_start(response)} is no {reply.__name__}: {error}") from error
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError as error:
+        raise BadAnswerError(f"{_start(response)} is no JSON: {error}") from error
+
+
+def _start(response: httpx.Response) -> str:
+    return f"the answer {response.text[:100]!r} of {response.url}"
 
 
 def _given(params: dict[str, Any]) -> dict[str, Any]:

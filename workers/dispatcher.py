@@ -30,7 +30,8 @@ _MAX_RUNS = 64  # the protocol's
 _BUSY_WAIT_SECONDS = 1.0
 _IDLE_WAIT_SECONDS = 5.0
 _PAUSE_SECONDS = 0.2
-_AWAY_SECONDS = 1.0
+_AWAY_FIRST_SECONDS = 1.0
+_AWAY_MAX_SECONDS = 15.0
 _TICK_SECONDS = 0.2
 _KILLED_SECONDS = 10.0
 
@@ -67,6 +68,7 @@ class Dispatcher:
         self._nodes = Nodes()
         self._running: dict[str, _Running] = {}
         self._is_asking = False
+        self._away_seconds = _AWAY_FIRST_SECONDS
         self._ask_at = self._busy_at = time.monotonic()
         self._kill_at: float | None = None
         self._refusal: FleetRefusedError | None = None
@@ -141,12 +143,11 @@ class Dispatcher:
 
     def _answered(self, node: str, answer: tuple[Lease, ...] | Exception) -> None:
         self._is_asking = False
-        if isinstance(answer, FleetRefusedError):
-            self._refusal = answer
-            self._drain()
-        elif isinstance(answer, Exception):
-            self._ask_at = time.monotonic() + _AWAY_SECONDS
-        elif not answer:
+        if isinstance(answer, Exception):
+            self._unanswered(answer)
+            return
+        self._away_seconds = _AWAY_FIRST_SECONDS
+        if not answer:
             self._ask_at = time.monotonic() + _PAUSE_SECONDS
         elif self._kill_at is None:
             for lease in answer:
@@ -154,6 +155,14 @@ class Dispatcher:
         else:
             for lease in answer:
                 self._link.tell(lease, FinishRequest(outcome="released"))
+
+    def _unanswered(self, error: Exception) -> None:
+        if isinstance(error, FleetRefusedError):
+            self._refusal = error
+            self._drain()
+            return
+        self._ask_at = time.monotonic() + self._away_seconds
+        self._away_seconds = min(2 * self._away_seconds, _AWAY_MAX_SECONDS)
 
     # Running
 

@@ -1,7 +1,8 @@
 """What a run that ended in an exception tells the service: pure, from the exception alone.
 
-Only a `ValueError` fails for good: the spec, the data or a checkpoint is wrong, and would be wrong
-for the next worker too. Lost processes, lost nodes and memory are worth another attempt elsewhere.
+Only an `UnrunnableError` fails for good: the spec, the data or the base is wrong, and would be for
+the next worker too. Lost processes, lost nodes and memory are worth another attempt elsewhere, as
+is any other `ValueError`: JSON that is none, a device that is not there.
 """
 
 import re
@@ -14,9 +15,13 @@ _MAX_CHARS = 8_000
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
+class UnrunnableError(Exception):
+    """The run's spec, data or base is wrong: no other worker could run it either."""
+
+
 def failure(error: BaseException, *, draining: bool) -> FinishRequest:
     """Say how an attempt ended that raised `error`; a draining fleet gives back what it stopped."""
-    if isinstance(error, ValueError):
+    if isinstance(error, UnrunnableError):
         return FinishRequest(outcome="failed", error=_text(error), retryable=False)
     if draining or isinstance(error, TaskCancelledError):
         return FinishRequest(outcome="released")

@@ -8,8 +8,6 @@ import threading
 from collections.abc import Callable
 from http import HTTPStatus
 
-import httpx
-
 from service.client import Client, ServiceError, StaleLeaseError
 from service.protocol import FinishRequest, Lease, LeaseRequest
 
@@ -40,7 +38,7 @@ class Link:
     def _ask(self, request: LeaseRequest) -> tuple[Lease, ...] | Exception:
         try:
             leases = self._asking.lease(request)
-        except (httpx.TransportError, ServiceError) as error:
+        except Exception as error:  # noqa: BLE001 - unanswered, the fleet would never ask again
             if isinstance(error, ServiceError) and _is_refusal(error.status):
                 return FleetRefusedError(str(error))
             if not self._is_away:
@@ -63,7 +61,7 @@ class Link:
             self._telling.finish(lease, finish)
         except StaleLeaseError:
             pass  # told before, or another attempt's business by now
-        except (httpx.TransportError, ServiceError) as error:
+        except Exception as error:  # noqa: BLE001 - a thread's end
             log.warning("untold run=%s error=%r", lease.run_id, error)  # its lease will expire
 
     def close(self) -> None:

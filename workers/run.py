@@ -24,6 +24,7 @@ from warmcore.train import (
 )
 from workers import artifacts
 from workers.curve import Curve
+from workers.failures import UnrunnableError
 from workers.provenance import provenance
 from workers.reporter import Reporter
 
@@ -52,14 +53,21 @@ def execute(
     """Run `lease` to its end, or to a checkpoint from which another attempt goes on.
 
     Raises:
-        ValueError: the spec cannot be run: no other worker could either.
+        UnrunnableError: no other worker could run it either.
         Exception: anything else that went wrong; the caller reports it.
     """
     with Reporter(client, lease) as reporter:  # first: a long preparation must not cost the lease
         try:
-            return _Attempt(lease, client, reporter, options).run(draining)
+            return _prepared(lease, client, reporter, options).run(draining)
         except StaleLeaseError:
             return "stale"
+
+
+def _prepared(lease: Lease, client: Client, reporter: Reporter, options: Options) -> "_Attempt":
+    try:
+        return _Attempt(lease, client, reporter, options)
+    except ValueError as error:
+        raise UnrunnableError(str(error)) from error
 
 
 class _Attempt:

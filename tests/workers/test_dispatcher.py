@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import pytest
 from ray.exceptions import WorkerCrashedError
 
+from service.client import Client
 from service.protocol import Resources
 from workers.dispatcher import Dispatcher, Options
 from workers.link import FleetRefusedError
@@ -82,6 +83,20 @@ def test_a_fleet_outlives_a_service_that_is_away(fake, engine, start, make_spec)
     time.sleep(0.5)
     assert not result.done()
     fake.away = False
+    run = fake.offer(make_spec())
+    fake.wait_for(lambda: run.leased_at, seconds=5)
+
+
+def test_a_fleet_asks_again_after_an_answer_that_nobody_foresaw(
+    fake, start, make_spec, monkeypatch
+) -> None:
+    lease, broken = Client.lease, iter([True])
+
+    def breaking_once(client, request):
+        return 1 / 0 if next(broken, False) else lease(client, request)
+
+    monkeypatch.setattr(Client, "lease", breaking_once)
+    start(exit_when_idle_seconds=60)
     run = fake.offer(make_spec())
     fake.wait_for(lambda: run.leased_at, seconds=5)
 

@@ -1,7 +1,7 @@
 import pytest
 from ray.exceptions import OutOfMemoryError, RayTaskError, TaskCancelledError, WorkerCrashedError
 
-from workers.failures import failure
+from workers.failures import UnrunnableError, failure
 
 
 def _raised_in_a_task(cause: Exception) -> Exception:
@@ -11,7 +11,7 @@ def _raised_in_a_task(cause: Exception) -> Exception:
 
 
 def test_a_wrong_spec_is_not_tried_again() -> None:
-    finish = failure(_raised_in_a_task(ValueError("width 3")), draining=False)
+    finish = failure(_raised_in_a_task(UnrunnableError("width 3")), draining=False)
     assert (finish.outcome, finish.retryable) == ("failed", False)
     assert finish.error.endswith("traceback\nwidth 3")
 
@@ -23,9 +23,10 @@ def test_a_wrong_spec_is_not_tried_again() -> None:
         OutOfMemoryError("node"),
         _raised_in_a_task(RuntimeError("CUDA out of memory")),
         _raised_in_a_task(MemoryError()),
+        _raised_in_a_task(ValueError("no JSON")),
     ],
 )
-def test_lost_processes_and_memory_are_tried_again(error: Exception) -> None:
+def test_what_is_not_the_specs_fault_is_tried_again(error: Exception) -> None:
     finish = failure(error, draining=False)
     assert (finish.outcome, finish.retryable) == ("failed", True)
     assert finish.error

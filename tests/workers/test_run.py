@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from service.client import StaleLeaseError
+from workers.failures import UnrunnableError
 from workers.run import Options, execute
 
 from .spy import Spy
@@ -241,5 +242,5 @@ def test_a_spec_that_cannot_run_is_a_value_error(lease, run, tmp_path):
     one = lease()
     data = one.spec.data.model_copy(update={"source": str(tmp_path / "nothing")})
     spec = one.spec.model_copy(update={"data": data})
-    with pytest.raises(ValueError, match="nothing"):
+    with pytest.raises(UnrunnableError, match="nothing"):
         run(one.model_copy(update={"spec": spec}))
