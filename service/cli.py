@@ -1,5 +1,6 @@
 """The command line: `warmscale …`. Commands import what they need, so that help comes at once."""
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -92,10 +93,12 @@ def fleet(context: typer.Context, *, home: Home = DEFAULT, supervised: Supervise
     arguments = list(context.args)
     environment = dict(os.environ)
     if not {"--help", "-h"} & set(arguments):
-        found = access(home)
+        parser = argparse.ArgumentParser("warmscale fleet", add_help=False, allow_abbrev=False)
+        parser.add_argument("--url")
+        given, others = parser.parse_known_args(arguments)
+        found = access(home, url=given.url)
         environment["WARMSCALE_API_KEY"] = found.key
-        if "--url" not in arguments:
-            arguments = ["--url", found.url, *arguments]
+        arguments = ["--url", found.url, *others]
     if supervised:
         from service.child import die_with_parent
 

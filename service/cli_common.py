@@ -53,8 +53,8 @@ def fail(code: Exit, message: str) -> NoReturn:
     raise typer.Exit(code)
 
 
-def access(home: Path) -> homes.Access:
-    """Where the service is and the key to it: from the environment, else from the home folder.
+def access(home: Path, *, url: str | None = None) -> homes.Access:
+    """Where the service is and the key to it: as given, from the environment, or from the home.
 
     The home's key is for the home's own service: another URL needs its key beside it.
     """
@@ -62,12 +62,14 @@ def access(home: Path) -> homes.Access:
         local = homes.read_access(home)
     except ValueError as error:
         fail(Exit.USAGE, str(error))
-    url = os.environ.get("WARMSCALE_URL") or (local.url if local else DEFAULT_URL)
+    url = url or os.environ.get("WARMSCALE_URL") or (local.url if local else DEFAULT_URL)
     key = os.environ.get("WARMSCALE_API_KEY")
-    if key is None and local is not None and local.url == url:
+    if key is None and local is not None and local.url == url.rstrip("/"):
         key = local.key
     if key is None:
-        works = "set WARMSCALE_API_KEY, or start a local stack with `warmscale up`"
+        works = (
+            "set WARMSCALE_API_KEY to one of its own, or start a local stack with `warmscale up`"
+        )
         fail(Exit.REFUSED, f"no API key for {url} (none in {home / 'client.json'}); {works}")
     return homes.Access(url=url, key=key)
 

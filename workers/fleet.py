@@ -116,7 +116,7 @@ def _drain_on_signals(dispatcher: "Dispatcher") -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="workers.fleet", description=__doc__)
+    parser = argparse.ArgumentParser(prog="workers.fleet", description=__doc__, allow_abbrev=False)
     parser.add_argument("--url", required=True, help="the service")
     parser.add_argument("--ray-address", help="a running Ray cluster, `auto` for this node's")
     parser.add_argument("--cpus", type=int, help="of a local Ray; all by default")

@@ -199,6 +199,33 @@ def test_a_home_s_key_is_never_sent_to_another_service(warmscale, monkeypatch):
     assert "no API key for http://127.0.0.1:9" in refused.stderr
 
 
+@pytest.fixture
+def started(monkeypatch):
+    """The command lines and the keys of the fleets that were to take over the process."""
+    found = []
+    monkeypatch.setattr(
+        "os.execve", lambda _, command, env: found.append((command[3:], env["WARMSCALE_API_KEY"]))
+    )
+    return found
+
+
+@pytest.mark.parametrize("url", [["--url", "http://other:1"], ["--url=http://other:1"]])
+def test_a_fleet_takes_no_home_s_key_to_another_service(warmscale, started, monkeypatch, url):
+    refused = warmscale("fleet", "--cpus", "2", *url)
+    assert refused.exit_code == 5
+    assert "no API key for http://other:1" in refused.stderr
+    assert "WARMSCALE_API_KEY" in refused.stderr
+    monkeypatch.setenv("WARMSCALE_API_KEY", "ws_others")
+    warmscale("fleet", "--cpus", "2", *url)
+    assert started == [(["--url", "http://other:1", "--cpus", "2"], "ws_others")]
+
+
+def test_a_fleet_of_the_home_s_service_needs_no_key_beside_it(warmscale, started, api):
+    for options in ([], ["--url", api.url], [f"--url={api.url}"]):
+        warmscale("fleet", *options, "--name", "a")
+    assert started == 3 * [(["--url", api.url, "--name", "a"], api.key)]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
