@@ -163,7 +163,7 @@ def cancel(name: StudyName, *, home: Home = DEFAULT) -> None:
 
 def _steer(home: Path, name: str, verb: str) -> None:
     with connected(home) as client:
-        changed = client.post(f"/v1/studies/{_quoted(name)}/{verb}")
+        changed = client.post(f"/v1/studies/{_quoted(name)}/{verb}", retry=True)
     typer.echo(f"{changed['name']} is {changed['state']}")
 
 

@@ -1,7 +1,9 @@
 """The typed HTTP client: what workers, the CLI and users' own programs call.
 
 Connection errors and 5xx are retried with exponential backoff and full jitter until
-`patience_seconds` have passed; every write it retries is idempotent on the server.
+`patience_seconds` have passed: of reads, of writes under a lease, of writes with an idempotency
+key, and of what the caller says may be sent twice. Any other write is sent again only if it never
+left. Leases that were granted in an answer that got lost expire.
 """
 
 import random
@@ -14,6 +16,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from service.protocol import (
+    IDEMPOTENCY_HEADER,
     LEASE_TOKEN_HEADER,
     CheckpointReply,
     CheckpointReport,
@@ -31,6 +34,7 @@ M = TypeVar("M", bound=BaseModel)
 _BACKOFF_FIRST_SECONDS = 0.1
 _BACKOFF_MAX_SECONDS = 5.0
 _RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
+_NEVER_LEFT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 class ServiceError(Exception):
@@ -95,8 +99,11 @@ class Client:
         body: BaseModel | dict[str, Any] | None = None,
         headers: dict[str, str] | None = None,
         params: dict[str, Any] | None = None,
+        retry: bool = True,
     ) -> httpx.Response:
         """Send one request, retrying while the service is away.
+
+        Without `retry` it is sent again only when it never left.
 
         Raises:
             StaleLeaseError: 409 of a write under a lease that another attempt holds.
@@ -108,23 +115,25 @@ class Client:
         def send() -> httpx.Response:
             return self._http.request(method, path, json=json, headers=headers, params=params)
 
-        response = self._patiently(send)
+        response = self._patiently(send, retry=retry)
         if response.is_success:
             return response
         problem = _problem(response)
         stale = problem.get("type") == "urn:warmscale:stale-lease"
         raise (StaleLeaseError if stale else ServiceError)(response.status_code, problem)
 
-    def _patiently(self, send: Callable[[], httpx.Response]) -> httpx.Response:
+    def _patiently(self, send: Callable[[], httpx.Response], *, retry: bool) -> httpx.Response:
         deadline = time.monotonic() + self.patience_seconds
         ceiling = _BACKOFF_FIRST_SECONDS
         while True:
             try:
                 response = send()
-                if response.status_code not in _RETRIED_STATUS or time.monotonic() > deadline:
+                again = retry and response.status_code in _RETRIED_STATUS
+                if not again or time.monotonic() > deadline:
                     return response
-            except httpx.TransportError:
-                if time.monotonic() > deadline:
+            except httpx.TransportError as error:
+                again = retry or isinstance(error, _NEVER_LEFT)
+                if not again or time.monotonic() > deadline:
                     raise
             time.sleep(random.uniform(0, ceiling))  # noqa: S311 - jitter
             ceiling = min(2 * ceiling, _BACKOFF_MAX_SECONDS)
@@ -133,9 +142,17 @@ class Client:
         """GET `path` and return its JSON."""
         return _json(self.request("GET", path, params=_given(params)))
 
-    def post(self, path: str, body: dict[str, Any] | None = None, **headers: str) -> Any:
-        """POST `body` to `path` and return its JSON."""
-        return _json(self.request("POST", path, body=body or {}, headers=headers))
+    def post(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        retry: bool = False,
+        **headers: str,
+    ) -> Any:
+        """POST `body` to `path` and return its JSON; `retry` where twice is the same as once."""
+        retry = retry or IDEMPOTENCY_HEADER in headers
+        return _json(self.request("POST", path, body=body or {}, headers=headers, retry=retry))
 
     def lease(self, request: LeaseRequest) -> tuple[Lease, ...]:
         """Lease runs that fit; empty when there was nothing to do."""

@@ -30,5 +30,7 @@ def failure(error: BaseException, *, draining: bool) -> FinishRequest:
 
 def _text(error: BaseException) -> str:
     """Kind, message and traceback from Ray; of a long one the end, which names the cause."""
-    text = _COLOUR.sub("", f"{type(error).__name__}: {error}")
+    text = _COLOUR.sub("", f"{type(error).__name__}: {error}").replace(
+        "\0", ""
+    )  # no SQL text has it
     return text if len(text) <= _MAX_CHARS else f"...{text[-_MAX_CHARS:]}"

@@ -41,6 +41,10 @@ def test_what_a_draining_fleet_kills_it_gives_back() -> None:
     assert failure(WorkerCrashedError(), draining=True).outcome == "released"
 
 
+def test_an_error_is_text_that_a_database_takes() -> None:
+    assert failure(RuntimeError("a\0b"), draining=False).error == "RuntimeError: ab"
+
+
 def test_of_a_long_error_the_end_is_kept() -> None:
     finish = failure(RuntimeError("x" * 100_000 + "the cause"), draining=False)
     assert finish.error.endswith("the cause")

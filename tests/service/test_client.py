@@ -1,0 +1,64 @@
+"""What the client sends again, and what it must not."""
+
+import httpx
+import pytest
+
+from service import client as clients
+from service.client import Client, ServiceError
+from service.protocol import IDEMPOTENCY_HEADER
+
+LOST = httpx.ReadError("connection reset")
+UNSENT = httpx.ConnectError("connection refused")
+BUSY = httpx.Response(503, json={"type": "urn:warmscale:busy"})
+DONE = httpx.Response(200, json={"done": True})
+
+
+@pytest.fixture
+def client(monkeypatch):
+    monkeypatch.setattr(clients, "_BACKOFF_FIRST_SECONDS", 0.001)
+    with Client("http://service", "ws_key", patience_seconds=5) as client:
+        yield client
+
+
+@pytest.fixture
+def answering(client):
+    """Have the service answer so, one after the other; what it was sent is the result."""
+
+    def answer(*answers):
+        left, sent = list(answers), []
+
+        def handle(request):
+            sent.append(request)
+            now = left.pop(0)
+            if isinstance(now, Exception):
+                raise now
+            return now
+
+        client.close()
+        client._http = httpx.Client(base_url="http://s", transport=httpx.MockTransport(handle))
+        return sent
+
+    return answer
+
+
+@pytest.mark.parametrize("lost", [LOST, BUSY])
+def test_a_write_that_counts_twice_when_sent_twice_is_sent_once(client, answering, lost):
+    sent = answering(lost, DONE)
+    with pytest.raises((httpx.ReadError, ServiceError)):
+        client.post("/v1/studies/a/targets", {"target": {"width": 64}})
+    assert len(sent) == 1
+
+
+def test_what_never_left_is_sent_again(client, answering):
+    answering(UNSENT, UNSENT, DONE)
+    assert client.post("/v1/studies/a/targets") == {"done": True}
+
+
+@pytest.mark.parametrize("lost", [LOST, BUSY, UNSENT])
+def test_what_counts_once_is_sent_until_it_is_answered(client, answering, lost):
+    answering(lost, lost, DONE)
+    assert client.post("/v1/studies", {}, **{IDEMPOTENCY_HEADER: "key"}) == {"done": True}
+    answering(lost, lost, DONE)
+    assert client.post("/v1/studies/a/pause", retry=True) == {"done": True}
+    answering(lost, lost, DONE)
+    assert client.get("/v1/studies") == {"done": True}
