@@ -89,7 +89,7 @@ class Dispatcher:
                 self._step()
         except RayLostError as error:
             for running in self._running.values():
-                self._link.tell(running.lease, failure(error, draining=False))
+                self._tell_failure(running.lease, error)
             raise
         finally:
             self._link.close()
@@ -168,7 +168,11 @@ class Dispatcher:
 
     def _start(self, lease: Lease, node: str) -> None:
         seconds = self._options.checkpoint_seconds
-        handle = self._engine.submit(lease, node, self._connection, seconds)
+        try:
+            handle = self._engine.submit(lease, node, self._connection, seconds)
+        except Exception as error:  # noqa: BLE001 - the run's; of a lost Ray the next asking tells
+            self._tell_failure(lease, error)
+            return
         token = lease.lease_token
         self._nodes.place(token, Placement(node=node, resources=lease.resources))
         self._running[token] = _Running(lease=lease, handle=handle, started=time.monotonic())
@@ -185,18 +189,23 @@ class Dispatcher:
         running = self._running.pop(token)
         self._nodes.remove(token)
         self._ask_at = self._busy_at = time.monotonic()
-        run_id, seconds = running.lease.run_id, time.monotonic() - running.started
         error = future.exception()
-        if error is None:
-            log.info("end run=%s outcome=%s seconds=%.2f", run_id, future.result(), seconds)
+        if error is not None:
+            self._tell_failure(running.lease, error)
             return
+        seconds = time.monotonic() - running.started
+        log.info(
+            "end run=%s outcome=%s seconds=%.2f", running.lease.run_id, future.result(), seconds
+        )
+
+    def _tell_failure(self, lease: Lease, error: BaseException) -> None:
         finish = failure(error, draining=self._kill_at is not None)
         last_line = str(error).strip().rsplit("\n", 1)[-1]
         log.warning(
-            "end run=%s outcome=%s retryable=%s seconds=%.2f error=%s",
-            *(run_id, finish.outcome, finish.retryable, seconds, last_line),
+            "end run=%s outcome=%s retryable=%s error=%s",
+            *(lease.run_id, finish.outcome, finish.retryable, last_line),
         )
-        self._link.tell(running.lease, finish)
+        self._link.tell(lease, finish)
 
     # Draining
 

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.protocol import Lease, Resources
 from workers import nodes, process
+from workers.failures import UnrunnableError
 from workers.nodes import Placement
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; results are single words
@@ -72,8 +73,16 @@ class Engine:
     def submit(
         self, lease: Lease, node: str, connection: process.Connection, checkpoint_seconds: float
     ) -> Handle:
-        """Start `lease` on `node`."""
-        ref = _on(Placement(node=node, resources=lease.resources), process.run_lease).remote(
+        """Start `lease` on `node`.
+
+        Raises:
+            UnrunnableError: Ray takes no such resources.
+        """
+        try:
+            run = _on(Placement(node=node, resources=lease.resources), process.run_lease)
+        except ValueError as error:
+            raise UnrunnableError(str(error)) from error
+        ref = run.remote(
             lease, connection, checkpoint_seconds=checkpoint_seconds, leased_at=time.time()
         )
         return Handle(ref=ref, future=ref.future())

@@ -3,13 +3,16 @@
 import threading
 import time
 from concurrent.futures import Future
+from unittest.mock import Mock
 
 import pytest
-from ray.exceptions import WorkerCrashedError
+from ray.exceptions import RaySystemError, WorkerCrashedError
 
 from service.client import Client
 from service.protocol import Resources
 from workers.dispatcher import Dispatcher, Options
+from workers.engine import Engine
+from workers.failures import UnrunnableError
 from workers.link import FleetRefusedError
 
 
@@ -29,11 +32,14 @@ class _Handle:
 class _Engine:
     def __init__(self) -> None:
         self.submitted: dict[str, _Handle] = {}
+        self.refusal: Exception | None = None
 
     def nodes(self) -> dict[str, Resources]:
         return {"a": Resources(cpus=1), "b": Resources(cpus=2)}
 
     def submit(self, lease, node, connection, checkpoint_seconds) -> _Handle:
+        if self.refusal is not None:
+            raise self.refusal
         self.submitted[lease.run_id] = _Handle()
         return self.submitted[lease.run_id]
 
@@ -99,6 +105,29 @@ def test_a_fleet_asks_again_after_an_answer_that_nobody_foresaw(
     start(exit_when_idle_seconds=60)
     run = fake.offer(make_spec())
     fake.wait_for(lambda: run.leased_at, seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "retryable"), [(UnrunnableError("no such GPU"), False), (RaySystemError("x"), True)]
+)
+def test_a_run_that_ray_refuses_fails_alone(
+    fake, engine, start, make_spec, refusal, retryable
+) -> None:
+    engine.refusal = refusal
+    run = fake.offer(make_spec())
+    start()
+    fake.wait_for(lambda: run.finish, seconds=5)
+    assert (run.finish.outcome, run.finish.retryable) == ("failed", retryable)
+    engine.refusal = None
+    other = fake.offer(make_spec())
+    fake.wait_for(lambda: other.leased_at, seconds=5)
+
+
+def test_resources_that_ray_does_not_know_are_no_run_s_on_any_fleet(fake, make_spec) -> None:
+    lease = fake.leased(make_spec()).lease
+    lease = lease.model_copy(update={"resources": Resources.model_construct(cpus=1, gpus=1e-5)})
+    with pytest.raises(UnrunnableError, match="num_gpus"):
+        Engine.submit(Mock(), lease, "0" * 56, Mock(), 1.0)
 
 
 def test_an_idle_fleet_exits_after_as_long_as_it_was_told(fake, start) -> None:
