@@ -4,6 +4,7 @@ A run goes to one node, so a fleet offers the service one node's free resources 
 sum over nodes would lease runs that fit nowhere and whose leases then expire in Ray's queue.
 """
 
+import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class Nodes:
         used = [p.resources for p in self._placed.values() if p.node == node]
         return Resources(
             cpus=max(0, total.cpus - sum(r.cpus for r in used)),
-            gpus=max(0.0, _exact(total.gpus - sum(r.gpus for r in used))),
+            gpus=_offered(max(0.0, total.gpus - sum(r.gpus for r in used))),
         )
 
 
@@ -63,8 +64,10 @@ def from_ray(nodes: Iterable[Mapping[str, object]]) -> dict[str, Resources]:
 
 def _resources(raw: object) -> Resources:
     assert isinstance(raw, Mapping)
-    return Resources(cpus=int(raw.get("CPU", 0)), gpus=_exact(raw.get("GPU", 0.0)))
+    return Resources(cpus=int(raw.get("CPU", 0)), gpus=_offered(raw.get("GPU", 0.0)))
 
 
-def _exact(gpus: float) -> float:
-    return round(gpus, 4)  # Ray counts in ten-thousandths; 1 - 0.9 must be 0.1
+def _offered(gpus: float) -> float:
+    """Round as the protocol wants it: whole above one, a rest has its turn once those are taken."""
+    exact = round(gpus, 4)  # Ray counts in ten-thousandths; 1 - 0.9 must be 0.1
+    return exact if exact <= 1 else float(math.floor(exact))

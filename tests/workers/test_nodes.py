@@ -41,6 +41,14 @@ def test_tenths_of_a_gpu_add_up() -> None:
     assert nodes.offer() is None
 
 
+def test_above_one_gpu_whole_ones_are_offered() -> None:
+    nodes = _nodes(a=Resources(cpus=4, gpus=3.0))
+    nodes.place("half", _placement("a", 1, 0.5))
+    assert nodes.offer() == _placement("a", 3, 2.0)
+    nodes.place("two", _placement("a", 1, 2.0))
+    assert nodes.offer() == _placement("a", 2, 0.5)
+
+
 def test_runs_of_a_lost_node_hold_nothing_elsewhere() -> None:
     nodes = _nodes(a=Resources(cpus=1), b=Resources(cpus=1))
     nodes.place("run", _placement("a", 1))
