@@ -65,6 +65,7 @@ class Child:
             self._died(code, say)
 
     def _died(self, code: int, say: Callable[[str], None]) -> None:
+        self._kill_session()
         now = time.monotonic()
         quick = now - self.started_at < _QUICK_DEATH_SECONDS
         self.quick_deaths = self.quick_deaths + 1 if quick else 1
@@ -90,9 +91,13 @@ class Child:
         deadline = time.monotonic() + self.stop_seconds
         while self.process.poll() is None and time.monotonic() < deadline and not hurry():
             time.sleep(_POLL_SECONDS)
+        self._kill_session()
+        self.process.wait()
+
+    def _kill_session(self) -> None:
+        assert self.process is not None
         with contextlib.suppress(ProcessLookupError):  # all of it has ended by itself
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 def spelled(code: int) -> str:

@@ -97,13 +97,27 @@ def test_in_a_hurry_nothing_is_waited_for(child):
     assert one.process.returncode == -signal.SIGKILL
 
 
-def test_nothing_of_a_child_s_session_outlives_it(child):
+@pytest.fixture
+def parent(child):
+    """A child with a child of its own that does not listen, and that one's process id."""
     start = f"import subprocess,sys; p=subprocess.Popen([sys.executable,'-c',{DEAF!r}]); "
     one = child(start + "print(p.pid); p.wait()")
     one.start()
     wait_for(lambda: one.log.read_text().count("\n") == 2)
-    grandchild = int(next(x for x in one.log.read_text().split() if x.isdigit()))
+    return one, int(next(x for x in one.log.read_text().split() if x.isdigit()))
+
+
+def test_nothing_of_a_child_s_session_outlives_it(parent):
+    one, grandchild = parent
     one.stop(hurry=lambda: False)
+    wait_for(lambda: not _runs(grandchild))
+
+
+def test_what_a_dead_child_leaves_is_killed_before_it_is_started_again(parent):
+    one, grandchild = parent
+    one.process.kill()
+    said = []
+    wait_for(lambda: one.check(said.append) or said)
     wait_for(lambda: not _runs(grandchild))
 
 
