@@ -127,9 +127,10 @@ class Sampler:
     @_in_turn
     def create(self, study: str) -> None:
         """Create Optuna's study of this name; that it is there already is fine."""
-        optuna.create_study(
+        handle = optuna.create_study(
             study_name=study, storage=self.storage, direction="minimize", load_if_exists=True
         )
+        handle.set_metric_names(["validation loss, nats"])  # what the dashboard's axes say
 
     @_in_turn
     def ask(self, study: str, spec: StudySpec) -> Suggestion:
