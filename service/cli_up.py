@@ -73,7 +73,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
         if supervised or settings.database_url is None:
             upgrade(url)
         if supervised:
-            _admit(url, os.environ["WARMSCALE_API_KEY"])
+            admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
         uvicorn.run(
             create_app(settings, url),
             host=settings.host,
@@ -84,18 +84,21 @@ def serve(settings: Settings, *, supervised: bool) -> None:
         )
 
 
-def _admit(url: URL, key: str) -> None:
-    """Let the supervisor's own key in.
+def admit(url: URL, key: str, fleet_key: str) -> None:
+    """Let the supervisor's own key in, and its fleet's.
 
     Raises:
-        SystemExit: it was revoked, so it stays out.
+        SystemExit: the supervisor's was revoked, so it stays out.
     """
     from service import auth  # imports FastAPI
 
-    row = {"name": "warmscale up", "hash": auth.hash_key(key), "scopes": ["admin"]}
+    rows = [
+        {"name": "warmscale up", "hash": auth.hash_key(key), "scopes": ["admin"]},
+        {"name": "fleet of warmscale up", "hash": auth.hash_key(fleet_key), "scopes": ["work"]},
+    ]
     engine = create_engine(url)
     with Session(engine) as session, session.begin():
-        session.execute(insert(ApiKey).values(row).on_conflict_do_nothing())
+        session.execute(insert(ApiKey).values(rows).on_conflict_do_nothing())
         scopes = auth.scopes_of(session, key)
     engine.dispose()
     if scopes is None:

@@ -5,6 +5,8 @@ the fleet first (whose running trials checkpoint and give back their leases), th
 database: whatever was running resumes at the next start.
 """
 
+import hashlib
+import hmac
 import os
 import secrets
 import signal
@@ -172,19 +174,21 @@ def _children(
 ) -> tuple[Child, ...]:
     logs = settings.home / "logs"
     logs.mkdir(exist_ok=True)
-    common = os.environ | {"TZ": "UTC", "PYTHONUNBUFFERED": "1", "WARMSCALE_API_KEY": access.key}
+    common = os.environ | {"TZ": "UTC", "PYTHONUNBUFFERED": "1"}
+    keys = {"WARMSCALE_API_KEY": access.key, "WARMSCALE_FLEET_KEY": _fleet_key(access.key)}
     api = Child(
         name="API",
         command=_warmscale("serve", "--supervised"),
-        environment=common | _api_environment(settings, url),
+        environment=common | keys | _api_environment(settings, url),
         log=logs / "api.log",
         stop_seconds=_API_STOP_SECONDS,
     )
     if fleet is None:
         return (api,)
     options = ["--supervised", "--url", access.url, *fleet]
-    # A worker holds a token, never the database's credentials.
+    # A worker holds a token that may work, never the database's credentials.
     unprivileged = {k: v for k, v in common.items() if k != "WARMSCALE_DATABASE_URL"}
+    unprivileged["WARMSCALE_API_KEY"] = keys["WARMSCALE_FLEET_KEY"]
     return (
         api,
         Child(
@@ -195,6 +199,11 @@ def _children(
             stop_seconds=_FLEET_STOP_SECONDS,
         ),
     )
+
+
+def _fleet_key(key: str) -> str:
+    """The fleet's key: the same at every start, and no way back to the supervisor's."""
+    return f"ws_{hmac.new(key.encode(), b'fleet', hashlib.sha256).hexdigest()}"
 
 
 def _api_environment(settings: Settings, url: URL) -> dict[str, str]:
