@@ -114,11 +114,12 @@ def demo(
         Path, typer.Option(help="Has spec.yaml; gets results.json and report.html.")
     ] = Path("demo"),
     cpus: Annotated[int, typer.Option(min=1, help="CPUs for training.")] = 2,
+    as_json: Json = False,
 ) -> None:
     """Run a small study on real text from nothing to its verdict, in minutes."""
     from service import demo as demonstration
 
-    demonstration.run(folder, cpus=cpus)
+    demonstration.run(folder, cpus=cpus, as_json=as_json)
 
 
 def main() -> None:

@@ -26,8 +26,11 @@ from service.watch import style, watch
 _RUNS_PAGE = 200
 
 
-def run(folder: Path, *, cpus: int) -> None:
-    """Start a stack, run the study of `folder`/spec.yaml, print and save what it found, stop."""
+def run(folder: Path, *, cpus: int, as_json: bool) -> None:
+    """Start a stack, run the study of `folder`/spec.yaml, print and save what it found, stop.
+
+    With `as_json`, lines as of `study watch --json`, and the content of results.json as the last.
+    """
     began_at = time.monotonic()
     home = folder / ".warmscale"
     try:
@@ -39,9 +42,10 @@ def run(folder: Path, *, cpus: int) -> None:
             with connected(home) as client:
                 say(f"study {spec['name']}")
                 submit(client, spec)
-                ended = watch(client, spec["name"], style(as_json=False), running.check)
+                ended = watch(client, spec["name"], style(as_json=as_json), running.check)
                 completed = ended.state == "completed"
-                _conclude(client, spec["name"], folder, cpus)
+                found = _saved(client, spec["name"], folder, cpus)
+                _show(found, as_json=as_json)
     except SpecError as error:
         fail(Exit.USAGE, str(error))
     except (HomeInUseError, PortTakenError) as error:
@@ -50,27 +54,35 @@ def run(folder: Path, *, cpus: int) -> None:
         fail(Exit.FAILED, str(error))
     except Interrupted:
         fail(Exit.FAILED, "interrupted; the stack is stopped")
-    typer.echo(f"demo: {time.monotonic() - began_at:.0f} s from start to stop")
+    say(f"demo: {time.monotonic() - began_at:.0f} s from start to stop")
     if not completed:
         fail(Exit.FAILED, f"the study is {ended.state}: {ended.reason}")
 
 
-def _conclude(client: Client, name: str, folder: Path, slots: int) -> None:
-    """Print the tables, the verdict and the fleet's figures; write the two files."""
+def _saved(client: Client, name: str, folder: Path, slots: int) -> dict[str, Any]:
+    """Write the two files; give what is in results.json."""
     found = client.get(f"/v1/studies/{name}/results")
     trials = client.get(f"/v1/studies/{name}/trials")["items"]
     items = client.get("/v1/runs", study=name, limit=_RUNS_PAGE)["items"]
     runs = [RunView.model_validate(item) for item in items]
     report = client.request("GET", f"/v1/studies/{name}/report").text
     (folder / "report.html").write_text(report, encoding="utf-8")
-    figures = fleet_figures(runs, slots)
-    saved = found | {"trial_list": trials, "fleet": figures}
+    saved = found | {"trial_list": trials, "fleet": fleet_figures(runs, slots)}
     (folder / "results.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-    views = [TrialView.model_validate(trial) for trial in trials]
-    results = cli_tables.results(StudyResults.model_validate(found))
+    say(f"written: {folder / 'results.json'}, {folder / 'report.html'}")
+    return saved
+
+
+def _show(found: dict[str, Any], *, as_json: bool) -> None:
+    """Print the tables, the verdict and the fleet's figures."""
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    views = [TrialView.model_validate(trial) for trial in found["trial_list"]]
+    known = {name: found[name] for name in StudyResults.model_fields}
+    results = cli_tables.results(StudyResults.model_validate(known))
     cli_tables.show("", cli_tables.trials(views), "", *results, "")
-    _say_figures(figures)
-    typer.echo(f"written: {folder / 'results.json'}, {folder / 'report.html'}")
+    _say_figures(found["fleet"])
 
 
 def _say_figures(figures: dict[str, Any]) -> None:

@@ -9,6 +9,8 @@ import psutil
 import pytest
 import yaml
 
+DEMO = (sys.executable, "-m", "service.cli", "demo")
+
 
 @pytest.fixture
 def demo(home, study_spec):
@@ -16,10 +18,10 @@ def demo(home, study_spec):
     spec = study_spec(name="small", warmstart={"seeds": 2})
     (home / "spec.yaml").write_text(yaml.safe_dump(spec))
 
-    def run():
+    def run(*options):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WARMSCALE_")}
         return subprocess.run(
-            [sys.executable, "-m", "service.cli", "demo", "--folder", str(home), "--cpus", "2"],
+            [*DEMO, "--folder", str(home), "--cpus", "2", *options],
             env=environment | {"XDG_CACHE_HOME": str(home / "cache")},
             capture_output=True,
             text=True,
@@ -32,15 +34,18 @@ def demo(home, study_spec):
 
 def test_it_leaves_a_verdict_and_a_page_and_nothing_running_and_runs_again(demo, home):
     names = []
-    for _ in range(2):
-        done = demo()
+    for options in ((), ("--json",)):
+        done = demo(*options)
         assert done.returncode == 0, done.stdout + done.stderr
         found = json.loads((home / "results.json").read_text())
         names.append(found["study_name"])
         assert found["verdict"]["sentence"] in done.stdout
         assert found["verdict"]["seeds"] == 2
         assert 0 < found["fleet"]["utilization"] <= 1
-        assert "lease to step" in done.stdout
+        if options:
+            assert json.loads(done.stdout.splitlines()[-1]) == found
+        else:
+            assert "lease to step" in done.stdout
         assert found["study_name"] in (home / "report.html").read_text()
         mine = [p.info for p in psutil.process_iter(["cmdline"])]
         assert not [p for p in mine if str(home) in " ".join(p["cmdline"] or [])]
