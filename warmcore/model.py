@@ -111,18 +111,20 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + ffn(norm x)."""
+    """x + s attention(norm x), then x + s ffn(norm x), with s the residual multiplier."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
+        self.residual = multipliers(spec).residual
         self.attention_norm = RMSNorm(spec.width, spec.norm_eps)
         self.attention = Attention(spec)
         self.ffn_norm = RMSNorm(spec.width, spec.norm_eps)
         self.ffn = FeedForward(spec)
 
     def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        y_BTD = self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH)
+        x_BTD = torch.add(x_BTD, y_BTD, alpha=self.residual)
+        return torch.add(x_BTD, self.ffn(self.ffn_norm(x_BTD)), alpha=self.residual)
 
 
 class Decoder(nn.Module):

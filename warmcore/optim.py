@@ -12,7 +12,7 @@ from warmcore.mup import Role, factors, role_of
 from warmcore.spec import ClipRule, ModelSpec, TrainSpec
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
-ROLES: tuple[Role, ...] = ("embedding", "hidden", "gain", "unembedding")
+ROLES: tuple[Role, ...] = ("embedding", "hidden", "gain", "final_gain", "unembedding")
 
 
 def build_optimizer(

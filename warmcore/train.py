@@ -24,7 +24,7 @@ from warmcore.data import Corpus
 from warmcore.divergence import why_broken, why_diverged
 from warmcore.evaluate import val_loss_nats
 from warmcore.flops import num_steps, tokens_per_step
-from warmcore.growth import grow, grow_optimizer
+from warmcore.growth import Growth
 from warmcore.model import Decoder, init_, loss_nats
 from warmcore.optim import (
     build_optimizer,
@@ -114,11 +114,11 @@ class Training:
             return cls(spec, corpus, model.to(device))
         source = load_checkpoint(base, expected_hash=spec.growth.base.hash)
         from_model = source.manifest.run.model
-        model.load_state_dict(grow(source.weights, from_model, spec.model, spec.growth, generator))
+        growth = Growth.plan(from_model, spec.model, spec.growth, generator)
+        model.load_state_dict(dict(growth.weights(source.weights, generator)))
         training = cls(spec, corpus, model.to(device))
         training.base_hash = source.hash
-        moments = grow_optimizer(source.optimizer, from_model, spec.model, spec.growth)
-        load_optimizer_tensors(training.optimizer, moments)
+        load_optimizer_tensors(training.optimizer, dict(growth.moments(source.optimizer)))
         return training
 
     @classmethod
