@@ -1,4 +1,4 @@
-"""Growth in width, one tensor at a time (METHOD §3). Two families of operators act on axes:
+"""Growth in width, one tensor at a time (METHOD §3). Two families of operators act on axes.
 
 - padding keeps the base units first and appends new ones;
 - copying repeats units; function-preserving, as a sum over copies is divided by their number.
