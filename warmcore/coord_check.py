@@ -33,7 +33,7 @@ def slopes(
 ) -> dict[str, float]:
     """Slope of log mean |x| against log n by kind of layer, after `num_steps` at constant lr."""
     models = {width: model.model_copy(update={"width": width}) for width in widths}
-    return _slopes(models, tokens, train, context, num_steps, seeds)
+    return _slopes(models, tokens, train=train, context=context, num_steps=num_steps, seeds=seeds)
 
 
 def depth_slopes(
@@ -48,12 +48,13 @@ def depth_slopes(
 ) -> dict[str, float]:
     """Slope of log mean |x| against log L by kind of layer, after `num_steps` at constant lr."""
     models = {depth: model.model_copy(update={"depth": depth}) for depth in depths}
-    return _slopes(models, tokens, train, context, num_steps, seeds)
+    return _slopes(models, tokens, train=train, context=context, num_steps=num_steps, seeds=seeds)
 
 
 def _slopes(
     models: Mapping[int, ModelSpec],
     tokens: Tokens,
+    *,
     train: TrainSpec,
     context: int,
     num_steps: int,

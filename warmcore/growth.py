@@ -118,7 +118,7 @@ class Growth:
         if not scale or role in GAINS:
             return grown
         noise = fresh_(torch.empty(grown.shape), role, self.target, generator)
-        noise = noise.mul_(scale).to(grown.dtype)
+        noise = noise.to(grown.dtype).mul_(scale)
         match self.options.operator:
             case "shrink_perturb" | "clone" | "zero_pad":
                 return grown.add_(noise)

@@ -10,6 +10,8 @@ concatenated weights (gate and up: 11 %), and rotating with `cat` beats complex 
 # Shapes by suffix need capitals in names.
 # ruff: noqa: N803, N806
 
+from collections.abc import Iterable
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
@@ -167,6 +169,15 @@ def init_(model: Decoder, spec: ModelSpec, generator: Generator) -> Decoder:
         for name, parameter in model.named_parameters():
             fresh_(parameter, role_of(name), spec, generator)
     return model
+
+
+def load_weights(model: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy every tensor of the state dict, one after another."""
+    missing = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors:
+            missing.pop(name).copy_(tensor)
+    assert not missing
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
