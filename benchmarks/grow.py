@@ -124,13 +124,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         statistics.median(copied),
     )
     peak, allowed = max(g["peak"] for g in grown), 0.2 * num_bytes + 2 * largest + 300 * MB
-    num_params = count_params(run.model).total / MB
-    print(
-        f"{arguments.operator}, {arguments.optimizer_state}: {num_params:,.0f} M parameters, {num_bytes / MB:,.0f} MB"
+    params, what = (
+        count_params(run.model).total,
+        f"{arguments.operator}, {arguments.optimizer_state}",
     )
-    print(
-        f"grown in {seconds:.2f} s, copied in {copy_seconds:.2f} s: {seconds / copy_seconds:.2f} x"
-    )
+    print(f"{what}: {params / MB:,.0f} M parameters, {num_bytes / MB:,.0f} MB")
+    ratio = seconds / copy_seconds
+    print(f"grown in {seconds:.2f} s, copied in {copy_seconds:.2f} s: {ratio:.2f} x")
     print(f"peak {peak / MB:,.0f} MB of {allowed / MB:,.0f} MB allowed")
 
 

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from warmcore.depth import Deepening
 from warmcore.model import parameter_shapes
 from warmcore.mup import GAINS, fresh_, role_of
+from warmcore.optim import saving_order
 from warmcore.spec import GrowthOptions, ModelSpec
 from warmcore.units import Copies
 from warmcore.width import (
@@ -89,7 +90,7 @@ class Growth:
             yield moment.name, self._moment(moment, base_state[moment.source])
 
     def moment_names(self, base_names: Iterable[str]) -> list[Moment]:
-        """Tensors of the target's optimizer; the scalars last, which keeps the others aligned."""
+        """Tensors of the target's optimizer, in the order of `optimizer_tensors`."""
         if self.options.optimizer_state == "reset":
             return []
         keys: dict[str, list[str]] = defaultdict(list)
@@ -102,7 +103,7 @@ class Growth:
             for name, source in sources.items()
             for key in keys[source]
         ]
-        return sorted(moments, key=lambda moment: moment.key == "step")
+        return sorted(moments, key=lambda moment: saving_order(moment.name))
 
     def _widened(self, name: str, tensor: Tensor) -> Tensor:
         if self.copies:

@@ -60,8 +60,10 @@ def rope_tables(head_dim: int, context: int, theta: float) -> tuple[Tensor, Tens
 
     Halves are rotated, not neighbours: feature i pairs with i + H/2, as in Llama checkpoints.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
+    # On the CPU also where shapes alone are asked for: `arange` on the meta device imports 80 MB.
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+    positions = torch.arange(context, dtype=torch.float64, device="cpu")
+    angle = torch.outer(positions, theta ** (-pairs / head_dim))
     cos_TH = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin_TH = torch.cat((-angle.sin(), angle.sin()), dim=-1)
     return cos_TH.float(), sin_TH.float()

@@ -18,8 +18,8 @@ from warmcore.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from warmcore.growth import Growth
 from warmcore.grown import Grown, grow_checkpoint
+from warmcore.growth import Growth
 from warmcore.model import parameter_shapes
 from warmcore.spec import CheckpointRef, GrowthSpec
 from warmcore.tensors import TensorFile, TensorInfo, TensorStream, write_tensors
