@@ -236,6 +236,12 @@ class GrowthOptions(Spec):
 
         check(self, base, target)
 
+    def check_depth(self, base: ModelSpec, target: ModelSpec) -> None:
+        """The part of `check` that is about depth."""
+        from warmcore.admission import check_depth  # noqa: PLC0415 - it imports these specs
+
+        check_depth(self, base, target)
+
     def warnings(self, base: ModelSpec, target: ModelSpec) -> "Iterator[str]":
         """What a user should know before growing `base` into `target` this way."""
         from warmcore.admission import warnings  # noqa: PLC0415 - it imports these specs

@@ -1,4 +1,4 @@
-"""Files of tensors, written and read one tensor at a time, in the safetensors format.
+"""Files of tensors, written and read tensor by tensor, in the safetensors format.
 
 The format is the length of a header (8 bytes, little-endian), the header (JSON: name to dtype,
 shape and place) and the tensors' bytes; so shapes suffice to begin a file. The library's own reader
@@ -9,9 +9,10 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -74,14 +75,24 @@ class TensorStream:
 
 
 def write_tensors(path: Path, stream: TensorStream) -> FileFacts:
-    """Write a file from front to back, holding one tensor, and hash it on the way."""
+    """Write a file from front to back, and hash it on the way.
+
+    While one tensor is written and hashed the next is made: two are held at a time.
+    """
     digest, num_bytes = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    pending: list[Future[Any]] = []
+    with path.open("wb") as file, ThreadPoolExecutor(2) as pool:
         for chunk in _chunks(stream):
-            file.write(chunk)
-            digest.update(chunk)
+            _finish(pending)
+            pending = [pool.submit(file.write, chunk), pool.submit(digest.update, chunk)]
             num_bytes += len(chunk)
+        _finish(pending)
     return FileFacts(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def _finish(pending: Iterable[Future[Any]]) -> None:
+    for future in pending:
+        future.result()
 
 
 def _chunks(stream: TensorStream) -> Iterator[bytes | memoryview]:
