@@ -74,8 +74,8 @@ def grow_checkpoint(
 ) -> SavedCheckpoint:
     """Write the checkpoint that `run` begins with: step 0, to be resumed by `Training.resume`.
 
-    Holds two tensors of the target at a time, and what they are made from. `data_hash` is of the data
-    that the run trains on; None: of the base's.
+    Holds two tensors of the target at a time, and what they are made from. `data_hash` is of the
+    data that the run trains on; None: of the base's.
 
     Raises:
         ValueError: the base model cannot be grown into the run's.

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warmcore.coord_check import depth_slopes
@@ -135,9 +135,13 @@ def test_stacks_of_small_branches_keep_the_function_to_first_order(residual):
     assert (gap < 0.05) == (residual == "the target's")
 
 
-@pytest.mark.parametrize("depth_operator", OPERATORS)
-@pytest.mark.parametrize("operator", [*PADDING, *COPYING])
-@given(base=bases(), ratio=st.sampled_from([2, 3]))
+@settings(max_examples=75)
+@given(
+    st.sampled_from([*PADDING, *COPYING]),
+    st.sampled_from(OPERATORS),
+    bases(),
+    st.sampled_from([2, 3]),
+)
 def test_width_and_depth_compose_as_depth_first(operator, depth_operator, base, ratio):
     deep = wider(base, 1, depth=2 * base.depth)
     target, tensors = wider(deep, ratio), tensors_of(base)
