@@ -110,7 +110,7 @@ def test_growth_that_is_killed_leaves_no_checkpoint(grown_run, base, tmp_path, m
     assert not (tmp_path / "grown").exists()
 
 
-def test_only_one_tensor_is_alive_at_a_time(grown_run, base, monkeypatch):
+def test_tensors_of_the_base_are_read_one_at_a_time(grown_run, base, monkeypatch):
     grown = Grown.from_base(grown_run(), base.path)
     alive = []
     read = TensorFile.__getitem__
@@ -144,7 +144,7 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's high-water mark")
 @pytest.mark.parametrize("operator", ["shrink_perturb", "hyperclone"])
 def test_peak_memory_is_a_few_tensors_and_not_a_checkpoint(operator, run_spec, tmp_path):
-    small = run_spec(width=256, depth=16, head_dim=64)
+    small = run_spec(width=256, depth=24, head_dim=64)
     base = save_checkpoint(
         tmp_path / "base",
         weights=TensorStream.of(random_weights(small.model)),
@@ -158,7 +158,7 @@ def test_peak_memory_is_a_few_tensors_and_not_a_checkpoint(operator, run_spec, t
     noise = 0.1 if operator == "hyperclone" else 0.0
     ref = CheckpointRef(uri="x", hash=base.hash)
     growth = GrowthSpec(operator=operator, noise=noise, base=ref)
-    shape = {"width": 512, "depth": 16, "base_width": 256, "base_depth": 16}
+    shape = {"width": 512, "depth": 24, "base_width": 256, "base_depth": 24}
     run = run_spec(head_dim=64, growth=growth, **shape)
     (tmp_path / "run.json").write_text(run.model_dump_json())
     child = subprocess.run(
@@ -168,8 +168,9 @@ def test_peak_memory_is_a_few_tensors_and_not_a_checkpoint(operator, run_spec, t
         check=True,
     )
     num_bytes = (tmp_path / "grown" / MODEL).stat().st_size
-    assert num_bytes > 200e6
-    assert int(child.stdout) < 0.2 * num_bytes < 0.9 * base.num_bytes
+    assert num_bytes > 300e6
+    allowed = 0.2 * num_bytes + 2 * (3 * 512 * 512 * 4)
+    assert int(child.stdout) < allowed < 0.9 * base.num_bytes  # so the base is not in memory
 
 
 def random_weights(spec):
