@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from warmcore.divergence import LossWatch
 from warmcore.spec import NonNegativeInt, RunSpec, Spec
+from warmcore.tensors import FileFacts, TensorFile, TensorStream, file_facts, write_tensors
 
 MANIFEST = "checkpoint.json"
 MODEL = "model.safetensors"
@@ -31,13 +31,6 @@ OPTIMIZER = "optimizer.safetensors"
 
 class CheckpointCorruptError(Exception):
     """A file of a checkpoint is missing or is not what its hash says."""
-
-
-class FileFacts(Spec):
-    """Size and hash of a file beside the manifest."""
-
-    num_bytes: NonNegativeInt
-    sha256: str
 
 
 class Progress(Spec):
@@ -84,12 +77,20 @@ def _first_difference(a: Spec, b: Spec) -> tuple[str, object, object]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """A verified checkpoint in memory."""
+    """A verified checkpoint; `open_checkpoint` leaves its tensors on the disk."""
 
     manifest: Manifest
     hash: str
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenCheckpoint(Checkpoint):
+    """A verified checkpoint on the disk, whose tensors are read one by one."""
+
+    weights: TensorFile
+    optimizer: TensorFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +108,8 @@ class SavedCheckpoint:
 def save_checkpoint(
     path: Path,
     *,
-    weights: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    weights: TensorStream,
+    optimizer: TensorStream,
     run: RunSpec,
     data_hash: str,
     base_hash: str | None,
@@ -119,9 +120,8 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
     aside.mkdir()
-    save_file(dict(weights), aside / MODEL)
-    save_file(dict(optimizer), aside / OPTIMIZER)
-    files = {name: _facts(aside / name) for name in (MODEL, OPTIMIZER)}
+    streams = {MODEL: weights, OPTIMIZER: optimizer}
+    files = {name: write_tensors(aside / name, stream) for name, stream in streams.items()}
     manifest = Manifest(
         run=run,
         data_hash=data_hash,
@@ -145,21 +145,36 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, *, expected_hash: str | None = None) -> Checkpoint:
-    """Read the folder `path` and verify every hash.
+    """Read the folder `path` into memory and verify every hash.
+
+    Raises:
+        CheckpointCorruptError: a file is missing or differs from its hash.
+    """
+    opened = open_checkpoint(path, expected_hash=expected_hash)
+    return Checkpoint(
+        manifest=opened.manifest,
+        hash=opened.hash,
+        weights=dict(opened.weights),
+        optimizer=dict(opened.optimizer),
+    )
+
+
+def open_checkpoint(path: Path, *, expected_hash: str | None = None) -> OpenCheckpoint:
+    """Verify every hash of the folder `path`, and read nothing into memory.
 
     Raises:
         CheckpointCorruptError: a file is missing or differs from its hash.
     """
     manifest, found_hash = read_manifest(path, expected_hash=expected_hash)
     for name, facts in manifest.files.items():
-        found = _facts(path / name).sha256 if (path / name).is_file() else "no file"
+        found = file_facts(path / name).sha256 if (path / name).is_file() else "no file"
         if found != facts.sha256:
             raise _corrupt(path / name, expected=facts.sha256, found=found)
-    return Checkpoint(
+    return OpenCheckpoint(
         manifest=manifest,
         hash=found_hash,
-        weights=load_file(path / MODEL),
-        optimizer=load_file(path / OPTIMIZER),
+        weights=TensorFile(path / MODEL),
+        optimizer=TensorFile(path / OPTIMIZER),
     )
 
 
@@ -193,12 +208,6 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 def list_checkpoints(directory: Path) -> list[Path]:
     """Complete or corrupt checkpoints in `directory`, newest first; none half-written."""
     return sorted(directory.glob("step-*"), reverse=True)
-
-
-def _facts(path: Path) -> FileFacts:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileFacts(num_bytes=file.tell(), sha256=digest)
 
 
 def _aside(path: Path) -> Path:

@@ -1,10 +1,11 @@
-"""Coordinate check (arXiv 2203.03466, appendix D.1): do activations stay in place as width grows?
+"""Coordinate check (arXiv 2203.03466, appendix D.1): do activations stay in place as models grow?
 
 Under muP mean |x| after a few steps does not depend on width, so that the slope of log mean |x|
-against log n is 0 for every kind of layer. Under standard parametrization it is not.
+against log n is 0 for every kind of layer; under CompleteP (arXiv 2505.01618) the same holds of
+depth. Under standard parametrization neither does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import linear_regression
 
 import torch
@@ -16,8 +17,8 @@ from warmcore.model import Decoder, init_, loss_nats
 from warmcore.optim import build_optimizer
 from warmcore.spec import ModelSpec, TrainSpec
 
-# Not the final norm: it carries the logit multiplier 1/m.
-KINDS = ("embedding", "attention", "ffn", "unembedding")
+# The stream is what the last block puts out. Not the final norm: it carries the logit multiplier.
+KINDS = ("embedding", "attention", "ffn", "stream", "unembedding")
 
 
 def slopes(
@@ -31,9 +32,36 @@ def slopes(
     seeds: Sequence[int] = (0,),
 ) -> dict[str, float]:
     """Slope of log mean |x| against log n by kind of layer, after `num_steps` at constant lr."""
+    models = {width: model.model_copy(update={"width": width}) for width in widths}
+    return _slopes(models, tokens, train=train, context=context, num_steps=num_steps, seeds=seeds)
+
+
+def depth_slopes(
+    model: ModelSpec,
+    depths: Sequence[int],
+    tokens: Tokens,
+    *,
+    train: TrainSpec,
+    context: int,
+    num_steps: int,
+    seeds: Sequence[int] = (0,),
+) -> dict[str, float]:
+    """Slope of log mean |x| against log L by kind of layer, after `num_steps` at constant lr."""
+    models = {depth: model.model_copy(update={"depth": depth}) for depth in depths}
+    return _slopes(models, tokens, train=train, context=context, num_steps=num_steps, seeds=seeds)
+
+
+def _slopes(
+    models: Mapping[int, ModelSpec],
+    tokens: Tokens,
+    *,
+    train: TrainSpec,
+    context: int,
+    num_steps: int,
+    seeds: Sequence[int],
+) -> dict[str, float]:
     sizes: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for width in widths:
-        spec = model.model_copy(update={"width": width})
+    for spec in models.values():
         runs = [
             activation_sizes(
                 spec, tokens, train=train, context=context, num_steps=num_steps, seed=seed
@@ -42,9 +70,9 @@ def slopes(
         ]
         for kind in KINDS:
             sizes[kind].append(sum(run[kind] for run in runs) / len(runs))
-    log_widths = torch.tensor(widths).log().tolist()
+    log_sizes = torch.tensor(list(models)).log().tolist()
     return {
-        kind: linear_regression(log_widths, torch.tensor(sizes[kind]).log().tolist()).slope
+        kind: linear_regression(log_sizes, torch.tensor(sizes[kind]).log().tolist()).slope
         for kind in KINDS
     }
 
@@ -69,6 +97,7 @@ def activation_sizes(
     for name, module in model.named_modules():
         if (kind := name.rsplit(".", 1)[-1]) in outputs:
             _collect(module, outputs[kind])
+    _collect(model.blocks[-1], outputs["stream"])
     with torch.no_grad():
         loss_nats(model, _batch(tokens, train, context, seed, num_steps))
     return {kind: torch.stack(means).mean().item() for kind, means in outputs.items()}

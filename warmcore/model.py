@@ -10,6 +10,8 @@ concatenated weights (gate and up: 11 %), and rotating with `cat` beats complex 
 # Shapes by suffix need capitals in names.
 # ruff: noqa: N803, N806
 
+from collections.abc import Iterable
+
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
@@ -58,8 +60,10 @@ def rope_tables(head_dim: int, context: int, theta: float) -> tuple[Tensor, Tens
 
     Halves are rotated, not neighbours: feature i pairs with i + H/2, as in Llama checkpoints.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(context, dtype=torch.float64), frequency)
+    # On the CPU also where shapes alone are asked for: `arange` on the meta device imports 80 MB.
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
+    positions = torch.arange(context, dtype=torch.float64, device="cpu")
+    angle = torch.outer(positions, theta ** (-pairs / head_dim))
     cos_TH = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin_TH = torch.cat((-angle.sin(), angle.sin()), dim=-1)
     return cos_TH.float(), sin_TH.float()
@@ -111,18 +115,20 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + ffn(norm x)."""
+    """x + s attention(norm x), then x + s ffn(norm x), with s the residual multiplier."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
+        self.residual = multipliers(spec).residual
         self.attention_norm = RMSNorm(spec.width, spec.norm_eps)
         self.attention = Attention(spec)
         self.ffn_norm = RMSNorm(spec.width, spec.norm_eps)
         self.ffn = FeedForward(spec)
 
     def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH)
-        return x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        y_BTD = self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH)
+        x_BTD = torch.add(x_BTD, y_BTD, alpha=self.residual)
+        return torch.add(x_BTD, self.ffn(self.ffn_norm(x_BTD)), alpha=self.residual)
 
 
 class Decoder(nn.Module):
@@ -165,6 +171,15 @@ def init_(model: Decoder, spec: ModelSpec, generator: Generator) -> Decoder:
         for name, parameter in model.named_parameters():
             fresh_(parameter, role_of(name), spec, generator)
     return model
+
+
+def load_weights(model: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy every tensor of the state dict, one after another."""
+    missing = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors:
+            missing.pop(name).copy_(tensor)
+    assert not missing
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, torch.Size]:

@@ -1,17 +1,19 @@
 """Maximal update parametrization: one table, by role (METHOD §2).
 
 Sources: arXiv 2203.03466 (muP), arXiv 2505.01618 Table 1 (CompleteP, epsilon and weight decay).
-With m = n / n0 every factor is a power of m, so that at the base width (m = 1) all of them are
-exactly 1 and the model is its standard-parametrization twin, bit for bit.
+With m = n / n0 and l = L / L0 every factor is a power of m and l, so that at the base width and
+depth (m = l = 1) all of them are exactly 1 and the model is its standard-parametrization twin, bit
+for bit. a is CompleteP's alpha, 1: the learning rates then do not depend on depth.
 
-=============  ============  =====  =====  ======  ================
-role           init std      lr     wd     eps     forward
-=============  ============  =====  =====  ======  ================
-embedding      sigma_e       1      1      1/m     x alpha_e
-hidden         sigma/sqrt m  1/m    m      1/m     logits of attention x alpha_attn/sqrt(H)
-gain           0 (all ones)  1      0      1/m
-unembedding    sigma_u       1      1      1/m     logits x alpha_out/m
-=============  ============  =====  =====  ======  ================
+=============  ============  ==========  ==  ==========  ===============================
+role           init std      lr          wd  eps         forward
+=============  ============  ==========  ==  ==========  ===============================
+embedding      sigma_e       1           1   1/m         x alpha_e
+hidden         sigma/sqrt m  l^(a-1)/m   m   l^-a/m      attention logits x alpha_attn/sqrt(H)
+gain           0 (all ones)  l^(a-1)     0   l^-a/m      output of its block's branch x l^-a
+final_gain     0 (all ones)  1           0   1/m
+unembedding    sigma_u       1           1   1/m         logits x alpha_out/m
+=============  ============  ==========  ==  ==========  ===============================
 """
 
 import math
@@ -22,7 +24,9 @@ from torch import Generator, Tensor
 
 from warmcore.spec import ModelSpec
 
-Role = Literal["embedding", "hidden", "gain", "unembedding"]
+Role = Literal["embedding", "hidden", "gain", "final_gain", "unembedding"]
+GAINS: frozenset[Role] = frozenset({"gain", "final_gain"})
+DEPTH_ALPHA = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +41,11 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True)
 class Multipliers:
-    """What the forward pass is scaled by, at three places."""
+    """What the forward pass is scaled by, at four places."""
 
     embedding: float
     attention: float
+    residual: float
     logits: float
 
 
@@ -51,7 +56,9 @@ def role_of(name: str) -> Role:
             return "embedding"
         case ["unembedding", "weight"]:
             return "unembedding"
-        case [*_, "final_norm" | "attention_norm" | "ffn_norm", "weight"]:
+        case ["final_norm", "weight"]:
+            return "final_gain"
+        case ["blocks", _, "attention_norm" | "ffn_norm", "weight"]:
             return "gain"
         case ["blocks", _, "attention" | "ffn", _, "weight"]:
             return "hidden"
@@ -61,31 +68,35 @@ def role_of(name: str) -> Role:
 
 def factors(role: Role, model: ModelSpec) -> Factors:
     """Look a role's row up in the table above."""
-    m = model.width_multiplier
+    m, depth = model.width_multiplier, model.depth_multiplier
+    block_lr, block_eps = depth ** (DEPTH_ALPHA - 1), depth**-DEPTH_ALPHA / m
     match role:
         case "embedding":
             return Factors(init_std=model.embedding_std, lr=1.0, weight_decay=1.0, eps=1 / m)
         case "hidden":
             std = model.init_std / math.sqrt(m)
-            return Factors(init_std=std, lr=1 / m, weight_decay=m, eps=1 / m)
+            return Factors(init_std=std, lr=block_lr / m, weight_decay=m, eps=block_eps)
         case "gain":
+            return Factors(init_std=0.0, lr=block_lr, weight_decay=0.0, eps=block_eps)
+        case "final_gain":
             return Factors(init_std=0.0, lr=1.0, weight_decay=0.0, eps=1 / m)
         case "unembedding":
             return Factors(init_std=model.unembedding_std, lr=1.0, weight_decay=1.0, eps=1 / m)
 
 
 def multipliers(model: ModelSpec) -> Multipliers:
-    """alpha_e; alpha_attn / sqrt(H), as head dim H is fixed over widths; alpha_out / m."""
+    """alpha_e; alpha_attn / sqrt(H), as head dim H is fixed; l^-a; alpha_out / m."""
     return Multipliers(
         embedding=model.embedding_multiplier,
         attention=model.attention_multiplier / math.sqrt(model.head_dim),
+        residual=model.depth_multiplier**-DEPTH_ALPHA,
         logits=model.output_multiplier / model.width_multiplier,
     )
 
 
 def fresh_(tensor: Tensor, role: Role, model: ModelSpec, generator: Generator) -> Tensor:
     """Overwrite `tensor` with its initial value: N(0, init_std^2), and ones for gains."""
-    if role == "gain":
+    if role in GAINS:
         return tensor.fill_(1.0)
     std = factors(role, model).init_std
     return tensor.normal_(0.0, std, generator=generator) if std else tensor.zero_()

@@ -12,7 +12,7 @@ from warmcore.mup import Role, factors, role_of
 from warmcore.spec import ClipRule, ModelSpec, TrainSpec
 
 STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
-ROLES: tuple[Role, ...] = ("embedding", "hidden", "gain", "unembedding")
+ROLES: tuple[Role, ...] = ("embedding", "hidden", "gain", "final_gain", "unembedding")
 
 
 def build_optimizer(
@@ -72,12 +72,18 @@ def clip_(optimizer: AdamW, weight: float, max_norm: float | None) -> Tensor:
 
 def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
     """State by name: `<parameter>.step`, `.exp_avg`, `.exp_avg_sq`; empty before the first step."""
-    return {
+    tensors = {
         f"{name}.{key}": value
         for group in optimizer.param_groups
         for name, parameter in zip(group["names"], group["params"], strict=True)
         for key, value in optimizer.state[parameter].items()
     }
+    return {name: tensors[name] for name in sorted(tensors, key=saving_order)}
+
+
+def saving_order(name: str) -> tuple[bool, str]:
+    """By name, but steps last: they are float32, and would misalign what is float64."""
+    return name.endswith(".step"), name
 
 
 def load_optimizer_tensors(optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from warmcore.corpus import CorpusFacts
 
 BYTE_VOCAB_SIZE = 256
@@ -17,7 +19,10 @@ Parametrization = Literal["mup", "standard"]
 ScheduleName = Literal["wsd", "cosine", "constant"]
 CooldownShape = Literal["linear", "1-sqrt"]
 ClipRule = Literal["width_weighted", "plain"]
-WidthOperator = Literal["shrink_perturb", "clone", "zero_pad"]
+PaddingOperator = Literal["shrink_perturb", "slice", "zero_pad"]
+CopyingOperator = Literal["clone", "hyperclone", "net2net"]
+WidthOperator = PaddingOperator | CopyingOperator
+DepthOperator = Literal["stack", "interleave", "identity"]
 OptimizerStateRule = Literal["reset", "transfer", "transfer_old_reset_new"]
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -29,6 +34,7 @@ OpenFraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # Bounds far beyond any model, so that every size that follows from them can be computed and stored.
 Width = Annotated[int, Field(gt=0, le=2**20)]
+Depth = Annotated[int, Field(gt=0, le=10_000)]
 TokenCount = Annotated[int, Field(gt=0, le=10**15)]
 
 
@@ -52,7 +58,7 @@ class ModelSpec(Spec):
     """
 
     width: Width
-    depth: Annotated[int, Field(gt=0, le=10_000)]
+    depth: Depth
     head_dim: Annotated[int, Field(gt=0, le=4096)] = 64
     group_size: Annotated[int, Field(gt=0, le=4096)] = Field(
         default=1, description="query heads per key/value head"
@@ -62,6 +68,7 @@ class ModelSpec(Spec):
     )
     vocab_size: Annotated[int, Field(gt=0, le=2**24)] = BYTE_VOCAB_SIZE
     base_width: Width | None = None
+    base_depth: Depth | None = None
     parametrization: Parametrization = "mup"
     init_std: Positive = Field(default=0.08, description="of hidden matrices, at the base width")
     embedding_std: Positive = 0.5
@@ -119,6 +126,13 @@ class ModelSpec(Spec):
         if self.parametrization == "standard" or self.base_width is None:
             return 1.0
         return self.width / self.base_width
+
+    @property
+    def depth_multiplier(self) -> float:
+        """L / L0 (METHOD §2); 1 for standard parametrization."""
+        if self.parametrization == "standard" or self.base_depth is None:
+            return 1.0
+        return self.depth / self.base_depth
 
 
 class DataSpec(Spec):
@@ -190,56 +204,59 @@ class CheckpointRef(Spec):
 class GrowthOptions(Spec):
     """How a base checkpoint becomes the target's initial weights (METHOD §3)."""
 
-    operator: WidthOperator = "shrink_perturb"
-    shrink: Fraction = 0.4
-    perturb: NonNegative = 1.0
-    noise: NonNegative = Field(default=0.0, description="clone only: std of noise over init std")
+    operator: WidthOperator = Field(default="shrink_perturb", description="in width")
+    depth_operator: DepthOperator | None = Field(
+        default="stack", description="None refuses a target of another depth"
+    )
+    shrink: Fraction = Field(default=0.4, description="shrink_perturb and slice: of base weights")
+    perturb: NonNegative = Field(
+        default=1.0,
+        description="shrink_perturb: std of noise over init std; slice: not in the padding",
+    )
+    noise: NonNegative = Field(
+        default=0.0,
+        description="clone: std of noise over init std; hyperclone and net2net: of noise that "
+        "cancels over copies and so keeps the function",
+    )
     optimizer_state: OptimizerStateRule = "reset"
 
+    @property
+    def copying_operator(self) -> CopyingOperator | None:
+        """The operator if it repeats units, None if it appends new ones."""
+        match self.operator:
+            case "clone" | "hyperclone" | "net2net":
+                return self.operator
+            case "shrink_perturb" | "slice" | "zero_pad":
+                return None
+
+    @property
+    def noise_scale(self) -> float:
+        """Std of the noise that is added, over the target's initial std."""
+        match self.operator:
+            case "shrink_perturb" | "slice":
+                return self.perturb
+            case "clone" | "hyperclone" | "net2net":
+                return self.noise
+            case "zero_pad":
+                return 0.0
+
     def check(self, base: ModelSpec, target: ModelSpec) -> None:
-        """Raise ValueError unless this operator can grow `base` into `target`."""
-        if target.width < base.width:
-            raise ValueError(
-                f"target width {target.width} is smaller than base width {base.width}; "
-                "growth only widens"
-            )
-        if target.depth != base.depth:
-            raise ValueError(
-                f"target depth {target.depth} differs from base depth {base.depth}; "
-                f"operator {self.operator} grows width only, so use depth {base.depth}"
-            )
-        same = (
-            "head_dim",
-            "group_size",
-            "vocab_size",
-            "ffn_ratio",
-            "rope_theta",
-            "parametrization",
-        )
-        for name in same:
-            if getattr(base, name) != getattr(target, name):
-                raise ValueError(
-                    f"{name} must be the same in base and target: "
-                    f"{getattr(base, name)} is not {getattr(target, name)}"
-                )
-        n0, target_n0 = base.base_width or base.width, target.base_width or target.width
-        if target.parametrization == "mup" and n0 != target_n0:
-            raise ValueError(
-                f"base_width must be the same in base and target: {n0} is not {target_n0}; "
-                f"set the target's base_width to {n0}"
-            )
-        if self.operator == "clone" and target.width % base.width:
-            below = target.width // base.width * base.width
-            raise ValueError(
-                f"cannot clone width {base.width} into {target.width}: ratio "
-                f"{target.width / base.width:g} is not an integer; "
-                f"{below} or {below + base.width} work"
-            )
-        if self.optimizer_state != "reset" and self.operator != "clone":
-            raise ValueError(
-                f"optimizer_state {self.optimizer_state} needs operator clone, "
-                f"not {self.operator}; use reset"
-            )
+        """Raise ValueError unless these operators can grow `base` into `target`."""
+        from warmcore.admission import check  # noqa: PLC0415 - it imports these specs
+
+        check(self, base, target)
+
+    def check_depth(self, base: ModelSpec, target: ModelSpec) -> None:
+        """The part of `check` that is about depth."""
+        from warmcore.admission import check_depth  # noqa: PLC0415 - it imports these specs
+
+        check_depth(self, base, target)
+
+    def warnings(self, base: ModelSpec, target: ModelSpec) -> "Iterator[str]":
+        """What a user should know before growing `base` into `target` this way."""
+        from warmcore.admission import warnings  # noqa: PLC0415 - it imports these specs
+
+        return warnings(self, base, target)
 
 
 class GrowthSpec(GrowthOptions):

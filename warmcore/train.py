@@ -4,14 +4,13 @@ A run's seed drives two generators: one for the initial weights (and the noise o
 the data order. So warm and cold runs of one seed read the same batches.
 """
 
+import logging
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
-
-from torch import Generator
 
 from warmcore.batches import train_batch
 from warmcore.checkpoint import (
@@ -24,8 +23,8 @@ from warmcore.data import Corpus
 from warmcore.divergence import why_broken, why_diverged
 from warmcore.evaluate import val_loss_nats
 from warmcore.flops import num_steps, tokens_per_step
-from warmcore.growth import grow, grow_optimizer
-from warmcore.model import Decoder, init_, loss_nats
+from warmcore.grown import Grown, weights_generator
+from warmcore.model import Decoder, init_, load_weights, loss_nats
 from warmcore.optim import (
     build_optimizer,
     clip_,
@@ -36,6 +35,9 @@ from warmcore.optim import (
 )
 from warmcore.schedule import lr_factor
 from warmcore.spec import RunSpec, derived_seed
+from warmcore.tensors import TensorStream
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,17 +110,16 @@ class Training:
                 f"growth is {spec.growth} but the base checkpoint is {base}; give both"
             )
         model = Decoder(spec.model, context=spec.data.context)
-        generator = Generator().manual_seed(derived_seed("weights", spec.seed))
         if spec.growth is None or base is None:
-            init_(model, spec.model, generator)
+            init_(model, spec.model, weights_generator(spec))
             return cls(spec, corpus, model.to(device))
-        source = load_checkpoint(base, expected_hash=spec.growth.base.hash)
-        from_model = source.manifest.run.model
-        model.load_state_dict(grow(source.weights, from_model, spec.model, spec.growth, generator))
+        grown = Grown.from_base(spec, base)
+        for warning in spec.growth.warnings(grown.growth.base, spec.model):
+            log.warning(warning)
+        load_weights(model, grown.weights.tensors)
         training = cls(spec, corpus, model.to(device))
-        training.base_hash = source.hash
-        moments = grow_optimizer(source.optimizer, from_model, spec.model, spec.growth)
-        load_optimizer_tensors(training.optimizer, moments)
+        training.base_hash = grown.source.hash
+        load_optimizer_tensors(training.optimizer, dict(grown.optimizer.tensors))
         return training
 
     @classmethod
@@ -173,8 +174,8 @@ class Training:
         """Write the checkpoint folder `directory`, whole or not at all."""
         return save_checkpoint(
             directory,
-            weights=self.model.state_dict(),
-            optimizer=optimizer_tensors(self.optimizer),
+            weights=TensorStream.of(self.model.state_dict()),
+            optimizer=TensorStream.of(optimizer_tensors(self.optimizer)),
             run=self.spec,
             data_hash=self.corpus.data_hash,
             base_hash=self.base_hash,

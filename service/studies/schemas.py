@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import datetime
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -129,9 +130,12 @@ class StudySpec(Spec):
 
     @property
     def base_model(self) -> ModelSpec:
-        """The proxy with its base width settled: where every muP factor is 1."""
-        base_width = self.proxy.base_width or self.proxy.width
-        return self.proxy.model_copy(update={"base_width": base_width})
+        """The proxy with its base width and depth settled: where every muP factor is 1."""
+        base = {
+            "base_width": self.proxy.base_width or self.proxy.width,
+            "base_depth": self.proxy.base_depth or self.proxy.depth,
+        }
+        return self.proxy.model_copy(update=base)
 
     def rung_model(self, rung: int) -> ModelSpec:
         """The model of one rung: the proxy's shape with this width and depth."""
@@ -164,6 +168,10 @@ class StudySpec(Spec):
             yield "warmstart.seeds 1: a verdict from one seed has no interval; 2 or more give one"
         if self.rungs and not self.warmstart.control:
             yield "warmstart.control false: without a cold run there is no verdict"
+        models = [self.base_model, *(self.rung_model(i) for i in range(len(self.rungs)))]
+        for base, target in pairwise(models):
+            for warning in self.warmstart.warnings(base, target):
+                yield f"warmstart.operator: {warning}"
 
 
 def shaped_like(base: ModelSpec, target: TargetSpec) -> ModelSpec:
@@ -178,9 +186,14 @@ def grown_model(
     """The target's model, if `base` can be grown into it; else a FieldError below `place`."""
     try:
         model = shaped_like(base, target)
-        options.check(base, model)
     except ValidationError as error:
         raise FieldError(f"{place}.width", target.width, reason(error)) from None
+    try:
+        options.check_depth(base, model)
+    except ValueError as error:
+        raise FieldError(f"{place}.depth", target.depth, str(error)) from None
+    try:
+        options.check(base, model)
     except ValueError as error:
         raise FieldError(f"{place}.width", target.width, str(error)) from None
     return model

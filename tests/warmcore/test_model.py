@@ -8,7 +8,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from warmcore.flops import count_params
 from warmcore.model import Decoder, init_, loss_nats, parameter_shapes
-from warmcore.mup import role_of
+from warmcore.mup import GAINS, role_of
+from warmcore.optim import ROLES
 from warmcore.spec import ModelSpec
 
 
@@ -44,9 +45,10 @@ def specs(draw):
 
 @given(specs())
 def test_the_model_has_the_parameters_that_the_arithmetic_counts(spec):
-    counts = {"embedding": 0, "hidden": 0, "gain": 0, "unembedding": 0}
+    counts = dict.fromkeys(ROLES, 0)
     for name, shape in parameter_shapes(spec).items():
         counts[role_of(name)] += shape.numel()
+    counts["gain"] += counts.pop("final_gain")
     expected = count_params(spec)
     assert counts == {
         "embedding": expected.embedding,
@@ -143,7 +145,7 @@ def test_initialisation_is_a_function_of_its_generator_and_leaves_the_global_one
     assert torch.equal(before, torch.get_rng_state())
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, same.state_dict()[name])
-        assert torch.equal(tensor, other.state_dict()[name]) == (role_of(name) == "gain")
+        assert torch.equal(tensor, other.state_dict()[name]) == (role_of(name) in GAINS)
 
 
 def test_a_shorter_window_gives_the_same_logits():

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from warmcore.coord_check import slopes
-from warmcore.mup import factors, multipliers, role_of
+from warmcore.mup import GAINS, factors, multipliers, role_of
 from warmcore.optim import ROLES
 from warmcore.spec import ModelSpec, TrainSpec
 from warmcore.train import StepEvent, Training
@@ -37,8 +37,8 @@ def test_every_factor_is_one_at_the_base_width_and_under_standard(
         width=64, depth=1, head_dim=16, base_width=base_width, parametrization=parametrization
     )
     row = factors(role, model)
-    assert (row.lr, row.eps, row.weight_decay) == (1, 1, 0 if role == "gain" else 1)
-    std = {"embedding": model.embedding_std, "hidden": model.init_std, "gain": 0}
+    assert (row.lr, row.eps, row.weight_decay) == (1, 1, 0 if role in GAINS else 1)
+    std = {"embedding": model.embedding_std, "hidden": model.init_std} | dict.fromkeys(GAINS, 0)
     assert row.init_std == std.get(role, model.unembedding_std)
     assert multipliers(model).logits == 1
 
@@ -46,9 +46,9 @@ def test_every_factor_is_one_at_the_base_width_and_under_standard(
 def test_the_table_at_four_times_the_base_width():
     model = ModelSpec(width=256, depth=1, base_width=64, unembedding_std=0.5)
     rows = {role: factors(role, model) for role in ROLES}
-    assert [rows[r].lr for r in ROLES] == [1, 1 / 4, 1, 1]
-    assert [rows[r].weight_decay for r in ROLES] == [1, 4, 0, 1]
-    assert [rows[r].eps for r in ROLES] == [1 / 4] * 4
+    assert [rows[r].lr for r in ROLES] == [1, 1 / 4, 1, 1, 1]
+    assert [rows[r].weight_decay for r in ROLES] == [1, 4, 0, 0, 1]
+    assert [rows[r].eps for r in ROLES] == [1 / 4] * 5
     assert rows["hidden"].init_std == model.init_std / 2
     assert rows["unembedding"].init_std == 0.5
     assert multipliers(model).logits == 1 / 4

@@ -9,7 +9,7 @@ from warmcore import train as train_module
 from warmcore.batches import train_batch
 from warmcore.checkpoint import CheckpointCorruptError, load_checkpoint
 from warmcore.data import prepare
-from warmcore.growth import grow_optimizer
+from warmcore.growth import Growth
 from warmcore.optim import optimizer_tensors
 from warmcore.spec import CheckpointRef, GrowthSpec
 from warmcore.train import EvaluationEvent, StepEvent, Training, evaluation_steps
@@ -153,7 +153,8 @@ def test_a_clone_starts_with_its_bases_optimizer_where_that_is_transferred(run_s
     spec = run_spec(width=32, base_width=16, growth=growth)
     warm = Training.start(spec, corpus, base=base.path)
     source = load_checkpoint(base.path)
-    expected = grow_optimizer(source.optimizer, source.manifest.run.model, spec.model, growth)
+    plan = Growth.plan(source.manifest.run.model, spec.model, growth, torch.Generator())
+    expected = dict(plan.moments(source.optimizer))
     found = optimizer_tensors(warm.optimizer)
     assert_equal_weights(found, expected)
     assert found["final_norm.weight.step"] == base.step

@@ -1,0 +1,159 @@
+"""Growth of a checkpoint from disk to disk, against a plain copy of the target's bytes.
+
+Makes a random base checkpoint, grows it x2 in width in a child process, and copies the grown files
+with a sync, as growth syncs too; the two take turns. Peak memory is the child's ru_maxrss, against
+the contract: 0.2 x the target's bytes + 2 x its largest tensor + 300 MB.
+
+    python benchmarks/grow.py [--size 0.3B] [--operator shrink_perturb] [--rounds 3]
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from warmcore.checkpoint import Progress, SavedCheckpoint, save_checkpoint
+from warmcore.flops import count_params
+from warmcore.grown import grow_checkpoint
+from warmcore.model import Decoder, init_, parameter_shapes
+from warmcore.optim import build_optimizer, optimizer_tensors
+from warmcore.spec import CheckpointRef, DataSpec, GrowthSpec, ModelSpec, RunSpec
+from warmcore.tensors import TensorStream
+
+# Width, depth and vocabulary of the base; the target is twice as wide.
+SIZES = {"3M": (256, 4, 256), "30M": (512, 9, 2048), "0.3B": (1024, 22, 16384)}
+MB = 1e6
+
+
+def model_of(size: str) -> ModelSpec:
+    width, depth, vocab_size = SIZES[size]
+    return ModelSpec(width=width, depth=depth, head_dim=64, vocab_size=vocab_size)
+
+
+def make_base(size: str, path: Path, *, optimizer: bool) -> SavedCheckpoint:
+    """Random weights; Adam's state after one step on random gradients, where it is wanted."""
+    spec = model_of(size)
+    model = init_(Decoder(spec, context=1), spec, torch.Generator().manual_seed(0))
+    run = RunSpec(model=spec, data=DataSpec(source="stdlib"))
+    adam = build_optimizer(model.named_parameters(), spec, run.train)
+    if optimizer:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        adam.step()
+    return save_checkpoint(
+        path,
+        weights=TensorStream.of(model.state_dict()),
+        optimizer=TensorStream.of(optimizer_tensors(adam)),
+        run=run,
+        data_hash="random",
+        base_hash=None,
+        tokens=0,
+        progress=Progress(),
+    )
+
+
+def grown_run(size: str, base_hash: str, operator: str, rule: str) -> RunSpec:
+    base = model_of(size)
+    target = base.model_copy(
+        update={"width": 2 * base.width, "base_width": base.width, "base_depth": base.depth}
+    )
+    options = {"operator": operator, "optimizer_state": rule}
+    growth = GrowthSpec.model_validate(
+        options | {"base": CheckpointRef(uri="base", hash=base_hash)}
+    )
+    return RunSpec(model=target, data=DataSpec(source="stdlib"), growth=growth)
+
+
+def make_here(arguments: argparse.Namespace) -> None:
+    """What the first child does: the base, and the spec of the run that grows it."""
+    rule = arguments.optimizer_state
+    base = make_base(arguments.size, arguments.folder / "base", optimizer=rule != "reset")
+    run = grown_run(arguments.size, base.hash, arguments.operator, rule)
+    (arguments.folder / "run.json").write_text(run.model_dump_json())
+    print("{}")
+
+
+def grow_here(arguments: argparse.Namespace) -> None:
+    """What the others do: grow, and say how long it took and how much memory it had."""
+    run = RunSpec.model_validate_json((arguments.folder / "run.json").read_text())
+    start = time.perf_counter()
+    grow_checkpoint(arguments.folder / "base", arguments.folder / "grown", run=run)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": seconds, "peak": peak}))
+
+
+def in_child(what: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", what, "--folder", str(folder)]
+    child = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(child.stdout)
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds to copy a folder's files and sync them."""
+    start = time.perf_counter()
+    shutil.copytree(source, target)
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - start
+    shutil.rmtree(target)
+    return seconds
+
+
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    in_child("make", folder)  # a process's ru_maxrss begins at its parent's memory
+    run = RunSpec.model_validate_json((folder / "run.json").read_text())
+    grown, copied = [], []
+    for _ in range(arguments.rounds):
+        grown.append(in_child("grow", folder))
+        copied.append(copy(folder / "grown", folder / "copy"))
+    num_bytes = sum(path.stat().st_size for path in (folder / "grown").iterdir())
+    largest = max(shape.numel() for shape in parameter_shapes(run.model).values()) * 4
+    seconds, copy_seconds = (
+        statistics.median(g["seconds"] for g in grown),
+        statistics.median(copied),
+    )
+    peak, allowed = max(g["peak"] for g in grown), 0.2 * num_bytes + 2 * largest + 300 * MB
+    params, what = (
+        count_params(run.model).total,
+        f"{arguments.operator}, {arguments.optimizer_state}",
+    )
+    print(f"{what}: {params / MB:,.0f} M parameters, {num_bytes / MB:,.0f} MB")
+    ratio = seconds / copy_seconds
+    print(f"grown in {seconds:.2f} s, copied in {copy_seconds:.2f} s: {ratio:.2f} x")
+    print(f"peak {peak / MB:,.0f} MB of {allowed / MB:,.0f} MB allowed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="0.3B")
+    parser.add_argument("--operator", default="shrink_perturb")
+    parser.add_argument("--optimizer-state", default="reset")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--child", choices=("make", "grow"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    match arguments.child:
+        case "make":
+            make_here(arguments)
+        case "grow":
+            grow_here(arguments)
+        case _:
+            with tempfile.TemporaryDirectory() as folder:
+                measure(arguments, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What growth admits and what a user should know about it (torch-free). METHOD §3."""
+
+from collections.abc import Iterator
+
+from warmcore.spec import GrowthOptions, ModelSpec
+
+SAME = ("head_dim", "group_size", "vocab_size", "ffn_ratio", "rope_theta", "parametrization")
+
+
+def check(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> None:
+    """Raise ValueError unless `base` can be grown into `target` with these options."""
+    check_depth(options, base, target)
+    _check_width(options, base, target)
+    for name in SAME:
+        if getattr(base, name) != getattr(target, name):
+            raise ValueError(
+                f"{name} must be the same in base and target: "
+                f"{getattr(base, name)} is not {getattr(target, name)}"
+            )
+    if target.parametrization == "mup":
+        _check_same_base("width", base.base_width or base.width, target.base_width or target.width)
+        _check_same_base("depth", base.base_depth or base.depth, target.base_depth or target.depth)
+    _check_noise(options)
+    _check_optimizer_state(options)
+
+
+def check_depth(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> None:
+    """Raise ValueError unless the depth operator can grow `base` as deep as `target`."""
+    operator = options.depth_operator
+    if target.depth < base.depth:
+        raise ValueError(
+            f"target depth {target.depth} is smaller than base depth {base.depth}; "
+            "growth only deepens"
+        )
+    if target.depth != base.depth and operator is None:
+        raise ValueError(
+            f"target depth {target.depth} differs from base depth {base.depth} and depth_operator "
+            f"is None; use depth {base.depth}, or depth_operator stack, interleave or identity"
+        )
+    if operator in ("stack", "interleave") and target.depth % base.depth:
+        below = target.depth // base.depth * base.depth
+        raise ValueError(
+            f"cannot {operator} depth {base.depth} into {target.depth}: ratio "
+            f"{target.depth / base.depth:g} is not an integer; {below} or {below + base.depth} "
+            "work, or depth_operator identity"
+        )
+
+
+def _check_width(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> None:
+    if target.width < base.width:
+        raise ValueError(
+            f"target width {target.width} is smaller than base width {base.width}; "
+            "growth only widens"
+        )
+    if options.operator in ("clone", "hyperclone") and target.width % base.width:
+        below, above = _integer_ratios(base, target)
+        raise ValueError(
+            f"cannot {options.operator} width {base.width} into {target.width}: ratio "
+            f"{target.width / base.width:g} is not an integer; {below} or {above} work"
+        )
+
+
+def _check_same_base(axis: str, base: int, target: int) -> None:
+    if base != target:
+        raise ValueError(
+            f"base_{axis} must be the same in base and target: {base} is not {target}; "
+            f"set the target's base_{axis} to {base}"
+        )
+
+
+def _check_noise(options: GrowthOptions) -> None:
+    if options.noise and options.copying_operator is None:
+        raise ValueError(
+            f"noise {options.noise:g} needs operator clone, hyperclone or net2net, "
+            f"not {options.operator}; use perturb, or noise 0"
+        )
+
+
+def _check_optimizer_state(options: GrowthOptions) -> None:
+    if options.optimizer_state == "transfer" and options.copying_operator is None:
+        raise ValueError(
+            f"optimizer_state transfer needs operator clone, hyperclone or net2net: "
+            f"{options.operator} appends units that have no past; "
+            "use transfer_old_reset_new or reset"
+        )
+
+
+def warnings(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> Iterator[str]:
+    """Where the target will not compute its base's function although the operator says so."""
+    if options.copying_operator is None:
+        return
+    if target.width % base.width:
+        below, above = _integer_ratios(base, target)
+        yield (
+            f"{options.operator} only approximates the base at width ratio "
+            f"{target.width / base.width:g}, as some units have more copies than others; "
+            f"at width {below} or {above} it is exact"
+        )
+    if target.depth != base.depth and options.depth_operator != "identity":
+        yield (
+            f"depth_operator {options.depth_operator} changes the function that "
+            f"{options.operator} keeps; identity keeps it"
+        )
+
+
+def _integer_ratios(base: ModelSpec, target: ModelSpec) -> tuple[int, int]:
+    """Widths nearest to the target's that are a multiple of the base's."""
+    below = target.width // base.width * base.width
+    return below, below + base.width

@@ -1,0 +1,94 @@
+"""A base checkpoint on the disk, grown tensor by tensor: into a model's memory or to the disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from torch import Generator
+
+from warmcore.checkpoint import (
+    OpenCheckpoint,
+    Progress,
+    SavedCheckpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+from warmcore.growth import Growth
+from warmcore.spec import RunSpec, derived_seed
+from warmcore.tensors import TensorStream, layout_like
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Grown:
+    """A run's initial state, none of it in memory yet. Take the weights before the optimizer."""
+
+    source: OpenCheckpoint
+    growth: Growth
+    generator: Generator
+
+    @classmethod
+    def from_base(cls, run: RunSpec, base: Path) -> Self:
+        """Open the base and plan its growth; the noise is drawn from the run's seed.
+
+        Raises:
+            ValueError: the base model cannot be grown into the run's.
+            CheckpointCorruptError: `base` is not the checkpoint that `run.growth` names.
+        """
+        if run.growth is None:
+            raise ValueError("growth is None: this run does not start from a base checkpoint")
+        source = open_checkpoint(base, expected_hash=run.growth.base.hash)
+        generator = weights_generator(run)
+        growth = Growth.plan(source.manifest.run.model, run.model, run.growth, generator)
+        return cls(source=source, growth=growth, generator=generator)
+
+    @property
+    def weights(self) -> TensorStream:
+        """The target's weights."""
+        growth = self.growth
+        entries = ((n, growth.depth.base_name(n), tuple(s)) for n, s in growth.shapes.items())
+        return TensorStream(
+            layout=layout_like(entries, self.source.weights.layout),
+            tensors=growth.weights(self.source.weights, self.generator),
+        )
+
+    @property
+    def optimizer(self) -> TensorStream:
+        """The target's optimizer; empty for a fresh one."""
+        growth, layout = self.growth, self.source.optimizer.layout
+        entries = (
+            (m.name, m.source, () if m.key == "step" else tuple(growth.shapes[m.parameter]))
+            for m in growth.moment_names(layout)
+        )
+        return TensorStream(
+            layout=layout_like(entries, layout), tensors=growth.moments(self.source.optimizer)
+        )
+
+
+def weights_generator(run: RunSpec) -> Generator:
+    """Draws the run's initial weights, and the noise of growth."""
+    return Generator().manual_seed(derived_seed("weights", run.seed))
+
+
+def grow_checkpoint(
+    base: Path, path: Path, *, run: RunSpec, data_hash: str | None = None
+) -> SavedCheckpoint:
+    """Write the checkpoint that `run` begins with: step 0, to be resumed by `Training.resume`.
+
+    Holds two tensors of the target at a time, and what they are made from. `data_hash` is of the
+    data that the run trains on; None: of the base's.
+
+    Raises:
+        ValueError: the base model cannot be grown into the run's.
+        CheckpointCorruptError: `base` is not the checkpoint that `run.growth` names.
+    """
+    grown = Grown.from_base(run, base)
+    return save_checkpoint(
+        path,
+        weights=grown.weights,
+        optimizer=grown.optimizer,
+        run=run,
+        data_hash=data_hash or grown.source.manifest.data_hash,
+        base_hash=grown.source.hash,
+        tokens=0,
+        progress=Progress(),
+    )

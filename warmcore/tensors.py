@@ -1,0 +1,159 @@
+"""Files of tensors, written and read tensor by tensor, in the safetensors format.
+
+The format is the length of a header (8 bytes, little-endian), the header (JSON: name to dtype,
+shape and place) and the tensors' bytes; so shapes suffice to begin a file. The library's own reader
+maps files into memory, where every page it has touched counts as ours: this one reads.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from warmcore.spec import NonNegativeInt, Spec
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class FileFacts(Spec):
+    """Size and hash of a file."""
+
+    num_bytes: NonNegativeInt
+    sha256: str
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Read a file once."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileFacts(num_bytes=file.tell(), sha256=digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What a tensor will be."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Layout = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorStream:
+    """Tensors to come, in the order of their layout."""
+
+    layout: Layout
+    tensors: Iterator[tuple[str, Tensor]]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Of tensors that are there already; larger elements first, which aligns them all."""
+        items = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+        layout = {n: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for n, t in items}
+        return cls(layout=layout, tensors=iter(items))
+
+
+def write_tensors(path: Path, stream: TensorStream) -> FileFacts:
+    """Write a file from front to back, and hash it on the way.
+
+    While one tensor is written and hashed the next is made: two are held at a time.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    pending: list[Future[Any]] = []
+    with path.open("wb") as file, ThreadPoolExecutor(2) as pool:
+        for chunk in _chunks(stream):
+            _finish(pending)
+            pending = [pool.submit(file.write, chunk), pool.submit(digest.update, chunk)]
+            num_bytes += len(chunk)
+        _finish(pending)
+    return FileFacts(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def _finish(pending: Iterable[Future[Any]]) -> None:
+    for future in pending:
+        future.result()
+
+
+def _chunks(stream: TensorStream) -> Iterator[bytes | memoryview]:
+    yield _header(stream.layout)
+    for (name, tensor), (due, info) in zip(stream.tensors, stream.layout.items(), strict=True):
+        found = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
+        assert (name, found) == (due, info)
+        yield _bytes_of(tensor.detach().cpu().contiguous())
+
+
+def _header(layout: Layout) -> bytes:
+    """Length and JSON, padded with spaces so that the tensors begin at a multiple of 8."""
+    fields: dict[str, object] = {}
+    start = 0
+    for name, info in layout.items():
+        assert start % info.dtype.itemsize == 0, f"{name} would not be aligned"
+        end = start + info.num_bytes
+        dtype, shape = NAMES[info.dtype], list(info.shape)
+        fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        start = end
+    content = json.dumps(fields, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    return len(content).to_bytes(8, "little") + content
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Memory of a contiguous tensor on the CPU."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Tensors of a file, each read when it is asked for, and again when asked again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        self.layout: Layout = {
+            name: TensorInfo(dtype=DTYPES[entry["dtype"]], shape=tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+        self._starts = {name: 8 + length + e["data_offsets"][0] for name, e in header.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        info = self.layout[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        with self._path.open("rb") as file:
+            file.seek(self._starts[name])
+            num_read = file.readinto(_bytes_of(tensor))
+        assert num_read == info.num_bytes, f"{self._path} ends inside {name}"
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+def layout_like(shapes: Iterable[tuple[str, str, tuple[int, ...]]], source: Layout) -> Layout:
+    """Layout of (name, name in `source`, shape), each in the dtype of its source."""
+    return {n: TensorInfo(dtype=source[s].dtype, shape=shape) for n, s, shape in shapes}
