@@ -43,9 +43,7 @@ def create(
 
 def submit(client: "Client", spec: dict[str, Any]) -> dict[str, Any]:
     """Submit a study under a key of its own, so that a retry cannot make a second one."""
-    from service.protocol import IDEMPOTENCY_HEADER
-
-    return client.post("/v1/studies", spec, **{IDEMPOTENCY_HEADER: str(uuid.uuid4())})
+    return client.post("/v1/studies", spec, idempotency_key=str(uuid.uuid4()))
 
 
 @study.command(name="list")

@@ -147,11 +147,12 @@ class Client:
         path: str,
         body: dict[str, Any] | None = None,
         *,
+        idempotency_key: str | None = None,
         retry: bool = False,
-        **headers: str,
     ) -> Any:
         """POST `body` to `path` and return its JSON; `retry` where twice is the same as once."""
-        retry = retry or IDEMPOTENCY_HEADER in headers
+        headers = {} if idempotency_key is None else {IDEMPOTENCY_HEADER: idempotency_key}
+        retry = retry or idempotency_key is not None
         return _json(self.request("POST", path, body=body or {}, headers=headers, retry=retry))
 
     def lease(self, request: LeaseRequest) -> tuple[Lease, ...]:

@@ -5,7 +5,6 @@ import pytest
 
 from service import client as clients
 from service.client import Client, ServiceError
-from service.protocol import IDEMPOTENCY_HEADER
 
 LOST = httpx.ReadError("connection reset")
 UNSENT = httpx.ConnectError("connection refused")
@@ -57,7 +56,7 @@ def test_what_never_left_is_sent_again(client, answering):
 @pytest.mark.parametrize("lost", [LOST, BUSY, UNSENT])
 def test_what_counts_once_is_sent_until_it_is_answered(client, answering, lost):
     answering(lost, lost, DONE)
-    assert client.post("/v1/studies", {}, **{IDEMPOTENCY_HEADER: "key"}) == {"done": True}
+    assert client.post("/v1/studies", {}, idempotency_key="key") == {"done": True}
     answering(lost, lost, DONE)
     assert client.post("/v1/studies/a/pause", retry=True) == {"done": True}
     answering(lost, lost, DONE)

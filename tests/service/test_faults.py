@@ -189,9 +189,9 @@ def test_a_study_may_name_the_corpus_it_expects(api, study_spec, corpus):
 
 def test_the_same_key_gives_the_same_study_though_the_corpus_has_changed(api, study_spec, corpus):
     spec = study_spec()
-    first = api.client.post("/v1/studies", spec, **{"Idempotency-Key": "k"})
+    first = api.client.post("/v1/studies", spec, idempotency_key="k")
     (corpus / "more.txt").write_text("one more document\n" * 40)
-    assert api.client.post("/v1/studies", spec, **{"Idempotency-Key": "k"}) == first
+    assert api.client.post("/v1/studies", spec, idempotency_key="k") == first
 
 
 def test_leasing_from_a_study_that_does_not_exist_is_a_404(worker):

@@ -168,9 +168,9 @@ def test_parameters_off_the_search_space_are_refused_by_name_and_value(api, subm
 
 def test_the_same_idempotency_key_gives_the_same_study(api, study_spec):
     spec = study_spec()
-    first = api.client.post("/v1/studies", spec, **{"Idempotency-Key": "k1"})
-    assert api.client.post("/v1/studies", spec, **{"Idempotency-Key": "k1"}) == first
-    other = problem(api.client.post, "/v1/studies", study_spec(), **{"Idempotency-Key": "k1"})
+    first = api.client.post("/v1/studies", spec, idempotency_key="k1")
+    assert api.client.post("/v1/studies", spec, idempotency_key="k1") == first
+    other = problem(api.client.post, "/v1/studies", study_spec(), idempotency_key="k1")
     assert (other.status, other.type) == (409, "urn:warmscale:idempotency-key-reused")
 
 
