@@ -120,7 +120,8 @@ class Dispatcher:
         return not self._is_asking and self._kill_at is None and time.monotonic() >= self._ask_at
 
     def _ask(self) -> None:
-        self._nodes.update(self._engine.nodes())
+        total, available = self._engine.nodes(), self._engine.available()
+        self._nodes.update(total, available, now=time.monotonic())
         offer = self._nodes.offer()
         if offer is None:
             return
@@ -174,8 +175,9 @@ class Dispatcher:
             self._tell_failure(lease, error)
             return
         token = lease.lease_token
-        self._nodes.place(token, Placement(node=node, resources=lease.resources))
-        self._running[token] = _Running(lease=lease, handle=handle, started=time.monotonic())
+        now = time.monotonic()
+        self._nodes.place(token, Placement(node=node, resources=lease.resources), now=now)
+        self._running[token] = _Running(lease=lease, handle=handle, started=now)
         log.info(
             "lease run=%s study=%s kind=%s trial=%s attempt=%d cpus=%d gpus=%g",
             *(lease.run_id, lease.study_name, lease.kind, lease.trial_number, lease.attempt),

@@ -9,11 +9,12 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node  # Ray exports only the sum of nodes
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -51,7 +52,8 @@ class Handle:
 class Engine:
     """A connection to Ray."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool) -> None:
+        self._is_shared = shared
         self._node_id = ray.get_runtime_context().get_node_id()
         self._asking = ThreadPoolExecutor(max_workers=1)
 
@@ -61,14 +63,28 @@ class Engine:
         Raises:
             RayLostError: this node is not among them, or nobody answers.
         """
-        try:  # without its GCS, Ray would block for a minute and then abort the process
-            alive = nodes.from_ray(self._asking.submit(ray.nodes).result(_ANSWER_SECONDS))
-        except (TimeoutError, RayError) as error:
-            why = str(error) or f"nothing for {_ANSWER_SECONDS:g} s"
-            raise RayLostError(f"Ray does not answer: {why}") from error
+        alive = nodes.from_ray(self._answer(ray.nodes))
         if self._node_id not in alive:
             raise RayLostError(f"Ray says that node {self._node_id}, which is this one, is dead")
         return alive
+
+    def available(self) -> dict[str, Resources]:
+        """Return what no task holds on every node; of our own Ray, all: we know what we placed.
+
+        Raises:
+            RayLostError: nobody answers.
+        """
+        if not self._is_shared:
+            return self.nodes()
+        raw = self._answer(available_resources_per_node)
+        return {node: nodes.resources(free) for node, free in raw.items()}
+
+    def _answer(self, ask: Callable[[], Any]) -> Any:
+        try:  # without its GCS, Ray would block for a minute and then abort the process
+            return self._asking.submit(ask).result(_ANSWER_SECONDS)
+        except (TimeoutError, RayError) as error:
+            why = str(error) or f"nothing for {_ANSWER_SECONDS:g} s"
+            raise RayLostError(f"Ray does not answer: {why}") from error
 
     def submit(
         self, lease: Lease, node: str, connection: process.Connection, checkpoint_seconds: float
@@ -88,11 +104,11 @@ class Engine:
         return Handle(ref=ref, future=ref.future())
 
     def warm_up(self, timeout_seconds: float = 120.0) -> set[int]:
-        """Start a worker process per slot, with kernels loaded; gives the process ids."""
+        """Start a worker process per free slot, with kernels loaded; gives the process ids."""
         refs = [
             _on(slot, process.warm_up).remote(device=None if slot.resources.gpus else "cpu")
-            for node, total in self.nodes().items()
-            for slot in _slots(node, total)
+            for node, free in self.available().items()
+            for slot in _slots(node, free)
         ]
         return set(ray.get(refs, timeout=timeout_seconds))
 
@@ -131,7 +147,7 @@ def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engi
         },
     )
     with _shutting_down():
-        yield Engine()
+        yield Engine(shared=False)
 
 
 def _num_cpus() -> int:
@@ -144,7 +160,7 @@ def cluster(address: str) -> Generator[Engine]:
     """Join the Ray cluster at `address`, from inside its network."""
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     with _shutting_down():
-        yield Engine()
+        yield Engine(shared=True)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,9 @@ class _Engine:
     def nodes(self) -> dict[str, Resources]:
         return {"a": Resources(cpus=1), "b": Resources(cpus=2)}
 
+    def available(self) -> dict[str, Resources]:
+        return self.nodes()
+
     def submit(self, lease, node, connection, checkpoint_seconds) -> _Handle:
         if self.refusal is not None:
             raise self.refusal

@@ -4,7 +4,7 @@ from workers.nodes import Nodes, Placement, from_ray
 
 def _nodes(**total: Resources) -> Nodes:
     nodes = Nodes()
-    nodes.update(total)
+    nodes.update(total, total, now=0.0)
     return nodes
 
 
@@ -14,13 +14,13 @@ def _placement(node: str, cpus: int, gpus: float = 0.0) -> Placement:
 
 def test_what_is_placed_is_not_offered_again() -> None:
     nodes = _nodes(a=Resources(cpus=3))
-    nodes.place("run", _placement("a", 2))
+    nodes.place("run", _placement("a", 2), now=-9.0)
     assert nodes.offer() == _placement("a", 1)
 
 
 def test_what_is_removed_is_offered_again() -> None:
     nodes = _nodes(a=Resources(cpus=3))
-    nodes.place("run", _placement("a", 3))
+    nodes.place("run", _placement("a", 3), now=-9.0)
     assert nodes.offer() is None
     nodes.remove("run")
     assert nodes.offer() == _placement("a", 3)
@@ -37,30 +37,30 @@ def test_tenths_of_a_gpu_add_up() -> None:
     nodes = _nodes(a=Resources(cpus=0, gpus=1.0))
     for run in range(10):
         assert nodes.offer().resources.gpus == round(1.0 - run / 10, 1)
-        nodes.place(run, _placement("a", 0, 0.1))
+        nodes.place(run, _placement("a", 0, 0.1), now=-9.0)
     assert nodes.offer() is None
 
 
 def test_above_one_gpu_whole_ones_are_offered() -> None:
     nodes = _nodes(a=Resources(cpus=4, gpus=3.0))
-    nodes.place("half", _placement("a", 1, 0.5))
+    nodes.place("half", _placement("a", 1, 0.5), now=-9.0)
     assert nodes.offer() == _placement("a", 3, 2.0)
-    nodes.place("two", _placement("a", 1, 2.0))
+    nodes.place("two", _placement("a", 1, 2.0), now=-9.0)
     assert nodes.offer() == _placement("a", 2, 0.5)
 
 
 def test_runs_of_a_lost_node_hold_nothing_elsewhere() -> None:
     nodes = _nodes(a=Resources(cpus=1), b=Resources(cpus=1))
-    nodes.place("run", _placement("a", 1))
-    nodes.update({"b": Resources(cpus=1)})
+    nodes.place("run", _placement("a", 1), now=-9.0)
+    nodes.update({"b": Resources(cpus=1)}, {"b": Resources(cpus=1)}, now=0.0)
     assert nodes.offer() == _placement("b", 1)
     nodes.remove("run")
 
 
 def test_a_node_that_shrank_offers_nothing_rather_than_less() -> None:
     nodes = _nodes(a=Resources(cpus=4))
-    nodes.place("run", _placement("a", 4))
-    nodes.update({"a": Resources(cpus=2)})
+    nodes.place("run", _placement("a", 4), now=-9.0)
+    nodes.update({"a": Resources(cpus=2)}, {"a": Resources(cpus=2)}, now=0.0)
     assert nodes.offer() is None
 
 
@@ -74,3 +74,19 @@ def test_only_nodes_that_are_alive_count() -> None:
         "a": Resources(cpus=2, gpus=1.0),
         "c": Resources(cpus=0, gpus=0.0),
     }
+
+
+def test_what_others_use_is_not_offered() -> None:
+    nodes = _nodes(a=Resources(cpus=8), b=Resources(cpus=8))
+    total = {"a": Resources(cpus=8, gpus=1.0), "b": Resources(cpus=8)}
+    nodes.update(total, {"a": Resources(cpus=3, gpus=0.25)}, now=0.0)
+    assert nodes.offer() == nodes.offer() == _placement("a", 3, 0.25)
+
+
+def test_a_run_placed_just_now_is_not_free_because_ray_counts_it_late() -> None:
+    nodes, total = Nodes(), {"a": Resources(cpus=8)}
+    nodes.place("run", _placement("a", 2), now=0.0)
+    nodes.update(total, {"a": Resources(cpus=4)}, now=0.01)  # others have 4, and ours is to come
+    assert nodes.offer() == _placement("a", 2)
+    nodes.update(total, {"a": Resources(cpus=2)}, now=2.0)
+    assert nodes.offer() == _placement("a", 2)
