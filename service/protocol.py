@@ -1,9 +1,9 @@
 """The wire messages between workers and the service (v1); neither FastAPI nor SQLAlchemy here."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from warmcore.spec import CheckpointRef, RunSpec
 
@@ -34,15 +34,6 @@ class Resources(Message):
 
     cpus: Annotated[int, Field(ge=0, le=4096)] = 1
     gpus: Annotated[float, Field(ge=0, le=1024, allow_inf_nan=False)] = 0.0
-
-    @model_validator(mode="after")
-    def _is_a_share(self) -> Self:
-        """Ray counts GPUs in ten-thousandths up to one, and whole above."""
-        unit = 1.0 if self.gpus > 1 else 1e-4
-        if abs(self.gpus / unit - round(self.gpus / unit)) > 1e-9 / unit:
-            near = max(round(self.gpus / unit), 1) * unit
-            raise ValueError(f"gpus {self.gpus} is no multiple of {unit:g}; {near:g} would work")
-        return self
 
     def fits(self, free: "Resources") -> bool:
         """Whether these fit into what is free."""

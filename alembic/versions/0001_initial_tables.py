@@ -236,10 +236,18 @@ def upgrade() -> None:
         schema="warmscale",
     )
     op.create_index(
-        "ix_events_run_id_xid_id", "events", ["run_id", "xid", "id"], unique=False, schema="warmscale"
+        "ix_events_run_id_xid_id",
+        "events",
+        ["run_id", "xid", "id"],
+        unique=False,
+        schema="warmscale",
     )
     op.create_index(
-        "ix_events_study_id_xid_id", "events", ["study_id", "xid", "id"], unique=False, schema="warmscale"
+        "ix_events_study_id_xid_id",
+        "events",
+        ["study_id", "xid", "id"],
+        unique=False,
+        schema="warmscale",
     )
     op.create_table(
         "measurements",

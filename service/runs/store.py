@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from service.cursor import decode_cursor, encode_cursor
 from service.errors import bad_field, conflict, not_found
 from service.events import record
-from service.lifecycle import after_attempt, retry_delay_seconds
+from service.lifecycle import FINAL_RUN_STATES, after_attempt, retry_delay_seconds
 from service.protocol import (
     CheckpointReport,
     CheckpointView,
@@ -107,9 +107,9 @@ def renew(session: Session, run_id: str, token: str, lease_seconds: float) -> Ru
 
 
 def _ended(session: Session, run_id: str, token: str) -> str | None:
-    """The state of a run whose last lease was this one and is over; None for a stale lease."""
+    """The final state of a run whose last lease was this one; None for a lease that is stale."""
     run = get(session, run_id)
-    mine = run.lease_token == token and run.state != "leased"
+    mine = run.lease_token == token and run.state in FINAL_RUN_STATES
     return run.state if mine else None
 
 
@@ -241,6 +241,7 @@ def end_attempt(
     run.state, run.error, run.diverged = state, error, outcome == "diverged"
     run.lease_expires_at = None
     if state == "queued":
+        run.lease_token = None
         delay = retry_delay_seconds(run.failures) if outcome == "failed" else 0.0
         run.available_at = func.now() + timedelta(seconds=delay)
     else:

@@ -26,6 +26,7 @@ from warmcore.spec import (
 SamplerName = Literal["tpe", "random", "cmaes", "gp", "qmc", "grid"]
 PrunerName = Literal["hyperband", "successive_halving", "median", "none"]
 MAX_TOKENS = 10**18
+GPU_TOLERANCE = 1e-9
 
 
 class TargetSpec(Spec):
@@ -60,6 +61,17 @@ class StudyResources(Spec):
 
     trial: Resources = Resources()
     target: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _are_shares(self) -> Self:
+        """Ray counts GPUs in ten-thousandths up to one, and whole above."""
+        for name, needs in (("trial", self.trial), ("target", self.target)):
+            unit = 1.0 if needs.gpus > 1 else 1e-4
+            if abs(needs.gpus / unit - round(needs.gpus / unit)) > GPU_TOLERANCE / unit:
+                near = max(round(needs.gpus / unit), 1) * unit
+                message = f"{needs.gpus} is no multiple of {unit:g}; {near:g} would work"
+                raise FieldError(f"{name}.gpus", needs.gpus, message)
+        return self
 
 
 class StudySpec(Spec):

@@ -209,14 +209,6 @@ def test_a_grid_trial_that_is_adopted_keeps_its_point(api, submit, worker):
     assert sorted(lease.params["lr"] for lease in worker.lease(3)) == [0.001, 0.002, 0.004]
 
 
-def test_a_run_given_back_twice_is_given_back_once(api, submit, worker):
-    submit(hpo=ONE)
-    lease = worker.one()
-    assert worker.finish(lease, "released") == "queued"
-    assert worker.finish(lease, "released") == "queued"
-    assert api.client.get("/v1/runs")["items"][0]["attempt"] == 1
-
-
 def test_studies_are_found_by_id_before_name(api, submit):
     first = submit()
     with api.sessions() as session:

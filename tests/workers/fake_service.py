@@ -97,7 +97,10 @@ class FakeService:
 
     def _answer(self, path: str, token: str | None, body: bytes) -> BaseModel:
         if path == "/v1/leases":
-            return self._lease(LeaseRequest.model_validate_json(body))
+            request = LeaseRequest.model_validate_json(body)
+            if request.study not in {None, *(run.study for run in self.runs.values())}:
+                raise not_found("study", str(request.study))
+            return self._lease(request)
         match = _WRITE.fullmatch(path)
         if match is None:
             raise not_found("path", path)

@@ -99,7 +99,8 @@ def test_what_does_not_fit_keeps_nothing_waiting_behind_it(service, worker):
 
 def test_runs_are_leased_by_study_and_by_kind(service, worker):
     first, second = service.offer(), service.offer()
-    assert worker.lease(8, study="another") == ()
+    with pytest.raises(ServiceError, match="404"):
+        worker.lease(8, study="another")
     assert worker.lease(8, kinds=("target",)) == ()
     (lease,) = worker.lease(8, study=second, kinds=("trial",))
     assert (lease.study_name, lease.kind) == (second, "trial")
