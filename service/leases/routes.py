@@ -23,7 +23,6 @@ async def lease(body: LeaseRequest, request: Request) -> LeaseReply:
         leases = await run_in_threadpool(
             store.lease, state.sessions, state.sampler, state.settings, state.presence, body
         )
-        over = time.monotonic() >= deadline or state.stopping.is_set()
-        if leases or over or await request.is_disconnected():
+        if leases or time.monotonic() >= deadline or await request.is_disconnected():
             return LeaseReply(leases=leases)
         await asyncio.sleep(_POLL_SECONDS)

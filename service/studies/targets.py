@@ -45,12 +45,9 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
         overridden_train(spec.train, request.target, "target")
     except FieldError as error:
         raise bad_field(error.path, error.value, str(error)) from None
+    pairs = _pairs(spec, warmstart, base)
     try:
-        check_size(
-            target_run(
-                spec, model, request.target.train, _pairs(spec, warmstart, base)[0], warmstart
-            )
-        )
+        check_size(target_run(spec, model, request.target.train, pairs[0], warmstart))
     except ValueError as error:
         raise bad_field("target.train", request.target.train, reason(error)) from None
     launch = 1 + (session.scalar(select(func.max(Run.launch)).where(Run.study_id == study.id)) or 0)
@@ -65,7 +62,7 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
             warmstart=warmstart,
             launch=launch,
         )
-        for new in _pairs(spec, warmstart, base)
+        for new in pairs
     ]
 
 

@@ -1,7 +1,5 @@
 """Studies from submission to verdict, driven by hand: states, targets, reading."""
 
-import time
-
 import httpx
 import pytest
 
@@ -289,4 +287,3 @@ def test_an_answer_is_committed_before_it_is_sent(api, study_spec):
     for _ in range(20):
         study = api.client.post("/v1/studies", study_spec())
         assert api.client.get(f"/v1/studies/{study['id']}")["id"] == study["id"]
-    time.sleep(0)
