@@ -33,7 +33,6 @@ up: $(READY)
 	$(BIN)/warmscale up
 
 bench: $(READY)
-	$(BIN)/pip install --quiet --editable ".[hf]"
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
 # torch goes first and pinned: where a small CPU build is provided, that is how pip finds it.

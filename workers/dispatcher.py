@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _MAX_RUNS = 64  # the protocol's
 # While runs run, more may soon be free than was offered: ask for little time, then for all of it.
 _BUSY_WAIT_SECONDS = 1.0
-_IDLE_WAIT_SECONDS = 5.0
+_IDLE_WAIT_SECONDS = 2.0
 _PAUSE_SECONDS = 0.2
 _AWAY_FIRST_SECONDS = 1.0
 _AWAY_MAX_SECONDS = 15.0

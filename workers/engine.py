@@ -22,10 +22,12 @@ from service.protocol import Lease, Resources
 from workers import nodes, process
 from workers.failures import UnrunnableError
 from workers.nodes import Placement
+from workers.stop import exit_unless_done
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; results are single words
 _ANSWER_SECONDS = 8.0
 _HEALTH_CHECK_SECONDS = 1.0  # a raylet is dead after five refused; of Ray's own 3 s that takes 15
+_SHUTDOWN_SECONDS = 15.0
 _IDLE_SECONDS = 24 * 3600  # keep worker processes warm between runs; Ray's own default is a second
 
 
@@ -168,4 +170,6 @@ def _shutting_down() -> Generator[None]:
     try:
         yield
     finally:
+        watch = exit_unless_done(_SHUTDOWN_SECONDS, code=1)
         ray.shutdown()
+        watch.cancel()

@@ -2,24 +2,24 @@
 
 The API key comes from the environment alone (WARMSCALE_API_KEY): a command line is public on its
 machine. SIGTERM or Ctrl-C drains: every run publishes a checkpoint and is given back, exit 0; a
-second one exits at once, and Ray's processes with it. A fleet that lost its Ray exits with 1.
+second one, or one while Ray still starts, exits at once, and Ray's processes with it. A fleet that
+lost its Ray exits with 1.
 """
 
 import argparse
 import contextlib
 import logging
 import os
-import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from workers import environment
 from workers.link import FleetRefusedError
+from workers.stop import Stop
 
 if TYPE_CHECKING:
     from workers.dispatcher import Dispatcher
@@ -41,16 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.suppress(KeyboardInterrupt))  # Ctrl-C while Ray starts
-        # Ray prints a paragraph there for every lost process; our log has a line for it.
-        silence = stack.enter_context(Path(os.devnull).open("w"))
-        stack.enter_context(contextlib.redirect_stdout(silence))
-        return _work(args, api_key)
-    return 128 + signal.SIGINT
+    stop = Stop()
+    # Ray prints a paragraph there for every lost process; our log has a line for it.
+    with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
+        return _work(args, api_key, stop)
 
 
-def _work(args: argparse.Namespace, api_key: str) -> int:
+def _work(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
     started = time.monotonic()
     with _engine(args) as engine:
         from workers.dispatcher import Dispatcher, Options  # noqa: PLC0415 - see `_engine`
@@ -66,8 +63,8 @@ def _work(args: argparse.Namespace, api_key: str) -> int:
             drain_seconds=args.drain_seconds,
         )
         dispatcher = Dispatcher(engine, options)
-        _drain_on_signals(dispatcher)
         processes = engine.warm_up()
+        stop.drains(dispatcher.drain)
         log.info(
             "ready fleet=%s processes=%d seconds=%.1f",
             *(args.name, len(processes), time.monotonic() - started),
@@ -100,19 +97,6 @@ def _engine(args: argparse.Namespace) -> contextlib.AbstractContextManager["Engi
     if args.ray_address is None:
         return engine.local(cpus=args.cpus, gpus=args.gpus)
     return engine.cluster(args.ray_address)
-
-
-def _drain_on_signals(dispatcher: "Dispatcher") -> None:
-    signals: list[int] = []
-
-    def on_signal(signum: int, _frame: FrameType | None) -> None:
-        signals.append(signum)
-        if len(signals) > 1:
-            os._exit(128 + signum)
-        dispatcher.drain()
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, on_signal)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -43,21 +43,25 @@ class Up:
         """Send a signal; give the exit code and what was said."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        _, said = self.process.communicate(timeout=seconds)
+        try:
+            _, said = self.process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
+            raise
         return self.process.returncode, said
 
 
 @pytest.fixture
 def up(home):
-    started = []
+    with contextlib.ExitStack() as started:
 
-    def start(*options, folder=home):
-        started.append(Up(folder, "--port", "0", *options))
-        return started[-1]
+        def start(*options, folder=home):
+            one = Up(folder, "--port", "0", *options)
+            started.callback(one.end)
+            return one
 
-    yield start
-    for one in started:
-        one.end()
+        yield start
 
 
 @pytest.fixture

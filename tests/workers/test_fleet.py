@@ -92,6 +92,18 @@ def test_sigterm_publishes_a_checkpoint_gives_every_run_back_and_leaves_no_proce
     _wait_until_gone(set(below))
 
 
+def test_a_signal_while_ray_starts_ends_the_fleet_at_once_and_leaves_no_process(
+    shared_url, start_fleet
+) -> None:
+    fleet = start_fleet(shared_url, "--cpus", "1")
+    while not any("raylet" in title for title in fleet.descendants().values()):
+        time.sleep(0.01)
+    below = fleet.descendants()
+    fleet.signal(signal.SIGTERM)
+    assert fleet.process.wait(timeout=3) == 128 + signal.SIGTERM
+    _wait_until_gone(set(below))
+
+
 def test_after_kill_9_nothing_trains_on_and_a_fresh_fleet_resumes(
     shared_url, shared_fake, start_fleet, make_spec
 ) -> None:

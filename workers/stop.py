@@ -1,0 +1,62 @@
+"""SIGTERM and Ctrl-C, heard by a thread of their own.
+
+Python runs a signal's handler in the main thread alone, which Ray's start and end can hold in C++
+for as long as a minute, and Ray puts its own handler there, which exits by way of Ray's shutdown.
+The wakeup file descriptor is written at once, whatever the main thread does.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stop:
+    """The first signal drains what can be drained; else, and the second time, the process ends.
+
+    Ray's processes die with this one (the kernel tells them), so ending at once leaves none behind.
+    """
+
+    def __init__(self) -> None:
+        """Listen from here on. To be made in the main thread."""
+        self._drain: Callable[[], None] | None = None
+        self._reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._install()
+        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+
+    def drains(self, drain: Callable[[], None]) -> None:
+        """Call `drain`, in this object's thread, at the first signal. Again in the main thread."""
+        self._drain = drain
+        self._install()  # Ray has put its own there in the meantime
+
+    def _listen(self) -> None:
+        while True:
+            for number in os.read(self._reader, 64):
+                if number in SIGNALS:
+                    self._hear(number)
+
+    def _hear(self, number: int) -> None:
+        drain, self._drain = self._drain, None
+        if drain is None:
+            os._exit(128 + number)
+        drain()
+
+    def _install(self) -> None:
+        def heard(_number: int, _frame: FrameType | None) -> None:
+            """The thread has it."""
+
+        for number in SIGNALS:
+            signal.signal(number, heard)
+
+
+def exit_unless_done(seconds: float, code: int) -> threading.Timer:
+    """A started timer that ends this process with `code` unless it is cancelled."""
+    timer = threading.Timer(seconds, os._exit, (code,))
+    timer.daemon = True
+    timer.start()
+    return timer
