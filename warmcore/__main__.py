@@ -1,9 +1,10 @@
-"""`python -m warmcore run.yaml`: one run, no service.
+"""`python -m warmcore run.yaml`: one run, no service; a trunk with the run of each of its branches.
 
 Writes `measurements.jsonl` and checkpoints below `--out`, and continues from the newest good
 checkpoint there. The curve has one line per evaluation and per `log_every` steps, in the order of
 events; at a checkpoint their number follows from the run's progress, so that whatever a killed
-process wrote after it is cut off and written again.
+process wrote after it is cut off and written again. A branch has the same in a folder of its own
+(`tpp-5` at 5 tokens per parameter), where its curve begins at its trunk's checkpoint.
 
 Exit codes: 0 finished, 2 bad spec, 3 diverged, 130 interrupted (run it again to continue).
 """
@@ -26,14 +27,16 @@ import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from warmcore.branching import branch_of, branch_steps, evaluations_of, start_step
 from warmcore.checkpoint import (
     CheckpointCorruptError,
+    Progress,
     checkpoint_path,
     list_checkpoints,
     read_manifest,
 )
 from warmcore.data import Corpus, prepare
-from warmcore.spec import RunSpec
+from warmcore.spec import CheckpointRef, RunSpec
 from warmcore.train import DivergedEvent, EvaluationEvent, Event, StepEvent, Training
 
 log = logging.getLogger("warmcore")
@@ -52,11 +55,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec = read_spec(options.spec)
         corpus = prepare(spec.data)
         out: Path = options.out or Path("runs") / options.spec.stem
-        run = LocalRun(spec, corpus, out, checkpoint_seconds=options.checkpoint_seconds)
-        return run.finish()
+        return train(spec, corpus, out, checkpoint_seconds=options.checkpoint_seconds)
     except (ValueError, CheckpointCorruptError) as error:
         log.error("%s", error)  # noqa: TRY400 - a message for the user, not a traceback
         return BAD_SPEC
+
+
+def train(spec: RunSpec, corpus: Corpus, out: Path, *, checkpoint_seconds: float) -> int:
+    """Run `spec`, and then each of its branches in turn; return the exit code."""
+    run = LocalRun(spec, corpus, out, checkpoint_seconds=checkpoint_seconds)
+    code = run.finish()
+    for budget, step in zip(spec.branches, branch_steps(spec), strict=True):
+        if code != FINISHED:
+            return code
+        path = checkpoint_path(run.checkpoints, step).resolve()
+        branch = branch_of(spec, budget, _reference(str(path), "trunk"))
+        log.info("cooling down at %g tokens per parameter, from step %d", budget, step)
+        folder = out / f"tpp-{budget:g}"
+        code = LocalRun(branch, corpus, folder, checkpoint_seconds=checkpoint_seconds).finish()
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def read_spec(path: Path) -> RunSpec:
-    """Read a RunSpec from YAML, in which `growth.base` may be just a checkpoint's path.
+    """Read a RunSpec from YAML: `growth.base` and `trunk` may be just a checkpoint's path.
 
     Raises:
         ValueError: a line per wrong field: its name, its value and what works.
@@ -79,32 +96,42 @@ def read_spec(path: Path) -> RunSpec:
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     try:
-        return RunSpec.model_validate(_with_base_hash(fields))
+        return RunSpec.model_validate(_with_hashes(fields))
     except ValidationError as error:
         lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
         raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
 
 
-def _with_base_hash(fields: Any) -> Any:
+def _with_hashes(fields: Any) -> Any:
     match fields:
         case {"growth": {"base": str(uri)} as growth}:
-            _, found = read_manifest(local_path(uri))
-            return fields | {"growth": growth | {"base": {"uri": uri, "hash": found}}}
+            found = _reference(uri, "growth.base").model_dump()
+            return _with_hashes(fields | {"growth": growth | {"base": found}})
+        case {"trunk": str(uri)}:
+            return fields | {"trunk": _reference(uri, "trunk").model_dump()}
         case _:
             return fields
 
 
-def local_path(uri: str) -> Path:
-    """Path of a plain path or a file:// URI."""
+def _reference(uri: str, field: str) -> CheckpointRef:
+    """The local checkpoint that is there now."""
+    _, found = read_manifest(local_path(uri, field))
+    return CheckpointRef(uri=uri, hash=found)
+
+
+def local_path(uri: str, field: str) -> Path:
+    """Path of a plain path or a file:// URI in `field`."""
     parts = urlsplit(uri)
     if parts.scheme not in ("", "file"):
-        raise ValueError(f"growth.base.uri {uri} is not local; a path or a file:// URI works here")
+        raise ValueError(f"{field}.uri {uri} is not local; a path or a file:// URI works here")
     return Path(unquote(parts.path) if parts.scheme else uri).expanduser()
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
     """`train.lr = -1: Input should be greater than 0`; for an unknown key, the known ones."""
-    *parents, name = problem["loc"] or ("spec",)
+    if not problem["loc"]:  # of the whole: which fields are meant, the message says
+        return str(problem["msg"]).removeprefix("Value error, ")
+    *parents, name = problem["loc"]
     where = ".".join(map(str, (*parents, name)))
     if problem["type"] == "extra_forbidden":
         return f"{where} is not a field; {', '.join(_fields_at(parents))} are"
@@ -129,11 +156,13 @@ class LocalRun:
         self, spec: RunSpec, corpus: Corpus, out: Path, *, checkpoint_seconds: float
     ) -> None:
         self._spec = spec
-        self._checkpoints = out / "checkpoints"
+        self.checkpoints = out / "checkpoints"
+        self._branch_steps = branch_steps(spec)
+        self._saved: Progress | None = None
         self._measurements = out / "measurements.jsonl"
         self._checkpoint_seconds = checkpoint_seconds
         self._interrupted = False
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._training = self._resumed(corpus) or self._started(corpus)
 
     def finish(self) -> int:
@@ -151,38 +180,47 @@ class LocalRun:
                     self._save(file)
                     log.info("interrupted at step %d; run again to continue", training.step)
                     return INTERRUPTED
-                if time.monotonic() - saved_at >= self._checkpoint_seconds:
+                late = time.monotonic() - saved_at >= self._checkpoint_seconds
+                if late or self._branches_at(event):
                     self._save(file)
                     saved_at = time.monotonic()
             self._save(file)
         log.info("finished: val_loss_nats=%.4f", training.last_val_loss_nats)
         return FINISHED
 
+    def _branches_at(self, event: Event) -> bool:
+        return isinstance(event, EvaluationEvent) and event.step in self._branch_steps
+
     def _interrupt(self, _number: int, _frame: object) -> None:
         self._interrupted = True  # the state is whole only between events
 
     def _resumed(self, corpus: Corpus) -> Training | None:
-        for path in list_checkpoints(self._checkpoints):
+        for path in list_checkpoints(self.checkpoints):
             try:
                 training = Training.resume(self._spec, corpus, path)
                 self._cut_measurements(self._num_measured(training))
             except (CheckpointCorruptError, _MeasurementsMissingError) as error:
                 log.warning("skipped %s", error)
                 continue
+            self._saved = training.progress
             log.info("resumed from %s", path)
             return training
         return None
 
     def _started(self, corpus: Corpus) -> Training:
-        growth = self._spec.growth
-        base = local_path(growth.base.uri) if growth else None
+        ref = self._spec.start_checkpoint
+        field = "trunk" if self._spec.trunk else "growth.base"
+        base = local_path(ref.uri, field) if ref else None
         training = Training.start(self._spec, corpus, base=base)
         self._measurements.write_text("")
         return training
 
     def _num_measured(self, training: Training) -> int:
-        evaluations = len(training.progress.val_losses_nats)
-        return training.step // self._spec.train.log_every + evaluations
+        """Lines up to here; those up to a branch's beginning are its trunk's."""
+        log_every, start = self._spec.train.log_every, start_step(self._spec)
+        before = sum(step <= start for step in evaluations_of(self._spec)) if start else 0
+        evaluations = len(training.progress.val_losses_nats) - before
+        return training.step // log_every - start // log_every + evaluations
 
     def _cut_measurements(self, num_lines: int) -> None:
         """Keep the first `num_lines`; what follows belongs to steps that will be done again."""
@@ -208,11 +246,16 @@ class LocalRun:
 
     def _save(self, file: TextIO) -> None:
         """Measurements reach the disk before the checkpoint that counts on them."""
+        if self._saved == self._training.progress:
+            return
         file.flush()
         os.fsync(file.fileno())
-        saved = self._training.save(checkpoint_path(self._checkpoints, self._training.step))
+        saved = self._training.save(checkpoint_path(self.checkpoints, self._training.step))
+        self._saved = self._training.progress
         log.info("checkpoint %s hash=%s", saved.path, saved.hash)
-        for old in list_checkpoints(self._checkpoints)[NUM_KEPT:]:
+        kept = {checkpoint_path(self.checkpoints, step) for step in self._branch_steps}
+        others = [path for path in list_checkpoints(self.checkpoints) if path not in kept]
+        for old in others[NUM_KEPT:]:
             shutil.rmtree(old)
 
 

@@ -20,6 +20,7 @@ from typing import Literal
 from pydantic import ValidationError
 from torch import Tensor
 
+from warmcore.branching import branch_of, start_step
 from warmcore.divergence import LossWatch
 from warmcore.spec import NonNegativeInt, RunSpec, Spec
 from warmcore.tensors import FileFacts, TensorFile, TensorStream, file_facts, write_tensors
@@ -57,6 +58,18 @@ class Manifest(Spec):
         """Raise ValueError unless this is a checkpoint of `run` on that data."""
         if self.run != run:
             raise ValueError(f"is of another run: {_difference(self.run, run)}")
+        self._check_data(data_hash)
+
+    def check_trunk_of(self, branch: RunSpec, data_hash: str) -> None:
+        """Raise ValueError unless this is a trunk on that data, where `branch` leaves it."""
+        expected = branch_of(self.run, branch.train.tokens_per_param, branch.trunk)
+        if expected != branch:
+            raise ValueError(f"is of another run's trunk: {_difference(expected, branch)}")
+        if self.progress.step != start_step(branch):
+            raise ValueError(f"is at step {self.progress.step}, not {start_step(branch)}")
+        self._check_data(data_hash)
+
+    def _check_data(self, data_hash: str) -> None:
         if self.data_hash != data_hash:
             raise ValueError(f"was trained on data {self.data_hash}, not {data_hash}")
 

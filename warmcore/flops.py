@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from warmcore.schedule import cooldown_start
 from warmcore.spec import ModelSpec, RunSpec
 
 
@@ -39,8 +40,15 @@ def count_params(model: ModelSpec) -> ParamCount:
 
 
 def num_steps(run: RunSpec) -> int:
-    """Optimizer steps of the run's token budget, rounded up, at least 1."""
-    tokens = run.train.num_tokens or run.train.tokens_per_param * count_params(run.model).total
+    """Optimizer steps that the run ends after: its budget's; a trunk's, where the last cools."""
+    total = budget_steps(run)
+    return cooldown_start(total, run.train) if run.branches else total
+
+
+def budget_steps(run: RunSpec) -> int:
+    """Optimizer steps of the run's token budget, rounded up, at least 1; of a trunk's largest."""
+    tokens_per_param = run.branches[-1] if run.branches else run.train.tokens_per_param
+    tokens = run.train.num_tokens or tokens_per_param * count_params(run.model).total
     return max(1, math.ceil(tokens / tokens_per_step(run)))
 
 

@@ -11,7 +11,7 @@ from warmcore.spec import CooldownShape, TrainSpec
 
 def lr_factor(step: int, num_steps: int, train: TrainSpec) -> float:
     """Factor of `train.lr` at 0-based `step` of `num_steps`."""
-    num_warmup = math.ceil(train.warmup_fraction * num_steps)
+    num_warmup = warmup_steps(num_steps, train)
     if step < num_warmup:
         return warmup(step + 1, num_warmup)
     match train.schedule:
@@ -20,8 +20,25 @@ def lr_factor(step: int, num_steps: int, train: TrainSpec) -> float:
         case "cosine":
             return cosine(step + 1 - num_warmup, num_steps - num_warmup)
         case "wsd":
-            num_cooldown = math.ceil(train.cooldown_fraction * num_steps)
-            return cooldown(step + 1 - (num_steps - num_cooldown), num_cooldown, train.cooldown)
+            start = cooldown_start(num_steps, train)
+            return cooldown(step + 1 - start, num_steps - start, train.cooldown)
+
+
+def warmup_steps(num_steps: int, train: TrainSpec) -> int:
+    """Steps of the warmup: as given, else its fraction of the run, rounded up."""
+    if train.warmup_steps is not None:
+        return train.warmup_steps
+    return math.ceil(train.warmup_fraction * num_steps)
+
+
+def cooldown_start(num_steps: int, train: TrainSpec) -> int:
+    """t0 = N - ceil(c N): the steps that are done when WSD begins to cool down."""
+    return num_steps - math.ceil(train.cooldown_fraction * num_steps)
+
+
+def evaluation_steps(total: int, evaluations: int) -> list[int]:
+    """Steps 0 = k_0 < ... < k_E = total, evenly spaced; fewer when there are fewer steps."""
+    return sorted({round(k * total / evaluations) for k in range(evaluations + 1)})
 
 
 def warmup(t: int, num_steps: int) -> float:

@@ -6,7 +6,7 @@ Nothing here loads torch. Every spec refuses unknown keys and names the field th
 import hashlib
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +36,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Width = Annotated[int, Field(gt=0, le=2**20)]
 Depth = Annotated[int, Field(gt=0, le=10_000)]
 TokenCount = Annotated[int, Field(gt=0, le=10**15)]
+TokensPerParam = Annotated[float, Field(gt=0, le=1e6)]
 
 
 def derived_seed(*parts: object) -> int:
@@ -165,7 +166,7 @@ class TrainSpec(Spec):
     batch_size: Annotated[int, Field(gt=0, le=2**20)] = Field(
         default=16, description="sequences of `context` tokens per step"
     )
-    tokens_per_param: Annotated[float, Field(gt=0, le=1e6)] = 20.0
+    tokens_per_param: TokensPerParam = 20.0
     num_tokens: TokenCount | None = None
     lr: Positive = 0.012
     weight_decay: NonNegative = 0.1
@@ -175,7 +176,8 @@ class TrainSpec(Spec):
     grad_clip: Positive | None = 1.0
     clip: ClipRule = "width_weighted"
     schedule: ScheduleName = "wsd"
-    warmup_fraction: OpenFraction = 0.01
+    warmup_fraction: OpenFraction = Field(default=0.01, description="unless `warmup_steps` is set")
+    warmup_steps: NonNegativeInt | None = None
     cooldown_fraction: Fraction = 0.2
     cooldown: CooldownShape = "1-sqrt"
     evaluations: Annotated[int, Field(gt=0, le=10_000)] = Field(
@@ -186,7 +188,7 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
-        if self.warmup_fraction + self.cooldown_fraction > 1:
+        if self.warmup_steps is None and self.warmup_fraction + self.cooldown_fraction > 1:
             raise ValueError(
                 f"warmup_fraction {self.warmup_fraction} + cooldown_fraction "
                 f"{self.cooldown_fraction} exceed 1; lower one of them"
@@ -297,13 +299,46 @@ NOT_TRANSFERABLE = {
 
 
 class RunSpec(Spec):
-    """One training run, complete: the same spec gives the same curve, bit for bit on CPU."""
+    """One training run, complete: the same spec gives the same curve, bit for bit on CPU.
+
+    With `branches` it is a trunk: it trains the phases that runs of these budgets have in common,
+    up to where the last of them cools down. With `trunk` it is one of those runs and goes on from
+    the trunk's checkpoint (`warmcore.branching`).
+    """
 
     model: ModelSpec
     data: DataSpec
     train: TrainSpec = TrainSpec()
     growth: GrowthSpec | None = None
     seed: Seed = 0
+    trunk: CheckpointRef | None = Field(
+        default=None, description="the run so far: a trunk's checkpoint where this cools down"
+    )
+    branches: Annotated[tuple[TokensPerParam, ...], Field(max_length=16)] = Field(
+        default=(), description="budgets, ascending, in place of train.tokens_per_param"
+    )
+
+    @field_validator("branches")
+    @classmethod
+    def _branches_fit(cls, branches: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        """What is wrong elsewhere is told there: without those fields nothing is checked here."""
+        if branches and {"model", "data", "train", "trunk"} <= info.data.keys():
+            from warmcore.branching import check_branches  # noqa: PLC0415 - it imports these specs
+
+            check_branches(cls.model_construct(**info.data, branches=branches))
+        return branches
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> Self:
+        from warmcore.branching import check_phases  # noqa: PLC0415 - it imports these specs
+
+        check_phases(self)
+        return self
+
+    @property
+    def start_checkpoint(self) -> CheckpointRef | None:
+        """What the run starts from: its trunk, else the base that it grows from, else nothing."""
+        return self.trunk or (self.growth.base if self.growth else None)
 
     def with_params(self, params: dict[str, Any]) -> "RunSpec":
         """Return this spec with tuned hyperparameters put where they belong.
@@ -318,10 +353,8 @@ class RunSpec(Spec):
             )
         model = {k: v for k, v in params.items() if k in _MODEL_PARAMS}
         train = {k: v for k, v in params.items() if k in _TRAIN_PARAMS}
-        return RunSpec(
-            model=ModelSpec.model_validate(self.model.model_dump() | model),
-            data=self.data,
-            train=TrainSpec.model_validate(self.train.model_dump() | train),
-            growth=self.growth,
-            seed=self.seed,
-        )
+        tuned = {
+            "model": ModelSpec.model_validate(self.model.model_dump() | model),
+            "train": TrainSpec.model_validate(self.train.model_dump() | train),
+        }
+        return RunSpec.model_validate(dict(self) | tuned)

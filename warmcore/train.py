@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Self
 
 from warmcore.batches import train_batch
+from warmcore.branching import evaluations_of, past_evaluations
 from warmcore.checkpoint import (
+    Checkpoint,
     Progress,
     SavedCheckpoint,
     load_checkpoint,
@@ -22,7 +24,7 @@ from warmcore.checkpoint import (
 from warmcore.data import Corpus
 from warmcore.divergence import why_broken, why_diverged
 from warmcore.evaluate import val_loss_nats
-from warmcore.flops import num_steps, tokens_per_step
+from warmcore.flops import budget_steps, num_steps, tokens_per_step
 from warmcore.grown import Grown, weights_generator
 from warmcore.model import Decoder, init_, load_weights, loss_nats
 from warmcore.optim import (
@@ -75,11 +77,6 @@ class DivergedEvent:
 Event = StepEvent | EvaluationEvent | DivergedEvent
 
 
-def evaluation_steps(total: int, evaluations: int) -> list[int]:
-    """Steps 0 = k_0 < ... < k_E = total, evenly spaced; fewer when there are fewer steps."""
-    return sorted({round(k * total / evaluations) for k in range(evaluations + 1)})
-
-
 class Training:
     """A run in memory: its model, optimizer and progress."""
 
@@ -91,24 +88,26 @@ class Training:
         self.base_hash: str | None = None
         self.progress = Progress()
         self.num_steps = num_steps(spec)
-        self._evaluation_steps = evaluation_steps(self.num_steps, spec.train.evaluations)
+        self._budget_steps = budget_steps(spec)
+        self._evaluation_steps = evaluations_of(spec)
         self._data_seed = derived_seed("data", spec.seed)
 
     @classmethod
     def start(
         cls, spec: RunSpec, corpus: Corpus, *, device: str = "cpu", base: Path | None = None
     ) -> Self:
-        """Begin a run from fresh weights, or from the checkpoint folder `base` when it grows.
+        """Begin a run from fresh weights, or from the folder `base` of `spec.start_checkpoint`.
 
         Raises:
-            ValueError: `base` is given without `spec.growth` or the other way round, or the base
-                model cannot be grown into the target.
-            CheckpointCorruptError: `base` is not the checkpoint that `spec.growth` names.
+            ValueError: `base` is given where the spec names none or the other way round, the base
+                model cannot be grown into the target, or the trunk is of another run.
+            CheckpointCorruptError: `base` is not the checkpoint that `spec` names.
         """
-        if (spec.growth is None) != (base is None):
-            raise ValueError(
-                f"growth is {spec.growth} but the base checkpoint is {base}; give both"
-            )
+        if (spec.start_checkpoint is None) != (base is None):
+            name, ref = ("trunk", spec.trunk) if spec.trunk else ("growth", spec.growth)
+            raise ValueError(f"{name} is {ref} but the base checkpoint is {base}; give both")
+        if spec.trunk is not None and base is not None:
+            return cls._branch(spec, corpus, base, device=device)
         model = Decoder(spec.model, context=spec.data.context)
         if spec.growth is None or base is None:
             init_(model, spec.model, weights_generator(spec))
@@ -120,6 +119,20 @@ class Training:
         training = cls(spec, corpus, model.to(device))
         training.base_hash = grown.source.hash
         load_optimizer_tensors(training.optimizer, dict(grown.optimizer.tensors))
+        return training
+
+    @classmethod
+    def _branch(cls, spec: RunSpec, corpus: Corpus, trunk: Path, *, device: str) -> Self:
+        """Go on from a trunk's checkpoint: from here on this is the run without a trunk."""
+        assert spec.trunk is not None
+        saved = load_checkpoint(trunk, expected_hash=spec.trunk.hash)
+        try:
+            saved.manifest.check_trunk_of(spec, corpus.data_hash)
+        except ValueError as error:
+            raise ValueError(f"trunk {trunk} {error}") from error
+        training = cls._restored(spec, corpus, saved, device=device)
+        losses = past_evaluations(spec, saved.manifest.run, training.progress.val_losses_nats)
+        training.progress = training.progress.model_copy(update={"val_losses_nats": losses})
         return training
 
     @classmethod
@@ -137,6 +150,10 @@ class Training:
             saved.manifest.check(spec, corpus.data_hash)
         except ValueError as error:
             raise ValueError(f"checkpoint {checkpoint} {error}") from error
+        return cls._restored(spec, corpus, saved, device=device)
+
+    @classmethod
+    def _restored(cls, spec: RunSpec, corpus: Corpus, saved: Checkpoint, *, device: str) -> Self:
         model = Decoder(spec.model, context=spec.data.context)
         model.load_state_dict(saved.weights)
         training = cls(spec, corpus, model.to(device))
@@ -200,10 +217,10 @@ class Training:
         weight = vector_weight(train.clip, self.spec.model)
         norm = clip_(self.optimizer, weight, train.grad_clip).item()
         watch = self.progress.watch.after(loss.item(), self.spec.model.vocab_size)
-        reason = why_broken(loss.item(), norm) or why_diverged(watch, self.num_steps)
+        reason = why_broken(loss.item(), norm) or why_diverged(watch, self._budget_steps)
         if reason:
             return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
-        factor = lr_factor(self.step, self.num_steps, train)
+        factor = lr_factor(self.step, self._budget_steps, train)
         set_lr(self.optimizer, factor)
         self.optimizer.step()
         self.progress = self.progress.model_copy(update={"step": self.step + 1, "watch": watch})

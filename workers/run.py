@@ -14,14 +14,9 @@ from typing import Literal
 from service.client import Client, StaleLeaseError
 from service.protocol import CheckpointReport, FinishRequest, Lease, Outcome, Timing
 from warmcore import data
+from warmcore.branching import branch_steps, evaluations_of
 from warmcore.checkpoint import CheckpointCorruptError
-from warmcore.train import (
-    DivergedEvent,
-    EvaluationEvent,
-    StepEvent,
-    Training,
-    evaluation_steps,
-)
+from warmcore.train import DivergedEvent, EvaluationEvent, StepEvent, Training
 from workers import artifacts
 from workers.curve import Curve
 from workers.failures import UnrunnableError
@@ -76,9 +71,8 @@ class _Attempt:
         self._corpus = data.prepare(lease.spec.data)
         self._training = self._resumed() or self._started()
         self._curve = Curve(log_every=lease.spec.train.log_every, tokens=self._training.tokens)
-        self._evaluation_steps = frozenset(
-            evaluation_steps(self._training.num_steps, lease.spec.train.evaluations)
-        )
+        self._evaluation_steps = frozenset(evaluations_of(lease.spec))
+        self._branch_steps = frozenset(branch_steps(lease.spec))
         self._saved_step = self._training.step
         self._published: CheckpointReport | None = None
         self._saved_at = time.monotonic()
@@ -97,9 +91,9 @@ class _Attempt:
 
     def _started(self) -> Training:
         spec, device = self._lease.spec, self._options.device
-        if spec.growth is None:
+        if spec.start_checkpoint is None:
             return Training.start(spec, self._corpus, device=device)
-        with artifacts.local(spec.growth.base) as base:
+        with artifacts.local(spec.start_checkpoint) as base:
             return Training.start(spec, self._corpus, device=device, base=base)
 
     def run(self, draining: Callable[[], bool]) -> Ending:
@@ -118,7 +112,8 @@ class _Attempt:
                 continue  # its evaluation is next: a checkpoint between would split the measurement
             if draining():
                 return self._release()
-            if time.monotonic() - self._saved_at >= self._options.checkpoint_seconds:
+            late = time.monotonic() - self._saved_at >= self._options.checkpoint_seconds
+            if late or self._training.step in self._branch_steps:
                 self._checkpoint()
         self._checkpoint(final=True)
         return self._finish("succeeded")

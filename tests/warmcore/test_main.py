@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,25 @@ def test_a_diverged_run_exits_with_3_and_says_why_in_its_curve(write, fields, tm
         assert sum("reason" in line for line in curve) == 1
 
 
+def test_a_trunk_is_followed_by_its_branches_and_they_are_whole_runs(write, fields, tmp_path):
+    """Also where the branch was stopped half-way; what is finished is not done again."""
+    fields["train"] |= {"num_tokens": None, "cooldown_fraction": 0.4, "warmup_steps": 2}
+    spec = write(fields | {"branches": [0.05, 0.1]})
+    out = tmp_path / "out"
+    assert run(spec, out, "--checkpoint-seconds", "0") == 0
+    fields["train"] |= {"tokens_per_param": 0.05}
+    assert run(write(fields, "whole.yaml"), tmp_path / "whole") == 0
+    start = int(list_checkpoints(out / "checkpoints")[-1].name.removeprefix("step-"))
+    later = [point for point in measurements(tmp_path / "whole") if point["step"] > start]
+    assert measurements(out / "tpp-0.05") == later != []
+    expected = [measurements(out / name) for name in ("tpp-0.05", "tpp-0.1")]
+    written = {path: path.stat().st_mtime_ns for path in out.glob("checkpoints/*")}
+    shutil.rmtree(list_checkpoints(out / "tpp-0.05" / "checkpoints")[0])
+    assert run(spec, out) == 0
+    assert [measurements(out / name) for name in ("tpp-0.05", "tpp-0.1")] == expected
+    assert {path: path.stat().st_mtime_ns for path in out.glob("checkpoints/*")} == written
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -187,7 +207,7 @@ def test_a_diverged_run_exits_with_3_and_says_why_in_its_curve(write, fields, tm
         ({"model": {"widht": 3}}, "model.widht is not a field; width, depth, head_dim, "),
         ({"train": {"tempo": 3}}, "train.tempo is not a field; batch_size, tokens_per_param, "),
         ({"model": {"width": 20}}, "width 20 is not a multiple of 8"),
-        ({"sede": 3}, "sede is not a field; model, data, train, growth, seed are"),
+        ({"sede": 3}, "sede is not a field; model, data, train, growth, seed, trunk, branches are"),
         ({"data": {"source": "/no/such"}}, "source /no/such does not exist"),
         ({"growth": {"base": "/no/such"}}, "/no/such/checkpoint.json is corrupt"),
         ({"growth": {"base": "s3://b/c"}}, "growth.base.uri s3://b/c is not local"),

@@ -11,8 +11,9 @@ from warmcore.checkpoint import CheckpointCorruptError, load_checkpoint
 from warmcore.data import prepare
 from warmcore.growth import Growth
 from warmcore.optim import optimizer_tensors
+from warmcore.schedule import evaluation_steps
 from warmcore.spec import CheckpointRef, GrowthSpec
-from warmcore.train import EvaluationEvent, StepEvent, Training, evaluation_steps
+from warmcore.train import EvaluationEvent, StepEvent, Training
 
 NUM_STEPS = 12
 

@@ -1,0 +1,231 @@
+"""A branch is the run of its budget, though a trunk has done most of it."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from warmcore.branching import branch_of, branch_steps, evaluations_of, start_step
+from warmcore.checkpoint import CheckpointCorruptError
+from warmcore.flops import budget_steps, num_steps
+from warmcore.optim import optimizer_tensors
+from warmcore.schedule import lr_factor, warmup_steps
+from warmcore.spec import CheckpointRef, GrowthSpec, RunSpec
+from warmcore.train import EvaluationEvent, Training
+
+BUDGETS = (0.05, 0.1, 0.15)  # 9, 18 and 27 steps of the model below
+PLACE = CheckpointRef(uri="trunk", hash="0" * 64)
+
+
+def timeless(events):
+    return [dataclasses.replace(event, seconds=0.0) for event in events]
+
+
+def assert_equal_state(one, other):
+    for tensors in (lambda t: t.model.state_dict(), lambda t: optimizer_tensors(t.optimizer)):
+        a, b = tensors(one), tensors(other)
+        assert a.keys() == b.keys()
+        for name in a:
+            assert torch.equal(a[name], b[name]), name
+    assert one.progress == other.progress
+
+
+@pytest.fixture(scope="module")
+def trunk_spec(run_spec):
+    """Spec of a trunk; keywords go where `run_spec` puts them."""
+
+    def make(*, branches=BUDGETS, growth=None, **fields):
+        train = {"evaluations": 4, "cooldown_fraction": 0.4, "warmup_fraction": 0.1} | fields
+        whole = run_spec(growth=growth, **train).model_dump()
+        whole["train"] |= {"num_tokens": None}
+        return RunSpec.model_validate(whole | {"branches": branches})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def base(run_spec, corpus, tmp_path_factory):
+    training = Training.start(run_spec(steps=10), corpus)
+    list(training.events())
+    return training.save(tmp_path_factory.mktemp("base") / "checkpoint")
+
+
+@pytest.fixture(scope="module", params=["cold", "warm"])
+def grown_trunk(request, trunk_spec, base):
+    """A trunk's spec, and what it starts from."""
+    if request.param == "cold":
+        return trunk_spec(), None
+    growth = GrowthSpec(base=CheckpointRef(uri=str(base.path), hash=base.hash))
+    wide = {"width": 32, "base_width": 16, "branches": (0.03, 0.06)}
+    return trunk_spec(growth=growth, **wide), base.path
+
+
+@pytest.fixture(scope="module")
+def checkpoints(grown_trunk, corpus, tmp_path_factory):
+    """The trunk's checkpoint of each budget."""
+    spec, base = grown_trunk
+    folder = tmp_path_factory.mktemp("trunk")
+    training = Training.start(spec, corpus, base=base)
+    saved = {}
+    for event in training.events():
+        if isinstance(event, EvaluationEvent) and event.step in branch_steps(spec):
+            saved[event.step] = training.save(folder / str(event.step))
+    return {budget: saved[step] for budget, step in zip(spec.branches, saved, strict=True)}
+
+
+def ref(saved):
+    return CheckpointRef(uri=str(saved.path), hash=saved.hash)
+
+
+def events_after(events, step):
+    return [event for event in timeless(events) if event.step > step]
+
+
+def test_a_branch_is_the_uninterrupted_run_of_its_budget_bit_for_bit(
+    grown_trunk, checkpoints, corpus
+):
+    spec, base = grown_trunk
+    for budget, saved in checkpoints.items():
+        whole = Training.start(branch_of(spec, budget, None), corpus, base=base)
+        expected = events_after(whole.events(), saved.step)
+        branch = Training.start(branch_of(spec, budget, ref(saved)), corpus, base=saved.path)
+        assert branch.step == saved.step
+        assert timeless(branch.events()) == expected
+        assert len(expected) > whole.num_steps - saved.step
+        assert_equal_state(branch, whole)
+        assert branch.base_hash == whole.base_hash
+
+
+def test_a_run_with_a_warmup_of_its_own_is_not_the_branch(grown_trunk, checkpoints, corpus):
+    """The negative control: equal warmups are what makes the law hold."""
+    spec, base = grown_trunk
+    budget, saved = next(iter(checkpoints.items()))
+    own = branch_of(spec, budget, None)
+    other = own.model_copy(update={"train": own.train.model_copy(update={"warmup_steps": None})})
+    branch = Training.start(branch_of(spec, budget, ref(saved)), corpus, base=saved.path)
+    curve = timeless(branch.events())
+    assert warmup_steps(budget_steps(other), other.train) != own.train.warmup_steps
+    assert events_after(Training.start(other, corpus, base=base).events(), saved.step) != curve
+
+
+def test_a_branch_resumed_at_any_event_is_the_uninterrupted_one(
+    grown_trunk, checkpoints, corpus, tmp_path
+):
+    budget, saved = next(iter(checkpoints.items()))
+    spec = branch_of(grown_trunk[0], budget, ref(saved))
+    expected = timeless(Training.start(spec, corpus, base=saved.path).events())
+    for num_taken in range(len(expected)):
+        first = Training.start(spec, corpus, base=saved.path)
+        taken = timeless(itertools.islice(first.events(), num_taken))
+        second = Training.resume(spec, corpus, first.save(tmp_path / str(num_taken)).path)
+        assert taken + timeless(second.events()) == expected
+
+
+def test_the_largest_budgets_branch_is_the_run_that_has_no_trunk_at_all(trunk_spec):
+    spec = trunk_spec()
+    alone = spec.train.model_copy(update={"tokens_per_param": BUDGETS[-1]})
+    whole = branch_of(spec, BUDGETS[-1], None)
+    assert num_steps(whole) == budget_steps(spec)
+    for step in range(num_steps(whole)):
+        assert lr_factor(step, num_steps(whole), whole.train) == lr_factor(
+            step, num_steps(whole), alone
+        )
+
+
+@given(
+    cooldown=st.floats(0.01, 0.9),
+    warmup=st.floats(0, 0.05),
+    batch_size=st.sampled_from([1, 4, 16]),
+    budgets=st.lists(st.floats(0.5, 40), min_size=2, max_size=4, unique=True).map(sorted),
+)
+def test_trunk_and_branch_agree_on_every_step_before_the_cooldown(
+    trunk_spec, cooldown, warmup, batch_size, budgets
+):
+    fields = {"cooldown_fraction": cooldown, "warmup_fraction": warmup, "batch_size": batch_size}
+    try:
+        spec = trunk_spec(branches=budgets, **fields)
+    except ValidationError:
+        return  # too close to each other, or to the warmup
+    horizon, ends = budget_steps(spec), branch_steps(spec)
+    assert ends[-1] == num_steps(spec)
+    for budget, start in zip(budgets, ends, strict=True):
+        branch = branch_of(spec, budget, PLACE)
+        assert start_step(branch) == start < num_steps(branch)
+        for step in {0, warmup_steps(horizon, spec.train), start // 2, start - 1}:
+            own = lr_factor(step, num_steps(branch), branch.train)
+            assert own == lr_factor(step, horizon, spec.train)
+        assert lr_factor(start - 1, horizon, spec.train) == 1
+        assert lr_factor(start, num_steps(branch), branch.train) < 1
+        past = {step for step in evaluations_of(branch) if step <= start}
+        assert past | {start} <= set(evaluations_of(spec))
+
+
+def test_a_trunk_ends_where_its_last_budget_cools_down(trunk_spec, corpus):
+    spec = trunk_spec()
+    *_, last = Training.start(spec, corpus).events()
+    assert branch_steps(spec) == (6, 11, 16)
+    assert (last.step, last.evaluation) == (16, len(evaluations_of(spec)) - 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "message"),
+    [
+        ({"branches": (5,)}, "branches", "give two, or train.tokens_per_param 5"),
+        ({"branches": (5, 2)}, "branches", r"\[2, 5\] would"),
+        ({"branches": (5, 5)}, "branches", r"must ascend"),
+        ({"branches": (5, 0)}, "branches.1", "greater than 0"),
+        ({"branches": (5, 5.001)}, "branches", "the same step 542; budgets further apart"),
+        ({"branches": (0.01, 5)}, "branches", "step 1, in the warmup of 91 steps"),
+        ({"schedule": "cosine"}, "branches", "cosine with cooldown_fraction 0.4 cannot branch"),
+        ({"cooldown_fraction": 0.0}, "branches", "wsd with a cooldown_fraction above 0 can"),
+        ({"evaluations": 5000}, "branches", "train.evaluations 5000: 3333 at most"),
+    ],
+)
+def test_budgets_that_cannot_share_a_trunk_are_refused(trunk_spec, fields, where, message):
+    with pytest.raises(ValidationError, match=message) as refused:
+        trunk_spec(**fields)
+    (problem,) = refused.value.errors()
+    assert ".".join(map(str, problem["loc"])) == where
+
+
+def test_a_budget_in_tokens_and_a_trunk_of_a_branch_are_refused(trunk_spec, run_spec):
+    fields = run_spec(steps=20).model_dump()
+    with pytest.raises(ValidationError, match=r"train\.num_tokens 1280 is a budget too"):
+        RunSpec.model_validate(fields | {"branches": BUDGETS})
+    branch = branch_of(trunk_spec(), BUDGETS[0], PLACE)
+    with pytest.raises(ValidationError, match="is a branch itself"):
+        RunSpec.model_validate(branch.model_dump() | {"branches": BUDGETS})
+    with pytest.raises(ValueError, match=r"no branch at 7 tokens per parameter but 0\.05, 0\.1"):
+        branch_of(trunk_spec(), 7.0, PLACE)
+
+
+def test_a_warmup_in_steps_that_leaves_no_room_is_refused(run_spec):
+    fits = run_spec(steps=20, warmup_steps=16)
+    assert [lr_factor(step, 20, fits.train) for step in (0, 15)] == [1 / 16, 1]
+    with pytest.raises(ValidationError, match=r"train\.warmup_steps 17: .* 16 or fewer work"):
+        run_spec(steps=20, warmup_steps=17)
+
+
+def test_a_checkpoint_that_is_not_this_branchs_trunk_is_refused(
+    trunk_spec, corpus, checkpoints, grown_trunk, base
+):
+    spec = grown_trunk[0]
+    first, second = list(checkpoints.items())[:2]
+    branch = branch_of(spec, first[0], ref(first[1]))
+    with pytest.raises(CheckpointCorruptError):
+        Training.start(branch, corpus, base=second[1].path)
+    wrong_step = branch_of(spec, first[0], ref(second[1]))
+    with pytest.raises(ValueError, match=f"is at step {second[1].step}, not {first[1].step}"):
+        Training.start(wrong_step, corpus, base=second[1].path)
+    hotter = branch.model_copy(update={"train": branch.train.model_copy(update={"lr": 0.5})})
+    with pytest.raises(ValueError, match=r"another run's trunk: train\.lr is 0\.012, not 0\.5"):
+        Training.start(hotter, corpus, base=first[1].path)
+    no_trunk = branch.model_copy(update={"trunk": ref(base)})
+    with pytest.raises(ValueError, match=r"no branch at .* but no budget at all"):
+        Training.start(no_trunk, corpus, base=base.path)
+    with pytest.raises(ValueError, match="give both"):
+        Training.start(branch, corpus)
