@@ -8,21 +8,21 @@ the step (`warmcore.batches`), and both are in the manifest.
 """
 
 import hashlib
-import os
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from torch import Tensor
 
 from warmcore.branching import branch_of, start_step
 from warmcore.divergence import LossWatch
-from warmcore.spec import NonNegativeInt, RunSpec, Spec
+from warmcore.folders import written_whole
+from warmcore.hf_config import TokenIds
+from warmcore.spec import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
 from warmcore.tensors import FileFacts, TensorFile, TensorStream, file_facts, write_tensors
 
 MANIFEST = "checkpoint.json"
@@ -42,27 +42,74 @@ class Progress(Spec):
     watch: LossWatch = LossWatch()
 
 
+class ImportedModel(Spec):
+    """A model that no run of ours trained, and the files that it was read from."""
+
+    model: ModelSpec
+    context: PositiveInt
+    architecture: str
+    dtypes: tuple[str, ...]
+    tied_embeddings: bool
+    bos: TokenIds
+    eos: TokenIds
+    source_files: dict[str, FileFacts]
+
+
 class Manifest(Spec):
-    """Everything about a checkpoint but the tensors."""
+    """Everything about a checkpoint but the tensors: of a `run`, or `imported`.
+
+    An imported one has no run, no data, no tokens and no optimizer: nobody here knows them.
+    """
 
     format_version: Literal[1] = 1
-    run: RunSpec
-    data_hash: str
+    run: RunSpec | None
+    imported: ImportedModel | None = None
+    data_hash: str | None
     base_hash: str | None
     tokens: NonNegativeInt
     progress: Progress
     versions: dict[str, str]
     files: dict[str, FileFacts]
 
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Self:
+        if (self.run is None) == (self.imported is None):
+            raise ValueError("a checkpoint is either of a run or imported")
+        if (self.run is None) != (self.data_hash is None):
+            raise ValueError("a run has a data_hash, an imported model has none")
+        return self
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model whose weights these are."""
+        origin = self.run or self.imported
+        assert origin is not None
+        return origin.model
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model is for."""
+        if self.imported is not None:
+            return self.imported.context
+        assert self.run is not None
+        return self.run.data.context
+
+    @property
+    def trained_run(self) -> RunSpec:
+        """The run; ValueError if there is none."""
+        if self.run is None:
+            raise ValueError("was imported, so no run goes on from it; name it as growth.base")
+        return self.run
+
     def check(self, run: RunSpec, data_hash: str) -> None:
         """Raise ValueError unless this is a checkpoint of `run` on that data."""
-        if self.run != run:
-            raise ValueError(f"is of another run: {_difference(self.run, run)}")
+        if self.trained_run != run:
+            raise ValueError(f"is of another run: {_difference(self.trained_run, run)}")
         self._check_data(data_hash)
 
     def check_trunk_of(self, branch: RunSpec, data_hash: str) -> None:
         """Raise ValueError unless this is a trunk on that data, where `branch` leaves it."""
-        expected = branch_of(self.run, branch.train.tokens_per_param, branch.trunk)
+        expected = branch_of(self.trained_run, branch.train.tokens_per_param, branch.trunk)
         if expected != branch:
             raise ValueError(f"is of another run's trunk: {_difference(expected, branch)}")
         if self.progress.step != start_step(branch):
@@ -123,30 +170,32 @@ def save_checkpoint(
     *,
     weights: TensorStream,
     optimizer: TensorStream,
-    run: RunSpec,
-    data_hash: str,
+    run: RunSpec | ImportedModel,
+    data_hash: str | None,
     base_hash: str | None,
     tokens: int,
     progress: Progress,
+    attached: Mapping[str, bytes] = MappingProxyType({}),
 ) -> SavedCheckpoint:
-    """Write the folder `path`, replacing one that is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(path)
-    aside.mkdir()
-    streams = {MODEL: weights, OPTIMIZER: optimizer}
-    files = {name: write_tensors(aside / name, stream) for name, stream in streams.items()}
-    manifest = Manifest(
-        run=run,
-        data_hash=data_hash,
-        base_hash=base_hash,
-        tokens=tokens,
-        progress=progress,
-        versions={name: version(name) for name in ("torch", "numpy", "safetensors")},
-        files=files,
-    )
-    content = manifest.model_dump_json(indent=2).encode()
-    (aside / MANIFEST).write_bytes(content)
-    _publish(aside, path)
+    """Write the folder `path`, replacing one that is there; `attached` are files of any format."""
+    with written_whole(path) as aside:
+        streams = {MODEL: weights, OPTIMIZER: optimizer}
+        files = {name: write_tensors(aside / name, stream) for name, stream in streams.items()}
+        for name, content in attached.items():
+            (aside / name).write_bytes(content)
+            files[name] = file_facts(aside / name)
+        manifest = Manifest(
+            run=run if isinstance(run, RunSpec) else None,
+            imported=run if isinstance(run, ImportedModel) else None,
+            data_hash=data_hash,
+            base_hash=base_hash,
+            tokens=tokens,
+            progress=progress,
+            versions={name: version(name) for name in ("torch", "numpy", "safetensors")},
+            files=files,
+        )
+        content = manifest.model_dump_json(indent=2).encode()
+        (aside / MANIFEST).write_bytes(content)
     return SavedCheckpoint(
         path=path,
         hash=hashlib.sha256(content).hexdigest(),
@@ -221,30 +270,3 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 def list_checkpoints(directory: Path) -> list[Path]:
     """Complete or corrupt checkpoints in `directory`, newest first; none half-written."""
     return sorted(directory.glob("step-*"), reverse=True)
-
-
-def _aside(path: Path) -> Path:
-    """Name beside `path` that no other process takes."""
-    return path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-
-
-def _publish(aside: Path, path: Path) -> None:
-    """Sync and rename; a folder in the way is moved aside first, as no rename replaces it."""
-    for file in [*aside.iterdir(), aside]:
-        _sync(file)
-    if path.exists():
-        replaced = _aside(path)
-        path.rename(replaced)
-        aside.rename(path)
-        shutil.rmtree(replaced)
-    else:
-        aside.rename(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -38,7 +38,7 @@ class Grown:
             raise ValueError("growth is None: this run does not start from a base checkpoint")
         source = open_checkpoint(base, expected_hash=run.growth.base.hash)
         generator = weights_generator(run)
-        growth = Growth.plan(source.manifest.run.model, run.model, run.growth, generator)
+        growth = Growth.plan(source.manifest.model, run.model, run.growth, generator)
         return cls(source=source, growth=growth, generator=generator)
 
     @property
@@ -78,16 +78,20 @@ def grow_checkpoint(
     data that the run trains on; None: of the base's.
 
     Raises:
-        ValueError: the base model cannot be grown into the run's.
+        ValueError: the base model cannot be grown into the run's, or `data_hash` is None and the
+            base, imported, has none.
         CheckpointCorruptError: `base` is not the checkpoint that `run.growth` names.
     """
     grown = Grown.from_base(run, base)
+    data_hash = data_hash or grown.source.manifest.data_hash
+    if data_hash is None:
+        raise ValueError("data_hash is None and the base was imported: give the hash of the data")
     return save_checkpoint(
         path,
         weights=grown.weights,
         optimizer=grown.optimizer,
         run=run,
-        data_hash=data_hash or grown.source.manifest.data_hash,
+        data_hash=data_hash,
         base_hash=grown.source.hash,
         tokens=0,
         progress=Progress(),

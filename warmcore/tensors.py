@@ -74,7 +74,9 @@ class TensorStream:
         return cls(layout=layout, tensors=iter(items))
 
 
-def write_tensors(path: Path, stream: TensorStream) -> FileFacts:
+def write_tensors(
+    path: Path, stream: TensorStream, *, metadata: Mapping[str, str] | None = None
+) -> FileFacts:
     """Write a file from front to back, and hash it on the way.
 
     While one tensor is written and hashed the next is made: two are held at a time.
@@ -82,7 +84,7 @@ def write_tensors(path: Path, stream: TensorStream) -> FileFacts:
     digest, num_bytes = hashlib.sha256(), 0
     pending: list[Future[Any]] = []
     with path.open("wb") as file, ThreadPoolExecutor(2) as pool:
-        for chunk in _chunks(stream):
+        for chunk in _chunks(stream, metadata):
             _finish(pending)
             pending = [pool.submit(file.write, chunk), pool.submit(digest.update, chunk)]
             num_bytes += len(chunk)
@@ -95,17 +97,19 @@ def _finish(pending: Iterable[Future[Any]]) -> None:
         future.result()
 
 
-def _chunks(stream: TensorStream) -> Iterator[bytes | memoryview]:
-    yield _header(stream.layout)
+def _chunks(
+    stream: TensorStream, metadata: Mapping[str, str] | None
+) -> Iterator[bytes | memoryview]:
+    yield _header(stream.layout, metadata)
     for (name, tensor), (due, info) in zip(stream.tensors, stream.layout.items(), strict=True):
         found = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
         assert (name, found) == (due, info)
         yield _bytes_of(tensor.detach().cpu().contiguous())
 
 
-def _header(layout: Layout) -> bytes:
+def _header(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
     """Length and JSON, padded with spaces so that the tensors begin at a multiple of 8."""
-    fields: dict[str, object] = {}
+    fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name, info in layout.items():
         assert start % info.dtype.itemsize == 0, f"{name} would not be aligned"

@@ -131,7 +131,8 @@ class Training:
         except ValueError as error:
             raise ValueError(f"trunk {trunk} {error}") from error
         training = cls._restored(spec, corpus, saved, device=device)
-        losses = past_evaluations(spec, saved.manifest.run, training.progress.val_losses_nats)
+        trunk_run = saved.manifest.trained_run
+        losses = past_evaluations(spec, trunk_run, training.progress.val_losses_nats)
         training.progress = training.progress.model_copy(update={"val_losses_nats": losses})
         return training
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from warmcore import checkpoint as checkpoint_module
+from warmcore import folders
 from warmcore.checkpoint import (
     MANIFEST,
     MODEL,
@@ -96,10 +96,10 @@ def test_saving_half_way_leaves_no_checkpoint(training, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_module, "_sync", killed)
+        patch.setattr(folders, "_sync", killed)
         with pytest.raises(KeyboardInterrupt):
             training.save(checkpoint_path(directory, 5))
-    assert list_checkpoints(directory) == []
+    assert list(directory.iterdir()) == []
     training.save(checkpoint_path(directory, 5))
     assert list_checkpoints(directory) == [checkpoint_path(directory, 5)]
 

@@ -154,7 +154,7 @@ def test_a_clone_starts_with_its_bases_optimizer_where_that_is_transferred(run_s
     spec = run_spec(width=32, base_width=16, growth=growth)
     warm = Training.start(spec, corpus, base=base.path)
     source = load_checkpoint(base.path)
-    plan = Growth.plan(source.manifest.run.model, spec.model, growth, torch.Generator())
+    plan = Growth.plan(source.manifest.model, spec.model, growth, torch.Generator())
     expected = dict(plan.moments(source.optimizer))
     found = optimizer_tensors(warm.optimizer)
     assert_equal_weights(found, expected)

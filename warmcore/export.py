@@ -1,0 +1,136 @@
+"""A checkpoint as a folder that `transformers` loads as `LlamaForCausalLM`, with equal logits.
+
+The muP multipliers are folded into the weights (`warmcore.hf_tensors`). Tensors are read, folded
+and written one at a time, so that no second model is ever in memory.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from warmcore.checkpoint import OpenCheckpoint, open_checkpoint
+from warmcore.folders import check_free, written_whole
+from warmcore.hf_config import CONFIG, Dtype, as_json, generation_config, llama_config
+from warmcore.hf_tensors import folded_factor, hf_name
+from warmcore.hf_tokenizer import tokenizer_of
+from warmcore.model import parameter_shapes
+from warmcore.tensors import TensorInfo, TensorStream, write_tensors
+
+DTYPES: dict[Dtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+MAX_SHARD_BYTES = 5_000_000_000
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# transformers 4 refuses a file that does not say which framework its tensors are of.
+_METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written, and the hash of the checkpoint that it was made from."""
+
+    path: Path
+    checkpoint_hash: str
+    files: tuple[str, ...]
+    num_bytes: int
+
+
+def export_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: Dtype = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    expected_hash: str | None = None,
+) -> Exported:
+    """Write the folder `out`: weights, configuration and tokenizer.
+
+    Raises:
+        ValueError: `out` is there already, or a weight is beyond the range of `dtype`.
+        CheckpointCorruptError: a file differs from its hash.
+    """
+    check_free(out)
+    source = open_checkpoint(checkpoint, expected_hash=expected_hash)
+    with written_whole(out) as aside:
+        _write_weights(source, aside, DTYPES[dtype], max_shard_bytes)
+        for name, content in _texts(source, checkpoint, dtype).items():
+            (aside / name).write_bytes(content)
+    files = sorted(out.iterdir())
+    return Exported(
+        path=out,
+        checkpoint_hash=source.hash,
+        files=tuple(file.name for file in files),
+        num_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def _texts(source: OpenCheckpoint, checkpoint: Path, dtype: Dtype) -> Mapping[str, bytes]:
+    manifest = source.manifest
+    tokenizer = tokenizer_of(manifest, checkpoint)
+    config = llama_config(
+        manifest.model,
+        context=manifest.context,
+        dtype=dtype,
+        bos=tokenizer.bos,
+        eos=tokenizer.eos,
+    )
+    generation = generation_config(bos=tokenizer.bos, eos=tokenizer.eos)
+    return {
+        **tokenizer.files,
+        CONFIG: as_json(config),
+        "generation_config.json": as_json(generation),
+    }
+
+
+def _write_weights(
+    source: OpenCheckpoint, folder: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> None:
+    shapes = parameter_shapes(source.manifest.model)
+    infos = {name: TensorInfo(dtype=dtype, shape=tuple(s)) for name, s in shapes.items()}
+    shards = list(_shards(infos, max_shard_bytes))
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else WEIGHTS
+        stream = TensorStream(
+            layout={hf_name(name): infos[name] for name in names},
+            tensors=_folded(source, names, dtype),
+        )
+        write_tensors(folder / file, stream, metadata=_METADATA)
+        weight_map |= dict.fromkeys(stream.layout, file)
+    if shards[1:]:
+        total = sum(info.num_bytes for info in infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_bytes(as_json(index))
+
+
+def _shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> Iterator[list[str]]:
+    """Names in order, as many to a file as it may hold; a tensor is never split."""
+    shard, num_bytes = list[str](), 0
+    for name, info in infos.items():
+        if shard and num_bytes + info.num_bytes > max_bytes:
+            yield shard
+            shard, num_bytes = [], 0
+        shard.append(name)
+        num_bytes += info.num_bytes
+    yield shard
+
+
+def _folded(
+    source: OpenCheckpoint, names: list[str], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    model = source.manifest.model
+    for name in names:
+        tensor = source.weights[name]
+        folded = tensor.mul_(folded_factor(name, model)).to(dtype)
+        if not folded.isfinite().all():
+            raise ValueError(
+                f"{name} has weights up to {tensor.abs().max():g}, beyond {dtype}; "
+                "dtype bfloat16 or float32 works, if they are finite"
+            )
+        yield hf_name(name), folded

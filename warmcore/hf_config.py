@@ -1,0 +1,233 @@
+"""`config.json` of Hugging Face and our `ModelSpec`, both ways (torch-free). METHOD §1.
+
+Our decoder at m = l = 1 is `LlamaForCausalLM`. Mistral without its sliding window, and Qwen2
+without its biases, are the same function under other names. Whatever in a config would make another
+function is refused here, by its field. What transformers assumes where a field is missing is from
+its 5.23: `configuration_{llama,mistral,qwen2}.py` and `modeling_rope_utils.py`.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from warmcore.spec import ModelSpec, Positive, PositiveInt
+
+CONFIG = "config.json"
+Dtype = Literal["float32", "bfloat16", "float16"]
+TokenIds = int | tuple[int, ...] | None
+
+# Key/value heads where the config does not say; None: as many as query heads.
+_KV_HEADS: dict[str, int | None] = {
+    "LlamaForCausalLM": None,
+    "MistralForCausalLM": 8,
+    "Qwen2ForCausalLM": 32,
+}
+_DEFAULT_WINDOW = 4096
+_DEFAULT_ROPE_THETA = 10_000.0
+
+
+class HfConfig(BaseModel):
+    """The fields of a `config.json` on which the function depends; the others are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    architectures: Annotated[tuple[str, ...], Field(min_length=1)]
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    hidden_act: str = "silu"
+    rms_norm_eps: Positive = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    rope_theta: Positive | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    partial_rotary_factor: float | None = None
+    sliding_window: PositiveInt | None = _DEFAULT_WINDOW
+    use_sliding_window: bool = False
+    quantization_config: dict[str, Any] | None = None
+    auto_map: dict[str, Any] | None = None
+    bos_token_id: TokenIds = None
+    eos_token_id: TokenIds = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "HfConfig":
+        """Read a model's folder.
+
+        Raises:
+            ValueError: the field that is missing, malformed or of another architecture.
+        """
+        try:
+            config = cls.model_validate_json((folder / CONFIG).read_bytes())
+        except OSError as error:
+            raise ValueError(
+                f"{folder / CONFIG} cannot be read ({error.strerror}); give the folder that "
+                "`save_pretrained` wrote or that was downloaded from the hub"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"])) or CONFIG
+            raise ValueError(f"{CONFIG}: {field} = {first['input']!r}: {first['msg']}") from error
+        config.check()
+        return config
+
+    @property
+    def architecture(self) -> str:
+        """The name of its class in transformers."""
+        return self.architectures[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key/value heads."""
+        given = "num_key_value_heads" in self.model_fields_set
+        value = self.num_key_value_heads if given else _KV_HEADS[self.architecture]
+        return value or self.num_attention_heads
+
+    @property
+    def model(self) -> ModelSpec:
+        """The same model as ours, at its own base: every muP factor is 1."""
+        std = self.initializer_range
+        stds = ("init_std", "embedding_std", "unembedding_std")
+        drawn = dict.fromkeys(stds, std) if std > 0 else {}
+        head_dim = self.hidden_size // self.num_attention_heads
+        try:
+            return ModelSpec.model_validate(
+                {
+                    "width": self.hidden_size,
+                    "depth": self.num_hidden_layers,
+                    "head_dim": head_dim,
+                    "group_size": self.num_attention_heads // self.num_kv_heads,
+                    "ffn_ratio": self.intermediate_size / self.hidden_size,
+                    "vocab_size": self.vocab_size,
+                    "base_width": self.hidden_size,
+                    "base_depth": self.num_hidden_layers,
+                    "rope_theta": self._rope_theta,
+                    "norm_eps": self.rms_norm_eps,
+                }
+                | drawn
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            message = first["msg"].removeprefix("Value error, ")
+            raise ValueError(
+                f"{CONFIG} describes a model that ours cannot be: {message}"
+            ) from error
+
+    def check(self) -> None:
+        """Raise ValueError if a field makes another function than ours."""
+        if len(self.architectures) != 1 or self.architecture not in _KV_HEADS:
+            _refuse("architectures", list(self.architectures), f"{', '.join(_KV_HEADS)} work")
+        if self.quantization_config is not None:
+            method = self.quantization_config.get("quant_method", "set")
+            _refuse("quantization_config", method, "float32, bfloat16 or float16 weights work")
+        if self.auto_map is not None:
+            _refuse("auto_map", self.auto_map, "only the code of transformers itself is known here")
+        if self.hidden_act != "silu":
+            _refuse("hidden_act", self.hidden_act, "silu works")
+        self._check_heads()
+        self._check_rope()
+        self._check_window()
+
+    def _check_heads(self) -> None:
+        heads, width = self.num_attention_heads, self.hidden_size
+        if width % heads:
+            _refuse("num_attention_heads", heads, f"a divisor of hidden_size {width} works")
+        if self.head_dim is not None and self.head_dim * heads != width:
+            works = f"hidden_size {width} / num_attention_heads {heads} = {width // heads} works"
+            _refuse("head_dim", self.head_dim, works)
+        if heads % self.num_kv_heads:
+            works = f"a divisor of num_attention_heads {heads} works"
+            _refuse("num_key_value_heads", self.num_kv_heads, works)
+
+    @property
+    def _rope(self) -> Mapping[str, Any]:
+        return self.rope_scaling or self.rope_parameters or {}
+
+    @property
+    def _rope_theta(self) -> float:
+        return float(self._rope.get("rope_theta") or self.rope_theta or _DEFAULT_ROPE_THETA)
+
+    def _check_rope(self) -> None:
+        rope, field = self._rope, "rope_scaling" if self.rope_scaling else "rope_parameters"
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
+            _refuse(field, dict(rope), "rope_type default, the same in all layers, works")
+        if self.rope_theta not in (None, self._rope_theta):
+            works = f"it works if it is rope_theta {self.rope_theta}, or is left out"
+            _refuse(f"{field}.rope_theta", self._rope_theta, works)
+        partial = rope.get("partial_rotary_factor", self.partial_rotary_factor)
+        if partial not in (None, 1.0):
+            _refuse("partial_rotary_factor", partial, "1 works: every pair of a head rotates")
+
+    def _check_window(self) -> None:
+        """A window as long as the context masks nothing; Llama has none."""
+        can_slide = self.architecture == "MistralForCausalLM" or (
+            self.architecture == "Qwen2ForCausalLM" and self.use_sliding_window
+        )
+        window, context = self.sliding_window, self.max_position_embeddings
+        if can_slide and window is not None and window < context:
+            _refuse(
+                "sliding_window",
+                window,
+                f"null works, or max_position_embeddings {window} in place of {context}: "
+                "shorter sequences never meet the window",
+            )
+
+
+def _refuse(field: str, value: object, works: str) -> NoReturn:
+    raise ValueError(f"{CONFIG}: {field} is {value!r}; {works}")
+
+
+def llama_config(
+    model: ModelSpec, *, context: int, dtype: Dtype, bos: TokenIds, eos: TokenIds
+) -> dict[str, Any]:
+    """`config.json` of a model whose multipliers are folded into its weights.
+
+    transformers 5 reads `rope_parameters` and `dtype`, 4 reads `rope_theta` and `torch_dtype`. Left
+    out, bos and eos would be 1 and 2.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.width,
+        "intermediate_size": model.ffn_width,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": context,
+        "initializer_range": min(model.init_std, 1.0),
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": None,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def generation_config(*, bos: TokenIds, eos: TokenIds) -> dict[str, Any]:
+    """`generation_config.json`: greedy unless asked otherwise, to the end of a document."""
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None, "do_sample": False}
+
+
+def as_json(fields: Mapping[str, Any]) -> bytes:
+    """A JSON file as people read it."""
+    return (json.dumps(fields, indent=2) + "\n").encode()

@@ -1,0 +1,197 @@
+"""A Hugging Face folder as a checkpoint that can be grown: Llama, and what equals it.
+
+Its weights become float32, its tied embeddings two tensors, its tokenizer is carried along. Nothing
+is unpickled: folders of `.bin` files are refused. Read and written tensor by tensor.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from warmcore.checkpoint import ImportedModel, Progress, SavedCheckpoint, save_checkpoint
+from warmcore.export import INDEX, WEIGHTS
+from warmcore.folders import check_free
+from warmcore.hf_config import CONFIG, HfConfig
+from warmcore.hf_tensors import EMBEDDING, LM_HEAD, hf_name
+from warmcore.hf_tokenizer import TOKENIZER_FILES
+from warmcore.model import parameter_shapes
+from warmcore.tensors import NAMES, TensorFile, TensorInfo, TensorStream, file_facts
+
+_READABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_CONVERT = (
+    "transformers converts it: AutoModelForCausalLM.from_pretrained(PATH).save_pretrained(NEW)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """The tensors of all shards by their Hugging Face names, left on the disk."""
+
+    files: Mapping[str, TensorFile]
+
+    def info(self, name: str) -> TensorInfo:
+        return self.files[name].layout[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.files[name][name]
+
+
+def import_hf(folder: Path, out: Path) -> SavedCheckpoint:
+    """Write the checkpoint `out` with the weights of the model in `folder`.
+
+    Raises:
+        ValueError: what is wrong with the model or its files, and what would work; or `out` is
+            there already.
+    """
+    check_free(out)
+    config = HfConfig.read(folder)
+    model = config.model
+    shards = _shards(folder)
+    source = _open(shards)
+    shapes = {name: tuple(shape) for name, shape in parameter_shapes(model).items()}
+    places = {name: _place(name, config) for name in shapes}
+    _check_names(source, places, config)
+    _check_tensors(source, places, shapes)
+    used = {source.info(place).dtype for place in places.values()}
+    return save_checkpoint(
+        out,
+        weights=TensorStream(
+            layout={n: TensorInfo(dtype=torch.float32, shape=shapes[n]) for n in shapes},
+            tensors=_master_weights(source, places),
+        ),
+        optimizer=TensorStream.of({}),
+        run=ImportedModel(
+            model=model,
+            context=config.max_position_embeddings,
+            architecture=config.architecture,
+            dtypes=tuple(sorted(_READABLE[dtype] for dtype in used)),
+            tied_embeddings=config.tie_word_embeddings,
+            bos=config.bos_token_id,
+            eos=config.eos_token_id,
+            source_files={path.name: file_facts(path) for path in [folder / CONFIG, *shards]},
+        ),
+        data_hash=None,
+        base_hash=None,
+        tokens=0,
+        progress=Progress(),
+        attached={
+            name: (folder / name).read_bytes()
+            for name in TOKENIZER_FILES
+            if (folder / name).is_file()
+        },
+    )
+
+
+def _place(name: str, config: HfConfig) -> str:
+    """Where a tensor of ours is found; of tied embeddings, both in one place."""
+    place = hf_name(name)
+    return EMBEDDING if config.tie_word_embeddings and place == LM_HEAD else place
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        names = _shard_names(folder / INDEX)
+    elif (folder / WEIGHTS).is_file():
+        names = [WEIGHTS]
+    else:
+        raise ValueError(f"{folder} has no {WEIGHTS}{_pickle_instead(folder)}")
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(names)} shards, first {missing[0]}"
+        )
+    return [folder / name for name in names]
+
+
+def _pickle_instead(folder: Path) -> str:
+    found = [path.name for kind in _PICKLES for path in sorted(folder.glob(kind))]
+    if not found:
+        return ""
+    return f", only {found[0]}, a pickle, which can run code when it is read; {_CONVERT}"
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        weight_map: dict[str, Any] = json.loads(index.read_bytes())["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is corrupt: it has no weight_map of tensors to files") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside or not names:
+        raise ValueError(f"{index} is corrupt: {outside or 'nothing'} is no file beside it")
+    return names
+
+
+def _open(shards: list[Path]) -> _Source:
+    files: dict[str, TensorFile] = {}
+    for path in shards:
+        _check_readable(path)
+        file = TensorFile(path)
+        twice = files.keys() & file.keys()
+        if twice:
+            raise ValueError(f"{path} has {min(twice)}, as another shard has; one of them is stale")
+        files |= dict.fromkeys(file, file)
+    return _Source(files=files)
+
+
+def _check_readable(path: Path) -> None:
+    """The library checks that header and length agree; dtypes we do not read are refused."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is corrupt or incomplete: {error}") from error
+    for name, dtype in dtypes.items():
+        if dtype not in NAMES.values():
+            raise ValueError(f"{path}: {name} is of dtype {dtype}; F32, BF16 or F16 work")
+
+
+def _check_names(source: _Source, places: Mapping[str, str], config: HfConfig) -> None:
+    """Every tensor is there, and no other, but for what is the same as nothing."""
+    missing = sorted(set(places.values()) - source.files.keys())
+    if missing:
+        raise ValueError(
+            f"{missing[0]} is missing, and {len(missing) - 1} more of {len(set(places.values()))} "
+            f"tensors of {config.architecture} with {config.num_hidden_layers} layers"
+        )
+    for name in sorted(source.files.keys() - set(places.values())):
+        if name.endswith(".bias"):
+            _check_zero(source, name)
+        elif name != LM_HEAD and not name.endswith(".rotary_emb.inv_freq"):
+            raise ValueError(f"{name} is no tensor of {config.architecture} as we know it")
+
+
+def _check_zero(source: _Source, name: str) -> None:
+    largest = source[name].abs().max().item()
+    if largest:
+        raise ValueError(
+            f"{name} has values up to {largest:g}; our models have no biases, so only zeros work"
+        )
+
+
+def _check_tensors(
+    source: _Source, places: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    for name, place in places.items():
+        info = source.info(place)
+        if info.shape != shapes[name]:
+            raise ValueError(
+                f"{place} is {list(info.shape)}; {CONFIG} makes it {list(shapes[name])}"
+            )
+        if info.dtype not in _READABLE:
+            raise ValueError(f"{place} is {info.dtype}; {', '.join(_READABLE.values())} work")
+
+
+def _master_weights(source: _Source, places: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    for name, place in places.items():
+        tensor = source[place].float()
+        if not tensor.isfinite().all():
+            raise ValueError(f"{place} has weights that are infinite or not a number")
+        yield name, tensor
