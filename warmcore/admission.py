@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from warmcore.spec import GrowthOptions, ModelSpec
+from warmcore.spec import GrowthOptions, ModelSpec, TrainSpec
 
 SAME = ("head_dim", "group_size", "vocab_size", "ffn_ratio", "rope_theta", "parametrization")
 
@@ -82,6 +82,15 @@ def _check_optimizer_state(options: GrowthOptions) -> None:
             f"optimizer_state transfer needs operator clone, hyperclone or net2net: "
             f"{options.operator} appends units that have no past; "
             "use transfer_old_reset_new or reset"
+        )
+
+
+def check_optimizers(options: GrowthOptions, base: TrainSpec, target: TrainSpec) -> None:
+    """Raise ValueError unless the target's optimizer can go on from the base's state."""
+    if options.optimizer_state != "reset" and base.optimizer != target.optimizer:
+        raise ValueError(
+            f"optimizer_state {options.optimizer_state} needs one optimizer in base and target: "
+            f"{base.optimizer} is not {target.optimizer}; use reset, or optimizer {base.optimizer}"
         )
 
 

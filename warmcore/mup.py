@@ -14,6 +14,19 @@ gain           0 (all ones)  l^(a-1)     0   l^-a/m      output of its block's b
 final_gain     0 (all ones)  1           0   1/m
 unembedding    sigma_u       1           1   1/m         logits x alpha_out/m
 =============  ============  ==========  ==  ==========  ===============================
+
+With Muon for the hidden matrices, everything else as above:
+
+=============  ============  ==============  ======  ====
+hidden (Muon)  sigma/sqrt m  l^(a-1)/sqrt m  sqrt m  l^-a
+=============  ============  ==============  ======  ====
+
+Muon's update is lr c sqrt(max(fan_out, fan_in)) U V^T, with c sqrt(...) for the RMS of AdamW's
+(arXiv 2502.16982). Its spectral norm must be of the size of sqrt(fan_out/fan_in) at every width
+(arXiv 2310.17813; for Muon arXiv 2512.05620): fan_out/fan_in does not depend on m in a family, but
+the maximum grows with it, so lr goes by 1/sqrt m, and weight decay by its inverse. In depth Muon is
+as Adam: an update's size does not depend on the gradient's, and l^-a on the branches is all that is
+needed (arXiv 2603.00541). eps bounds the norm of a gradient, which does not depend on m.
 """
 
 import math
@@ -22,7 +35,7 @@ from typing import Literal
 
 from torch import Generator, Tensor
 
-from warmcore.spec import ModelSpec
+from warmcore.spec import ModelSpec, OptimizerName
 
 Role = Literal["embedding", "hidden", "gain", "final_gain", "unembedding"]
 GAINS: frozenset[Role] = frozenset({"gain", "final_gain"})
@@ -66,15 +79,18 @@ def role_of(name: str) -> Role:
             raise ValueError(f"{name} is not the name of a tensor of this model family")
 
 
-def factors(role: Role, model: ModelSpec) -> Factors:
-    """Look a role's row up in the table above."""
+def factors(role: Role, model: ModelSpec, optimizer: OptimizerName = "adamw") -> Factors:
+    """Look a role's row up in the tables above."""
     m, depth = model.width_multiplier, model.depth_multiplier
     block_lr, block_eps = depth ** (DEPTH_ALPHA - 1), depth**-DEPTH_ALPHA / m
     match role:
         case "embedding":
             return Factors(init_std=model.embedding_std, lr=1.0, weight_decay=1.0, eps=1 / m)
         case "hidden":
-            std = model.init_std / math.sqrt(m)
+            std, root = model.init_std / math.sqrt(m), math.sqrt(m)
+            if optimizer == "muon":
+                eps = depth**-DEPTH_ALPHA
+                return Factors(init_std=std, lr=block_lr / root, weight_decay=root, eps=eps)
             return Factors(init_std=std, lr=block_lr / m, weight_decay=m, eps=block_eps)
         case "gain":
             return Factors(init_std=0.0, lr=block_lr, weight_decay=0.0, eps=block_eps)

@@ -1,4 +1,4 @@
-"""AdamW under muP: parameter groups from the table, and clipping that does not depend on width."""
+"""The optimizer under muP: groups from the table, and clipping that does not depend on width."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,19 +6,22 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
+from warmcore.muon import EPS as MUON_EPS
+from warmcore.muon import MuonAdamW
 from warmcore.mup import Role, factors, role_of
 from warmcore.spec import ClipRule, ModelSpec, TrainSpec
 
-STATE_KEYS = ("step", "exp_avg", "exp_avg_sq")
+ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
+MUON_KEYS = ("momentum_buffer",)
 ROLES: tuple[Role, ...] = ("embedding", "hidden", "gain", "final_gain", "unembedding")
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], model: ModelSpec, train: TrainSpec
-) -> AdamW:
-    """AdamW (arXiv 1711.05101, decay by lr * wd) with one group per role.
+) -> Optimizer:
+    """AdamW (arXiv 1711.05101, decay by lr * wd), or it and Muon, with one group per role.
 
     lr, weight decay and epsilon are the spec's times the factors of `mup.factors`; a group keeps
     its own peak lr, which `set_lr` scales.
@@ -26,22 +29,28 @@ def build_optimizer(
     named = list(named_parameters)
     groups: list[dict[str, object]] = []
     for role in ROLES:
-        row = factors(role, model)
+        row = factors(role, model, train.optimizer)
+        is_muon = role == "hidden" and train.optimizer == "muon"
+        lr = train.lr * row.lr * (train.muon_lr_ratio if is_muon else 1.0)
         members = [(name, parameter) for name, parameter in named if role_of(name) == role]
         group: dict[str, object] = {
             "params": [parameter for _, parameter in members],
             "names": [name for name, _ in members],
             "role": role,
-            "lr": train.lr * row.lr,
-            "peak_lr": train.lr * row.lr,
+            "state_keys": MUON_KEYS if is_muon else ADAM_KEYS,
+            "lr": lr,
+            "peak_lr": lr,
             "weight_decay": train.weight_decay * row.weight_decay,
-            "eps": train.eps * row.eps,
+            "eps": (MUON_EPS if is_muon else train.eps) * row.eps,
         }
         groups.append(group)
-    return AdamW(groups, betas=(train.beta1, train.beta2), fused=True)
+    betas = (train.beta1, train.beta2)
+    if train.optimizer == "muon":
+        return MuonAdamW(groups, betas=betas, momentum=train.muon_momentum)
+    return AdamW(groups, betas=betas, fused=True)
 
 
-def set_lr(optimizer: AdamW, factor: float) -> None:
+def set_lr(optimizer: Optimizer, factor: float) -> None:
     """Set every group to its peak lr times the schedule's factor."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
@@ -52,7 +61,7 @@ def vector_weight(rule: ClipRule, model: ModelSpec) -> float:
     return model.width_multiplier if rule == "width_weighted" else 1.0
 
 
-def clip_(optimizer: AdamW, weight: float, max_norm: float | None) -> Tensor:
+def clip_(optimizer: Optimizer, weight: float, max_norm: float | None) -> Tensor:
     """Scale all gradients by min(1, max_norm / norm) and return the norm before.
 
     norm = sqrt(sum_hidden |g|^2 + weight * sum_vector |g|^2), METHOD §3 law 3. Vector-like are the
@@ -70,8 +79,8 @@ def clip_(optimizer: AdamW, weight: float, max_norm: float | None) -> Tensor:
     return norm
 
 
-def optimizer_tensors(optimizer: AdamW) -> dict[str, Tensor]:
-    """State by name: `<parameter>.step`, `.exp_avg`, `.exp_avg_sq`; empty before the first step."""
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """State by name, `<parameter>.<key>`; empty before the first step."""
     tensors = {
         f"{name}.{key}": value
         for group in optimizer.param_groups
@@ -86,12 +95,12 @@ def saving_order(name: str) -> tuple[bool, str]:
     return name.endswith(".step"), name
 
 
-def load_optimizer_tensors(optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`; copies."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             optimizer.state[parameter] = {
                 key: tensors[f"{name}.{key}"].to(parameter.device, copy=True)
-                for key in STATE_KEYS
+                for key in group["state_keys"]
                 if tensors
             }

@@ -19,6 +19,7 @@ Parametrization = Literal["mup", "standard"]
 ScheduleName = Literal["wsd", "cosine", "constant"]
 CooldownShape = Literal["linear", "1-sqrt"]
 ClipRule = Literal["width_weighted", "plain"]
+OptimizerName = Literal["adamw", "muon"]
 PaddingOperator = Literal["shrink_perturb", "slice", "zero_pad"]
 CopyingOperator = Literal["clone", "hyperclone", "net2net"]
 WidthOperator = PaddingOperator | CopyingOperator
@@ -168,7 +169,14 @@ class TrainSpec(Spec):
     )
     tokens_per_param: TokensPerParam = 20.0
     num_tokens: TokenCount | None = None
+    optimizer: OptimizerName = Field(
+        default="adamw", description="muon: of hidden matrices; all else stays with adamw"
+    )
     lr: Positive = 0.012
+    muon_lr_ratio: Positive = Field(
+        default=1.0, description="lr of hidden matrices over lr; at 1 an update has AdamW's RMS"
+    )
+    muon_momentum: OpenFraction = 0.95
     weight_decay: NonNegative = 0.1
     beta1: OpenFraction = 0.9
     beta2: OpenFraction = 0.95
@@ -193,6 +201,17 @@ class TrainSpec(Spec):
                 f"warmup_fraction {self.warmup_fraction} + cooldown_fraction "
                 f"{self.cooldown_fraction} exceed 1; lower one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _muon_is_asked_for(self) -> Self:
+        for name in ("muon_lr_ratio", "muon_momentum"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.optimizer != "muon" and value != default:
+                raise ValueError(
+                    f"{name} {value:g} does nothing with optimizer {self.optimizer}; "
+                    "set optimizer muon"
+                )
         return self
 
 
@@ -254,6 +273,12 @@ class GrowthOptions(Spec):
 
         check_depth(self, base, target)
 
+    def check_optimizers(self, base: TrainSpec, target: TrainSpec) -> None:
+        """Raise ValueError where the base's optimizer leaves no state that the target's can use."""
+        from warmcore.admission import check_optimizers  # noqa: PLC0415 - it imports these specs
+
+        check_optimizers(self, base, target)
+
     def warnings(self, base: ModelSpec, target: ModelSpec) -> "Iterator[str]":
         """What a user should know before growing `base` into `target` this way."""
         from warmcore.admission import warnings  # noqa: PLC0415 - it imports these specs
@@ -279,6 +304,8 @@ _MODEL_PARAMS = frozenset(
 _TRAIN_PARAMS = frozenset(
     {
         "lr",
+        "muon_lr_ratio",
+        "muon_momentum",
         "weight_decay",
         "beta1",
         "beta2",

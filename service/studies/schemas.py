@@ -119,16 +119,19 @@ class StudySpec(Spec):
             check_grid(self.search_space, self.hpo.trials)
 
     def _check_rungs(self) -> None:
-        below = self.base_model
+        below, train = self.base_model, self.train
         for place, spec in self._places():
             below = grown_model(below, spec, self.warmstart, place)
-            train = overridden_train(self.train, spec, place)
+            train_below, train = train, overridden_train(self.train, spec, place)
+            check_optimizers(self.warmstart, train_below, train, place)
             tuned = {n: d for n, d in self.search_space.items() if n not in spec.train}
             _check_phases(tuned, train, f"{place}.train")
+            run = RunSpec(model=below, data=self.data, train=train)
             try:
-                check_size(RunSpec(model=below, data=self.data, train=train))
+                check_size(run)
             except ValueError as error:
                 raise FieldError(place, spec.width, reason(error)) from None
+            _check_tuned(tuned, run, f"{place}.train")
 
     def _places(self) -> list[tuple[str, TargetSpec]]:
         if self.target is not None:
@@ -229,6 +232,27 @@ def _check_phases(space: dict[str, Dimension], train: TrainSpec, place: str) -> 
         TrainSpec.model_validate(train.model_dump() | longest)
     except ValidationError as error:
         raise FieldError(place, str(longest), reason(error)) from None
+
+
+def _check_tuned(space: dict[str, Dimension], run: RunSpec, place: str) -> None:
+    """A target takes every value that a trial may have won with."""
+    for name, dimension in space.items():
+        for value in dimension.bounds:
+            try:
+                run.with_params({name: value})
+            except ValidationError as error:
+                raise FieldError(f"{place}.{name}", value, reason(error)) from None
+
+
+def check_optimizers(
+    options: GrowthOptions, base: TrainSpec, target: TrainSpec, place: str
+) -> None:
+    """Raise a FieldError below `place` where the target's optimizer cannot use the base's state."""
+    try:
+        options.check_optimizers(base, target)
+    except ValueError as error:
+        path = f"{place}.train.optimizer"
+        raise FieldError(path, target.optimizer, str(error)) from None
 
 
 def check_size(run: RunSpec) -> None:

@@ -12,6 +12,7 @@ from service.studies.schemas import (
     StudySpec,
     TargetRequest,
     WarmstartSpec,
+    check_optimizers,
     check_size,
     grown_model,
     overridden_train,
@@ -39,10 +40,11 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
     spec = StudySpec.model_validate(study.spec)
     warmstart = request.warmstart or spec.warmstart
     base_run, base = _base(session, study, request)
-    base_model = RunSpec.model_validate(base_run.spec).model
+    trained = RunSpec.model_validate(base_run.spec)
     try:
-        model = grown_model(base_model, request.target, warmstart, "target")
-        overridden_train(spec.train, request.target, "target")
+        model = grown_model(trained.model, request.target, warmstart, "target")
+        train = overridden_train(spec.train, request.target, "target")
+        check_optimizers(warmstart, trained.train, train, "target")
     except FieldError as error:
         raise bad_field(error.path, error.value, str(error)) from None
     pairs = _pairs(spec, warmstart, base)

@@ -62,6 +62,14 @@ CASES = [
     bad("train.warmup_fraction", 1.5, "less than 1", train={"warmup_fraction": 1.5}),
     bad("search_space.warmup_fraction", 0.9, "exceed 1", search_space=lr() | {
         "warmup_fraction": {"type": "float", "low": 0.1, "high": 0.9}}),
+    bad("search_space.muon_lr_ratio", 0.5, "set optimizer muon", search_space={
+        "muon_lr_ratio": {"type": "float", "low": 0.5, "high": 2.0}}),
+    bad("target.train.muon_lr_ratio", 0.5, "set optimizer muon", train={"optimizer": "muon"},
+        target={"width": 64, "train": {"optimizer": "adamw"}},
+        search_space={"muon_lr_ratio": {"type": "float", "low": 0.5, "high": 2.0}}),
+    bad("target.train.optimizer", "muon", "use reset, or optimizer adamw",
+        target={"width": 64, "train": {"optimizer": "muon"}},
+        warmstart={"operator": "clone", "optimizer_state": "transfer"}),
 ]  # fmt: skip
 
 
