@@ -37,7 +37,8 @@ class Grown:
         if run.growth is None:
             raise ValueError("growth is None: this run does not start from a base checkpoint")
         source = open_checkpoint(base, expected_hash=run.growth.base.hash)
-        run.growth.check_optimizers(source.manifest.run.train, run.train)
+        if source.manifest.run is not None:
+            run.growth.check_optimizers(source.manifest.run.train, run.train)
         generator = weights_generator(run)
         growth = Growth.plan(source.manifest.model, run.model, run.growth, generator)
         return cls(source=source, growth=growth, generator=generator)
