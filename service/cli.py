@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -120,6 +120,47 @@ def demo(
     from service import demo as demonstration
 
     demonstration.run(folder, cpus=cpus, as_json=as_json)
+
+
+@app.command(name="export")
+def export_(
+    *,
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run's id, or a folder: a checkpoint, a run.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    output_format: Annotated[
+        Literal["hf"], typer.Option("--format", help="hf: transformers loads it.")
+    ] = "hf",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
+    ] = "float32",
+    max_shard_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Of a file of weights; 5 GB when not given.")
+    ] = None,
+    home: Home = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Write a trained model as a Hugging Face folder, its tokenizer included."""
+    from service import cli_convert
+
+    assert output_format == "hf"
+    options = ["--out", str(out), "--dtype", dtype]
+    options += ["--max-shard-bytes", str(max_shard_bytes)] if max_shard_bytes else []
+    cli_convert.export(run, home, options, as_json=as_json)
+
+
+@app.command(name="import")
+def import_(
+    *,
+    folder: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face folder.")],
+    out: Annotated[str, typer.Option(help="The checkpoint to write: a folder, or a URI.")],
+    as_json: Json = False,
+) -> None:
+    """Make a Llama, Mistral or Qwen2 a base checkpoint to grow; print what a spec takes."""
+    from service import cli_convert
+
+    cli_convert.import_(folder, ["--out", out], as_json=as_json)
 
 
 def main() -> None:

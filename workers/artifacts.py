@@ -6,7 +6,7 @@ to be uploaded, and a `CheckpointRef` is its hash.
 
 import contextlib
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,12 +19,17 @@ from warmcore.train import Training
 
 
 def save(training: Training, uri: str) -> SavedCheckpoint:
-    """Store a checkpoint at `uri`: complete when this returns, and no checkpoint before."""
-    path = _local_path(uri)
+    """Store a run's checkpoint at `uri`."""
+    return store(training.save, uri)
+
+
+def store(write: Callable[[Path], SavedCheckpoint], uri: str) -> SavedCheckpoint:
+    """Store what `write` writes at `uri`: complete when this returns, and no checkpoint before."""
+    path = local_path(uri)
     if path is not None:
-        return training.save(path)
+        return write(path)
     with tempfile.TemporaryDirectory(prefix="warmscale-") as folder:
-        saved = training.save(Path(folder) / "checkpoint")
+        saved = write(Path(folder) / "checkpoint")
         _upload(Path(folder) / "checkpoint", uri)
     return saved
 
@@ -37,7 +42,7 @@ def local(ref: CheckpointRef) -> Generator[Path]:
         CheckpointCorruptError: it is not there, or is another checkpoint than `ref` means.
     """
     with contextlib.ExitStack() as stack:
-        path = _local_path(ref.uri)
+        path = local_path(ref.uri)
         if path is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="warmscale-"))
             path = Path(folder) / "checkpoint"
@@ -70,11 +75,12 @@ def _download(uri: str, folder: Path) -> None:
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
-    files, root = fsspec.core.url_to_fs(_local_path(uri) or uri)
+    files, root = fsspec.core.url_to_fs(local_path(uri) or uri)
     return files, str(root).rstrip("/")
 
 
-def _local_path(uri: str) -> Path | None:
+def local_path(uri: str) -> Path | None:
+    """Path of a plain path or a file:// URI; None for what is elsewhere."""
     # As `Path.as_uri` writes them: fsspec takes "%20" in a file URI for three characters.
     parts = urlsplit(uri)
     if parts.scheme == "file":

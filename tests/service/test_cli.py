@@ -200,6 +200,49 @@ def test_a_home_s_key_is_never_sent_to_another_service(warmscale, monkeypatch):
 
 
 @pytest.fixture
+def became(monkeypatch):
+    """The command lines that were to take over the process."""
+    found = []
+    monkeypatch.setattr("os.execv", lambda _, command: found.append(command[1:]))
+    return found
+
+
+def test_a_run_s_final_checkpoint_is_exported(warmscale, spec_file, worker, became):
+    warmscale("study", "create", "-f", str(spec_file))
+    lease = worker.one()
+    assert warmscale("export", lease.run_id, "--out", "hf").exit_code == 4
+    assert became == []
+    worker.complete(lease)
+    (checkpoint,) = json.loads(warmscale("run", "show", lease.run_id, "--json").stdout)[
+        "checkpoints"
+    ]
+    warmscale("export", lease.run_id, "--out", "hf", "--dtype", "bfloat16", "--json")
+    source = [checkpoint["uri"], "--hash", checkpoint["hash"]]
+    options = ["--out", "hf", "--dtype", "bfloat16"]
+    assert became == [["-m", "workers.convert", "--json", "export", *source, *options]]
+
+
+def test_folders_are_converted_without_a_service(tmp_path, became):
+    folder = str(tmp_path)
+    runner.invoke(app, ["export", folder, "--out", "hf", "--max-shard-bytes", "9"])
+    runner.invoke(app, ["import", folder, "--out", "s3://bucket/base"])
+    options = ["--out", "hf", "--dtype", "float32", "--max-shard-bytes", "9"]
+    convert = ["-m", "workers.convert"]
+    assert became == [
+        [*convert, "export", folder, *options],
+        [*convert, "import", folder, "--out", "s3://bucket/base"],
+    ]
+
+
+@pytest.mark.parametrize("run", ["no-such-folder", "run_unknown"])
+def test_what_cannot_be_exported_is_named(warmscale, became, run):
+    refused = warmscale("export", run, "--out", "hf")
+    assert refused.exit_code == {"no-such-folder": 2, "run_unknown": 4}[run]
+    assert run in refused.stderr
+    assert became == []
+
+
+@pytest.fixture
 def started(monkeypatch):
     """The command lines and the keys of the fleets that were to take over the process."""
     found = []

@@ -1,0 +1,47 @@
+"""`warmscale export` and `warmscale import`: this process becomes the one that has torch."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from service.cli_common import Exit, connected, fail
+
+if TYPE_CHECKING:
+    from service.protocol import CheckpointView
+
+
+def export(run: str, home: Path, options: list[str], *, as_json: bool) -> NoReturn:
+    """Export a folder's checkpoint, or the final one of a run that the service knows."""
+    if Path(run).exists():
+        source = [run]
+    elif run.startswith("run_"):
+        checkpoint = _newest(run, home)
+        source = [checkpoint.uri, "--hash", checkpoint.hash]
+    else:
+        fail(Exit.USAGE, f"{run} is neither a folder here nor the id of a run, run_…")
+    _become("export", [*source, *options], as_json=as_json)
+
+
+def import_(folder: Path, options: list[str], *, as_json: bool) -> NoReturn:
+    """Import a Hugging Face folder."""
+    _become("import", [str(folder), *options], as_json=as_json)
+
+
+def _newest(run_id: str, home: Path) -> "CheckpointView":
+    """The final checkpoint, or the newest of a run that has not ended well."""
+    from urllib.parse import quote
+
+    from service.runs.schemas import CheckpointList
+
+    with connected(home) as client:
+        answer = client.get(f"/v1/runs/{quote(run_id, safe='')}/checkpoints")
+    checkpoints = CheckpointList.model_validate(answer).items
+    if not checkpoints:
+        fail(Exit.CONFLICT, f"{run_id} has no checkpoint")
+    return max(checkpoints, key=lambda checkpoint: (checkpoint.final, checkpoint.step))
+
+
+def _become(command: str, arguments: list[str], *, as_json: bool) -> NoReturn:
+    program = [sys.executable, "-m", "workers.convert", *(["--json"] if as_json else []), command]
+    os.execv(program[0], [*program, *arguments])  # noqa: S606 - it takes this process over

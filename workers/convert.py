@@ -1,0 +1,138 @@
+"""`python -m workers.convert export|import`: checkpoints from and to Hugging Face folders.
+
+`warmscale export` and `warmscale import` become this process, since the service loads no torch.
+
+Exit codes: 0 done, 1 a checkpoint that is not there or is damaged, 2 refused.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from rich.console import Console
+
+from warmcore.checkpoint import (
+    MANIFEST,
+    CheckpointCorruptError,
+    SavedCheckpoint,
+    list_checkpoints,
+    read_manifest,
+)
+from warmcore.export import MAX_SHARD_BYTES, export_hf
+from warmcore.flops import count_params
+from warmcore.hf_config import Dtype
+from warmcore.importer import import_hf
+from warmcore.spec import CheckpointRef, ModelSpec
+from workers import artifacts
+
+DONE, DAMAGED, REFUSED = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Convert, say what was written, and return the exit code."""
+    options = _parser().parse_args(arguments)
+    console = Console(stderr=True)
+    try:
+        with console.status(f"writing {options.out}"):
+            done: dict[str, Any] = options.convert(options)
+    except ValueError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return REFUSED
+    except (CheckpointCorruptError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return DAMAGED
+    text = json.dumps(done) if options.json else options.describe(done)
+    sys.stdout.write(f"{text}\n")
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m workers.convert")
+    parser.add_argument("--json", action="store_true")
+    commands = parser.add_subparsers(required=True)
+    export = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
+    export.add_argument("checkpoint", help="URI, or the folder of a checkpoint or of a local run")
+    export.add_argument("--hash", help="of the checkpoint; needed where it is not local")
+    export.add_argument("--out", type=Path, required=True)
+    export.add_argument("--dtype", choices=get_args(Dtype), default="float32")
+    export.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES)
+    export.set_defaults(convert=_export, describe=_describe_export)
+    importing = commands.add_parser("import", help="a Hugging Face folder to a checkpoint")
+    importing.add_argument("folder", type=Path)
+    importing.add_argument("--out", required=True, help="URI or path of the checkpoint to write")
+    importing.set_defaults(convert=_import, describe=_describe_import)
+    return parser
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    ref = _reference(options.checkpoint, options.hash)
+    with artifacts.local(ref) as checkpoint:
+        exported = export_hf(
+            checkpoint,
+            options.out,
+            dtype=options.dtype,
+            max_shard_bytes=options.max_shard_bytes,
+            expected_hash=ref.hash,
+        )
+    return {
+        "path": str(exported.path),
+        "checkpoint": ref.model_dump(),
+        "dtype": options.dtype,
+        "files": exported.files,
+        "num_bytes": exported.num_bytes,
+    }
+
+
+def _reference(checkpoint: str, given_hash: str | None) -> CheckpointRef:
+    """The checkpoint as it is asked for; of a local run's folder, the newest."""
+    path = artifacts.local_path(checkpoint)
+    if path is None:
+        if given_hash is None:
+            raise ValueError(f"{checkpoint} is not local: give its hash")
+        return CheckpointRef(uri=checkpoint, hash=given_hash)
+    if not (path / MANIFEST).exists():
+        path = next(iter(list_checkpoints(path / "checkpoints")), path)
+    found = given_hash or read_manifest(path)[1]
+    return CheckpointRef(uri=path.resolve().as_uri(), hash=found)
+
+
+def _import(options: argparse.Namespace) -> dict[str, Any]:
+    model: ModelSpec | None = None
+
+    def write(path: Path) -> SavedCheckpoint:
+        nonlocal model
+        saved = import_hf(options.folder, path)
+        model = read_manifest(path)[0].model
+        return saved
+
+    saved = artifacts.store(write, options.out)
+    assert model is not None
+    path = artifacts.local_path(options.out)
+    uri = options.out if path is None else path.resolve().as_uri()
+    return {
+        "uri": uri,
+        "hash": saved.hash,
+        "num_bytes": saved.num_bytes,
+        "num_params": count_params(model).total,
+        "model": model.model_dump(),
+    }
+
+
+def _describe_export(done: dict[str, Any]) -> str:
+    return f"{done['path']}: {', '.join(done['files'])} ({done['num_bytes']:,} bytes)"
+
+
+def _describe_import(done: dict[str, Any]) -> str:
+    """What a spec takes: the base, and the model, of which a target is a wider or deeper one."""
+    base = {"uri": done["uri"], "hash": done["hash"]}
+    lines = yaml.safe_dump({"growth": {"base": base}, "model": done["model"]}, sort_keys=False)
+    note = f"# {done['num_params']:,} parameters; for a target, widen or deepen model"
+    return f"{note}\n{lines.rstrip()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
