@@ -7,6 +7,7 @@ from typing import Self
 from torch import Generator
 
 from warmcore.checkpoint import (
+    Manifest,
     OpenCheckpoint,
     Progress,
     SavedCheckpoint,
@@ -14,7 +15,7 @@ from warmcore.checkpoint import (
     save_checkpoint,
 )
 from warmcore.growth import Growth
-from warmcore.spec import RunSpec, derived_seed
+from warmcore.spec import GrowthSpec, RunSpec, TrainSpec, derived_seed
 from warmcore.tensors import TensorStream, layout_like
 
 
@@ -37,8 +38,7 @@ class Grown:
         if run.growth is None:
             raise ValueError("growth is None: this run does not start from a base checkpoint")
         source = open_checkpoint(base, expected_hash=run.growth.base.hash)
-        if source.manifest.run is not None:
-            run.growth.check_optimizers(source.manifest.run.train, run.train)
+        _check_optimizer(source.manifest, run.growth, run.train)
         generator = weights_generator(run)
         growth = Growth.plan(source.manifest.model, run.model, run.growth, generator)
         return cls(source=source, growth=growth, generator=generator)
@@ -63,6 +63,16 @@ class Grown:
         )
         return TensorStream(
             layout=layout_like(entries, layout), tensors=growth.moments(self.source.optimizer)
+        )
+
+
+def _check_optimizer(base: Manifest, growth: GrowthSpec, train: TrainSpec) -> None:
+    if base.run is not None:
+        growth.check_optimizers(base.run.train, train)
+    elif growth.optimizer_state != "reset":
+        raise ValueError(
+            f"optimizer_state {growth.optimizer_state} needs the base's optimizer state, and an "
+            "imported base has none; use reset"
         )
 
 

@@ -168,6 +168,16 @@ def test_a_run_grows_from_it_and_none_resumes_it(imported, run_spec, corpus, tmp
         grow_checkpoint(imported.path, tmp_path / "grown", run=run)
 
 
+@pytest.mark.parametrize("rule", ["transfer", "transfer_old_reset_new"])
+def test_it_has_no_optimizer_state_to_transfer(rule, imported, run_spec, corpus):
+    ref = CheckpointRef(uri="x", hash=imported.hash)
+    growth = GrowthSpec(operator="clone", base=ref, optimizer_state=rule)
+    base = load_checkpoint(imported.path).manifest.model
+    run = run_spec(growth=growth).model_copy(update={"model": wider(base, 2)})
+    with pytest.raises(ValueError, match=f"optimizer_state {rule} needs .* use reset"):
+        Training.start(run, corpus, base=imported.path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "3KB"])
 def test_narrow_weights_in_any_number_of_shards_become_float32(dtype, max_shard_size, tmp_path):
