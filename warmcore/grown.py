@@ -86,8 +86,8 @@ def grow_checkpoint(
 ) -> SavedCheckpoint:
     """Write the checkpoint that `run` begins with: step 0, to be resumed by `Training.resume`.
 
-    Holds two tensors of the target at a time, and what they are made from. `data_hash` is of the
-    data that the run trains on; None: of the base's.
+    Holds a few blocks of the target at a time, and the tensor they are made from. `data_hash` is of
+    the data that the run trains on; None: of the base's.
 
     Raises:
         ValueError: the base model cannot be grown into the run's, or `data_hash` is None and the

@@ -1,7 +1,8 @@
 """Growth: a target's initial tensors, and its optimizer's, from a base checkpoint's (METHOD §3).
 
 The base is deepened first (`warmcore.depth`) and widened then (`warmcore.width`), each tensor by
-itself, by role, from its base tensor and the generator. So tensors can be streamed.
+itself, by role, from its base tensor and the generator; and each block of its rows by itself. So a
+target is streamed, and it does not matter to a number of it into which blocks.
 """
 
 from collections import defaultdict
@@ -12,6 +13,7 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
+from warmcore.blocks import row_blocks
 from warmcore.depth import Deepening
 from warmcore.model import parameter_shapes
 from warmcore.mup import GAINS, fresh_, role_of
@@ -42,6 +44,16 @@ class Moment:
     def name(self) -> str:
         """Its name among the optimizer's tensors."""
         return f"{self.parameter}.{self.key}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Block:
+    """Some rows of a target's tensor: their shape, and what they are made from."""
+
+    name: str
+    source: Tensor
+    maps: Maps
+    shape: torch.Size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,16 +90,20 @@ class Growth:
     def weights(
         self, base_tensors: Mapping[str, Tensor], generator: Generator
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the target's tensors, in the order of its state dict and the dtype of the base."""
+        """Yield the target in blocks, in the order of its state dict and the dtype of the base."""
         for name in self.shapes:
-            tensor = self.depth.tensor(base_tensors, name)
-            old = tuple(slice(size) for size in tensor.shape)
-            yield name, self._perturbed(name, self._widened(name, tensor), old, generator)
+            for block in self._blocks(name, self.depth.tensor(base_tensors, name)):
+                yield name, self._perturbed(block, self._widened(block), generator)
 
     def moments(self, base_state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield Adam's state for the target; nothing for a fresh optimizer."""
+        """Yield Adam's state for the target, in blocks; nothing for a fresh optimizer."""
         for moment in self.moment_names(base_state):
-            yield moment.name, self._moment(moment, base_state[moment.source])
+            tensor = base_state[moment.source]
+            if moment.key == "step":
+                yield moment.name, self._step(moment, tensor)
+                continue
+            for block in self._blocks(moment.parameter, tensor):
+                yield moment.name, self._moment(moment, block)
 
     def moment_names(self, base_names: Iterable[str]) -> list[Moment]:
         """Tensors of the target's optimizer, in the order of `optimizer_tensors`."""
@@ -105,17 +121,27 @@ class Growth:
         ]
         return sorted(moments, key=lambda moment: saving_order(moment.name))
 
-    def _widened(self, name: str, tensor: Tensor) -> Tensor:
-        if self.copies:
-            return copy(name, tensor, self.copies.along(name), self.base, self.target)
-        shrink = 1.0 if self.options.operator == "zero_pad" else self.options.shrink
-        return pad_shrunk(name, tensor, self.shapes[name], shrink=shrink)
+    def _blocks(self, name: str, tensor: Tensor) -> Iterator[Block]:
+        """Split the target's tensor; padding takes the same rows of the base, if it has them."""
+        shape = self.shapes[name]
+        maps: Maps = self.copies.along(name) if self.copies else ()
+        for rows in row_blocks(shape):
+            block = torch.Size((rows.stop - rows.start, *shape[1:]))
+            if maps and maps[0] is not None:
+                parts = (maps[0].at(rows), *maps[1:])
+                yield Block(name=name, source=tensor, maps=parts, shape=block)
+            else:
+                yield Block(name=name, source=tensor[rows], maps=maps, shape=block)
 
-    def _perturbed(
-        self, name: str, grown: Tensor, old: tuple[slice, ...], generator: Generator
-    ) -> Tensor:
+    def _widened(self, block: Block) -> Tensor:
+        if self.copies:
+            return copy(block.name, block.source, block.maps, self.base, self.target)
+        shrink = 1.0 if self.options.operator == "zero_pad" else self.options.shrink
+        return pad_shrunk(block.name, block.source, block.shape, shrink=shrink)
+
+    def _perturbed(self, block: Block, grown: Tensor, generator: Generator) -> Tensor:
         """Add noise of the target's initial size, `options.noise_scale` of it; gains have none."""
-        role, scale = role_of(name), self.options.noise_scale
+        role, scale = role_of(block.name), self.options.noise_scale
         if not scale or role in GAINS:
             return grown
         noise = fresh_(torch.empty(grown.shape), role, self.target, generator)
@@ -124,31 +150,35 @@ class Growth:
             case "shrink_perturb" | "clone" | "zero_pad":
                 return grown.add_(noise)
             case "slice":
+                old = tuple(slice(size) for size in block.source.shape)
                 grown[old] += noise[old]
                 return grown
             case "hyperclone" | "net2net":
-                assert self.copies is not None
-                inputs = self.copies.along(name)[-1]
+                inputs = block.maps[-1]
                 assert inputs is not None
                 return grown if role == "embedding" else grown.add_(cancel_(noise, inputs))
 
-    def _moment(self, moment: Moment, tensor: Tensor) -> Tensor:
+    def _is_reset(self, moment: Moment) -> bool:
+        """Whether it is of a new layer that begins afresh."""
+        layer, rule = self.depth.layer(moment.parameter), self.options.optimizer_state
+        fresh_layer = self.options.depth_operator == "identity" or rule != "transfer"
+        return layer is not None and layer.is_new and fresh_layer
+
+    def _step(self, moment: Moment, tensor: Tensor) -> Tensor:
+        return torch.zeros_like(tensor) if self._is_reset(moment) else tensor.clone()
+
+    def _moment(self, moment: Moment, block: Block) -> Tensor:
         """Grow as the weights are, times the gradient's scale; squared for a second moment.
 
-        New units and layers that are to be reset have zeros; a whole new layer also a step of 0.
+        New units and layers that are to be reset have zeros.
         """
-        name, rule = moment.parameter, self.options.optimizer_state
-        layer = self.depth.layer(name)
-        fresh_layer = self.options.depth_operator == "identity" or rule != "transfer"
-        is_reset = layer is not None and layer.is_new and fresh_layer
-        if moment.key == "step":
-            return torch.zeros_like(tensor) if is_reset else tensor.clone()
-        if is_reset:
-            return tensor.new_zeros(self.shapes[name])
-        maps: Maps = self.copies.along(name) if self.copies else ()
+        name, tensor, maps = block.name, block.source, block.maps
+        if self._is_reset(moment):
+            return tensor.new_zeros(block.shape)
         scale = gradient_scale(name, maps, self.base, self.target) * self.depth.gradient_scale(name)
         factor = (scale ** (2 if moment.key == "exp_avg_sq" else 1)).to(tensor.dtype)
         if not self.copies:
-            return pad(tensor * factor, self.shapes[name], fill=0.0)
+            return pad(tensor * factor, block.shape, fill=0.0)
         grown = copy_units(tensor, maps).mul_(factor)
-        return grown.mul_(is_first_copy(maps)) if rule == "transfer_old_reset_new" else grown
+        is_kept = self.options.optimizer_state == "transfer"
+        return grown if is_kept else grown.mul_(is_first_copy(maps))

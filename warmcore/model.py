@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
+from warmcore.blocks import fill_, row_blocks
 from warmcore.mup import fresh_, multipliers, role_of
 from warmcore.spec import ModelSpec
 
@@ -169,17 +170,15 @@ def init_(model: Decoder, spec: ModelSpec, generator: Generator) -> Decoder:
     """Draw every tensor of `model`, one after another in the order of the state dict."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            fresh_(parameter, role_of(name), spec, generator)
+            for rows in row_blocks(parameter.shape):
+                fresh_(parameter[rows], role_of(name), spec, generator)
     return model
 
 
-def load_weights(model: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy every tensor of the state dict, one after another."""
-    missing = dict(model.named_parameters())
+def load_weights(model: Decoder, blocks: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy every tensor of the state dict, block by block."""
     with torch.no_grad():
-        for name, tensor in tensors:
-            missing.pop(name).copy_(tensor)
-    assert not missing
+        fill_(dict(model.named_parameters()), blocks)
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, torch.Size]:

@@ -8,15 +8,19 @@ maps files into memory, where every page it has touched counts as ours: this one
 import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from warmcore.blocks import BLOCK_ELEMENTS, fill_
 from warmcore.spec import NonNegativeInt, Spec
 
 DTYPES = {
@@ -27,6 +31,10 @@ DTYPES = {
     "I64": torch.int64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# As many as smooth out what takes turns; with the one in each thread, some 20 MB are held.
+CHUNKS_AHEAD = 8
 
 
 class FileFacts(Spec):
@@ -61,7 +69,7 @@ Layout = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStream:
-    """Tensors to come, in the order of their layout."""
+    """Tensors to come, in the order of their layout, each whole or in blocks of rows."""
 
     layout: Layout
     tensors: Iterator[tuple[str, Tensor]]
@@ -73,38 +81,50 @@ class TensorStream:
         layout = {n: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for n, t in items}
         return cls(layout=layout, tensors=iter(items))
 
+    def gathered(self) -> dict[str, Tensor]:
+        """Take all of them into memory, whole."""
+        whole = {n: torch.empty(info.shape, dtype=info.dtype) for n, info in self.layout.items()}
+        fill_(whole, self.tensors)
+        return whole
+
 
 def write_tensors(
     path: Path, stream: TensorStream, *, metadata: Mapping[str, str] | None = None
 ) -> FileFacts:
     """Write a file from front to back, and hash it on the way.
 
-    While one tensor is written and hashed the next is made: two are held at a time.
+    Chunks are made, written and hashed at the same time, each in one thread.
     """
     digest, num_bytes = hashlib.sha256(), 0
-    pending: list[Future[Any]] = []
-    with path.open("wb") as file, ThreadPoolExecutor(2) as pool:
+    pending: deque[tuple[Future[Any], ...]] = deque()
+    with path.open("wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
         for chunk in _chunks(stream, metadata):
-            _finish(pending)
-            pending = [pool.submit(file.write, chunk), pool.submit(digest.update, chunk)]
+            pending.append((writer.submit(file.write, chunk), hasher.submit(digest.update, chunk)))
             num_bytes += len(chunk)
-        _finish(pending)
+            _finish(pending, but=CHUNKS_AHEAD)
+        _finish(pending, but=0)
     return FileFacts(num_bytes=num_bytes, sha256=digest.hexdigest())
 
 
-def _finish(pending: Iterable[Future[Any]]) -> None:
-    for future in pending:
-        future.result()
+def _finish(pending: deque[tuple[Future[Any], ...]], *, but: int) -> None:
+    while len(pending) > but:
+        for future in pending.popleft():
+            future.result()
 
 
 def _chunks(
     stream: TensorStream, metadata: Mapping[str, str] | None
 ) -> Iterator[bytes | memoryview]:
     yield _header(stream.layout, metadata)
-    for (name, tensor), (due, info) in zip(stream.tensors, stream.layout.items(), strict=True):
-        found = TensorInfo(dtype=tensor.dtype, shape=tuple(tensor.shape))
-        assert (name, found) == (due, info)
-        yield _bytes_of(tensor.detach().cpu().contiguous())
+    by_name = groupby(stream.tensors, key=itemgetter(0))
+    for (name, blocks), (due, info) in zip(by_name, stream.layout.items(), strict=True):
+        num_elements = 0
+        for _, block in blocks:
+            assert (name, block.dtype, block.shape[1:]) == (due, info.dtype, info.shape[1:])
+            num_elements += block.numel()
+            for part in block.detach().contiguous().view(-1).split(BLOCK_ELEMENTS):
+                yield _bytes_of(part.cpu())
+        assert num_elements == math.prod(info.shape)
 
 
 def _header(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:

@@ -118,7 +118,7 @@ class Training:
         load_weights(model, grown.weights.tensors)
         training = cls(spec, corpus, model.to(device))
         training.base_hash = grown.source.hash
-        load_optimizer_tensors(training.optimizer, dict(grown.optimizer.tensors))
+        load_optimizer_tensors(training.optimizer, grown.optimizer.gathered())
         return training
 
     @classmethod

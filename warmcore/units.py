@@ -6,7 +6,7 @@ Query and key/value axes of a layer share one map, so that each query head still
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Generator, Tensor
@@ -47,26 +47,38 @@ def unit_size(axis: Axis, model: ModelSpec) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UnitMap:
-    """Target unit j is a copy of base unit `source[j]`; every base unit has a copy."""
+    """Target unit j is a copy of base unit `source[j]`; every base unit has a copy.
+
+    That unit has `num_copies[j]` copies, and no earlier one where `is_first[j]`.
+    """
 
     source: Tensor
+    num_copies: Tensor
+    is_first: Tensor
 
-    @property
-    def num_copies(self) -> Tensor:
-        """How many copies the unit has that j is one of."""
-        return torch.bincount(self.source)[self.source]
+    @classmethod
+    def of(cls, source: Tensor) -> Self:
+        """Return the map of all units of an axis."""
+        place = torch.arange(len(source))
+        first = torch.full_like(place, len(place)).scatter_reduce(0, source, place, "amin")
+        return cls(
+            source=source,
+            num_copies=torch.bincount(source)[source],
+            is_first=first[source] == place,
+        )
 
-    @property
-    def is_first(self) -> Tensor:
-        """Whether no earlier unit is a copy of the same."""
-        place = torch.arange(len(self.source))
-        first = torch.full_like(place, len(place)).scatter_reduce(0, self.source, place, "amin")
-        return first[self.source] == place
+    def at(self, units: slice) -> Self:
+        """Return the part of the map that is about some of the target's units."""
+        return type(self)(
+            source=self.source[units],
+            num_copies=self.num_copies[units],
+            is_first=self.is_first[units],
+        )
 
     def in_features(self, size: int) -> "UnitMap":
         """Return the map of single features, for units of `size` of them."""
         features = self.source.view(-1, 1) * size + torch.arange(size)
-        return UnitMap(source=features.flatten())
+        return UnitMap.of(features.flatten())
 
 
 def unit_map(
@@ -80,13 +92,13 @@ def unit_map(
     place = torch.arange(num_target)
     match operator:
         case "clone":
-            return UnitMap(source=place // (num_target // num_base))
+            return UnitMap.of(place // (num_target // num_base))
         case "hyperclone":
-            return UnitMap(source=place % num_base)
+            return UnitMap.of(place % num_base)
         case "net2net":
             rounds = (num_target - 1) // num_base
             added = [torch.randperm(num_base, generator=generator) for _ in range(rounds)]
-            return UnitMap(source=torch.cat([torch.arange(num_base), *added])[:num_target])
+            return UnitMap.of(torch.cat([torch.arange(num_base), *added])[:num_target])
 
 
 class Copies:
