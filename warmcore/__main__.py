@@ -36,6 +36,7 @@ from warmcore.checkpoint import (
     read_manifest,
 )
 from warmcore.data import Corpus, prepare
+from warmcore.objective import CompilerMissingError
 from warmcore.spec import CheckpointRef, RunSpec
 from warmcore.train import DivergedEvent, EvaluationEvent, Event, StepEvent, Training
 
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         corpus = prepare(spec.data)
         out: Path = options.out or Path("runs") / options.spec.stem
         return train(spec, corpus, out, checkpoint_seconds=options.checkpoint_seconds)
-    except (ValueError, CheckpointCorruptError) as error:
+    except (ValueError, CheckpointCorruptError, CompilerMissingError) as error:
         log.error("%s", error)  # noqa: TRY400 - a message for the user, not a traceback
         return BAD_SPEC
 

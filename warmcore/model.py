@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
+from torch.utils.checkpoint import checkpoint
 
 from warmcore.blocks import fill_, row_blocks
 from warmcore.mup import fresh_, multipliers, role_of
@@ -138,8 +139,11 @@ class Decoder(nn.Module):
     rope_cos: Tensor
     rope_sin: Tensor
 
-    def __init__(self, spec: ModelSpec, *, context: int) -> None:
+    def __init__(
+        self, spec: ModelSpec, *, context: int, activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         self.multipliers = multipliers(spec)
         self.embedding = Embedding(spec.vocab_size, spec.width)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
@@ -161,9 +165,18 @@ class Decoder(nn.Module):
         if self.multipliers.embedding != 1.0:
             x_BTD = x_BTD * self.multipliers.embedding
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos_TH, sin_TH)
+            if self.activation_checkpointing:
+                x_BTD = _recomputed(block, x_BTD, cos_TH, sin_TH)
+            else:
+                x_BTD = block(x_BTD, cos_TH, sin_TH)
         # The logit multiplier rides on the final gain: D products instead of B*T*V.
         return self.unembedding(self.final_norm(x_BTD, self.multipliers.logits))
+
+
+def _recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
+    """`block(*inputs)`, computed a second time in the backward pass: arXiv 1604.06174."""
+    # There is no randomness in a block whose state would be to restore.
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def init_(model: Decoder, spec: ModelSpec, generator: Generator) -> Decoder:
@@ -189,6 +202,7 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
 
 
 def loss_nats(model: Decoder, window_BT1: Tensor) -> Tensor:
-    """Mean cross entropy of each next token, for windows [B, T + 1]."""
+    """Mean cross entropy of each next token, for windows [B, T + 1]; at least in float32."""
     logits_BTV = model(window_BT1[:, :-1])
+    logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
     return F.cross_entropy(logits_BTV.flatten(0, 1), window_BT1[:, 1:].flatten())

@@ -2,6 +2,10 @@
 
 Step i is 0-based. Each phase of T steps is read at the T interior points t = 1..T of [0, T + 1],
 so that the first step trains already and the last one still does.
+
+`rewarm` is for training that continues from trained weights, such as a warm run after growth: they
+come from the end of a schedule, where the rate had decayed, and neither that rate nor the peak at
+once suits them.
 """
 
 import math
@@ -11,13 +15,18 @@ from warmcore.spec import CooldownShape, TrainSpec
 
 def lr_factor(step: int, num_steps: int, train: TrainSpec) -> float:
     """Factor of `train.lr` at 0-based `step` of `num_steps`."""
+    factor = _from_zero(step, num_steps, train)
+    return rewarm(factor, train.lr_floor) if train.schedule == "rewarm" else factor
+
+
+def _from_zero(step: int, num_steps: int, train: TrainSpec) -> float:
     num_warmup = warmup_steps(num_steps, train)
     if step < num_warmup:
         return warmup(step + 1, num_warmup)
     match train.schedule:
         case "constant":
             return 1.0
-        case "cosine":
+        case "cosine" | "rewarm":
             return cosine(step + 1 - num_warmup, num_steps - num_warmup)
         case "wsd":
             start = cooldown_start(num_steps, train)
@@ -49,6 +58,14 @@ def warmup(t: int, num_steps: int) -> float:
 def cosine(t: int, num_steps: int) -> float:
     """(1 + cos(pi t / (T + 1))) / 2, arXiv 1608.03983 without restarts."""
     return (1 + math.cos(math.pi * t / (num_steps + 1))) / 2
+
+
+def rewarm(factor: float, floor: float) -> float:
+    """f0 + (1 - f0) f, with f0 the floor and f linear warmup and cosine decay; arXiv 2308.04014.
+
+    So the rate rises linearly from the floor to the peak and returns to the floor.
+    """
+    return floor + (1 - floor) * factor
 
 
 def cooldown(t: int, num_steps: int, shape: CooldownShape) -> float:

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 BYTE_VOCAB_SIZE = 256
 
 Parametrization = Literal["mup", "standard"]
-ScheduleName = Literal["wsd", "cosine", "constant"]
+ScheduleName = Literal["wsd", "cosine", "constant", "rewarm"]
 CooldownShape = Literal["linear", "1-sqrt"]
 ClipRule = Literal["width_weighted", "plain"]
 OptimizerName = Literal["adamw", "muon"]
+Precision = Literal["float32", "bf16"]
 PaddingOperator = Literal["shrink_perturb", "slice", "zero_pad"]
 CopyingOperator = Literal["clone", "hyperclone", "net2net"]
 WidthOperator = PaddingOperator | CopyingOperator
@@ -188,6 +189,19 @@ class TrainSpec(Spec):
     warmup_steps: NonNegativeInt | None = None
     cooldown_fraction: Fraction = 0.2
     cooldown: CooldownShape = "1-sqrt"
+    lr_floor: OpenFraction = Field(
+        default=0.1, description="rewarm: over the peak, where lr rises from and decays to"
+    )
+    precision: Precision = Field(
+        default="float32", description="of matrix products; weights and optimizer stay float32"
+    )
+    compile: bool = Field(default=False, description="torch.compile of the training step's loss")
+    accumulate: PositiveInt = Field(
+        default=1, description="parts of a batch whose gradients are added up: memory for time"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="blocks are computed again in the backward pass: likewise"
+    )
     evaluations: Annotated[int, Field(gt=0, le=10_000)] = Field(
         default=8, description="evenly spaced, the last one at the end"
     )
@@ -200,6 +214,29 @@ class TrainSpec(Spec):
             raise ValueError(
                 f"warmup_fraction {self.warmup_fraction} + cooldown_fraction "
                 f"{self.cooldown_fraction} exceed 1; lower one of them"
+            )
+        rises = self.warmup_fraction if self.warmup_steps is None else self.warmup_steps
+        if self.schedule == "rewarm" and not rises:
+            raise ValueError("schedule rewarm needs a warmup; warmup_fraction 0.01 works")
+        if (
+            self.schedule != "rewarm"
+            and self.lr_floor != type(self).model_fields["lr_floor"].default
+        ):
+            raise ValueError(
+                f"lr_floor {self.lr_floor:g} does nothing with schedule {self.schedule}; "
+                "set schedule rewarm"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_are_equal(self) -> Self:
+        """So that the mean of the parts' means is the batch's mean."""
+        if self.batch_size % self.accumulate:
+            below = self.batch_size // self.accumulate * self.accumulate
+            works = " or ".join(str(n) for n in (below, below + self.accumulate) if n)
+            raise ValueError(
+                f"batch_size {self.batch_size} is no multiple of accumulate {self.accumulate}; "
+                f"batch_size {works} would work"
             )
         return self
 

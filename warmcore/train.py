@@ -26,7 +26,8 @@ from warmcore.divergence import why_broken, why_diverged
 from warmcore.evaluate import val_loss_nats
 from warmcore.flops import budget_steps, num_steps, tokens_per_step
 from warmcore.grown import Grown, weights_generator
-from warmcore.model import Decoder, init_, load_weights, loss_nats
+from warmcore.model import Decoder, init_, load_weights
+from warmcore.objective import backward, compiled, loss_in
 from warmcore.optim import (
     build_optimizer,
     clip_,
@@ -89,6 +90,8 @@ class Training:
         self.progress = Progress()
         self.num_steps = num_steps(spec)
         self._budget_steps = budget_steps(spec)
+        self._loss_of = loss_in(spec.train.precision)
+        self._train_loss_of = compiled(self._loss_of) if spec.train.compile else self._loss_of
         self._evaluation_steps = evaluations_of(spec)
         self._data_seed = derived_seed("data", spec.seed)
 
@@ -108,7 +111,7 @@ class Training:
             raise ValueError(f"{name} is {ref} but the base checkpoint is {base}; give both")
         if spec.trunk is not None and base is not None:
             return cls._branch(spec, corpus, base, device=device)
-        model = Decoder(spec.model, context=spec.data.context)
+        model = _decoder(spec)
         if spec.growth is None or base is None:
             init_(model, spec.model, weights_generator(spec))
             return cls(spec, corpus, model.to(device))
@@ -155,7 +158,7 @@ class Training:
 
     @classmethod
     def _restored(cls, spec: RunSpec, corpus: Corpus, saved: Checkpoint, *, device: str) -> Self:
-        model = Decoder(spec.model, context=spec.data.context)
+        model = _decoder(spec)
         model.load_state_dict(saved.weights)
         training = cls(spec, corpus, model.to(device))
         load_optimizer_tensors(training.optimizer, saved.optimizer)
@@ -213,12 +216,11 @@ class Training:
             context=self.spec.data.context,
         )
         self.optimizer.zero_grad()
-        loss = loss_nats(self.model, batch.to(self.model.device))
-        loss.backward()
+        loss = backward(self._train_loss_of, self.model, batch, parts=train.accumulate).item()
         weight = vector_weight(train.clip, self.spec.model)
         norm = clip_(self.optimizer, weight, train.grad_clip).item()
-        watch = self.progress.watch.after(loss.item(), self.spec.model.vocab_size)
-        reason = why_broken(loss.item(), norm) or why_diverged(watch, self._budget_steps)
+        watch = self.progress.watch.after(loss, self.spec.model.vocab_size)
+        reason = why_broken(loss, norm) or why_diverged(watch, self._budget_steps)
         if reason:
             return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
         factor = lr_factor(self.step, self._budget_steps, train)
@@ -228,7 +230,7 @@ class Training:
         return StepEvent(
             step=self.step,
             tokens=self.tokens,
-            loss_nats=loss.item(),
+            loss_nats=loss,
             lr=train.lr * factor,
             grad_norm=norm,
             seconds=time.perf_counter() - started,
@@ -241,6 +243,7 @@ class Training:
             self.corpus.val,
             context=self.spec.data.context,
             eval_tokens=self.spec.train.eval_tokens,
+            loss_of=self._loss_of,  # never compiled: its shapes vary, and its value should not
         )
         if not math.isfinite(loss):
             reason = f"validation loss is {loss}"
@@ -254,3 +257,11 @@ class Training:
             val_loss_nats=loss,
             seconds=time.perf_counter() - started,
         )
+
+
+def _decoder(spec: RunSpec) -> Decoder:
+    return Decoder(
+        spec.model,
+        context=spec.data.context,
+        activation_checkpointing=spec.train.activation_checkpointing,
+    )

@@ -8,7 +8,13 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from service.protocol import Message, Resources, RunState, RunView, StudyState
-from service.studies.space import Dimension, FieldError, check_dimension, check_grid
+from service.studies.space import (
+    Dimension,
+    FieldError,
+    check_dimension,
+    check_grid,
+    check_parts,
+)
 from warmcore.flops import count_params, tokens_per_step
 from warmcore.spec import (
     BYTE_VOCAB_SIZE,
@@ -115,6 +121,7 @@ class StudySpec(Spec):
                     message = f"reaches {value!r}, which {name} refuses: {reason(error)}"
                     raise FieldError(f"search_space.{name}", value, message) from None
         _check_phases(self.search_space, self.train, "search_space")
+        check_parts(self.search_space, self.train, "search_space.batch_size")
         if self.hpo.sampler == "grid":
             check_grid(self.search_space, self.hpo.trials)
 
@@ -126,6 +133,7 @@ class StudySpec(Spec):
             check_optimizers(self.warmstart, train_below, train, place)
             tuned = {n: d for n, d in self.search_space.items() if n not in spec.train}
             _check_phases(tuned, train, f"{place}.train")
+            check_parts(tuned, train, f"{place}.train.accumulate")
             run = RunSpec(model=below, data=self.data, train=train)
             try:
                 check_size(run)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from warmcore.spec import TUNABLE_PARAMS, WHOLE_PARAMS, PositiveInt, Spec
+from warmcore.spec import TUNABLE_PARAMS, WHOLE_PARAMS, PositiveInt, Spec, TrainSpec
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
@@ -100,6 +100,19 @@ def check_dimension(name: str, dimension: Dimension) -> None:
     for value in dimension.bounds:
         if not isinstance(value, int):
             raise FieldError(path, value, f"{name} is a whole number; {round(value)} would work")
+
+
+def check_parts(space: dict[str, Dimension], train: TrainSpec, place: str) -> None:
+    """Raise a FieldError unless every batch size that may be tried has `accumulate` equal parts."""
+    sizes, parts = space.get("batch_size"), train.accumulate
+    if not isinstance(sizes, IntDimension) or parts == 1:
+        return
+    if sizes.log or sizes.low % parts or (sizes.step or 1) % parts:
+        message = (
+            f"not every batch size of the search space is a multiple of accumulate {parts}; "
+            f"give low and step as multiples of {parts} and no log, or type categorical"
+        )
+        raise FieldError(place, parts, message)
 
 
 def check_grid(space: dict[str, Dimension], trials: int) -> None:

@@ -18,6 +18,7 @@ from service.studies.schemas import (
     StudyPage,
     StudySpec,
     StudyView,
+    reason,
 )
 from service.studies.space import contains
 from service.tables import Run, Study
@@ -201,6 +202,10 @@ def parameters_fit(spec: StudySpec, params: dict[str, Any]) -> None:
         if not contains(dimension, value):
             works = f"outside the search space, which spans {list(dimension.bounds)}"
             raise bad_field(f"params.{name}", value, works)
+    try:
+        spec.trial_run(0).with_params(params)
+    except ValueError as error:
+        raise bad_field("params", params, reason(error)) from None
     absent = sorted(set(spec.search_space) - set(params))
     if spec.hpo.sampler == "grid" and absent:
         raise bad_field(f"params.{absent[0]}", None, "sampler grid needs every parameter given")

@@ -57,6 +57,20 @@ CASES = [
     bad("hpo.sampler", "best", "tpe", hpo={"trials": 4, "sampler": "best"}),
     bad("hpo.trials", 0, "greater than or equal to 1", hpo={"trials": 0}),
     bad("name", "a b/c", "pattern", name="a b/c"),
+    bad("train", None, "batch_size 4 or 8 would work", train={"batch_size": 6, "accumulate": 4}),
+    bad("target.train", None, "4 or 8 would work",
+        target={"width": 64, "train": {"batch_size": 6, "accumulate": 4}}),
+    bad("search_space.batch_size", 4, "multiples of 4", train={"accumulate": 4},
+        search_space={"batch_size": {"type": "int", "low": 8, "high": 16}}),
+    bad("target.train.accumulate", 4, "multiples of 4",
+        search_space={"batch_size": {"type": "int", "low": 4, "high": 8}},
+        target={"width": 64, "train": {"accumulate": 4}}),
+    bad("target.train.batch_size", 6, "4 or 8 would work",
+        search_space={"batch_size": {"type": "categorical", "choices": [4, 6]}},
+        target={"width": 64, "train": {"accumulate": 4}}),
+    bad("target.train.warmup_fraction", 0.0, "0.01 works",
+        search_space={"warmup_fraction": {"type": "float", "low": 0.0, "high": 0.1}},
+        target={"width": 64, "train": {"schedule": "rewarm"}}),
     bad("data.source", "/no/such/file", "/no/such/file", data={"source": "/no/such/file"}),
     bad("data.tokenizer", "gpt2", "byte", data={"source": "stdlib", "tokenizer": "gpt2"}),
     bad("train.warmup_fraction", 1.5, "less than 1", train={"warmup_fraction": 1.5}),
@@ -122,6 +136,13 @@ def test_phases_that_fit_alone_but_not_together_are_refused(api, study_spec):
     }
     with pytest.raises(ServiceError, match="exceed 1"):
         api.client.post("/v1/studies", study_spec(search_space=space))
+
+
+def test_an_enqueued_batch_without_equal_parts_is_refused(api, submit):
+    space = lr() | {"batch_size": {"type": "int", "low": 4, "high": 16, "step": 4}}
+    study = submit(search_space=space, train={"accumulate": 4})
+    with pytest.raises(ServiceError, match="batch_size 6 is no multiple of accumulate 4"):
+        api.client.post(f"/v1/studies/{study['id']}/trials", {"params": {"batch_size": 6}})
 
 
 @pytest.mark.parametrize(

@@ -50,3 +50,14 @@ def test_a_clone_starts_at_its_bases_loss(run_spec, corpus, tmp_path):
     warm = Training.start(spec, corpus, base=saved.path, device="cuda")
     assert next(warm.events()).val_loss_nats == pytest.approx(saved.val_loss_nats, rel=1e-4)
     assert all(loss < saved.val_loss_nats + 1 for loss in losses(warm))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own use of it
+@pytest.mark.parametrize("fields", [{"compile": True}, {"precision": "bf16"},
+                                    {"compile": True, "precision": "bf16", "accumulate": 2,
+                                     "activation_checkpointing": True}])  # fmt: skip
+def test_options_of_the_step_train_alike(run_spec, corpus, fields):
+    size = {"steps": 40, "depth": 2, "batch_size": 8}
+    expected = losses(Training.start(run_spec(**size), corpus, device="cuda"))
+    found = losses(Training.start(run_spec(**size, **fields), corpus, device="cuda"))
+    assert found == pytest.approx(expected, rel=0.02 if "precision" in fields else 1e-3)

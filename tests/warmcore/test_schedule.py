@@ -4,19 +4,24 @@ from typing import get_args
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from warmcore.schedule import cooldown, cosine, lr_factor
 from warmcore.spec import CooldownShape, ScheduleName, TrainSpec
 
 fractions = st.floats(0.0, 0.5)
+positive_fractions = st.floats(1e-3, 0.5)
 any_schedule = st.sampled_from(get_args(ScheduleName))
 
 
 @st.composite
 def trains(draw, names=any_schedule):
+    schedule = draw(names)
+    rewarms = schedule == "rewarm"
     return TrainSpec(
-        schedule=draw(names),
-        warmup_fraction=draw(fractions),
+        schedule=schedule,
+        warmup_fraction=draw(positive_fractions if rewarms else fractions),
+        **({"lr_floor": draw(st.floats(0.0, 0.9))} if rewarms else {}),
         cooldown_fraction=draw(fractions),
         cooldown=draw(st.sampled_from(get_args(CooldownShape))),
     )
@@ -65,3 +70,29 @@ def test_cosine_is_half_way_down_in_the_middle():
 def test_a_cooldown_over_the_whole_run_starts_below_the_peak_and_ends_above_zero():
     train = TrainSpec(warmup_fraction=0.0, cooldown_fraction=1.0, cooldown="linear")
     assert [lr_factor(step, 4, train) for step in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+
+
+def test_rewarm_rises_linearly_from_its_floor_to_the_peak_and_returns_by_cosine():
+    train = TrainSpec(schedule="rewarm", warmup_fraction=0.25, lr_floor=0.2)
+    factors = [lr_factor(step, 16, train) for step in range(16)]
+    assert factors[:4] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    decay = [0.2 + 0.8 * (1 + math.cos(math.pi * t / 13)) / 2 for t in range(1, 13)]
+    assert factors[4:] == pytest.approx(decay)
+
+
+@given(trains(names=st.just("rewarm")), st.integers(1, 300))
+def test_rewarm_never_falls_below_its_floor_and_reaches_the_peak(train, num_steps):
+    factors = [lr_factor(step, num_steps, train) for step in range(num_steps)]
+    assert min(factors) >= train.lr_floor
+    assert max(factors) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("none", [{"warmup_fraction": 0.0}, {"warmup_steps": 0}])
+def test_rewarm_without_a_warmup_is_refused(none):
+    with pytest.raises(ValidationError, match=r"needs a warmup; warmup_fraction 0\.01 works"):
+        TrainSpec(schedule="rewarm", **none)
+
+
+def test_a_floor_that_no_schedule_uses_is_refused():
+    with pytest.raises(ValidationError, match=r"lr_floor 0\.2 does nothing with schedule wsd"):
+        TrainSpec(lr_floor=0.2)

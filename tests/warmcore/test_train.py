@@ -43,7 +43,7 @@ def growth_of(saved, **options):
     return GrowthSpec(base=CheckpointRef(uri=str(saved.path), hash=saved.hash), **options)
 
 
-@pytest.fixture(params=["cold", "clone with its optimizer", "shrink and perturb"])
+@pytest.fixture(params=["cold", "clone with its optimizer, rewarmed", "shrink and perturb"])
 def spec_and_base(request, run_spec, base):
     wide = {"width": 32, "base_width": 16}
     match request.param:
@@ -52,7 +52,8 @@ def spec_and_base(request, run_spec, base):
         case "shrink and perturb":
             return run_spec(steps=NUM_STEPS, growth=growth_of(base), **wide), base.path
     growth = growth_of(base, operator="clone", optimizer_state="transfer")
-    return run_spec(steps=NUM_STEPS, growth=growth, **wide), base.path
+    rewarm = {"schedule": "rewarm", "warmup_fraction": 0.3, "accumulate": 2}
+    return run_spec(steps=NUM_STEPS, growth=growth, **rewarm, **wide), base.path
 
 
 @pytest.mark.parametrize("num_taken", range(NUM_STEPS + 4 + 1))
