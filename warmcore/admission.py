@@ -4,7 +4,17 @@ from collections.abc import Iterator
 
 from warmcore.spec import GrowthOptions, ModelSpec, TrainSpec
 
-SAME = ("head_dim", "group_size", "vocab_size", "ffn_ratio", "rope_theta", "parametrization")
+SAME = (
+    "head_dim",
+    "group_size",
+    "vocab_size",
+    "ffn_ratio",
+    "rope_theta",
+    "norm_eps",
+    "parametrization",
+)
+# The cloned unembedding makes up for another output multiplier; nothing does for these.
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier")
 
 
 def check(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> None:
@@ -105,6 +115,12 @@ def warnings(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> Iter
             f"{target.width / base.width:g}, as some units have more copies than others; "
             f"at width {below} or {above} it is exact"
         )
+    for name in MULTIPLIERS:
+        if getattr(base, name) != getattr(target, name):
+            yield (
+                f"{name} {getattr(target, name):g} in place of the base's {getattr(base, name):g} "
+                f"changes the function that {options.operator} keeps"
+            )
     if target.depth != base.depth and options.depth_operator != "identity":
         yield (
             f"depth_operator {options.depth_operator} changes the function that "

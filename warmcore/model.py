@@ -60,15 +60,16 @@ class RMSNorm(nn.Module):
 def rope_tables(head_dim: int, context: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines [T, H] and signed sines [T, H] of t * theta^(-2i/H), arXiv 2104.09864.
 
-    Halves are rotated, not neighbours: feature i pairs with i + H/2, as in Llama checkpoints.
+    Halves are rotated, not neighbours: feature i pairs with i + H/2, as in Llama checkpoints. So
+    are angles rounded to float32: exact ones move logits by 4e-4 at position 4096 (docs/log.md).
     """
     # On the CPU also where shapes alone are asked for: `arange` on the meta device imports 80 MB.
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu")
-    positions = torch.arange(context, dtype=torch.float64, device="cpu")
-    angle = torch.outer(positions, theta ** (-pairs / head_dim))
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
+    positions = torch.arange(context, dtype=torch.float32, device="cpu")
+    angle = torch.outer(positions, 1.0 / theta ** (pairs / head_dim))
     cos_TH = torch.cat((angle.cos(), angle.cos()), dim=-1)
     sin_TH = torch.cat((-angle.sin(), angle.sin()), dim=-1)
-    return cos_TH.float(), sin_TH.float()
+    return cos_TH, sin_TH
 
 
 def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:

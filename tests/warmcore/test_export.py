@@ -8,17 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from warmcore import export
 from warmcore.checkpoint import MODEL, CheckpointCorruptError, load_checkpoint
 from warmcore.export import INDEX, WEIGHTS, export_hf
 from warmcore.hf_tensors import folded_factor, hf_name
+from warmcore.model import rope_tables
 from warmcore.spec import ModelSpec
 from warmcore.tensors import TensorFile
 from warmcore.train import Training
 
-from .families import relative_gap
+from .families import relative_gap, seeded
 from .llamas import TOKENS, checkpoint_of, decoder_of, loaded, our_logits, their_logits
 
 # Every factor of the fold differs from 1.
@@ -78,6 +80,26 @@ def test_logits_are_equal(run_spec, tmp_path_factory, fields):
         their_logits(loaded(folder / "theirs"), tokens), our_logits(saved.path, tokens)
     )
     assert gap < 1e-5
+
+
+@pytest.mark.parametrize(("head_dim", "theta"), [(6, 100.0), (64, 10_000.0), (128, 500_000.0)])
+def test_positions_are_rotated_by_the_same_angles_to_the_last_bit(head_dim, theta):
+    parameters = {"rope_type": "default", "rope_theta": theta}
+    config = LlamaConfig(num_attention_heads=1, hidden_size=head_dim, rope_parameters=parameters)
+    cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(4096)[None])
+    our_cos, our_sin = rope_tables(head_dim, 4096, theta)
+    assert torch.equal(our_cos, cos[0])
+    assert torch.equal(our_sin.abs(), sin[0].abs())  # ours has the sign of the rotation in it
+
+
+def test_logits_are_equal_in_a_long_context_too(run_spec, tmp_path):
+    run = run_spec(width=64, head_dim=16, depth=2)
+    run = run.model_copy(update={"data": run.data.model_copy(update={"context": 2048})})
+    saved = checkpoint_of(run, tmp_path / "ours")
+    export_hf(saved.path, tmp_path / "theirs")
+    tokens = torch.randint(0, 256, (1, 2048), generator=seeded())
+    theirs = their_logits(loaded(tmp_path / "theirs"), tokens)
+    assert relative_gap(theirs, our_logits(saved.path, tokens)) < 1e-5
 
 
 def test_logits_and_greedy_generations_of_a_trained_model_are_equal(trained, tmp_path):

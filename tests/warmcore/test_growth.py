@@ -95,6 +95,27 @@ def test_net2net_at_other_ratios_is_not_exact_and_says_so():
     assert not list(options.warnings(base, wider(base, 2)))
 
 
+@pytest.mark.parametrize("name", ["embedding", "attention"])
+def test_another_multiplier_changes_the_function_and_says_so(name):
+    base = ModelSpec(width=8, depth=2, head_dim=4, vocab_size=7)
+    target, tensors = wider(base, 2), tensors_of(base)
+    target = target.model_copy(update={f"{name}_multiplier": 2.0})
+    options = GrowthOptions(operator="clone")
+    grown = grow(tensors, base, target, options, seeded())
+    assert relative_gap(logits(target, grown), logits(base, tensors)) > 1e-6
+    (warning,) = options.warnings(base, target)
+    assert f"{name}_multiplier 2 in place of the base's 1 changes the function" in warning
+
+
+def test_another_output_multiplier_is_made_up_for():
+    base = ModelSpec(width=8, depth=2, head_dim=4, vocab_size=7)
+    target = wider(base, 2).model_copy(update={"output_multiplier": 3.0})
+    tensors, options = tensors_of(base), GrowthOptions(operator="clone")
+    grown = grow(tensors, base, target, options, seeded())
+    assert relative_gap(logits(target, grown), logits(base, tensors)) < 1e-9
+    assert not list(options.warnings(base, target))
+
+
 @given(families(ratios=several), st.integers(0, 99))
 def test_net2net_is_a_balanced_map_that_keeps_the_base_first(family, seed):
     base, target = family
@@ -265,6 +286,11 @@ def test_tensors_are_grown_one_at_a_time(operator):
             "cannot interleave depth 2 into 5: ratio 2.5 is not an integer; 4 or 6 work",
         ),
         ({}, {"depth": 4}, "base_depth must be the same in base and target: 2 is not 4"),
+        (
+            {},
+            {"norm_eps": 1e-6},
+            "norm_eps must be the same in base and target: 1e-05 is not 1e-06",
+        ),
         ({}, {"group_size": 2}, "group_size must be the same in base and target: 1 is not 2"),
         ({}, {"base_width": None}, "base_width must be the same in base and target: 16 is not 24"),
         (
