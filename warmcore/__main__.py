@@ -11,6 +11,7 @@ Exit codes: 0 finished, 2 bad spec, 3 diverged, 130 interrupted (run it again to
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -20,7 +21,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -37,7 +38,8 @@ from warmcore.checkpoint import (
 )
 from warmcore.data import Corpus, prepare
 from warmcore.objective import CompilerMissingError
-from warmcore.spec import CheckpointRef, RunSpec
+from warmcore.parallel import ALONE, Ranks
+from warmcore.spec import CheckpointRef, RunSpec, Strategy
 from warmcore.train import DivergedEvent, EvaluationEvent, Event, StepEvent, Training
 
 log = logging.getLogger("warmcore")
@@ -49,22 +51,53 @@ NUM_KEPT = 2  # the newest checkpoint, and the one before it in case that is dam
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and return the exit code."""
     options = _parser().parse_args(arguments)
+    if options.processes == 1:
+        return run(options, ALONE, options.device)
+    # By the name that other processes know; the program itself is `__main__`.
+    from warmcore import __main__ as program  # noqa: PLC0415, PLW0406
+    from warmcore.launch import Launch, lead_processes  # noqa: PLC0415
+
+    launch = Launch(
+        size=options.processes,
+        strategy=options.strategy,
+        device=options.device,
+        num_threads=options.threads,
+    )
+    return lead_processes(functools.partial(program.run, options), launch)
+
+
+def run(options: argparse.Namespace, ranks: Ranks, device: str) -> int:
+    """Do what the command line says, leading the other ranks; return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
         spec = read_spec(options.spec)
-        corpus = prepare(spec.data)
-        out: Path = options.out or Path("runs") / options.spec.stem
-        return train(spec, corpus, out, checkpoint_seconds=options.checkpoint_seconds)
+        place = Place(
+            out=options.out or Path("runs") / options.spec.stem,
+            checkpoint_seconds=options.checkpoint_seconds,
+            device=device,
+            ranks=ranks,
+        )
+        return train(spec, prepare(spec.data), place)
     except (ValueError, CheckpointCorruptError, CompilerMissingError) as error:
         log.error("%s", error)  # noqa: TRY400 - a message for the user, not a traceback
         return BAD_SPEC
 
 
-def train(spec: RunSpec, corpus: Corpus, out: Path, *, checkpoint_seconds: float) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how a run runs, and what it leaves there."""
+
+    out: Path
+    checkpoint_seconds: float = 60.0
+    device: str = "cpu"
+    ranks: Ranks = ALONE
+
+
+def train(spec: RunSpec, corpus: Corpus, place: Place) -> int:
     """Run `spec`, and then each of its branches in turn; return the exit code."""
-    run = LocalRun(spec, corpus, out, checkpoint_seconds=checkpoint_seconds)
+    run = LocalRun(spec, corpus, place)
     code = run.finish()
     for budget, step in zip(spec.branches, branch_steps(spec), strict=True):
         if code != FINISHED:
@@ -72,8 +105,8 @@ def train(spec: RunSpec, corpus: Corpus, out: Path, *, checkpoint_seconds: float
         path = checkpoint_path(run.checkpoints, step).resolve()
         branch = branch_of(spec, budget, _reference(str(path), "trunk"))
         log.info("cooling down at %g tokens per parameter, from step %d", budget, step)
-        folder = out / f"tpp-{budget:g}"
-        code = LocalRun(branch, corpus, folder, checkpoint_seconds=checkpoint_seconds).finish()
+        folder = place.out / f"tpp-{budget:g}"
+        code = LocalRun(branch, corpus, dataclasses.replace(place, out=folder)).finish()
     return code
 
 
@@ -83,7 +116,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder to write to (runs/<name of the spec>)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument("--checkpoint-seconds", type=float, default=60.0, help="default 60")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
+    parser.add_argument("--processes", type=_count, default=1, help="that share the run; 1")
+    parser.add_argument(
+        "--strategy", default="ddp", choices=get_args(Strategy), help="of several processes"
+    )
     return parser
+
+
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
 
 
 def read_spec(path: Path) -> RunSpec:
@@ -153,15 +197,13 @@ def _fields_at(parents: Sequence[int | str]) -> Sequence[str]:
 class LocalRun:
     """A run with its folder: resumes or starts, trains, measures, checkpoints."""
 
-    def __init__(
-        self, spec: RunSpec, corpus: Corpus, out: Path, *, checkpoint_seconds: float
-    ) -> None:
+    def __init__(self, spec: RunSpec, corpus: Corpus, place: Place) -> None:
         self._spec = spec
-        self.checkpoints = out / "checkpoints"
+        self._place = place
+        self.checkpoints = place.out / "checkpoints"
         self._branch_steps = branch_steps(spec)
         self._saved: Progress | None = None
-        self._measurements = out / "measurements.jsonl"
-        self._checkpoint_seconds = checkpoint_seconds
+        self._measurements = place.out / "measurements.jsonl"
         self._interrupted = False
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._training = self._resumed(corpus) or self._started(corpus)
@@ -181,7 +223,7 @@ class LocalRun:
                     self._save(file)
                     log.info("interrupted at step %d; run again to continue", training.step)
                     return INTERRUPTED
-                late = time.monotonic() - saved_at >= self._checkpoint_seconds
+                late = time.monotonic() - saved_at >= self._place.checkpoint_seconds
                 if late or self._branches_at(event):
                     self._save(file)
                     saved_at = time.monotonic()
@@ -198,7 +240,9 @@ class LocalRun:
     def _resumed(self, corpus: Corpus) -> Training | None:
         for path in list_checkpoints(self.checkpoints):
             try:
-                training = Training.resume(self._spec, corpus, path)
+                training = Training.resume(
+                    self._spec, corpus, path, device=self._place.device, ranks=self._place.ranks
+                )
                 self._cut_measurements(self._num_measured(training))
             except (CheckpointCorruptError, _MeasurementsMissingError) as error:
                 log.warning("skipped %s", error)
@@ -212,7 +256,9 @@ class LocalRun:
         ref = self._spec.start_checkpoint
         field = "trunk" if self._spec.trunk else "growth.base"
         base = local_path(ref.uri, field) if ref else None
-        training = Training.start(self._spec, corpus, base=base)
+        training = Training.start(
+            self._spec, corpus, base=base, device=self._place.device, ranks=self._place.ranks
+        )
         self._measurements.write_text("")
         return training
 

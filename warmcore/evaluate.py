@@ -6,6 +6,7 @@ from warmcore.batches import read_windows, val_windows
 from warmcore.data import Tokens
 from warmcore.model import Decoder, loss_nats
 from warmcore.objective import LossFunction
+from warmcore.parallel import ALONE, Ranks
 
 # Tokens per forward pass: small enough that a small model's activations stay in the cache.
 BATCH_TOKENS = 4096
@@ -19,13 +20,18 @@ def val_loss_nats(
     context: int,
     eval_tokens: int,
     loss_of: LossFunction = loss_nats,
+    ranks: Ranks = ALONE,
 ) -> float:
-    """Mean loss per token over `val_windows`, in nats."""
+    """Mean loss per token over `val_windows`, in nats; ranks take the batches in turn."""
     windows = val_windows(tokens, context=context, eval_tokens=eval_tokens)
     batch_size = max(1, BATCH_TOKENS // context)
+    starts = range(0, len(windows), batch_size)
     total = 0.0
-    for first in range(0, len(windows), batch_size):
+    for turn in range(0, len(starts), ranks.size):
+        # In the last turn some may have none left: a forward pass gathers shards, so all make one.
+        mine = turn + ranks.rank
+        first = starts[min(mine, len(starts) - 1)]
         batch = windows[first : first + batch_size]
         loss = loss_of(model, read_windows(tokens, batch, context).to(model.device))
-        total += loss.item() * len(batch)
-    return total / len(windows)
+        total += loss.item() * len(batch) if mine < len(starts) else 0.0
+    return ranks.sum(torch.tensor(total, dtype=torch.float64)).item() / len(windows)

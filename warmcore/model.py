@@ -202,7 +202,7 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def loss_nats(model: Decoder, window_BT1: Tensor) -> Tensor:
+def loss_nats(model: nn.Module, window_BT1: Tensor) -> Tensor:
     """Mean cross entropy of each next token, for windows [B, T + 1]; at least in float32."""
     logits_BTV = model(window_BT1[:, :-1])
     logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))

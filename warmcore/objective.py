@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from warmcore.model import Decoder, loss_nats
+from warmcore.model import loss_nats
 from warmcore.spec import Precision
 
-LossFunction = Callable[[Decoder, Tensor], Tensor]
+LossFunction = Callable[[nn.Module, Tensor], Tensor]
 
 
 class CompilerMissingError(Exception):
@@ -32,8 +32,8 @@ def loss_in(precision: Precision) -> LossFunction:
             return _loss_bf16
 
 
-def _loss_bf16(model: Decoder, window_BT1: Tensor) -> Tensor:  # noqa: N803 - shapes as in model
-    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+def _loss_bf16(model: nn.Module, window_BT1: Tensor) -> Tensor:  # noqa: N803 - shapes as in model
+    with torch.autocast(window_BT1.device.type, dtype=torch.bfloat16):
         return loss_nats(model, window_BT1)
 
 
@@ -57,7 +57,7 @@ def compiled(loss_of: LossFunction) -> LossFunction:
     return torch.compile(loss_of, fullgraph=True, dynamic=False)
 
 
-def backward(loss_of: LossFunction, model: Decoder, batch: Tensor, *, parts: int) -> Tensor:
+def backward(loss_of: LossFunction, model: nn.Module, batch: Tensor, *, parts: int) -> Tensor:
     """Mean loss of `batch`, whose gradient is added to the weights', in equal `parts`.
 
     mean_B l = (1/p) sum_i mean_{B_i} l, and so for the gradients; only one part's activations are
@@ -65,7 +65,7 @@ def backward(loss_of: LossFunction, model: Decoder, batch: Tensor, *, parts: int
     """
     losses: list[Tensor] = []
     for part in batch.chunk(parts):
-        loss = loss_of(model, part.to(model.device)) / parts
+        loss = loss_of(model, part) / parts
         loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum()

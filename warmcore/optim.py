@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from warmcore.muon import EPS as MUON_EPS
 from warmcore.muon import MuonAdamW
 from warmcore.mup import Role, factors, role_of
+from warmcore.parallel import shard_like, whole
 from warmcore.spec import ClipRule, ModelSpec, TrainSpec
 
 ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
@@ -72,7 +73,8 @@ def clip_(optimizer: Optimizer, weight: float, max_norm: float | None) -> Tensor
     hidden = [p.grad for g in groups if g["role"] == "hidden" for p in g["params"]]
     vector = [p.grad for g in groups if g["role"] != "hidden" for p in g["params"]]
     norm_vector = get_total_norm(vector, foreach=True) * math.sqrt(weight)
-    norm = torch.hypot(get_total_norm(hidden, foreach=True), norm_vector)
+    # Of sharded gradients these are norms over all shards, still to be gathered.
+    norm = torch.hypot(whole(get_total_norm(hidden, foreach=True)), whole(norm_vector))
     if max_norm is not None:
         parameters = [p for g in groups for p in g["params"]]
         clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
@@ -100,7 +102,14 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) 
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             optimizer.state[parameter] = {
-                key: tensors[f"{name}.{key}"].to(parameter.device, copy=True)
+                key: _placed(key, tensors[f"{name}.{key}"], parameter)
                 for key in group["state_keys"]
                 if tensors
             }
+
+
+def _placed(key: str, tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A moment lies as its parameter does; the number of steps is whole everywhere."""
+    return (
+        tensor.to(parameter.device, copy=True) if key == "step" else shard_like(tensor, parameter)
+    )

@@ -21,6 +21,7 @@ CooldownShape = Literal["linear", "1-sqrt"]
 ClipRule = Literal["width_weighted", "plain"]
 OptimizerName = Literal["adamw", "muon"]
 Precision = Literal["float32", "bf16"]
+Strategy = Literal["ddp", "fsdp"]
 PaddingOperator = Literal["shrink_perturb", "slice", "zero_pad"]
 CopyingOperator = Literal["clone", "hyperclone", "net2net"]
 WidthOperator = PaddingOperator | CopyingOperator

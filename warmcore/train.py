@@ -36,7 +36,9 @@ from warmcore.optim import (
     set_lr,
     vector_weight,
 )
+from warmcore.parallel import ALONE, Beginning, Ranks, unsharded
 from warmcore.schedule import lr_factor
+from warmcore.sharing import check_shared
 from warmcore.spec import RunSpec, derived_seed
 from warmcore.tensors import TensorStream
 
@@ -81,10 +83,12 @@ Event = StepEvent | EvaluationEvent | DivergedEvent
 class Training:
     """A run in memory: its model, optimizer and progress."""
 
-    def __init__(self, spec: RunSpec, corpus: Corpus, model: Decoder) -> None:
+    def __init__(self, spec: RunSpec, corpus: Corpus, model: Decoder, ranks: Ranks = ALONE) -> None:
         self.spec = spec
         self.corpus = corpus
         self.model = model
+        self.ranks = ranks
+        self._averaging = ranks.averaging(model)
         self.optimizer = build_optimizer(model.named_parameters(), spec.model, spec.train)
         self.base_hash: str | None = None
         self.progress = Progress()
@@ -97,35 +101,48 @@ class Training:
 
     @classmethod
     def start(
-        cls, spec: RunSpec, corpus: Corpus, *, device: str = "cpu", base: Path | None = None
+        cls,
+        spec: RunSpec,
+        corpus: Corpus,
+        *,
+        device: str = "cpu",
+        base: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> Self:
         """Begin a run from fresh weights, or from the folder `base` of `spec.start_checkpoint`.
 
         Raises:
             ValueError: `base` is given where the spec names none or the other way round, the base
-                model cannot be grown into the target, or the trunk is of another run.
+                model cannot be grown into the target, the trunk is of another run, or so many
+                processes cannot share the run.
             CheckpointCorruptError: `base` is not the checkpoint that `spec` names.
         """
         if (spec.start_checkpoint is None) != (base is None):
             name, ref = ("trunk", spec.trunk) if spec.trunk else ("growth", spec.growth)
             raise ValueError(f"{name} is {ref} but the base checkpoint is {base}; give both")
+        check_shared(spec.train, ranks.size, ranks.strategy)
         if spec.trunk is not None and base is not None:
-            return cls._branch(spec, corpus, base, device=device)
+            return cls._branch(spec, corpus, base, device=device, ranks=ranks)
         model = _decoder(spec)
         if spec.growth is None or base is None:
             init_(model, spec.model, weights_generator(spec))
-            return cls(spec, corpus, model.to(device))
+            ranks.lead(Beginning(how="start", spec=spec, checkpoint=None))
+            return cls(spec, corpus, ranks.placed(model, device), ranks)
         grown = Grown.from_base(spec, base)
         for warning in spec.growth.warnings(grown.growth.base, spec.model):
             log.warning(warning)
+        ranks.lead(Beginning(how="start", spec=spec, checkpoint=base))
         load_weights(model, grown.weights.tensors)
-        training = cls(spec, corpus, model.to(device))
+        training = cls(spec, corpus, ranks.placed(model, device), ranks)
         training.base_hash = grown.source.hash
         load_optimizer_tensors(training.optimizer, grown.optimizer.gathered())
+        ranks.wait()
         return training
 
     @classmethod
-    def _branch(cls, spec: RunSpec, corpus: Corpus, trunk: Path, *, device: str) -> Self:
+    def _branch(
+        cls, spec: RunSpec, corpus: Corpus, trunk: Path, *, device: str, ranks: Ranks
+    ) -> Self:
         """Go on from a trunk's checkpoint: from here on this is the run without a trunk."""
         assert spec.trunk is not None
         saved = load_checkpoint(trunk, expected_hash=spec.trunk.hash)
@@ -133,7 +150,8 @@ class Training:
             saved.manifest.check_trunk_of(spec, corpus.data_hash)
         except ValueError as error:
             raise ValueError(f"trunk {trunk} {error}") from error
-        training = cls._restored(spec, corpus, saved, device=device)
+        ranks.lead(Beginning(how="start", spec=spec, checkpoint=trunk))
+        training = cls._restored(spec, corpus, saved, device=device, ranks=ranks)
         trunk_run = saved.manifest.trained_run
         losses = past_evaluations(spec, trunk_run, training.progress.val_losses_nats)
         training.progress = training.progress.model_copy(update={"val_losses_nats": losses})
@@ -141,29 +159,43 @@ class Training:
 
     @classmethod
     def resume(
-        cls, spec: RunSpec, corpus: Corpus, checkpoint: Path, *, device: str = "cpu"
+        cls,
+        spec: RunSpec,
+        corpus: Corpus,
+        checkpoint: Path,
+        *,
+        device: str = "cpu",
+        ranks: Ranks = ALONE,
     ) -> Self:
         """Continue `spec` from one of its own checkpoints, bit for bit on a CPU.
 
+        Any number of processes may have written it, and any other may go on.
+
         Raises:
-            ValueError: the checkpoint is of another spec or other data.
+            ValueError: the checkpoint is of another spec or other data, or so many processes
+                cannot share the run.
             CheckpointCorruptError: a file differs from its hash.
         """
+        check_shared(spec.train, ranks.size, ranks.strategy)
         saved = load_checkpoint(checkpoint)
         try:
             saved.manifest.check(spec, corpus.data_hash)
         except ValueError as error:
             raise ValueError(f"checkpoint {checkpoint} {error}") from error
-        return cls._restored(spec, corpus, saved, device=device)
+        ranks.lead(Beginning(how="resume", spec=spec, checkpoint=checkpoint))
+        return cls._restored(spec, corpus, saved, device=device, ranks=ranks)
 
     @classmethod
-    def _restored(cls, spec: RunSpec, corpus: Corpus, saved: Checkpoint, *, device: str) -> Self:
+    def _restored(
+        cls, spec: RunSpec, corpus: Corpus, saved: Checkpoint, *, device: str, ranks: Ranks
+    ) -> Self:
         model = _decoder(spec)
         model.load_state_dict(saved.weights)
-        training = cls(spec, corpus, model.to(device))
+        training = cls(spec, corpus, ranks.placed(model, device), ranks)
         load_optimizer_tensors(training.optimizer, saved.optimizer)
         training.base_hash = saved.manifest.base_hash
         training.progress = saved.manifest.progress
+        ranks.wait()
         return training
 
     @property
@@ -184,25 +216,44 @@ class Training:
 
     def events(self) -> Iterator[Event]:
         """Train from here to the end. Stop or save at any of them: state is whole at a yield."""
-        while (evaluation := len(self.progress.val_losses_nats)) < len(self._evaluation_steps):
-            due = self.step == self._evaluation_steps[evaluation]
-            event = self._evaluate(evaluation) if due else self._train()
+        while len(self.progress.val_losses_nats) < len(self._evaluation_steps):
+            self.ranks.lead("advance")
+            event = self.advance()
             yield event
             if isinstance(event, DivergedEvent):
                 return
 
+    def contribute(self) -> None:
+        """What the ranks that follow do while rank 0 saves."""
+        for stream in self._streams():
+            for _ in stream.tensors:
+                pass
+
+    def advance(self) -> Event:
+        """One step or the evaluation that is due; on all ranks at once."""
+        evaluation = len(self.progress.val_losses_nats)
+        due = self.step == self._evaluation_steps[evaluation]
+        return self._evaluate(evaluation) if due else self._train()
+
     def save(self, directory: Path) -> SavedCheckpoint:
-        """Write the checkpoint folder `directory`, whole or not at all."""
+        """Write the checkpoint folder `directory`, whole or not at all; rank 0 alone does."""
+        self.ranks.lead("save")
+        weights, optimizer = self._streams()
         return save_checkpoint(
             directory,
-            weights=TensorStream.of(self.model.state_dict()),
-            optimizer=TensorStream.of(optimizer_tensors(self.optimizer)),
+            weights=weights,
+            optimizer=optimizer,
             run=self.spec,
             data_hash=self.corpus.data_hash,
             base_hash=self.base_hash,
             tokens=self.tokens,
             progress=self.progress,
         )
+
+    def _streams(self) -> tuple[TensorStream, TensorStream]:
+        """Weights and optimizer, gathered while they are read: all ranks must read them through."""
+        weights, optimizer = self.model.state_dict(), optimizer_tensors(self.optimizer)
+        return unsharded(TensorStream.of(weights)), unsharded(TensorStream.of(optimizer))
 
     def _train(self) -> StepEvent | DivergedEvent:
         """One step. Nothing is updated, and no progress made, when it shows a divergence."""
@@ -216,7 +267,9 @@ class Training:
             context=self.spec.data.context,
         )
         self.optimizer.zero_grad()
-        loss = backward(self._train_loss_of, self.model, batch, parts=train.accumulate).item()
+        rows = self.ranks.rows(batch).to(self.model.device)
+        part = backward(self._train_loss_of, self._averaging, rows, parts=train.accumulate)
+        loss = self.ranks.mean(part).item()
         weight = vector_weight(train.clip, self.spec.model)
         norm = clip_(self.optimizer, weight, train.grad_clip).item()
         watch = self.progress.watch.after(loss, self.spec.model.vocab_size)
@@ -244,6 +297,7 @@ class Training:
             context=self.spec.data.context,
             eval_tokens=self.spec.train.eval_tokens,
             loss_of=self._loss_of,  # never compiled: its shapes vary, and its value should not
+            ranks=self.ranks,
         )
         if not math.isfinite(loss):
             reason = f"validation loss is {loss}"

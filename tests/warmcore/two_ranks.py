@@ -1,0 +1,78 @@
+"""Runs on two gloo processes: `python two_ranks.py plan.json`, for `test_parallel.py`.
+
+A planned run is `strategy`, `how` it begins, `spec` and `checkpoint`, the folder `out` to save at
+the end, `middle` to save in after `num_before` events, and the `fault` that is put in.
+"""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from warmcore import optim
+from warmcore.data import prepare
+from warmcore.follow import follow
+from warmcore.parallel import Ranks
+from warmcore.spec import RunSpec
+from warmcore.train import Training
+
+
+def main(rank, plan):
+    torch.set_num_threads(1)
+    store = f"file://{plan}.store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    for planned in json.loads(plan.read_text()):
+        ranks = Ranks.joined(planned["strategy"])
+        with wrong(planned["fault"]):
+            if rank:
+                follow(ranks)
+            else:
+                lead(planned, ranks)
+    dist.destroy_process_group()
+
+
+def lead(planned, ranks):
+    spec = RunSpec.model_validate(planned["spec"])
+    corpus, out = prepare(spec.data), Path(planned["out"])
+    path = Path(planned["checkpoint"]) if planned["checkpoint"] else None
+    if planned["how"] == "start":
+        training = Training.start(spec, corpus, base=path, ranks=ranks)
+    else:
+        training = Training.resume(spec, corpus, path, ranks=ranks)
+    events = []
+    for event in training.events():
+        events.append(dataclasses.asdict(event))
+        if len(events) == planned["num_before"]:
+            training.save(Path(planned["middle"]))
+            if planned["fault"]:
+                break
+    training.save(out)
+    ranks.lead("end")
+    out.with_suffix(".json").write_text(json.dumps(events))
+
+
+def wrong(fault):
+    match fault:
+        case "all read the first rows":
+            return mock.patch.object(Ranks, "rows", lambda ranks, batch: batch.chunk(ranks.size)[0])
+        case "each clips by the norm of its shards":
+            right = optim.get_total_norm
+
+            def local(gradients, **options):
+                return right([gradient.to_local() for gradient in gradients], **options)
+
+            return mock.patch.object(optim, "get_total_norm", local)
+        case "gradients are not averaged":
+            return mock.patch.object(Ranks, "averaging", lambda _, model: model)
+        case None:
+            return contextlib.nullcontext()
+
+
+if __name__ == "__main__":
+    spawn(main, (Path(sys.argv[1]),), nprocs=2)

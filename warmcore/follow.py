@@ -1,0 +1,27 @@
+"""What every rank but 0 does: whatever rank 0 does, until that says that it is the end."""
+
+from warmcore.data import prepare
+from warmcore.parallel import Beginning, Ranks
+from warmcore.train import Training
+
+
+def follow(ranks: Ranks, *, device: str = "cpu") -> None:
+    """Take part in rank 0's runs, one after another."""
+    training: Training | None = None
+    while (act := ranks.hear()) != "end":
+        if isinstance(act, Beginning):
+            training = _begun(act, ranks, device)
+            continue
+        assert training is not None, f"{act} before any run was begun"
+        if act == "advance":
+            training.advance()
+        else:
+            training.contribute()
+
+
+def _begun(act: Beginning, ranks: Ranks, device: str) -> Training:
+    corpus = prepare(act.spec.data)
+    if act.how == "start":
+        return Training.start(act.spec, corpus, device=device, base=act.checkpoint, ranks=ranks)
+    assert act.checkpoint is not None
+    return Training.resume(act.spec, corpus, act.checkpoint, device=device, ranks=ranks)
