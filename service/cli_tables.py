@@ -7,8 +7,22 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from service.protocol import CheckpointView, RunView
-from service.results.schemas import Costs, StudyResults, TargetRun, Verdict
-from service.results.words import direction, flops, headline, nats, spelled, tokens
+from service.results.schemas import BudgetResult, Costs, StudyResults, TargetRun, Verdict
+from service.results.words import (
+    arm_name,
+    at_budget,
+    direction,
+    flops,
+    headline,
+    label,
+    nats,
+    shared,
+    signed,
+    span,
+    spelled,
+    times,
+    tokens,
+)
 from service.studies.schemas import RunCounts, StudyView, TrialView
 
 _FILE_WIDTH = 200  # not a terminal: nobody's screen is to be fitted
@@ -131,12 +145,32 @@ def results(found: StudyResults) -> list[RenderableType]:
     """The verdict and what it rests on."""
     verdict = found.verdict
     said = verdict.sentence if verdict else f"{headline(None)}: {found.pending}."
-    parts: list[RenderableType] = [said]
+    parts: list[RenderableType] = [at_budget(found) + said]
+    if found.budgets:
+        parts += ["", _budgets(found.budgets)]
     if verdict is not None:
         parts += ["", _pairs(verdict)]
     if found.targets:
         parts += ["", _targets(found.targets), "", _costs(found.costs)]
     return parts
+
+
+def _budgets(budgets: Iterable[BudgetResult]) -> Table:
+    rows = [
+        (
+            f"{budget.tokens_per_param:g}",
+            tokens(budget.num_tokens),
+            signed(budget.verdict),
+            span(budget.verdict),
+            times(budget.verdict.speedup) if budget.verdict else "-",
+            flops(budget.costs.warm_flops),
+            flops(budget.costs.cold_flops),
+            budget.pending or headline(budget.verdict),
+        )
+        for budget in budgets
+    ]
+    columns = "tpp|tokens|warm - cold|95 % interval|speedup|warm FLOPs|cold FLOPs|<verdict"
+    return _table("by budget (tokens per parameter; a run on its own)", columns, rows)
 
 
 def _pairs(verdict: Verdict) -> Table:
@@ -147,7 +181,7 @@ def _pairs(verdict: Verdict) -> Table:
             nats(pair.cold_loss_nats),
             direction(pair.difference_nats),
             tokens(pair.tokens_to_cold_loss),
-            "-" if pair.speedup is None else f"{pair.speedup:.2f}x",
+            "-" if pair.speedup is None else times(pair.speedup),
         )
         for pair in verdict.pairs
     ]
@@ -159,7 +193,7 @@ def _targets(runs: Iterable[TargetRun]) -> Table:
     rows = [
         (
             run.run_id,
-            run.arm,
+            arm_name(run),
             str(run.rung),
             str(run.seed_number),
             "diverged" if run.diverged else run.state,
@@ -182,6 +216,7 @@ def _costs(costs: Costs) -> Table:
         ("one cold run", flops(costs.cold_flops)),
         ("the base (the best trial)", flops(costs.base_flops)),
         ("the search (all trials)", flops(costs.search_flops)),
+        *((what, flops(cost)) for what, cost in shared(costs)),
         ("everything", flops(costs.total_flops)),
     ]
     return _table("costs", "<what|FLOPs", rows)
@@ -189,7 +224,7 @@ def _costs(costs: Costs) -> Table:
 
 def run(view: RunView, checkpoints: Sequence[CheckpointView]) -> list[RenderableType]:
     """A run's facts and the checkpoints that are kept."""
-    what = f"trial {view.trial_number}" if view.kind == "trial" else f"target, {view.arm}"
+    what = label(view)
     facts = _facts(
         [
             ("run", f"{view.id}, {what}, of {view.study_name}"),
@@ -202,6 +237,7 @@ def run(view: RunView, checkpoints: Sequence[CheckpointView]) -> list[Renderable
             ("attempt", f"{view.attempt}, {view.failures} failed of {view.max_attempts}"),
             ("worker", view.worker or ""),
             ("grown from", view.base_hash or ""),
+            ("branch of", view.trunk_id or ""),
             ("cost", f"{flops(view.cost_flops)} FLOPs"),
             ("error", view.error or ""),
         ]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import RunView
+from service.studies.budgets import flops_with_branches
 from service.studies.schemas import RunCounts, StudySpec, StudyView
 from warmcore.flops import train_flops
 
@@ -46,7 +47,7 @@ def remaining_flops(study: StudyView, running: Iterable[RunView]) -> float:
     trials = spec.hpo.trials - _ended(study.trials)
     flops = max(0, trials) * train_flops(spec.trial_run(0))
     if spec.rungs:
-        flops += max(0.0, 1 - _ended(study.targets) / _num_targets(spec)) * _target_flops(spec)
+        flops += max(0.0, 1 - _ended(study.targets) / spec.num_target_runs) * _target_flops(spec)
     return max(0.0, flops - sum(run.cost_flops for run in runs))
 
 
@@ -54,12 +55,7 @@ def _ended(counts: RunCounts) -> int:
     return sum(getattr(counts, state) for state in FINAL_RUN_STATES)
 
 
-def _num_targets(spec: StudySpec) -> int:
-    """A warm run a rung, and a cold one on the last, for each seed."""
-    return (len(spec.rungs) + spec.warmstart.control) * spec.warmstart.seeds
-
-
 def _target_flops(spec: StudySpec) -> float:
-    rungs = [train_flops(spec.rung_run(rung, 0)) for rung in range(len(spec.rungs))]
+    rungs = [flops_with_branches(spec.rung_run(rung, 0)) for rung in range(len(spec.rungs))]
     cold = rungs[-1] if spec.warmstart.control else 0.0
     return (sum(rungs) + cold) * spec.warmstart.seeds

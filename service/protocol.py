@@ -181,6 +181,8 @@ class RunView(Message):
     arm: Arm | None
     rung: int
     seed: int
+    branch: int = Field(default=0, description="of the trunk's budgets, from 1; 0: not a branch")
+    trunk_id: str | None = Field(default=None, description="the run that a branch goes on from")
     attempt: int
     failures: int
     max_attempts: int
@@ -192,7 +194,7 @@ class RunView(Message):
     loss_nats: float | None
     val_loss_nats: float | None
     tokens_per_second: float | None
-    cost_flops: float
+    cost_flops: float = Field(description="of what the run trained itself, without its trunk")
     error: str | None
     base_hash: str | None
     params: dict[str, Any]

@@ -17,6 +17,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
+from sqlalchemy.ext.hybrid import hybrid_property
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "warmscale"
@@ -67,6 +68,8 @@ class Study(Base):
 class Run(Base):
     """One training run: a trial of the search, or a target trained warm or cold.
 
+    A target of several budgets is a trunk, whose spec has `branches`, and a run a branch.
+
     `attempt` counts leases and fences checkpoints; `failures` counts attempts that ended badly.
     `lease_token` outlives the lease, so that a finish that is sent twice can be told apart.
     """
@@ -78,8 +81,9 @@ class Run(Base):
         CheckConstraint("(kind = 'target') = (arm IN ('warm', 'cold') IS TRUE)", name="arm"),
         CheckConstraint("(kind = 'trial') = (trial_number IS NOT NULL)", name="trial_number"),
         CheckConstraint("state <> 'leased' OR lease_token IS NOT NULL", name="leased_has_token"),
+        CheckConstraint("(branch > 0) = (trunk_id IS NOT NULL)", name="branch"),
         UniqueConstraint("study_id", "trial_number"),
-        Index("uq_runs_target", "study_id", "launch", "rung", "arm", "seed", unique=True,
+        Index("uq_runs_target", "study_id", "launch", "rung", "arm", "seed", "branch", unique=True,
               postgresql_where=text("kind = 'target'")),
         Index("ix_runs_queue", "available_at", postgresql_where=text("state = 'queued'")),
         Index("ix_runs_expiry", "lease_expires_at", postgresql_where=text("state = 'leased'")),
@@ -96,6 +100,13 @@ class Run(Base):
     rung: Mapped[int] = mapped_column(server_default=text("0"))
     arm: Mapped[str | None]
     seed: Mapped[int] = mapped_column(BigInteger)
+    branch: Mapped[int] = mapped_column(
+        server_default=text("0"), doc="0: a whole run or a trunk; k: of the trunk's k-th budget"
+    )
+    trunk_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    trunk_tokens: Mapped[int] = mapped_column(
+        BigInteger, server_default=text("0"), doc="that the trunk was trained on, not this run"
+    )
     state: Mapped[str] = mapped_column(default="queued")
     spec: Mapped[dict[str, Any]]
     params: Mapped[dict[str, Any]]
@@ -128,6 +139,11 @@ class Run(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+    @hybrid_property
+    def cost_flops(self) -> float:
+        """What the run has spent itself: its trunk's tokens are its trunk's cost."""
+        return (self.tokens - self.trunk_tokens) * self.flops_per_token
 
 
 class Measurement(Base):

@@ -21,7 +21,7 @@ from service.client import Client, ServiceError
 from service.lifecycle import FINAL_STUDY_STATES
 from service.pace import Pace
 from service.protocol import RunView
-from service.results.words import nats, spelled, tokens
+from service.results.words import label, nats, spelled, tokens
 from service.studies.schemas import StudyView
 
 Style = Literal["live", "plain", "json"]
@@ -32,7 +32,16 @@ _POLL_SECONDS = 0.5
 _TICK_SECONDS = 0.1
 _GIVE_UP_SECONDS = 600.0
 _SERVER_FAULT = 500
-_RUN_FIELDS = {"id", "kind", "arm", "trial_number", "step", "num_steps", "tokens_per_second"}
+_RUN_FIELDS = {
+    "id",
+    "kind",
+    "arm",
+    "branch",
+    "trial_number",
+    "step",
+    "num_steps",
+    "tokens_per_second",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,11 +157,6 @@ def _live() -> Generator[Show]:
             screen.update(picture(now, pace.eta_seconds(now.study, now.running)))
 
         yield show
-
-
-def label(run: RunView) -> str:
-    """A run by what it is for."""
-    return f"trial {run.trial_number}" if run.kind == "trial" else f"target {run.arm}"
 
 
 def ended_line(run: RunView) -> str:

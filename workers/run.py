@@ -72,7 +72,7 @@ class _Attempt:
         self._training = self._resumed() or self._started()
         self._curve = Curve(log_every=lease.spec.train.log_every, tokens=self._training.tokens)
         self._evaluation_steps = frozenset(evaluations_of(lease.spec))
-        self._branch_steps = frozenset(branch_steps(lease.spec))
+        self._branch_steps = frozenset(branch_steps(lease.spec)[:-1])  # the last one is final
         self._saved_step = self._training.step
         self._published: CheckpointReport | None = None
         self._saved_at = time.monotonic()

@@ -8,6 +8,7 @@ from itertools import chain
 from string import Template
 from typing import Any
 
+from service.results.budget_views import budget_figures, budget_section
 from service.results.figures import Figure, dimensions, figures, shown_state
 from service.results.markup import Column, cards, plot, section, table
 from service.results.schemas import (
@@ -19,7 +20,18 @@ from service.results.schemas import (
     TargetRun,
     Verdict,
 )
-from service.results.words import direction, flops, headline, nats, spelled, tokens
+from service.results.words import (
+    arm_name,
+    at_budget,
+    direction,
+    flops,
+    headline,
+    nats,
+    shared,
+    spelled,
+    times,
+    tokens,
+)
 from service.studies.schemas import StudySpec
 
 MAX_TABLE_TRIALS = 500
@@ -28,8 +40,9 @@ _PIECE_BYTES = 2**18
 
 def page(results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec) -> Iterator[bytes]:
     """The whole page, in pieces: Plotly's 5 MB pass from disk to socket and are never held."""
-    drawn = figures(results, trials, spec)
-    body = [_top(results), _arms(results, drawn), _trials(results, trials, spec, drawn)]
+    drawn = figures(results, trials, spec) | budget_figures(results.budgets)
+    gain = budget_section(results.budgets, drawn)
+    body = [_top(results), gain, _arms(results, drawn), _trials(results, trials, spec, drawn)]
     before, after = _asset("page.html").split("$plotly")
     head = Template(before).substitute(
         title=f"{escape(results.study_name)} · warmscale",
@@ -73,7 +86,7 @@ def _sentence(results: StudyResults) -> str:
         text = f"{results.pending}."
     else:
         text = results.verdict.sentence.removeprefix(f"{headline(results.verdict)}: ")
-    return text[:1].upper() + text[1:]
+    return at_budget(results) + text[:1].upper() + text[1:]
 
 
 def _tone(verdict: Verdict | None) -> str:
@@ -107,13 +120,9 @@ def _speed_figures(verdict: Verdict) -> list[tuple[str, str]]:
         reached = sum(pair.speedup is not None for pair in verdict.pairs)
         return [(f"{reached} of {verdict.seeds}", "seeds where warm reached cold's final loss")]
     return [
-        (_times(verdict.speedup), "token speedup, base sunk"),
-        (_times(verdict.speedup_base_counted), "FLOPs speedup, base counted"),
+        (times(verdict.speedup), "token speedup, base sunk"),
+        (times(verdict.speedup_base_counted), "FLOPs speedup, base counted"),
     ]
-
-
-def _times(value: float | None) -> str:
-    return "never" if value is None else f"{value:.2f}x"
 
 
 def _arms(results: StudyResults, drawn: dict[str, Figure]) -> str:
@@ -144,7 +153,7 @@ _PAIR_COLUMNS: tuple[Column[SeedPair], ...] = (
     Column(title="cold loss", text=lambda p: nats(p.cold_loss_nats)),
     Column(title="warm is", text=lambda p: direction(p.difference_nats)),
     Column(title="tokens to cold's loss", text=lambda p: tokens(p.tokens_to_cold_loss)),
-    Column(title="speedup", text=lambda p: _times(p.speedup)),
+    Column(title="speedup", text=lambda p: times(p.speedup)),
 )
 
 
@@ -152,7 +161,7 @@ def _target_columns(runs: Sequence[TargetRun]) -> list[Column[TargetRun]]:
     rung: Column[TargetRun] = Column(title="rung", text=lambda r: str(r.rung))
     return [
         Column(title="target run", text=lambda r: r.run_id, kind="code"),
-        Column(title="arm", text=lambda r: r.arm, kind="text"),
+        Column(title="arm", text=arm_name, kind="text"),
         *([rung] if any(r.rung for r in runs) else []),
         Column(title="seed", text=lambda r: str(r.seed_number)),
         Column(title="state", text=shown_state, kind="state"),
@@ -177,6 +186,7 @@ def _costs(costs: Costs) -> str:
         ("one cold run", costs.cold_flops),
         ("the base: the best trial's own training", costs.base_flops),
         ("the search: all trials", costs.search_flops),
+        *shared(costs),
         ("everything this study ran", costs.total_flops),
     ]
     columns: tuple[Column[tuple[str, float | None]], ...] = (

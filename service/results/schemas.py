@@ -26,6 +26,10 @@ class TargetRun(Message):
     arm: Arm
     seed: int
     seed_number: int = Field(description="which of the target's seeds this is, from 0")
+    branch: int = Field(default=0, description="of the trunk's budgets, from 1; 0: not a branch")
+    budget: float | None = Field(default=None, description="a branch's tokens per parameter")
+    is_trunk: bool = Field(default=False, description="not cooled down itself: never compared")
+    trunk_id: str | None = None
     state: RunState
     diverged: bool = False
     val_loss_nats: float | None
@@ -33,9 +37,16 @@ class TargetRun(Message):
     data_hash: str | None = Field(default=None, description="of the corpus as the worker read it")
     tokens: int
     num_tokens: int
-    cost_flops: float
+    cost_flops: float = Field(description="of what it trained itself")
+    trunk_tokens: int = Field(default=0, description="of its tokens, those that its trunk trained")
+    trunk_flops: float = Field(default=0.0, description="what those cost its trunk")
     error: str | None = None
-    curve: tuple[Evaluation, ...] = ()
+    curve: tuple[Evaluation, ...] = Field(default=(), description="a branch's with its trunk's")
+
+    @property
+    def alone_flops(self) -> float:
+        """What it would have cost without a trunk to share."""
+        return self.trunk_flops + self.cost_flops
 
 
 class BestTrialResult(Message):
@@ -60,6 +71,8 @@ class Growth(Message):
 class Costs(Message):
     """What one target costs, and what led to it. None where no such run has succeeded.
 
+    A branch costs its trunk up to where it begins and its own cooldown, though it shares the trunk.
+
     `warm_flops` has the base sunk: the search needed the best trial anyway.
     `warm_base_counted_flops` adds `base_flops`: the best trial's own training, and a ladder's lower
     rungs.
@@ -70,6 +83,10 @@ class Costs(Message):
     warm_flops: float | None = Field(description="one warm run, mean over seeds; the base sunk")
     warm_base_counted_flops: float | None
     cold_flops: float | None = Field(description="one cold run, mean over seeds")
+    targets_flops: float = Field(default=0.0, description="all of the study's own target runs")
+    targets_alone_flops: float = Field(
+        default=0.0, description="the same, had no two of them shared a trunk"
+    )
     total_flops: float = Field(description="every run of the study")
 
 
@@ -113,8 +130,21 @@ class Verdict(Message):
     left_out: tuple[str, ...] = Field(default=(), description="runs that are not judged, and why")
 
 
+class BudgetResult(Message):
+    """What was found at one of the target's token budgets."""
+
+    tokens_per_param: float
+    num_tokens: int | None = Field(description="None until a run of this budget was started")
+    costs: Costs
+    verdict: Verdict | None
+    pending: str | None
+
+
 class StudyResults(Message):
-    """What a study found. `pending` says what is missing while `verdict` is None."""
+    """What a study found. `pending` says what is missing while `verdict` is None.
+
+    Of several budgets `verdict`, `pending` and `costs` are the largest one's.
+    """
 
     study_id: str
     study_name: str
@@ -127,6 +157,7 @@ class StudyResults(Message):
     costs: Costs
     verdict: Verdict | None
     pending: str | None
+    budgets: tuple[BudgetResult, ...] = Field(default=(), description="ascending; of one: none")
 
 
 class ReportTrial(Message):

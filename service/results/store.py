@@ -1,7 +1,7 @@
 """Queries behind a study's results and report. The session comes first; nothing here commits."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import get_args
 
@@ -9,6 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.protocol import RunState
+from service.results.budgets import CostsOf, at_branch, by_budget
 from service.results.costs import costs_of
 from service.results.schemas import (
     BestTrialResult,
@@ -37,13 +38,19 @@ def results(session: Session, study: Study) -> StudyResults:
     targets = _targets(session, study.id)
     trials = _trial_counts(session, study.id)
     flops = _flops_by_kind(session, study.id)
-    costs = costs_of(
-        search_flops=flops.get("trial", 0.0),
-        best_flops=best.cost_flops if best else None,
-        targets=tuple(t for t in targets if t.launch == 0),
-        total_flops=sum(flops.values()),
-    )
-    judged = _judge(study, spec, targets, trials, costs)
+    own = tuple(t for t in targets if t.launch == 0)
+
+    def costs(branch: int) -> Costs:
+        return costs_of(
+            search_flops=flops.get("trial", 0.0),
+            best_flops=best.cost_flops if best else None,
+            targets=own,
+            total_flops=sum(flops.values()),
+            branch=branch,
+        )
+
+    budgets = by_budget(own, spec.budgets, _growth(spec), costs) if own and spec.budgets else ()
+    judged = _judge(study, spec, own, trials, costs)
     return StudyResults(
         study_id=study.id,
         study_name=study.name,
@@ -53,24 +60,30 @@ def results(session: Session, study: Study) -> StudyResults:
         trials=trials,
         best_trial=best,
         targets=targets,
-        costs=costs,
+        costs=costs(len(spec.budgets)),
         verdict=judged if isinstance(judged, Verdict) else None,
         pending=judged.why if isinstance(judged, Pending) else None,
+        budgets=budgets,
     )
+
+
+def _growth(spec: StudySpec) -> Growth:
+    factors = growth_factors(spec.base_model, spec.rung_model(len(spec.rungs) - 1))
+    return Growth(**asdict(factors))
 
 
 def _judge(
     study: Study,
     spec: StudySpec,
-    targets: Iterable[TargetRun],
+    own: tuple[TargetRun, ...],
     trials: RunCounts,
-    costs: Costs,
+    costs: CostsOf,
 ) -> Verdict | Pending:
-    own = tuple(t for t in targets if t.launch == 0)
+    """Of several budgets the largest is judged."""
     if not own or not spec.rungs:
         return Pending(why=why_no_target(spec, study.state, study.reason, trials))
-    factors = growth_factors(spec.base_model, spec.rung_model(len(spec.rungs) - 1))
-    return judge(own, growth=Growth(**asdict(factors)), costs=costs)
+    last = len(spec.budgets)
+    return judge(at_branch(own, last), growth=_growth(spec), costs=costs(last))
 
 
 def _trial_counts(session: Session, study_id: str) -> RunCounts:
@@ -85,7 +98,7 @@ def _trial_counts(session: Session, study_id: str) -> RunCounts:
 
 def _flops_by_kind(session: Session, study_id: str) -> dict[str, float]:
     query = (
-        select(Run.kind, func.sum(Run.tokens * Run.flops_per_token))
+        select(Run.kind, func.sum(Run.cost_flops))
         .where(Run.study_id == study_id)
         .group_by(Run.kind)
     )
@@ -102,7 +115,7 @@ def _best(session: Session, study_id: str) -> BestTrialResult | None:
         run_id=run.id,
         val_loss_nats=run.val_loss_nats,
         params=run.params,
-        cost_flops=run.tokens * run.flops_per_token,
+        cost_flops=run.cost_flops,
         checkpoint=base.checkpoint if base else None,
     )
 
@@ -112,19 +125,27 @@ def _targets(session: Session, study_id: str) -> tuple[TargetRun, ...]:
     runs = session.scalars(query).all()
     curves = _curves(session, [run.id for run in runs])
     seeds = {run.launch: sorted({r.seed for r in runs if r.launch == run.launch}) for run in runs}
-    targets = [_target(run, curves[run.id], seeds[run.launch].index(run.seed)) for run in runs]
-    return tuple(sorted(targets, key=lambda t: (t.launch, t.rung, t.seed_number, t.arm)))
+    targets = [_target(run, _whole(run, curves), seeds[run.launch].index(run.seed)) for run in runs]
+    return tuple(sorted(targets, key=lambda t: (t.launch, t.rung, t.branch, t.seed_number, t.arm)))
+
+
+def _whole(run: Run, curves: Mapping[str, tuple[Evaluation, ...]]) -> tuple[Evaluation, ...]:
+    """The run's curve; a branch's with what its trunk was up to there."""
+    trunk = curves[run.trunk_id] if run.trunk_id else ()
+    return (*(point for point in trunk if point.tokens <= run.trunk_tokens), *curves[run.id])
 
 
 def _target(run: Run, curve: tuple[Evaluation, ...], seed_number: int) -> TargetRun:
     same = ("launch", "rung", "arm", "seed", "state", "diverged", "val_loss_nats", "base_hash")
-    more = ("tokens", "num_tokens", "error")
+    more = ("branch", "trunk_id", "trunk_tokens", "tokens", "num_tokens", "cost_flops", "error")
     return TargetRun.model_validate(
         {name: getattr(run, name) for name in (*same, *more)}
         | {
             "run_id": run.id,
             "seed_number": seed_number,
-            "cost_flops": run.tokens * run.flops_per_token,
+            "budget": run.spec["train"]["tokens_per_param"] if run.branch else None,
+            "is_trunk": bool(run.spec.get("branches")),
+            "trunk_flops": run.trunk_tokens * run.flops_per_token,
             "curve": curve,
             "data_hash": (run.provenance or {}).get("data_hash"),
         }
@@ -150,7 +171,7 @@ def report_trials(session: Session, study_id: str) -> tuple[ReportTrial, ...]:
     query = (
         select(Run.id.label("run_id"), Run.trial_number.label("number"), Run.state, Run.diverged)
         .add_columns(Run.params, Run.val_loss_nats, Run.error)
-        .add_columns((Run.tokens * Run.flops_per_token).label("cost_flops"))
+        .add_columns(Run.cost_flops.label("cost_flops"))
         .where(Run.study_id == study_id, Run.kind == "trial")
         .order_by(Run.trial_number)
     )

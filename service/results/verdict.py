@@ -67,7 +67,9 @@ def _waiting(runs: Sequence[TargetRun]) -> str | None:
 
 
 def _name(run: TargetRun) -> str:
-    return f"{run.arm} seed {run.seed_number}" + (f" at rung {run.rung}" if run.rung else "")
+    trunk = "'s trunk" if run.is_trunk else ""
+    rung = f" at rung {run.rung}" if run.rung else ""
+    return f"{run.arm} seed {run.seed_number}{trunk}{rung}"
 
 
 def _verdict(

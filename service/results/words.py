@@ -1,7 +1,8 @@
 """A verdict in one plain sentence, with its numbers."""
 
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES
-from service.results.schemas import Costs, Interval, SeedPair, Verdict
+from service.protocol import RunView
+from service.results.schemas import Costs, Interval, SeedPair, StudyResults, TargetRun, Verdict
 from service.studies.schemas import RunCounts, StudySpec
 
 
@@ -47,6 +48,57 @@ def tokens(count: float | None) -> str:
 def spelled(value: object) -> str:
     """A parameter's value, short."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def times(value: float | None) -> str:
+    """A speedup, or that there is none."""
+    return "never" if value is None else f"{value:.2f}x"
+
+
+def signed(verdict: Verdict | None) -> str:
+    """Warm - cold with its sign, or a dash."""
+    return "-" if verdict is None else f"{verdict.difference_nats:+.4f}"
+
+
+def span(verdict: Verdict | None) -> str:
+    """The interval of warm - cold, or a dash."""
+    if verdict is None or verdict.interval_nats is None:
+        return "-"
+    return f"{verdict.interval_nats.low:+.4f} to {verdict.interval_nats.high:+.4f}"
+
+
+def arm_name(run: TargetRun) -> str:
+    """What a target run is of its arm: nothing to add, its trunk, or the branch at a budget."""
+    if run.is_trunk:
+        return f"{run.arm} trunk"
+    return run.arm if run.budget is None else f"{run.arm} at {run.budget:g} tpp"
+
+
+def label(run: RunView) -> str:
+    """A run by what it is for."""
+    if run.kind == "trial":
+        return f"trial {run.trial_number}"
+    if run.spec.branches:
+        return f"target {run.arm} trunk"
+    budget = f" at {run.spec.train.tokens_per_param:g} tpp" if run.branch else ""
+    return f"target {run.arm}{budget}"
+
+
+def shared(costs: Costs) -> list[tuple[str, float | None]]:
+    """What trunks saved, where there are any."""
+    if costs.targets_flops == costs.targets_alone_flops:
+        return []
+    return [
+        ("all target runs, trunks shared", costs.targets_flops),
+        ("the same without sharing", costs.targets_alone_flops),
+    ]
+
+
+def at_budget(results: StudyResults) -> str:
+    """Of several budgets, the one that the verdict is of."""
+    if not results.budgets:
+        return ""
+    return f"At {results.budgets[-1].tokens_per_param:g} tokens per parameter: "
 
 
 def headline(verdict: Verdict | None) -> str:

@@ -24,6 +24,7 @@ from service.protocol import (
 from service.runs import store
 from service.runs.schemas import CheckpointList, MeasurementList, RunPage
 from service.sampler import Sampler
+from service.studies import branches
 from service.studies import store as studies
 from service.studies.schemas import StudySpec
 from service.tables import Run, Study
@@ -107,6 +108,7 @@ def publish(
     body: CheckpointReport, run_id: str, token: Token, session: DbSession, settings: TheSettings
 ) -> CheckpointReply:
     """Publish a checkpoint whose files are complete and in place."""
+    branches.lock_study(session, run_id, body.step)
     run = store.renew(session, run_id, token, settings.lease_seconds)
     if not isinstance(run, Run):
         return CheckpointReply(decision=run)

@@ -21,6 +21,7 @@ from service.protocol import (
     RunView,
 )
 from service.runs.schemas import MeasurementView, RunPage
+from service.studies import branches
 from service.studies.advance import advance, lock
 from service.tables import Checkpoint, Run, Study
 from service.tables import Measurement as MeasurementRow
@@ -43,8 +44,7 @@ def get(session: Session, run_id: str) -> Run:
 def view(run: Run, study_name: str) -> RunView:
     """The run as it is read."""
     same = {name: getattr(run, name) for name in RunView.model_fields if hasattr(run, name)}
-    derived = {"study_name": study_name, "cost_flops": run.tokens * run.flops_per_token}
-    return RunView.model_validate(same | derived)
+    return RunView.model_validate(same | {"study_name": study_name})
 
 
 def page(
@@ -152,6 +152,8 @@ def evaluations(points: tuple[Measurement, ...]) -> dict[int, float]:
 def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[str, ...]:
     """Write a checkpoint's row; return the URI of the one that it pushed out, if it did.
 
+    Where it is a trunk's and one of its budgets cools down from here, that run is enqueued too.
+
     The final one and the newest two are kept: newest by attempt, since an attempt that could use
     none of those before it counts its steps from the start. Publishing the same again changes
     nothing, but that it may turn out to have been the last, and has the same answer: the first may
@@ -166,7 +168,8 @@ def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[s
     ).one_or_none()
     if row is None:
         values = {"run_id": run.id, "attempt": run.attempt, **checkpoint.model_dump()}
-        session.add(Checkpoint(**values))
+        row = Checkpoint(**values)
+        session.add(row)
         session.flush()
         record(
             session,
@@ -181,6 +184,7 @@ def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[s
         raise conflict("checkpoint-exists", detail)
     else:
         row.final = row.final or checkpoint.final
+    branches.enqueue(session, run, row)
     newest = select(Checkpoint).where(Checkpoint.run_id == run.id)
     newest = newest.order_by(Checkpoint.attempt.desc(), Checkpoint.step.desc())
     old = session.scalars(newest.offset(_KEPT_CHECKPOINTS).limit(1)).one_or_none()
@@ -206,7 +210,8 @@ def finish(session: Session, run_id: str, token: str, finish: FinishRequest) -> 
     """End an attempt, and move its study on. Sending the same end twice changes nothing.
 
     Raises:
-        Problem: 404 for no such run, 409 for a stale token, 422 for a success without its loss.
+        Problem: 404 for no such run, 409 for a stale token, 422 for a success without its loss or
+            of a trunk without its branches.
     """
     if finish.outcome == "succeeded" and finish.val_loss_nats is None:
         raise bad_field("val_loss_nats", None, "a succeeded run has a final validation loss")
@@ -218,6 +223,8 @@ def finish(session: Session, run_id: str, token: str, finish: FinishRequest) -> 
         if ended is None:
             raise _stale(run_id)
         return ended
+    if finish.outcome == "succeeded":
+        branches.check_all_started(session, run)
     if finish.val_loss_nats is not None:
         run.val_loss_nats = finish.val_loss_nats
     if finish.provenance is not None:

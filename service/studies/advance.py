@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from service.events import record
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
-from service.studies.schemas import StudySpec, WarmstartSpec
+from service.studies.schemas import StudySpec, TargetSpec, WarmstartSpec
 from service.tables import Checkpoint, Run, Study
 from warmcore.flops import flops_per_token, num_steps, num_tokens
 from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
@@ -112,12 +112,12 @@ def enqueue_target(
     new: NewTarget,
     *,
     model: ModelSpec,
-    overrides: dict[str, object],
+    target: TargetSpec,
     warmstart: WarmstartSpec,
     launch: int,
 ) -> Run:
     """Write one target run, queued."""
-    run_spec = target_run(spec, model, overrides, new, warmstart)
+    run_spec = target_run(spec, model, target, new, warmstart)
     run = new_run(study, spec, run_spec, new.params)
     run.kind, run.launch, run.rung, run.arm = "target", launch, new.rung, new.arm
     run.cpus, run.gpus = spec.resources.target.cpus, spec.resources.target.gpus
@@ -150,7 +150,7 @@ def _enqueue(session: Session, study: Study, spec: StudySpec, new: NewTarget) ->
         spec,
         new,
         model=spec.rung_model(new.rung),
-        overrides=spec.rungs[new.rung].train,
+        target=spec.rungs[new.rung],
         warmstart=spec.warmstart,
         launch=0,
     )
@@ -170,6 +170,7 @@ def _targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
             rung=run.rung,
             arm="warm" if run.arm == "warm" else "cold",
             seed=run.seed,
+            branch=run.branch,
             state=run.state,  # pyright: ignore[reportArgumentType] - checked by the database
             base=base_of(session, run) if run.state == "succeeded" else None,
         )

@@ -5,7 +5,8 @@ from typing import Any
 
 from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import Arm, RunState
-from service.studies.schemas import StudySpec, WarmstartSpec
+from service.studies.budgets import trunk_of
+from service.studies.schemas import StudySpec, TargetSpec, WarmstartSpec
 from warmcore.spec import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec, derived_seed
 
 _NONE = "no trial succeeded"
@@ -22,11 +23,15 @@ class Base:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFact:
-    """A target run as it stands; `base` is its own final checkpoint once it has succeeded."""
+    """A target run as it stands; `base` is its own final checkpoint once it has succeeded.
+
+    Of a target of several budgets the trunk is `branch` 0, and the cooldowns count from 1.
+    """
 
     rung: int
     arm: Arm
     seed: int
+    branch: int
     state: RunState
     base: Base | None
 
@@ -61,7 +66,8 @@ def next_step(
     """Decide once every trial has finished: enqueue targets, end, or (None) wait for runs.
 
     Rung 0 grows from the best trial, rung r from rung r-1's warm run of the same seed. The cold
-    control is of the last rung alone: that is what the verdict compares.
+    control is of the last rung alone: that is what the verdict compares. Of several budgets the
+    trunks are enqueued here, and their branches where the trunks publish (`studies.branches`).
     """
     if not spec.rungs:
         return End(state="completed") if any_succeeded else End(state="failed", reason=_NONE)
@@ -75,7 +81,8 @@ def next_step(
     if any(t.state not in FINAL_RUN_STATES for t in targets):
         return None
     last = len(spec.rungs) - 1
-    if any(t.rung == last and t.state == "succeeded" for t in targets):
+    judged = [t for t in targets if t.rung == last and (t.branch > 0) == bool(spec.budgets)]
+    if any(t.state == "succeeded" for t in judged):
         return End(state="completed")
     return End(state="failed", reason="no target run succeeded")
 
@@ -103,18 +110,23 @@ def _warm(spec: StudySpec, best: Base, targets: tuple[TargetFact, ...]) -> list[
 def target_run(
     spec: StudySpec,
     model: ModelSpec,
-    overrides: dict[str, Any],
+    target: TargetSpec,
     new: NewTarget,
     warmstart: WarmstartSpec,
 ) -> RunSpec:
     """The run of a target: the study's train spec, the tuned parameters, the target's overrides.
 
-    What the user wrote for the target wins over what was tuned on the proxy.
+    What the user wrote for the target wins over what was tuned on the proxy. With several budgets
+    it is their trunk.
+
+    Raises:
+        ValueError: the budgets cannot share one.
     """
-    params = {name: value for name, value in new.params.items() if name not in overrides}
+    params = {name: value for name, value in new.params.items() if name not in target.train}
     run = RunSpec(model=model, data=spec.data, train=spec.train, seed=new.seed).with_params(params)
-    train = TrainSpec.model_validate(run.train.model_dump() | overrides)
-    return run.model_copy(update={"train": train, "growth": _growth(new, warmstart)})
+    train = TrainSpec.model_validate(run.train.model_dump() | target.train)
+    run = run.model_copy(update={"train": train, "growth": _growth(new, warmstart)})
+    return trunk_of(run, target.budgets)
 
 
 def _growth(new: NewTarget, warmstart: WarmstartSpec) -> GrowthSpec | None:

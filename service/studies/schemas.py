@@ -1,6 +1,6 @@
 """The study spec, and the messages that studies are read by."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from service.protocol import Message, Resources, RunState, RunView, StudyState
+from service.studies.budgets import check_alone, check_longest, check_trunk, trunk_of
 from service.studies.space import (
     Dimension,
     FieldError,
     check_dimension,
     check_grid,
     check_parts,
+    reason,
 )
 from warmcore.flops import count_params, tokens_per_step
 from warmcore.spec import (
@@ -26,6 +28,7 @@ from warmcore.spec import (
     RunSpec,
     Seed,
     Spec,
+    TokensPerParam,
     TrainSpec,
 )
 
@@ -42,6 +45,10 @@ class TargetSpec(Spec):
     depth: PositiveInt | None = None
     train: dict[str, Any] = Field(
         default_factory=dict, description="overrides of `train`, e.g. {tokens_per_param: 10}"
+    )
+    budgets: Annotated[tuple[TokensPerParam, ...], Field(max_length=16)] = Field(
+        default=(),
+        description="tokens per parameter, ascending: one constant phase, cooled down at each",
     )
 
 
@@ -111,7 +118,10 @@ class StudySpec(Spec):
         if self.proxy.vocab_size < BYTE_VOCAB_SIZE:
             message = f"smaller than the byte tokenizer's; {BYTE_VOCAB_SIZE} would work"
             raise FieldError("proxy.vocab_size", self.proxy.vocab_size, message)
-        run = self.trial_run(0)
+        run = _made(self.trial_run, "train")
+        if "warmup_fraction" in self.search_space and run.train.warmup_steps is not None:
+            message = "train.warmup_steps is set, so this decides nothing; leave one of the two out"
+            raise FieldError("search_space.warmup_fraction", run.train.warmup_steps, message)
         for name, dimension in self.search_space.items():
             check_dimension(name, dimension)
             for value in dimension.bounds:
@@ -122,6 +132,7 @@ class StudySpec(Spec):
                     raise FieldError(f"search_space.{name}", value, message) from None
         _check_phases(self.search_space, self.train, "search_space")
         check_parts(self.search_space, self.train, "search_space.batch_size")
+        check_longest(run, self.search_space, "search_space")
         if self.hpo.sampler == "grid":
             check_grid(self.search_space, self.hpo.trials)
 
@@ -134,12 +145,25 @@ class StudySpec(Spec):
             tuned = {n: d for n, d in self.search_space.items() if n not in spec.train}
             _check_phases(tuned, train, f"{place}.train")
             check_parts(tuned, train, f"{place}.train.accumulate")
-            run = RunSpec(model=below, data=self.data, train=train)
             try:
+                run = RunSpec(model=below, data=self.data, train=train)
                 check_size(run)
             except ValueError as error:
                 raise FieldError(place, spec.width, reason(error)) from None
             _check_tuned(tuned, run, f"{place}.train")
+            check_longest(run, tuned, f"{place}.train")
+            self._check_budgets(run, spec, tuned, place)
+
+    def _check_budgets(
+        self, run: RunSpec, target: TargetSpec, tuned: dict[str, Dimension], place: str
+    ) -> None:
+        if not target.budgets:
+            return
+        if self.ladder:
+            message = "the rungs of a ladder have one budget each; give a target several"
+            raise FieldError(f"{place}.budgets", list(target.budgets), message)
+        check_alone(target.budgets, target.train, place)
+        check_trunk(run, target.budgets, tuned, place)
 
     def _places(self) -> list[tuple[str, TargetSpec]]:
         if self.target is not None:
@@ -173,9 +197,21 @@ class StudySpec(Spec):
         return RunSpec(model=self.base_model, data=self.data, train=self.train, seed=seed)
 
     def rung_run(self, rung: int, seed: int) -> RunSpec:
-        """A target's run, before its parameters and its growth."""
+        """A target's run, before its parameters and its growth; of several budgets, the trunk."""
         model, train = self.rung_model(rung), self.rung_train(rung)
-        return RunSpec(model=model, data=self.data, train=train, seed=seed)
+        run = RunSpec(model=model, data=self.data, train=train, seed=seed)
+        return trunk_of(run, self.rungs[rung].budgets)
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """Those of the last rung, when it has several."""
+        return self.rungs[-1].budgets if self.rungs else ()
+
+    @property
+    def num_target_runs(self) -> int:
+        """A warm run a rung and a cold one on the last, for each seed; a run more for a budget."""
+        arms = len(self.rungs) + (1 if self.warmstart.control and self.rungs else 0)
+        return arms * self.warmstart.seeds * (1 + len(self.budgets))
 
     def with_data_hash(self, data_hash: str | None) -> "StudySpec":
         """This study with its corpus pinned to what it is now (None: to nothing)."""
@@ -195,6 +231,13 @@ class StudySpec(Spec):
         for base, target in pairwise(models):
             for warning in self.warmstart.warnings(base, target):
                 yield f"warmstart.operator: {warning}"
+
+
+def _made(run: Callable[[int], RunSpec], place: str) -> RunSpec:
+    try:
+        return run(0)
+    except ValidationError as error:
+        raise FieldError(place, None, reason(error)) from None
 
 
 def shaped_like(base: ModelSpec, target: TargetSpec) -> ModelSpec:
@@ -268,13 +311,6 @@ def check_size(run: RunSpec) -> None:
     tokens = run.train.num_tokens or run.train.tokens_per_param * count_params(run.model).total
     if tokens > MAX_TOKENS or tokens_per_step(run) > MAX_TOKENS:
         raise ValueError(f"the run would train on {tokens:.3g} tokens; {MAX_TOKENS:.0e} at most")
-
-
-def reason(error: ValueError) -> str:
-    """The first complaint of a validation, in its own words."""
-    if isinstance(error, ValidationError):
-        return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return str(error)
 
 
 class RunCounts(Message):

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from warmcore.spec import TUNABLE_PARAMS, WHOLE_PARAMS, PositiveInt, Spec, TrainSpec
 
@@ -19,6 +19,13 @@ class FieldError(ValueError):
         self.path = path
         self.value = value
         super().__init__(message)
+
+
+def reason(error: ValueError) -> str:
+    """The first complaint of a validation, in its own words."""
+    if isinstance(error, ValidationError):
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return str(error)
 
 
 class FloatDimension(Spec):

@@ -129,9 +129,7 @@ def view(session: Session, study: Study) -> StudyView:
     """The study as it is read: state, counts, best trial, progress, cost so far."""
     spec = StudySpec.model_validate(study.spec)
     counts = _counts(session, study.id)
-    cost = session.scalar(
-        select(func.sum(Run.tokens * Run.flops_per_token)).where(Run.study_id == study.id)
-    )
+    cost = session.scalar(select(func.sum(Run.cost_flops)).where(Run.study_id == study.id))
     return StudyView.model_validate(
         {
             "id": study.id,
@@ -179,8 +177,7 @@ def _best(session: Session, study_id: str) -> BestTrial | None:
 def _progress(spec: StudySpec, state: str, counts: dict[str, dict[str, int]]) -> float:
     if state == "completed":
         return 1.0
-    arms = len(spec.rungs) + (1 if spec.warmstart.control and spec.rungs else 0)
-    expected = spec.hpo.trials + arms * spec.warmstart.seeds
+    expected = spec.hpo.trials + spec.num_target_runs
     live = frozenset(LIVE_RUN_STATES)
     done = sum(
         n for kind in counts.values() for run_state, n in kind.items() if run_state not in live

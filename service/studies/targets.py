@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from service.errors import bad_field, conflict, not_found
 from service.studies.advance import base_of, best_trial, enqueue_target, lock
+from service.studies.budgets import check_alone
 from service.studies.plan import Base, NewTarget, target_run, target_seeds
 from service.studies.schemas import (
     StudySpec,
@@ -16,9 +17,8 @@ from service.studies.schemas import (
     check_size,
     grown_model,
     overridden_train,
-    reason,
 )
-from service.studies.space import FieldError
+from service.studies.space import FieldError, reason
 from service.tables import Checkpoint, Run, Study
 from warmcore.spec import CheckpointRef, RunSpec
 
@@ -45,13 +45,16 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
         model = grown_model(trained.model, request.target, warmstart, "target")
         train = overridden_train(spec.train, request.target, "target")
         check_optimizers(warmstart, trained.train, train, "target")
+        check_alone(request.target.budgets, request.target.train, "target")
     except FieldError as error:
         raise bad_field(error.path, error.value, str(error)) from None
     pairs = _pairs(spec, warmstart, base)
     try:
-        check_size(target_run(spec, model, request.target.train, pairs[0], warmstart))
+        check_size(target_run(spec, model, request.target, pairs[0], warmstart))
     except ValueError as error:
-        raise bad_field("target.train", request.target.train, reason(error)) from None
+        budgets = list(request.target.budgets)
+        field, value = ("budgets", budgets) if budgets else ("train", request.target.train)
+        raise bad_field(f"target.{field}", value, reason(error)) from None
     launch = 1 + (session.scalar(select(func.max(Run.launch)).where(Run.study_id == study.id)) or 0)
     return [
         enqueue_target(
@@ -60,7 +63,7 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
             spec,
             new,
             model=model,
-            overrides=request.target.train,
+            target=request.target,
             warmstart=warmstart,
             launch=launch,
         )

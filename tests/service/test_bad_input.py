@@ -84,6 +84,33 @@ CASES = [
     bad("target.train.optimizer", "muon", "use reset, or optimizer adamw",
         target={"width": 64, "train": {"optimizer": "muon"}},
         warmstart={"operator": "clone", "optimizer_state": "transfer"}),
+    bad("target.budgets", [5], "tokens_per_param 5", target={"width": 64, "budgets": [5]}),
+    bad("target.budgets", [5, 2], "[2, 5] would", target={"width": 64, "budgets": [5, 2]}),
+    bad("target.budgets", [5, 5], "[5] would", target={"width": 64, "budgets": [5, 5]}),
+    bad("target.budgets.0", 0, "greater than 0", target={"width": 64, "budgets": [0, 5]}),
+    bad("target.budgets", [5, 5.0001], "same step", target={"width": 64, "budgets": [5, 5.0001]}),
+    bad("target.budgets", [0.05, 5], "in the warmup", target={"width": 64, "budgets": [0.05, 5]}),
+    bad("target.budgets", [1, 2], "wsd with a cooldown", train={"schedule": "cosine"},
+        target={"width": 64, "budgets": [1, 2]}),
+    bad("target.budgets", [1, 2], "cooldown_fraction 0, which may be found",
+        search_space={"cooldown_fraction": {"type": "float", "low": 0, "high": 0.5}},
+        target={"width": 64, "budgets": [1, 2]}),
+    bad("target.budgets", [1, 1.03], "at batch_size 128, which may be found",
+        search_space={"batch_size": {"type": "categorical", "choices": [8, 128]}},
+        target={"width": 64, "budgets": [1, 1.03]}),
+    bad("target.train.tokens_per_param", 3, "leave one of the two out",
+        target={"width": 64, "budgets": [1, 2], "train": {"tokens_per_param": 3}}),
+    bad("ladder.1.budgets", [1, 2], "have one budget each", target=None,
+        ladder=[{"width": 48}, {"width": 64, "budgets": [1, 2]}]),
+    bad("train", None, "20 steps has 16 before its cooldown",
+        train={"warmup_steps": 17, "batch_size": 8, "num_tokens": 8 * 32 * 20}),
+    bad("search_space", None, "5 steps has 3 before its cooldown", search_space={
+        "batch_size": {"type": "int", "low": 8, "high": 32},
+        "cooldown_fraction": {"type": "float", "low": 0.1, "high": 0.4}},
+        train={"warmup_steps": 4, "num_tokens": 8 * 32 * 20}),
+    bad("search_space.warmup_fraction", 3, "decides nothing", search_space=lr() | {
+        "warmup_fraction": {"type": "float", "low": 0.0, "high": 0.1}},
+        train={"warmup_steps": 3}),
 ]  # fmt: skip
 
 

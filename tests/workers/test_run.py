@@ -7,6 +7,9 @@ from urllib.parse import urlsplit
 import pytest
 
 from service.client import StaleLeaseError
+from warmcore import data
+from warmcore.branching import branch_of, branch_steps
+from warmcore.train import EvaluationEvent, Training
 from workers.failures import UnrunnableError
 from workers.run import Options, execute
 
@@ -244,3 +247,32 @@ def test_a_spec_that_cannot_run_is_a_value_error(lease, run, tmp_path):
     spec = one.spec.model_copy(update={"data": data})
     with pytest.raises(UnrunnableError, match="nothing"):
         run(one.model_copy(update={"spec": spec}))
+
+
+def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_runs(
+    api, lease, run, worker, text
+):
+    target = {"width": 32, "budgets": [0.1, 0.2]}
+    trial = lease(study={"target": target, "warmstart": {"seeds": 1, "control": False}})
+    run(trial)
+    trunk = worker.one(study=trial.study_id)
+    ending, sent = run(trunk)
+    assert ending == "succeeded"
+    assert tuple(c.step for c in sent.checkpoints) == branch_steps(trunk.spec)
+    assert [c.final for c in sent.checkpoints] == [False, True]
+    for budget, start in zip(trunk.spec.branches, branch_steps(trunk.spec), strict=True):
+        branch = worker.one(study=trial.study_id)
+        _, first = run(branch, draining=_After(2))
+        _, rest = run(worker.one(study=trial.study_id))
+        whole = Training.start(
+            branch_of(trunk.spec, budget, None),
+            data.prepare(trunk.spec.data),
+            base=_path(trunk.spec.growth.base.uri),
+        )
+        expected = [e.val_loss_nats for e in whole.events() if isinstance(e, EvaluationEvent)]
+        measured = [m.val_loss_nats for m in (*first.curve, *rest.curve) if m.val_loss_nats]
+        assert measured == expected[-len(measured) :]
+        assert min(m.step for m in first.curve) > start
+        found = api.client.get(f"/v1/runs/{branch.run_id}")
+        assert (found["state"], found["step"]) == ("succeeded", whole.num_steps)
+        assert found["trunk_id"] == trunk.run_id

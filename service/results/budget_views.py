@@ -1,0 +1,79 @@
+"""What growing gains against tokens per parameter: the report's figure and table."""
+
+from collections.abc import Sequence
+
+from service.results.figures import COLD, WARM, Figure, log_axis
+from service.results.markup import Column, plot, section, table
+from service.results.schemas import BudgetResult, Verdict
+from service.results.words import flops, headline, signed, span, times, tokens
+
+_NOTE = (
+    "One constant phase an arm and seed (the trunk), cooled down at each budget by a run of its "
+    "own. FLOPs are those of one run on its own: the trunk up to its branch, and the cooldown."
+)
+_COLUMNS: tuple[Column[BudgetResult], ...] = (
+    Column(title="tokens per parameter", text=lambda b: f"{b.tokens_per_param:g}"),
+    Column(title="tokens", text=lambda b: tokens(b.num_tokens)),
+    Column(title="warm - cold", text=lambda b: signed(b.verdict)),
+    Column(title="95 % interval", text=lambda b: span(b.verdict)),
+    Column(title="speedup", text=lambda b: times(b.verdict.speedup if b.verdict else None)),
+    Column(title="warm FLOPs", text=lambda b: flops(b.costs.warm_flops)),
+    Column(title="base counted", text=lambda b: flops(b.costs.warm_base_counted_flops)),
+    Column(title="cold FLOPs", text=lambda b: flops(b.costs.cold_flops)),
+    Column(title="verdict", text=lambda b: b.pending or headline(b.verdict), kind="long"),
+)
+
+
+def budget_section(budgets: Sequence[BudgetResult], drawn: dict[str, Figure]) -> str:
+    """The section of the report, where there are several budgets."""
+    if not budgets:
+        return ""
+    figure = plot("budgets", "Difference: below 0, warm is better") if "budgets" in drawn else ""
+    return section("Gain against tokens per parameter", _NOTE, figure, table(_COLUMNS, budgets))
+
+
+def budget_figures(budgets: Sequence[BudgetResult]) -> dict[str, Figure]:
+    """The figure by the id of its place, once there is something to draw."""
+    figure = gain_by_budget(budgets)
+    return {"budgets": figure} if figure["data"] else {}
+
+
+def gain_by_budget(budgets: Sequence[BudgetResult]) -> Figure:
+    """Warm - cold against tokens per parameter: the mean with its interval, and each seed."""
+    judged = [(b.tokens_per_param, b.verdict) for b in budgets if b.verdict is not None]
+    if not judged:
+        return {"data": [], "layout": {}}
+    zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0}
+    layout = {
+        "xaxis": log_axis("tokens per parameter", [budget for budget, _ in judged]),
+        "yaxis": {"title": {"text": "warm - cold (nats/token)"}},
+        "shapes": [zero | {"line": {"dash": "dot"}}],
+        "showlegend": False,
+    }
+    return {"data": [_seeds(judged), _means(judged)], "layout": layout}
+
+
+def _seeds(judged: Sequence[tuple[float, Verdict]]) -> Figure:
+    points = [(budget, p.difference_nats) for budget, v in judged for p in v.pairs]
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [budget for budget, _ in points],
+        "y": [difference for _, difference in points],
+        "marker": {"color": COLD, "size": 7},
+        "hovertemplate": "%{y:+.4f} nats<extra>a seed</extra>",
+    }
+
+
+def _means(judged: Sequence[tuple[float, Verdict]]) -> Figure:
+    halves = [v.interval_nats.high - v.difference_nats if v.interval_nats else 0 for _, v in judged]
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "x": [budget for budget, _ in judged],
+        "y": [v.difference_nats for _, v in judged],
+        "error_y": {"type": "data", "array": halves, "color": WARM, "thickness": 2, "width": 8},
+        "line": {"color": WARM, "width": 2},
+        "marker": {"color": WARM, "size": 11, "symbol": "diamond"},
+        "hovertemplate": "%{y:+.4f} nats<extra>mean</extra>",
+    }

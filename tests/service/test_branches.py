@@ -1,0 +1,319 @@
+"""A target of several budgets, driven by hand: trunks, and the cooldowns that leave them."""
+
+import json
+import re
+import threading
+
+import pytest
+from sqlalchemy import text
+
+from service.cli_tables import results, show
+from service.client import ServiceError
+from service.protocol import CheckpointReport
+from service.results.schemas import StudyResults
+from service.runs import store as runs
+from service.studies import branches
+from warmcore.branching import branch_steps, start_step
+from warmcore.flops import num_tokens
+
+BUDGETS = [2, 4]
+
+
+@pytest.fixture
+def study(submit, worker):
+    """A study of two budgets whose only trial has ended."""
+
+    def study(**changes):
+        spec = {
+            "target": {"width": 64, "budgets": BUDGETS},
+            "hpo": {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"},
+            "warmstart": {"seeds": 2},
+        }
+        created = submit(**spec | changes)
+        worker.complete(worker.one(), 2.5)
+        return created["name"]
+
+    return study
+
+
+@pytest.fixture
+def view(api):
+    return lambda name: api.client.get(f"/v1/studies/{name}")
+
+
+def publish(worker, lease, step, *, final=False):
+    return worker.publish(lease, step, final)
+
+
+def checkpoint(lease, step):
+    place = {"uri": f"{lease.artifact_uri}/step-{step:08d}", "hash": "0" * 64, "num_bytes": 1}
+    return CheckpointReport(step=step, tokens=step * 256, **place)
+
+
+def train_trunk(worker, lease):
+    """Publish at every branch point and end."""
+    steps = branch_steps(lease.spec)
+    for step in steps:
+        publish(worker, lease, step, final=step == steps[-1])
+    return worker.finish(lease, loss=2.2)
+
+
+def test_the_last_trial_enqueues_a_trunk_for_each_arm_and_seed(study, worker, view):
+    name = study()
+    leases = worker.lease(8)
+    assert sorted(lease.arm for lease in leases) == ["cold", "cold", "warm", "warm"]
+    assert {lease.spec.branches for lease in leases} == {(2.0, 4.0)}
+    assert {(lease.spec.growth is None) for lease in leases if lease.arm == "cold"} == {True}
+    assert view(name)["progress"] == pytest.approx(1 / (1 + 4 * 3))
+
+
+def test_each_branch_point_enqueues_its_run_where_it_is_published(study, worker, api):
+    study()
+    trunk = worker.one()
+    first, second = branch_steps(trunk.spec)
+    worker.lease(8)
+    publish(worker, trunk, first - 1)
+    assert worker.lease(8) == ()
+    publish(worker, trunk, first)
+    publish(worker, trunk, first)  # the answer was lost
+    (branch,) = worker.lease(8)
+    assert (branch.kind, branch.arm, branch.params) == ("target", trunk.arm, trunk.params)
+    assert branch.spec.trunk.uri == f"{trunk.artifact_uri}/step-{first:08d}"
+    assert branch.spec.train.tokens_per_param == 2
+    assert branch.spec.growth == trunk.spec.growth
+    assert start_step(branch.spec) == first
+    run = api.client.get(f"/v1/runs/{branch.run_id}")
+    assert (run["trunk_id"], run["branch"], run["step"]) == (trunk.run_id, 1, first)
+    assert run["cost_flops"] == 0
+    publish(worker, trunk, second, final=True)
+    (last,) = worker.lease(8)
+    assert start_step(last.spec) == second
+
+
+def test_a_branchs_checkpoint_is_kept_however_many_follow(study, worker, api):
+    study()
+    trunk = worker.one()
+    first, second = branch_steps(trunk.spec)
+    replies = [publish(worker, trunk, s) for s in (first, first + 1, first + 2, first + 3)]
+    superseded = [uri for reply in replies for uri in reply.superseded]
+    assert superseded == [f"{trunk.artifact_uri}/step-{first + 1:08d}"]
+    kept = api.client.get(f"/v1/runs/{trunk.run_id}/checkpoints")["items"]
+    assert [row["step"] for row in kept] == [first + 3, first + 2, first]
+    assert second > first + 3
+
+
+def test_a_study_of_several_budgets_completes_with_its_last_branch(study, worker, view):
+    name = study()
+    for lease in worker.lease(8):
+        assert train_trunk(worker, lease) == "succeeded"
+    assert view(name)["state"] == "active"
+    cooldowns = worker.lease(16)
+    assert len(cooldowns) == 8
+    for lease in cooldowns:
+        assert view(name)["state"] == "active"
+        publish(worker, lease, 2000, final=True)
+        worker.finish(lease, loss=2.0)
+    assert (view(name)["state"], view(name)["progress"]) == ("completed", 1.0)
+    assert worker.lease(8) == ()
+
+
+def test_a_trunk_that_skips_a_branch_point_has_not_succeeded(study, worker):
+    study()
+    trunk = worker.one()
+    first, second = branch_steps(trunk.spec)
+    publish(worker, trunk, second, final=True)
+    with pytest.raises(ServiceError, match=f"publish the checkpoints at steps {first} of") as bad:
+        worker.finish(trunk)
+    assert bad.value.status == 422
+    publish(worker, trunk, first)
+    assert worker.finish(trunk) == "succeeded"
+
+
+def test_the_next_attempt_of_a_trunk_does_not_branch_twice(study, worker, api):
+    name = study()
+    trunk = worker.one()
+    others = worker.lease(8)
+    steps = branch_steps(trunk.spec)
+    publish(worker, trunk, steps[0])
+    (branch,) = worker.lease(8)
+    worker.finish(trunk, "released")
+    (again,) = worker.lease(8)
+    assert (again.run_id, again.attempt) == (trunk.run_id, 2)
+    for step in steps:
+        publish(worker, again, step, final=step == steps[-1])
+    worker.finish(again)
+    (second,) = worker.lease(8)
+    assert {start_step(x.spec) for x in (branch, second)} == set(steps)
+    assert branch.spec.trunk.uri.startswith(trunk.artifact_uri)
+    assert len(api.client.get("/v1/runs", study=name)["items"]) == 1 + 1 + len(others) + 2
+
+
+def test_a_branch_that_fails_is_tried_again_from_its_trunk(study, worker):
+    study()
+    trunk = worker.one()
+    worker.lease(8)
+    publish(worker, trunk, branch_steps(trunk.spec)[0])
+    (branch,) = worker.lease(8)
+    worker.finish(branch, "released")
+    (again,) = worker.lease(8)
+    assert (again.run_id, again.spec, again.resume_from) == (branch.run_id, branch.spec, ())
+
+
+def test_a_diverged_trunk_leaves_the_branches_that_it_has(study, worker, view):
+    name = study(warmstart={"seeds": 1, "control": False})
+    trunk = worker.one()
+    publish(worker, trunk, branch_steps(trunk.spec)[0])
+    worker.finish(trunk, "diverged", error="loss is nan")
+    assert view(name)["state"] == "active"
+    worker.finish(worker.one(), loss=2.0)
+    assert view(name)["state"] == "completed"
+
+
+def test_a_study_whose_trunks_all_diverged_has_failed(study, worker, view):
+    name = study(warmstart={"seeds": 1})
+    for trunk in worker.lease(8):
+        worker.finish(trunk, "diverged", error="loss is nan")
+    assert (view(name)["state"], view(name)["reason"]) == ("failed", "no target run succeeded")
+
+
+def test_a_paused_study_keeps_its_branches_until_it_goes_on(study, worker, api):
+    name = study()
+    trunk = worker.one()
+    worker.lease(8)
+    api.client.post(f"/v1/studies/{name}/pause")
+    publish(worker, trunk, branch_steps(trunk.spec)[0])
+    assert worker.lease(8) == ()
+    api.client.post(f"/v1/studies/{name}/resume")
+    assert len(worker.lease(8)) == 1
+
+
+def test_a_cancelled_study_branches_no_more(study, worker, api):
+    name = study()
+    trunk = worker.one()
+    api.client.post(f"/v1/studies/{name}/cancel")
+    assert publish(worker, trunk, branch_steps(trunk.spec)[0]).decision == "cancel"
+    assert {r["state"] for r in api.client.get("/v1/runs", study=name, kind="target")["items"]} == {
+        "cancelled"
+    }
+
+
+def test_a_cancel_during_a_publish_misses_no_branch(study, worker, api):
+    """The publish holds the study's lock: the cancel comes after it and sees what it enqueued."""
+    name = study()
+    trunk = worker.one()
+    step = branch_steps(trunk.spec)[0]
+    cancelled = threading.Thread(target=api.client.post, args=(f"/v1/studies/{name}/cancel",))
+    with api.sessions.begin() as session:
+        branches.lock_study(session, trunk.run_id, step)
+        run = runs.renew(session, trunk.run_id, trunk.lease_token, 60)
+        cancelled.start()
+        _wait_for_a_waiting_lock(api)
+        runs.publish(session, run, checkpoint(trunk, step))
+    cancelled.join()
+    found = api.client.get("/v1/runs", study=name, kind="target")["items"]
+    assert {run["state"] for run in found} == {"cancelled"}
+    assert {run["branch"] for run in found} == {0, 1}
+
+
+def _wait_for_a_waiting_lock(api):
+    query = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    with api.sessions() as session:
+        while not session.scalar(query):
+            session.rollback()
+
+
+LOSSES = {("warm", 2): 2.0, ("cold", 2): 2.3, ("warm", 4): 1.9, ("cold", 4): 1.9}
+
+
+@pytest.fixture
+def found(study, worker, api):
+    """What a study found whose trunks were measured at every branch point."""
+    name = study()
+    for trunk in worker.lease(8):
+        for k, step in enumerate(branch_steps(trunk.spec), start=1):
+            point = {"step": step, "tokens": step * 256, "val_loss_nats": 2.6 - k / 10}
+            worker.report(trunk, point | {"evaluation": k})
+        train_trunk(worker, trunk)
+    for lease in worker.lease(16):
+        total = num_tokens(lease.spec)
+        loss = LOSSES[lease.arm, lease.spec.train.tokens_per_param]
+        worker.report(lease, {"step": total // 256, "tokens": total, "val_loss_nats": loss})
+        publish(worker, lease, total // 256, final=True)
+        worker.finish(lease, loss=loss)
+    return StudyResults.model_validate(api.client.get(f"/v1/studies/{name}/results"))
+
+
+def test_each_budget_has_a_verdict_of_its_own_and_the_largest_is_the_studys(found):
+    first, second = found.budgets
+    assert [b.tokens_per_param for b in found.budgets] == BUDGETS
+    assert first.verdict.difference_nats == pytest.approx(-0.3)
+    assert first.verdict.grow
+    assert second.verdict.difference_nats == 0
+    assert not second.verdict.grow
+    assert (found.verdict, found.costs) == (second.verdict, second.costs)
+    for budget in found.budgets:
+        assert {pair.tokens for pair in budget.verdict.pairs} == {budget.num_tokens}
+
+
+def test_a_budget_costs_its_own_run_whole_and_the_study_what_was_trained(found):
+    trunks = [t for t in found.targets if t.is_trunk]
+    cooldowns = [t for t in found.targets if t.branch]
+    for budget in found.budgets:
+        (alone,) = {t.alone_flops for t in cooldowns if t.budget == budget.tokens_per_param}
+        assert budget.costs.warm_flops == budget.costs.cold_flops == pytest.approx(alone)
+        per_token = trunks[0].cost_flops / trunks[0].tokens
+        assert alone == pytest.approx(per_token * budget.num_tokens)
+    spent = sum(t.cost_flops for t in (*trunks, *cooldowns))
+    assert found.costs.targets_flops == pytest.approx(spent)
+    assert found.costs.total_flops == pytest.approx(spent + found.costs.search_flops)
+    assert found.costs.targets_alone_flops == pytest.approx(sum(t.alone_flops for t in cooldowns))
+    assert spent < found.costs.targets_alone_flops
+
+
+def test_a_branchs_curve_is_its_trunks_up_to_where_it_left(found):
+    for run in found.targets:
+        if run.branch:
+            losses = [point.val_loss_nats for point in run.curve]
+            assert losses == [*[2.5, 2.4][: run.branch], run.val_loss_nats]
+
+
+def test_a_budget_waits_for_its_own_runs_alone(study, worker, api):
+    name = study(warmstart={"seeds": 1})
+    warm, cold = sorted(worker.lease(8), key=lambda lease: lease.arm, reverse=True)
+    for trunk in (warm, cold):
+        publish(worker, trunk, branch_steps(trunk.spec)[0])
+    for lease in worker.lease(8):
+        worker.finish(lease, loss=2.0)
+    read = StudyResults.model_validate(api.client.get(f"/v1/studies/{name}/results"))
+    first, second = read.budgets
+    assert first.verdict is not None
+    assert (
+        second.pending
+        == read.pending
+        == (
+            "2 of 2 target runs are unfinished: cold seed 0's trunk is leased, "
+            "warm seed 0's trunk is leased"
+        )
+    )
+    worker.finish(warm, "diverged", error="loss is nan")
+    train_trunk(worker, cold)
+    worker.finish(worker.one(), loss=2.0)
+    read = StudyResults.model_validate(api.client.get(f"/v1/studies/{name}/results"))
+    assert read.budgets[0].verdict is not None
+    assert "warm seed 0's trunk diverged" in (read.budgets[1].pending or "")
+
+
+def test_the_report_and_the_tables_show_the_gain_by_budget(found, api, capsys):
+    page = api.client.request("GET", f"/v1/studies/{found.study_name}/report").text
+    assert "Gain against tokens per parameter" in page
+    assert "At 4 tokens per parameter" in page
+    figures = re.search(r'type="application/json">(.*?)</script>', page, re.DOTALL)[1]
+    seeds, means = json.loads(figures)["budgets"]["data"]
+    assert means["x"] == BUDGETS
+    assert means["y"] == pytest.approx([-0.3, 0])
+    assert len(seeds["x"]) == 4
+    show(*results(found))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "2 172,544 -0.3000 -0.3000 to -0.3000" in printed
+    assert "warm at 2 tpp" in printed
+    assert "the same without sharing" in printed
