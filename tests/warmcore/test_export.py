@@ -93,7 +93,7 @@ def test_positions_are_rotated_by_the_same_angles_to_the_last_bit(head_dim, thet
 
 
 def test_logits_are_equal_in_a_long_context_too(run_spec, tmp_path):
-    run = run_spec(width=64, head_dim=16, depth=2)
+    run = run_spec(width=64, head_dim=16, depth=2, init_std=0.3)  # attention that looks closely
     run = run.model_copy(update={"data": run.data.model_copy(update={"context": 2048})})
     saved = checkpoint_of(run, tmp_path / "ours")
     export_hf(saved.path, tmp_path / "theirs")
