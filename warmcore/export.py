@@ -17,7 +17,7 @@ from warmcore.hf_config import CONFIG, Dtype, as_json, generation_config, llama_
 from warmcore.hf_tensors import folded_factor, hf_name
 from warmcore.hf_tokenizer import tokenizer_of
 from warmcore.model import parameter_shapes
-from warmcore.tensors import TensorInfo, TensorStream, write_tensors
+from warmcore.tensors import TensorInfo, TensorStream, is_finite, write_tensors
 
 DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -128,7 +128,7 @@ def _folded(
     for name in names:
         tensor = source.weights[name]
         folded = tensor.mul_(folded_factor(name, model)).to(dtype)
-        if not folded.isfinite().all():
+        if not is_finite(folded):
             raise ValueError(
                 f"{name} has weights up to {tensor.abs().max():g}, beyond {dtype}; "
                 "dtype bfloat16 or float32 works, if they are finite"

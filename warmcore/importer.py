@@ -21,7 +21,7 @@ from warmcore.hf_config import CONFIG, HfConfig
 from warmcore.hf_tensors import EMBEDDING, LM_HEAD, hf_name
 from warmcore.hf_tokenizer import TOKENIZER_FILES
 from warmcore.model import parameter_shapes
-from warmcore.tensors import NAMES, TensorFile, TensorInfo, TensorStream, file_facts
+from warmcore.tensors import NAMES, TensorFile, TensorInfo, TensorStream, file_facts, is_finite
 
 _READABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -192,6 +192,6 @@ def _check_tensors(
 def _master_weights(source: _Source, places: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     for name, place in places.items():
         tensor = source[place].float()
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise ValueError(f"{place} has weights that are infinite or not a number")
         yield name, tensor

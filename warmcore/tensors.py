@@ -178,6 +178,11 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self.layout)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is infinite or not a number; `isfinite` would make two more tensors."""
+    return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
+
+
 def layout_like(shapes: Iterable[tuple[str, str, tuple[int, ...]]], source: Layout) -> Layout:
     """Layout of (name, name in `source`, shape), each in the dtype of its source."""
     return {n: TensorInfo(dtype=source[s].dtype, shape=shape) for n, s, shape in shapes}
