@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+_HUB = "hf:"
+
 
 class SpecError(ValueError):
     """The file is no spec; the message says where and what works."""
@@ -45,14 +47,27 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def anchored(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The spec with a relative data.source below `folder`; a name such as `stdlib` stays."""
+    """The spec with relative paths below `folder`; a name such as `stdlib` or `byte` stays."""
     data = spec.get("data")
     if not isinstance(data, dict):
         return spec
-    source = data.get("source")
-    if not isinstance(source, str) or is_name(source):
-        return spec
-    return spec | {"data": data | {"source": str(folder / Path(source).expanduser())}}
+    paths = {"source": _source, "tokenizer": _tokenizer}
+    given = {name: data[name] for name in paths if isinstance(data.get(name), str)}
+    return spec | {"data": data | {name: paths[name](v, folder) for name, v in given.items()}}
+
+
+def _source(source: str, folder: Path) -> str:
+    if source.startswith((f"{_HUB}.", f"{_HUB}/", f"{_HUB}~")):
+        return _HUB + _below(source.removeprefix(_HUB), folder)
+    return source if is_name(source) else _below(source, folder)
+
+
+def _tokenizer(name: str, folder: Path) -> str:
+    return _below(name, folder) if name.endswith(".json") else name
+
+
+def _below(path: str, folder: Path) -> str:
+    return str(folder / Path(path).expanduser())
 
 
 def is_name(source: str) -> bool:

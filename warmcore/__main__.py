@@ -73,13 +73,15 @@ def run(options: argparse.Namespace, ranks: Ranks, device: str) -> int:
         torch.set_num_threads(options.threads)
     try:
         spec = read_spec(options.spec)
+        corpus = prepare(spec.data)
+        spec = spec.with_data(corpus.pinned(spec.data))
         place = Place(
             out=options.out or Path("runs") / options.spec.stem,
             checkpoint_seconds=options.checkpoint_seconds,
             device=device,
             ranks=ranks,
         )
-        return train(spec, prepare(spec.data), place)
+        return train(spec, corpus, place)
     except (ValueError, CheckpointCorruptError, CompilerMissingError) as error:
         log.error("%s", error)  # noqa: TRY400 - a message for the user, not a traceback
         return BAD_SPEC

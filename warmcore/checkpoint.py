@@ -24,6 +24,7 @@ from warmcore.folders import written_whole
 from warmcore.hf_config import TokenIds
 from warmcore.spec import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
 from warmcore.tensors import FileFacts, TensorFile, TensorStream, file_facts, write_tensors
+from warmcore.tokenizer import TOKENIZER, byte_json
 
 MANIFEST = "checkpoint.json"
 MODEL = "model.safetensors"
@@ -85,6 +86,23 @@ class Manifest(Spec):
         origin = self.run or self.imported
         assert origin is not None
         return origin.model
+
+    @property
+    def tokenizer(self) -> str | None:
+        """`byte`, the hash of the tokenizer.json that is attached, or None: nobody says."""
+        if TOKENIZER in self.files:
+            found = self.files[TOKENIZER].sha256
+            return "byte" if found == hashlib.sha256(byte_json()).hexdigest() else found
+        return "byte" if self.run is not None and self.run.data.tokenizer == "byte" else None
+
+    def check_tokenizer(self, tokenizer: str | None) -> None:
+        """Raise ValueError where this model would be grown on tokens that it does not read."""
+        if None not in (self.tokenizer, tokenizer) and self.tokenizer != tokenizer:
+            raise ValueError(
+                f"growth.base reads tokens of tokenizer {self.tokenizer}, this run's are of "
+                f"{tokenizer}; data.tokenizer must be the base's: byte, or the {TOKENIZER} in its "
+                "folder"
+            )
 
     @property
     def context(self) -> int:

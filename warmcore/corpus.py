@@ -1,20 +1,23 @@
 """Source -> documents -> train/validation split; standard library only, so the service can look.
 
-A document is a file. The split orders distinct documents by the SHA-256 of their content and gives
-the first of them to validation, so it depends on content alone: not on paths, listing order or how
-often a document occurs. A document too large to be moved as a whole is cut at line ends into
-pieces, which are then documents of their own; a lone text file has a split that way.
+A document is a text file or a record of a JSONL, Parquet or Arrow file. The split orders distinct
+documents by the SHA-256 of their content and gives the first of them to validation, so it depends
+on content alone: not on paths, listing order or how often a document occurs. A document too large
+to be moved as a whole is cut at line ends into pieces, which are then documents of their own; a
+lone text file has a split that way.
 """
 
-import glob
 import hashlib
-import os
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from warmcore import records, tokenizer
+from warmcore.listing import SourceFile
 from warmcore.spec import DataSpec
 
 # Above this, `inspect` adds up file sizes and does not read: a request must not hash gigabytes.
@@ -25,19 +28,18 @@ PIECES_PER_SHARE = 8
 MAX_PIECE_BYTES = 2**20
 # Pieces end at a line's end within this many bytes, or within another piece size.
 LINE_BYTES = 256
-STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+# A tokenizer makes fewer tokens than bytes, and how many is known only when it has run (bpe:N is
+# even trained on one side of the split). Of English and of code it makes 2 to 5 bytes a token, so
+# with this many bytes for each a side has the tokens that it needs.
+BYTES_PER_TOKEN = 8
+# A tokenizer holds a document in memory several times; a larger one is cut. Bytes are not.
+MAX_ENCODED_BYTES = 16 * 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceFile:
-    """A file as the listing sees it; equal listings mean an unchanged corpus."""
-
-    path: Path
-    num_bytes: int
-    mtime_ns: int
+CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
     """`num_bytes` bytes of `path` from `offset`, known by the hash of their content."""
 
@@ -60,6 +62,17 @@ class Document:
             raise ValueError(f"{self.path} changed while the corpus was prepared; prepare it again")
         return content
 
+    def text(self) -> str:
+        """Read the content again as text; ValueError where it is none."""
+        content = self.read()
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self.path} is no UTF-8 at byte {self.offset + error.start}; convert or remove "
+                "it, or tokenizer byte, which takes any bytes, would work"
+            ) from None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -81,29 +94,54 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
-    """What `inspect` found; the last three are None for a corpus too large to read in a request."""
+    """What `inspect` found.
+
+    Token counts are None where only the tokenizer can tell; they and the hash are None for a corpus
+    too large to read in a request. `tokenizer_hash` and `vocab_size` are of a tokenizer.json.
+    """
 
     num_documents: int
     num_bytes: int
     num_train_tokens: int | None = None
     num_val_tokens: int | None = None
     data_hash: str | None = None
+    tokenizer_hash: str | None = None
+    vocab_size: int | None = None
+
+    def pinned(self, spec: DataSpec) -> DataSpec:
+        """Return `spec`, which these facts are of, tied to this corpus and this tokenizer."""
+        pins: dict[str, object] = {"hash": self.data_hash or spec.hash}
+        if self.tokenizer_hash is not None:
+            pins |= {"tokenizer_hash": self.tokenizer_hash, "vocab_size": self.vocab_size}
+        return spec.model_copy(update=pins)
 
 
-def inspect(spec: DataSpec) -> CorpusFacts:
-    """Facts of the corpus at `spec.source`; ValueError when there is nothing to train on."""
-    files = list_files(spec.source)
+def inspect(spec: DataSpec, files: list[SourceFile]) -> CorpusFacts:
+    """Facts of the text in `files`; ValueError when there is nothing to train on."""
     num_bytes = sum(file.num_bytes for file in files)
     if num_bytes > MAX_INSPECTED_BYTES:
+        _check_first_record(files, spec)
         return CorpusFacts(num_documents=len(files), num_bytes=num_bytes)
-    split = split_corpus(files, spec)
+    with TemporaryDirectory(prefix="warmscale-") as folder:
+        split = split_corpus(files, spec, Path(folder) / "records")
+        documents = (*split.train, *split.val)
+        if spec.tokenizer != "byte":
+            for document in documents:
+                document.text()
     return CorpusFacts(
-        num_documents=len(split.train) + len(split.val),
+        num_documents=len(documents),
         num_bytes=num_bytes,
-        num_train_tokens=count_tokens(split.train),
-        num_val_tokens=count_tokens(split.val),
+        num_train_tokens=count_tokens(split.train) if spec.tokenizer == "byte" else None,
+        num_val_tokens=count_tokens(split.val) if spec.tokenizer == "byte" else None,
         data_hash=split.data_hash,
     )
+
+
+def _check_first_record(files: Iterable[SourceFile], spec: DataSpec) -> None:
+    """A wrong field is wrong in the first record, too."""
+    first = next((file for file in files if file.kind == "records"), None)
+    if first is not None:
+        next(records.texts(first, spec.text_field), None)
 
 
 def count_tokens(documents: Iterable[Document]) -> int:
@@ -111,96 +149,80 @@ def count_tokens(documents: Iterable[Document]) -> int:
     return sum(document.num_tokens for document in documents)
 
 
-def list_files(source: str) -> list[SourceFile]:
-    """Non-empty files at `source`: the standard library, a file, a folder or a glob."""
-    try:
-        facts = [(path, path.stat()) for path in sorted(_paths(source)) if path.is_file()]
-    except OSError as error:
-        raise ValueError(f"source {source} cannot be read: {error}") from error
-    files = [
-        SourceFile(path=path, num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
-        for path, stat in facts
-        if stat.st_size
-    ]
-    if not files:
-        raise ValueError(f"source {source} is empty: {len(facts)} files, 0 bytes")
-    return files
-
-
-def _paths(source: str) -> Iterator[Path]:
-    if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        yield from (path for path in _walk(root, STDLIB_SKIPPED) if path.suffix == ".py")
-        return
-    try:
-        path = Path(source).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"source {source} has no such home folder: {error}") from None
-    if path.is_dir():
-        yield from _walk(path, frozenset())
-    elif path.exists():
-        yield path
-    elif glob.has_magic(source):
-        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - absolute patterns, too
-        if not matches:
-            raise ValueError(f"source {source} matches no files in {Path.cwd()}")
-        yield from map(Path, matches)
-    else:
-        raise ValueError(
-            f"source {source} does not exist; give 'stdlib', a file, a folder or a glob"
-        )
-
-
-def _walk(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root, onerror=_raise):
-        subfolders[:] = [s for s in subfolders if s not in skipped and not s.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith("."))
-
-
-def _raise(error: OSError) -> None:
-    raise error
-
-
-def split_corpus(files: Iterable[SourceFile], spec: DataSpec) -> Split:
-    """Hash every document, then split by hash.
+def split_corpus(files: Iterable[SourceFile], spec: DataSpec, scratch: Path | None = None) -> Split:
+    """Hash every document, then split by hash. Records are unpacked into the file `scratch`.
 
     Raises:
         ValueError: unreadable files, or a side with less than one context and its next token.
     """
     try:
-        documents = sorted(_documents(files, spec), key=lambda document: document.hash)
+        documents = list(_documents(list(files), spec, scratch))
     except OSError as error:
         raise ValueError(f"source {spec.source} cannot be read: {error}") from error
-    num_tokens, needed = count_tokens(documents), spec.context + 1
-    wanted = max(needed, round(spec.val_fraction * num_tokens))
+    identity = tokenizer.identity(spec)
+    if spec.tokenizer == "byte":
+        return divide(documents, spec, identity)
+    return divide(documents, spec, identity, unit="bytes", per_token=BYTES_PER_TOKEN)
+
+
+def divide(
+    documents: Iterable[Document],
+    spec: DataSpec,
+    identity: str,
+    *,
+    unit: str = "tokens",
+    per_token: int = 1,
+) -> Split:
+    """Give documents to validation, in order of hash, until it has its share.
+
+    Raises:
+        ValueError: a side has less than one context and its next token.
+    """
+    documents = sorted(documents, key=lambda document: document.hash)
+    size, needed = count_tokens(documents), (spec.context + 1) * per_token
+    wanted = max(needed, round(spec.val_fraction * size))
     num_val = 0
     cut = 0
     while cut < len(documents) and num_val < wanted:
         num_val += documents[cut].num_tokens
         cut += 1
-    num_train = num_tokens - num_val
+    num_train = size - num_val
     if min(num_val, num_train) < needed:
+        times = f" x {per_token}" if per_token > 1 else ""
+        rule = f"(context + 1){times}" if times else "context + 1"
         raise ValueError(
-            f"corpus has {num_tokens} tokens in {len(documents)} distinct documents, "
+            f"corpus has {size} {unit} in {len(documents)} distinct documents, "
             f"{num_train} of them for training and {num_val} for validation; "
-            f"training and validation each need at least context + 1 = {needed}"
+            f"training and validation each need at least {rule} = {needed}"
         )
-    return Split(train=tuple(documents[cut:]), val=tuple(documents[:cut]), tokenizer=spec.tokenizer)
+    return Split(train=tuple(documents[cut:]), val=tuple(documents[:cut]), tokenizer=identity)
 
 
-def _documents(files: Iterable[SourceFile], spec: DataSpec) -> Iterable[Document]:
-    """Distinct documents: files, and the pieces of those that are more than a share of all."""
-    whole = _distinct(_whole(file.path) for file in files)
+def _documents(files: list[SourceFile], spec: DataSpec, scratch: Path | None) -> Iterable[Document]:
+    """Distinct documents: files, records, and the pieces of those that are more than a share."""
+    texts = (_whole(file.path) for file in files if file.kind == "text")
+    whole = distinct(chain(texts, _records(files, spec, scratch)))
     share = min(MAX_DOCUMENT_SHARE, spec.val_fraction) * sum(d.num_bytes for d in whole)
-    size = min(MAX_PIECE_BYTES, max(round(share / PIECES_PER_SHARE), spec.context + 1))
-    return _distinct(
+    if spec.tokenizer != "byte":
+        share = min(share, MAX_ENCODED_BYTES)
+    size = _piece_size(share, spec)
+    return distinct(
         piece
         for document in whole
-        for piece in ([document] if document.num_bytes <= share else _pieces(document.path, size))
+        for piece in (
+            [document] if document.num_bytes <= share else _pieces(document, size, spec.tokenizer)
+        )
     )
 
 
-def _distinct(documents: Iterable[Document]) -> Iterable[Document]:
+def _piece_size(share: float, spec: DataSpec) -> int:
+    """Bytes of a piece of what is larger than `share` bytes."""
+    needed = (spec.context + 1) * (1 if spec.tokenizer == "byte" else BYTES_PER_TOKEN)
+    return min(MAX_PIECE_BYTES, max(round(share / PIECES_PER_SHARE), needed))
+
+
+def distinct(documents: Iterable[Document]) -> Iterable[Document]:
+    """One document of each content."""
     return {document.hash: document for document in documents}.values()
 
 
@@ -210,13 +232,34 @@ def _whole(path: Path) -> Document:
         return Document(path=path, offset=0, num_bytes=file.tell(), hash=digest)
 
 
-def _pieces(path: Path, size: int) -> Iterator[Document]:
+def _records(files: list[SourceFile], spec: DataSpec, scratch: Path | None) -> Iterator[Document]:
+    packed = [file for file in files if file.kind == "records"]
+    if not packed:
+        return
+    assert scratch is not None, "records need a scratch file"
+    for offset, content in records.unpack(packed, spec.text_field, scratch):
+        if content:
+            digest = hashlib.sha256(content).hexdigest()
+            yield Document(path=scratch, offset=offset, num_bytes=len(content), hash=digest)
+
+
+def _pieces(document: Document, size: int, tokenizer_name: str) -> Iterator[Document]:
     """Cut after at least `size` bytes, at a line's end where there is one soon enough."""
-    offset = 0
+    path, offset = document.path, document.offset
+    end = offset + document.num_bytes
     with path.open("rb") as file:
-        while piece := file.read(size):
+        file.seek(offset)
+        while piece := file.read(min(size, end - offset)):
             if len(piece) == size:
-                piece += file.readline(max(size, LINE_BYTES))
+                piece += file.readline(min(max(size, LINE_BYTES), end - file.tell()))
+            if tokenizer_name != "byte":
+                piece += _rest_of_character(file, end)
             digest = hashlib.sha256(piece).hexdigest()
             yield Document(path=path, offset=offset, num_bytes=len(piece), hash=digest)
             offset += len(piece)
+
+
+def _rest_of_character(file: BufferedReader, end: int) -> bytes:
+    """The continuation bytes that come next, 3 at most: tokenizers take whole characters."""
+    ahead = file.peek(3)[: min(3, end - file.tell())]
+    return file.read(len(ahead) - len(ahead.lstrip(CONTINUATION_BYTES)))

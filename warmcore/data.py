@@ -1,36 +1,68 @@
 """Tokenize a corpus once into memory-mapped files, shared by every run on this machine.
 
-The cache has a folder per content (`<data_hash>/train.u16`, `val.u16`) and a small file per listing
-that names it, so that an unchanged listing of paths, sizes and times costs no reading. Folders are
-written aside and renamed: concurrent preparers and a kill half-way leave whole folders only.
+The cache has a folder per content (`<data_hash>/train.u16`, `val.u16`, or `.u32` above 65 536 ids,
+and the `tokenizer.json` that made them) and a small file per listing that names it, so that an
+unchanged listing of paths, sizes and times costs no reading. Folders are written aside and renamed:
+concurrent preparers and a kill half-way leave whole folders only. Files that hold tokens already
+are not copied; their listing's file says which blocks of them are on which side.
 """
 
+import fcntl
 import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-from warmcore.corpus import Document, SourceFile, Split, list_files, split_corpus
-from warmcore.spec import DataSpec
+from warmcore import shards, tokenizer
+from warmcore.corpus import Document, Split, split_corpus
+from warmcore.listing import SourceFile, holds_tokens, list_files
+from warmcore.shards import Ids, Segments
+from warmcore.spec import BYTE_VOCAB_SIZE, DataSpec
+from warmcore.tokenizer import TOKENIZER, TextTokenizer
 
 SEPARATOR = b"\0"
-Tokens = NDArray[np.uint16]
+Tokens = Ids | Segments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Corpus:
-    """Tokens of both sides, memory-mapped."""
+    """Tokens of both sides, memory-mapped.
+
+    `tokenizer_json` made the tokens; None: they are bytes, or (`is_byte` false) nobody says.
+    """
 
     train: Tokens
     val: Tokens
     data_hash: str
+    vocab_size: int = BYTE_VOCAB_SIZE
+    tokenizer_json: bytes | None = None
+    is_byte: bool = True
+
+    @property
+    def tokenizer(self) -> str | None:
+        """`byte`, the hash of the tokenizer.json, or None where nobody says."""
+        if self.tokenizer_json is not None:
+            return hashlib.sha256(self.tokenizer_json).hexdigest()
+        return "byte" if self.is_byte else None
+
+    @property
+    def attached(self) -> dict[str, bytes]:
+        """Files that a checkpoint carries, so that its tokens can be read anywhere."""
+        return {} if self.tokenizer_json is None else {TOKENIZER: self.tokenizer_json}
+
+    def pinned(self, spec: DataSpec) -> DataSpec:
+        """Return `spec`, which this is the corpus of, tied to its tokenizer.json if it has one."""
+        if not spec.tokenizer.endswith(".json"):
+            return spec
+        pins = {"tokenizer_hash": self.tokenizer, "vocab_size": self.vocab_size}
+        return spec.model_copy(update=pins)
 
     @property
     def num_train_tokens(self) -> int:
@@ -53,55 +85,169 @@ def prepare(spec: DataSpec, cache_dir: Path | None = None) -> Corpus:
     """Return the corpus of `spec`, tokenized at most once for its content.
 
     Raises:
-        ValueError: as `DataSpec.inspect`, or the corpus is not the one that `spec.hash` names.
+        ValueError: as `DataSpec.inspect`, the tokens of a side are fewer than a context, or the
+            corpus or the tokenizer.json is not the one that the spec pins.
     """
     cache_dir = cache_dir or default_cache_dir()
     files = list_files(spec.source)
-    listing = cache_dir / f"{_listing_hash(files, spec)}.listing"
-    data_hash = listing.read_text() if listing.exists() else ""
-    if not (cache_dir / data_hash / "train.u16").exists():
-        split = split_corpus(files, spec)
-        _write_split(split, cache_dir)
-        _write_atomically(listing, split.data_hash)
-        data_hash = split.data_hash
-    if spec.hash not in (None, data_hash):
+    if holds_tokens(files, spec.source):
+        corpus = _prepared_shards(files, spec, cache_dir)
+    else:
+        corpus = _prepared_text(files, spec, cache_dir)
+    if spec.hash not in (None, corpus.data_hash):
         raise ValueError(
-            f"source {spec.source} has changed: its hash is {data_hash}, not {spec.hash}; "
+            f"source {spec.source} has changed: its hash with tokenizer "
+            f"{tokenizer.identity(spec)} is {corpus.data_hash}, not {spec.hash}; "
             "restore it, or submit a new study"
         )
-    return _open(cache_dir / data_hash)
+    return corpus
+
+
+def tokenizer_json(spec: DataSpec, cache_dir: Path | None = None) -> bytes | None:
+    """Return the tokenizer.json of the corpus; None for tokens that no known tokenizer made.
+
+    `bpe:N` is trained on the corpus, so the corpus is prepared unless it is already.
+
+    Raises:
+        ValueError: as `prepare`.
+    """
+    if spec.tokenizer == "none":
+        return None
+    if spec.tokenizer == "byte":
+        return tokenizer.byte_json()
+    if not spec.tokenizer.startswith("bpe:"):
+        return tokenizer.read_json(spec)
+    cache_dir = cache_dir or default_cache_dir()
+    return (cache_dir / prepare(spec, cache_dir).data_hash / TOKENIZER).read_bytes()
+
+
+def _prepared_text(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> Corpus:
+    listing = cache_dir / f"{_listing_hash(files, spec)}.listing"
+    if not _is_prepared(listing):
+        with _alone(listing):
+            if not _is_prepared(listing):
+                _write_atomically(listing, _write_corpus(files, spec, cache_dir))
+    return _open(cache_dir / listing.read_text(), spec.tokenizer)
+
+
+def _is_prepared(listing: Path) -> bool:
+    if not listing.exists():
+        return False
+    folder = listing.parent / listing.read_text()
+    return any((folder / f"train.{suffix}").exists() for suffix in ("u16", "u32"))
+
+
+def _prepared_shards(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> Corpus:
+    found = shards.look_up(files, spec)
+    vocab_size, made_by = _made_by(spec)
+    listing = cache_dir / f"{_listing_hash(files, spec)}.shards"
+    if not listing.exists():
+        with _alone(listing):
+            split = shards.split_shards(found, spec, vocab_size)
+            _write_atomically(listing, shards.dump(split))
+    return _open_shards(listing, made_by, vocab_size)
+
+
+def _made_by(spec: DataSpec) -> tuple[int, bytes | None]:
+    """Ids that tokens may have, and the tokenizer that is said to have made them."""
+    if spec.tokenizer == "none":
+        assert spec.vocab_size is not None, "DataSpec asks for it"
+        return spec.vocab_size, None
+    loaded = TextTokenizer.load(tokenizer.read_json(spec), spec.tokenizer)
+    return loaded.vocab_size, loaded.json
 
 
 @lru_cache(maxsize=8)
-def _open(folder: Path) -> Corpus:
-    return Corpus(
-        train=np.memmap(folder / "train.u16", dtype=np.uint16, mode="r"),
-        val=np.memmap(folder / "val.u16", dtype=np.uint16, mode="r"),
-        data_hash=folder.name,
+def _open(folder: Path, name: str) -> Corpus:
+    dtype = "u16" if (folder / "train.u16").exists() else "u32"
+    train, val = (
+        np.memmap(folder / f"{side}.{dtype}", dtype=f"<{dtype[0]}{int(dtype[1:]) // 8}", mode="r")
+        for side in ("train", "val")
     )
+    if name == "byte":
+        return Corpus(train=train, val=val, data_hash=folder.name)
+    content = (folder / TOKENIZER).read_bytes()
+    return Corpus(
+        train=train,
+        val=val,
+        data_hash=folder.name,
+        vocab_size=_vocab_size(name, content),
+        tokenizer_json=content,
+    )
+
+
+@lru_cache(maxsize=8)
+def _open_shards(listing: Path, made_by: bytes | None, vocab_size: int) -> Corpus:
+    train, val, data_hash = shards.load(listing.read_text())
+    return Corpus(
+        train=train,
+        val=val,
+        data_hash=data_hash,
+        vocab_size=vocab_size,
+        tokenizer_json=made_by,
+        is_byte=False,
+    )
+
+
+def _vocab_size(name: str, content: bytes) -> int:
+    """N of bpe:N, although fewer merges may have been found."""
+    if name.startswith("bpe:"):
+        return int(name.removeprefix("bpe:"))
+    return TextTokenizer.load(content, name).vocab_size
 
 
 def _listing_hash(files: Iterable[SourceFile], spec: DataSpec) -> str:
     """Everything that the split is computed from, as the file system shows it."""
-    lines = [f"listing 1 {spec.tokenizer} {spec.context} {spec.val_fraction!r}"]
+    files = list(files)
+    lines = [f"listing 1 {tokenizer.identity(spec)} {spec.context} {spec.val_fraction!r}"]
+    if any(file.kind != "text" for file in files):
+        lines.append(f"{spec.text_field!r} {spec.token_dtype} {spec.vocab_size}")
     lines += [f"{file.path.absolute()} {file.num_bytes} {file.mtime_ns}" for file in files]
     return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
-def _write_split(split: Split, cache_dir: Path) -> None:
-    cache_dir.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def _alone(listing: Path) -> Generator[None]:
+    """One preparer of a listing at a time on this machine; the others wait for what it finds."""
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    with listing.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, whatever ends that
+        yield
+
+
+def _write_corpus(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> str:
+    """Split and tokenize; the data hash."""
+    with _aside(cache_dir) as aside:
+        split = split_corpus(files, spec, aside / "records")
+        _write_split(split, spec, cache_dir)
+    return split.data_hash
+
+
+def _write_split(split: Split, spec: DataSpec, cache_dir: Path) -> None:
     folder = cache_dir / split.data_hash
     if folder.exists():
         return
+    with _aside(cache_dir) as aside:
+        if spec.tokenizer == "byte":
+            _write_tokens(aside / "train.u16", split.train)
+            _write_tokens(aside / "val.u16", split.val)
+        else:
+            _write_encoded(aside, split, spec)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.exists():  # or else another preparer was first, with the same content
+                raise
+
+
+@contextmanager
+def _aside(cache_dir: Path) -> Generator[Path]:
+    """A folder that is gone afterwards, unless it was renamed."""
+    cache_dir.mkdir(parents=True, exist_ok=True)
     aside = cache_dir / f".aside-{secrets.token_hex(8)}"
     aside.mkdir()
     try:
-        _write_tokens(aside / "train.u16", split.train)
-        _write_tokens(aside / "val.u16", split.val)
-        aside.rename(folder)
-    except OSError:
-        if not folder.exists():  # or else another preparer was first, with the same content
-            raise
+        yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -114,6 +260,43 @@ def _write_tokens(path: Path, documents: Iterable[Document]) -> None:
             file.write(content.astype("<u2").tobytes())
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_encoded(aside: Path, split: Split, spec: DataSpec) -> None:
+    """Train the tokenizer if it is to be, on the training side alone, and encode both."""
+    texts = {"train": _texts(split.train), "val": _texts(split.val)}
+    if spec.tokenizer.startswith("bpe:"):
+        size = int(spec.tokenizer.removeprefix("bpe:"))
+        content = tokenizer.train_bpe(_texts(split.train), size)
+    else:
+        content = tokenizer.read_json(spec)
+    loaded = TextTokenizer.load(content, spec.tokenizer)
+    dtype = "u16" if loaded.vocab_size <= 2**16 else "u32"
+    for side, of_side in texts.items():
+        num_tokens = _write_ids(aside / f"{side}.{dtype}", loaded.encode(of_side))
+        if num_tokens <= spec.context:
+            raise ValueError(
+                f"source {spec.source} has {num_tokens} tokens for {side} with tokenizer "
+                f"{spec.tokenizer}; context + 1 = {spec.context + 1} at least; a shorter context, "
+                "more text or tokenizer byte would work"
+            )
+    (aside / TOKENIZER).write_bytes(content)
+
+
+def _texts(documents: Iterable[Document]) -> Iterator[str]:
+    return (document.text() for document in documents)
+
+
+def _write_ids(path: Path, documents: Iterable[list[int]]) -> int:
+    """Write ids in the width that the suffix names; on disk when it returns. How many."""
+    num_tokens = 0
+    with path.open("wb") as file:
+        for ids in documents:
+            file.write(np.array(ids, dtype="<u2" if path.suffix == ".u16" else "<u4").tobytes())
+            num_tokens += len(ids)
+        file.flush()
+        os.fsync(file.fileno())
+    return num_tokens
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from warmcore.checkpoint import (
 from warmcore.growth import Growth
 from warmcore.spec import GrowthSpec, RunSpec, TrainSpec, derived_seed
 from warmcore.tensors import TensorStream, layout_like
+from warmcore.tokenizer import TOKENIZER
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,4 +108,7 @@ def grow_checkpoint(
         base_hash=grown.source.hash,
         tokens=0,
         progress=Progress(),
+        attached={
+            n: (base / n).read_bytes() for n in grown.source.manifest.files if n == TOKENIZER
+        },
     )

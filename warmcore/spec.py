@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from warmcore.corpus import CorpusFacts
 
 BYTE_VOCAB_SIZE = 256
+# 256 bytes and the end of a document; the upper one is four times what the largest models have.
+MIN_BPE_VOCAB_SIZE, MAX_BPE_VOCAB_SIZE = BYTE_VOCAB_SIZE + 1, 2**20
 
 Parametrization = Literal["mup", "standard"]
 ScheduleName = Literal["wsd", "cosine", "constant", "rewarm"]
@@ -38,6 +40,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # Bounds far beyond any model, so that every size that follows from them can be computed and stored.
 Width = Annotated[int, Field(gt=0, le=2**20)]
 Depth = Annotated[int, Field(gt=0, le=10_000)]
+VocabSize = Annotated[int, Field(gt=0, le=2**24)]
 TokenCount = Annotated[int, Field(gt=0, le=10**15)]
 TokensPerParam = Annotated[float, Field(gt=0, le=1e6)]
 
@@ -70,7 +73,10 @@ class ModelSpec(Spec):
     ffn_ratio: Annotated[float, Field(gt=0, le=64)] = Field(
         default=3.0, description="feed-forward width over width"
     )
-    vocab_size: Annotated[int, Field(gt=0, le=2**24)] = BYTE_VOCAB_SIZE
+    vocab_size: VocabSize = Field(
+        default=BYTE_VOCAB_SIZE,
+        description="where it is not given, the tokenizer's; a larger one pads the embedding",
+    )
     base_width: Width | None = None
     base_depth: Depth | None = None
     parametrization: Parametrization = "mup"
@@ -101,6 +107,24 @@ class ModelSpec(Spec):
         if abs(ffn - round(ffn)) > 1e-6 * ffn or round(ffn) < 1:
             raise ValueError(
                 f"ffn_ratio {self.ffn_ratio} x width {self.width} = {ffn} is no integer"
+            )
+        return self
+
+    def for_data(self, data: "DataSpec") -> "ModelSpec":
+        """This model with the vocabulary of `data`, unless it has one of its own.
+
+        Raises:
+            ValueError: its own is too small for the tokenizer's ids.
+        """
+        size = data.known_vocab_size
+        if size is None:
+            return self
+        if "vocab_size" not in self.model_fields_set:
+            return self.model_copy(update={"vocab_size": size})
+        if self.vocab_size < size:
+            raise ValueError(
+                f"vocab_size {self.vocab_size} is smaller than the {size} of tokenizer "
+                f"{data.tokenizer}; leave it out, or {size} or more would work"
             )
         return self
 
@@ -139,18 +163,73 @@ class ModelSpec(Spec):
         return self.depth / self.base_depth
 
 
+class DataError(ValueError):
+    """What is wrong with the data itself; `field` is the DataSpec's field to change."""
+
+    def __init__(self, field: str, message: str) -> None:
+        self.field = field
+        super().__init__(message)
+
+
 class DataSpec(Spec):
     """Where text comes from and how it becomes tokens.
 
-    `source` is `stdlib`, a file, a folder or a glob. `hash`, where given, is of the split's
-    content: a corpus that has another is refused, so that the runs of a study are comparable.
+    `source` is `stdlib`, a file, a folder, a glob or `hf:` and a data set; what a file is goes by
+    its extension (`warmcore.listing.KINDS`). `hash`, where given, is of the split's content: a
+    corpus that has another is refused, so that the runs of a study are comparable;
+    `tokenizer_hash` is the same for a tokenizer.json.
     """
 
     source: str = Field(min_length=1)
-    tokenizer: Literal["byte"] = "byte"
+    tokenizer: str = Field(
+        default="byte",
+        description="byte, bpe:N, a tokenizer.json, or none for token files of `vocab_size` ids",
+    )
     context: Annotated[int, Field(ge=2, le=1_048_576)] = 128
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    tokenizer_hash: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    vocab_size: VocabSize | None = Field(
+        default=None,
+        validate_default=True,
+        description="to be given with tokenizer none",
+    )
+    token_dtype: Literal["uint16", "uint32"] | None = Field(
+        default=None, description="of .bin files, which have no header; little-endian"
+    )
+    text_field: str = Field(default="text", min_length=1, description="of JSONL, Parquet and hf:")
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _is_a_tokenizer(cls, name: str) -> str:
+        if name in ("byte", "none") or name.endswith(".json"):
+            return name
+        kind, _, size = name.partition(":")
+        if kind != "bpe" or not size.isdecimal() or not size.isascii():
+            works = "byte, bpe:4096 (any size), the path of a tokenizer.json, or none"
+            raise ValueError(f"{name!r} is no tokenizer; {works} would work")
+        if len(size) > len(str(MAX_BPE_VOCAB_SIZE)) or not (
+            MIN_BPE_VOCAB_SIZE <= int(size) <= MAX_BPE_VOCAB_SIZE
+        ):
+            bounds = f"bpe:{MIN_BPE_VOCAB_SIZE} to bpe:{MAX_BPE_VOCAB_SIZE}"
+            raise ValueError(f"{name!r} is out of bounds; {bounds} would work")
+        return f"bpe:{int(size)}"
+
+    @field_validator("vocab_size")
+    @classmethod
+    def _is_the_tokenizers(cls, size: int | None, info: ValidationInfo) -> int | None:
+        name = info.data.get("tokenizer", "")
+        if name == "none" and size is None:
+            raise ValueError("tokenizer none says nothing of the ids; give how many there are")
+        known = _vocab_size(name)
+        if None not in (size, known) and size != known:
+            raise ValueError(f"{size} is not the {known} of tokenizer {name}; leave it out")
+        return size
+
+    @property
+    def known_vocab_size(self) -> int | None:
+        """Ids of the tokenizer; None for a tokenizer.json that nobody has looked into yet."""
+        return _vocab_size(self.tokenizer) or self.vocab_size
 
     def inspect(self) -> "CorpusFacts":
         """Look at the corpus itself: its size and, when it is small enough to read, its split.
@@ -158,9 +237,16 @@ class DataSpec(Spec):
         Raises:
             ValueError: nothing to read at `source`, or too little for one context of each split.
         """
-        from warmcore.corpus import inspect  # noqa: PLC0415 - specs alone touch no files
+        from warmcore.inspection import inspect  # noqa: PLC0415 - specs alone touch no files
 
         return inspect(self)
+
+
+def _vocab_size(tokenizer: str) -> int | None:
+    """What the name of a tokenizer says by itself."""
+    if tokenizer == "byte":
+        return BYTE_VOCAB_SIZE
+    return int(tokenizer.removeprefix("bpe:")) if tokenizer.startswith("bpe:") else None
 
 
 class TrainSpec(Spec):
@@ -405,6 +491,16 @@ class RunSpec(Spec):
         """What the run starts from: its trunk, else the base that it grows from, else nothing."""
         return self.trunk or (self.growth.base if self.growth else None)
 
+    @model_validator(mode="after")
+    def _vocabularies_agree(self) -> Self:
+        # Frozen for others; `model` is whole only when `data` is known.
+        object.__setattr__(self, "model", self.model.for_data(self.data))
+        return self
+
+    def with_data(self, data: DataSpec) -> "RunSpec":
+        """This run on `data`; its model takes that vocabulary unless it was given one."""
+        return self.model_copy(update={"data": data, "model": self.model.for_data(data)})
+
     def with_params(self, params: dict[str, Any]) -> "RunSpec":
         """Return this spec with tuned hyperparameters put where they belong.
 
@@ -419,7 +515,7 @@ class RunSpec(Spec):
         model = {k: v for k, v in params.items() if k in _MODEL_PARAMS}
         train = {k: v for k, v in params.items() if k in _TRAIN_PARAMS}
         tuned = {
-            "model": ModelSpec.model_validate(self.model.model_dump() | model),
+            "model": ModelSpec.model_validate(self.model.model_dump(exclude_unset=True) | model),
             "train": TrainSpec.model_validate(self.train.model_dump() | train),
         }
         return RunSpec.model_validate(dict(self) | tuned)

@@ -84,6 +84,11 @@ class Training:
     """A run in memory: its model, optimizer and progress."""
 
     def __init__(self, spec: RunSpec, corpus: Corpus, model: Decoder, ranks: Ranks = ALONE) -> None:
+        if corpus.vocab_size > spec.model.vocab_size:
+            raise ValueError(
+                f"vocab_size {spec.model.vocab_size} is smaller than the {corpus.vocab_size} of "
+                f"tokenizer {spec.data.tokenizer}"
+            )
         self.spec = spec
         self.corpus = corpus
         self.model = model
@@ -129,6 +134,7 @@ class Training:
             ranks.lead(Beginning(how="start", spec=spec, checkpoint=None))
             return cls(spec, corpus, ranks.placed(model, device), ranks)
         grown = Grown.from_base(spec, base)
+        grown.source.manifest.check_tokenizer(corpus.tokenizer)
         for warning in spec.growth.warnings(grown.growth.base, spec.model):
             log.warning(warning)
         ranks.lead(Beginning(how="start", spec=spec, checkpoint=base))
@@ -248,6 +254,7 @@ class Training:
             base_hash=self.base_hash,
             tokens=self.tokens,
             progress=self.progress,
+            attached=self.corpus.attached,
         )
 
     def _streams(self) -> tuple[TensorStream, TensorStream]:

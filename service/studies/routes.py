@@ -22,6 +22,8 @@ from service.studies.schemas import (
     TrialList,
     TrialView,
 )
+from service.studies.space import FieldError
+from warmcore.spec import DataError
 
 router = APIRouter(prefix="/studies", tags=["studies"])
 read = [Depends(require("read"))]
@@ -36,24 +38,29 @@ def create_study(
     key: Annotated[str | None, Header(alias=IDEMPOTENCY_HEADER, max_length=200)] = None,
 ) -> StudyView:
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
-    study = store.create(session, body.with_data_hash(data_hash(body)), key)
+    study = store.create(session, pinned(body), key)
     sampler.create(study.name)
     return store.view(session, study)
 
 
-def data_hash(spec: StudySpec) -> str | None:
+def pinned(spec: StudySpec) -> StudySpec:
     """Look at the corpus: it is there, long enough, and the one that the spec names if it does.
 
-    Its hash goes into every run of the study, so that all are of the same text; None for a corpus
-    too large to read while a request waits.
+    Its hash goes into every run of the study, so that all are of the same text, and so does the
+    tokenizer.json's; no hash for a corpus too large to read while a request waits.
     """
+    data = spec.data
     try:
-        found = spec.data.inspect().data_hash
+        found = data.inspect()
     except ValueError as error:
-        raise bad_field("data.source", spec.data.source, str(error)) from None
-    if found is not None and spec.data.hash not in (None, found):
-        raise bad_field("data.hash", spec.data.hash, f"the corpus has hash {found}")
-    return found or spec.data.hash
+        field = error.field if isinstance(error, DataError) else "source"
+        raise bad_field(f"data.{field}", getattr(data, field), str(error)) from None
+    if found.data_hash is not None and data.hash not in (None, found.data_hash):
+        raise bad_field("data.hash", data.hash, f"the corpus has hash {found.data_hash}")
+    try:
+        return spec.with_data(found.pinned(data))
+    except FieldError as error:
+        raise bad_field(error.path, error.value, str(error)) from None
 
 
 @router.get("", dependencies=read)

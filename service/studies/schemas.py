@@ -19,7 +19,6 @@ from service.studies.space import (
 )
 from warmcore.flops import count_params, tokens_per_step
 from warmcore.spec import (
-    BYTE_VOCAB_SIZE,
     NOT_TRANSFERABLE,
     DataSpec,
     GrowthOptions,
@@ -115,9 +114,7 @@ class StudySpec(Spec):
         return self
 
     def _check_search_space(self) -> None:
-        if self.proxy.vocab_size < BYTE_VOCAB_SIZE:
-            message = f"smaller than the byte tokenizer's; {BYTE_VOCAB_SIZE} would work"
-            raise FieldError("proxy.vocab_size", self.proxy.vocab_size, message)
+        self.with_data(self.data)  # the vocabulary that was given, if any, is not too small
         run = _made(self.trial_run, "train")
         if "warmup_fraction" in self.search_space and run.train.warmup_steps is not None:
             message = "train.warmup_steps is set, so this decides nothing; leave one of the two out"
@@ -182,7 +179,7 @@ class StudySpec(Spec):
             "base_width": self.proxy.base_width or self.proxy.width,
             "base_depth": self.proxy.base_depth or self.proxy.depth,
         }
-        return self.proxy.model_copy(update=base)
+        return self.proxy.for_data(self.data).model_copy(update=base)
 
     def rung_model(self, rung: int) -> ModelSpec:
         """The model of one rung: the proxy's shape with this width and depth."""
@@ -213,9 +210,21 @@ class StudySpec(Spec):
         arms = len(self.rungs) + (1 if self.warmstart.control and self.rungs else 0)
         return arms * self.warmstart.seeds * (1 + len(self.budgets))
 
-    def with_data_hash(self, data_hash: str | None) -> "StudySpec":
-        """This study with its corpus pinned to what it is now (None: to nothing)."""
-        data = self.data.model_copy(update={"hash": data_hash})
+    def with_data(self, data: DataSpec) -> "StudySpec":
+        """This study on `data`, with the vocabulary that follows from it.
+
+        Raises:
+            FieldError: the proxy was given a vocabulary that is too small.
+        """
+        try:
+            proxy = self.proxy.for_data(data)
+        except ValueError as error:
+            raise FieldError("proxy.vocab_size", self.proxy.vocab_size, str(error)) from None
+        return self.model_copy(update={"data": data, "proxy": proxy})
+
+    def unpinned(self) -> "StudySpec":
+        """This study on whatever its corpus and its tokenizer.json now are."""
+        data = self.data.model_copy(update={"hash": None, "tokenizer_hash": None})
         return self.model_copy(update={"data": data})
 
     def warnings(self) -> Iterator[str]:
@@ -243,7 +252,7 @@ def _made(run: Callable[[int], RunSpec], place: str) -> RunSpec:
 def shaped_like(base: ModelSpec, target: TargetSpec) -> ModelSpec:
     """`base` with the target's width and depth."""
     shape = {"width": target.width, "depth": target.depth or base.depth}
-    return ModelSpec.model_validate(base.model_dump() | shape)
+    return ModelSpec.model_validate(base.model_dump(exclude_unset=True) | shape)
 
 
 def grown_model(

@@ -60,7 +60,7 @@ def _lost_the_race(session: Session, spec: StudySpec, idempotency_key: str | Non
 
 def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
     before = StudySpec.model_validate(study.spec)
-    if before.with_data_hash(None) != spec.with_data_hash(None):
+    if before.unpinned() != spec.unpinned():
         detail = (
             f"Idempotency-Key {idempotency_key!r} was used for study {study.name!r}, "
             "whose spec is another"

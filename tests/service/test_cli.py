@@ -296,6 +296,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     [
         ("stdlib", "stdlib"),
         ("hf:org/name", "hf:org/name"),
+        ("hf:./saved", "hf:/here/saved"),
+        ("hf:/abs/saved", "hf:/abs/saved"),
         ("s3://bucket/key", "s3://bucket/key"),
         ("/abs/text", "/abs/text"),
         ("text", "/here/text"),
@@ -306,6 +308,15 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
 def test_only_relative_paths_are_anchored(tmp_path, source, expected):
     spec = anchored({"data": {"source": source}}, tmp_path.__class__("/here"))
     assert spec["data"]["source"] == expected
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [("byte", "byte"), ("bpe:512", "bpe:512"), ("t/tokenizer.json", "/here/t/tokenizer.json")],
+)
+def test_the_path_of_a_tokenizer_is_anchored_and_its_name_is_not(tmp_path, tokenizer, expected):
+    spec = anchored({"data": {"tokenizer": tokenizer}}, tmp_path.__class__("/here"))
+    assert spec["data"] == {"tokenizer": expected}
 
 
 @pytest.mark.parametrize("spec", [{}, {"data": None}, {"data": "x"}, {"data": {"source": 3}}])

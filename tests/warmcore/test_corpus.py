@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmcore import corpus as corpus_module
-from warmcore.corpus import list_files, split_corpus
+from warmcore.corpus import split_corpus
+from warmcore.listing import list_files
 from warmcore.spec import DataSpec
 
 CONTEXT = 16

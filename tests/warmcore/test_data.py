@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from warmcore import data as data_module
-from warmcore.corpus import list_files, split_corpus
+from warmcore.corpus import split_corpus
 from warmcore.data import prepare
+from warmcore.listing import list_files
 from warmcore.spec import DataSpec
 
 
@@ -56,6 +57,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 from warmcore.data import prepare
+from warmcore.listing import list_files
 from warmcore.spec import DataSpec
 sys.stdin.readline()
 corpus = prepare(DataSpec(source=sys.argv[1], context=16), Path(sys.argv[2]))
@@ -91,5 +93,5 @@ def test_losing_the_race_to_publish_is_no_error(data_spec, tmp_path, monkeypatch
             (tmp_path / "other").rename(folder)
 
     monkeypatch.setattr(data_module, "_write_tokens", publish_first)
-    data_module._write_split(split, tmp_path)
+    data_module._write_split(split, data_spec, tmp_path)
     assert sorted(p.name for p in folder.iterdir()) == ["train.u16", "val.u16"]

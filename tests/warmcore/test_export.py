@@ -57,7 +57,7 @@ def models(draw):
         "head_dim": head_dim,
         "group_size": group_size,
         "ffn_ratio": draw(st.sampled_from([1.5, 2.0, 3.0])),
-        "vocab_size": draw(st.sampled_from([7, 256])),
+        "vocab_size": draw(st.sampled_from([256, 263])),
         "base_width": draw(st.sampled_from([None, block, 2 * block])),
         "base_depth": draw(st.sampled_from([None, 1, 4])),
         "parametrization": draw(st.sampled_from(["mup", "standard"])),

@@ -15,6 +15,7 @@ from warmcore.grown import grow_checkpoint
 from warmcore.importer import import_hf
 from warmcore.spec import CheckpointRef, GrowthSpec
 from warmcore.tensors import file_facts
+from warmcore.tokenizer import byte_json
 from warmcore.train import Training
 
 from .families import relative_gap, wider
@@ -33,7 +34,7 @@ def original(tmp_path_factory):
     """A folder of transformers, with the tokenizer that an exported model has."""
     folder = tmp_path_factory.mktemp("original")
     theirs().save_pretrained(folder)
-    (folder / "tokenizer.json").write_text('{"any": "tokenizer"}')
+    (folder / "tokenizer.json").write_bytes(byte_json())
     return folder
 
 

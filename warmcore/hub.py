@@ -1,0 +1,89 @@
+"""`hf:` sources -> Arrow files on this disk. Nothing is downloaded, here or anywhere in a run.
+
+`hf:./folder` is what `Dataset.save_to_disk` wrote; `hf:NAME` and `hf:NAME:CONFIG` are looked up in
+the cache of `datasets`. That library is large and reads its settings when it is imported, so the
+look-up is in a process of its own, once per name.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+PREFIX = "hf:"
+SPLIT = "train"
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
+_SECONDS = 120
+_LOOK_UP = """
+import json, sys
+import datasets
+names = [name for name in sys.argv[1].split(":") if name]
+rows = datasets.load_dataset(*names, split=sys.argv[2])
+print(json.dumps([file["filename"] for file in rows.cache_files]))
+"""
+
+
+def is_path(source: str) -> bool:
+    """Whether what follows `hf:` is a folder and not the name of a data set."""
+    return source.removeprefix(PREFIX).startswith((".", "/", "~"))
+
+
+def arrow_files(source: str) -> list[Path]:
+    """Files of the train split of `source`, in order.
+
+    Raises:
+        ValueError: no such data set on this machine, with what would bring it here.
+    """
+    name = source.removeprefix(PREFIX)
+    if is_path(source):
+        return _saved(Path(name).expanduser())
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"source {source} is no data set; hf:NAME, hf:OWNER/NAME:CONFIG or hf:./x")
+    return [Path(file) for file in _cached(name)]
+
+
+def _saved(folder: Path) -> list[Path]:
+    """Files that `save_to_disk` wrote, of a data set or of its train split."""
+    if (folder / "dataset_dict.json").is_file():
+        folder = folder / SPLIT
+    try:
+        state: Any = json.loads((folder / "state.json").read_bytes())
+        return [folder / file["filename"] for file in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"source hf:{folder} was not written by save_to_disk ({error!r}); "
+            f"for a folder of Parquet or JSONL files give {folder} without hf:"
+        ) from None
+
+
+@lru_cache(maxsize=8)
+def _cached(name: str) -> tuple[str, ...]:
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    # -P, and a folder that holds no data: a file here must not pass for a module or a data set.
+    command = [sys.executable, "-P", "-c", _LOOK_UP, name, SPLIT]
+    try:
+        found = subprocess.run(  # noqa: S603 - our code, and a name that is checked
+            command,
+            env=os.environ | offline,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"source hf:{name} was not found in {_SECONDS} s") from None
+    if found.returncode == 0:
+        return tuple(json.loads(found.stdout.splitlines()[-1]))
+    reason = (found.stderr.strip().splitlines() or ["no message"])[-1]
+    if "No module named 'datasets'" in reason:
+        raise ValueError(f"source hf:{name} needs: pip install 'warmscale[datasets]'")
+    names = ", ".join(repr(part) for part in name.split(":"))
+    raise ValueError(
+        f"source hf:{name} is not in this machine's cache ({reason}); runs download nothing: first "
+        f"python -c \"import datasets; datasets.load_dataset({names}, split='{SPLIT}')\""
+    )

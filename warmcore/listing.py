@@ -1,0 +1,114 @@
+"""Source -> files, and what each file is: by its extension (standard library only)."""
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from warmcore import hub
+
+STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+
+Kind = Literal["text", "records", "tokens"]
+# Every other file is text, and is one document. Records have a document each; tokens have none.
+KINDS: dict[str, Kind] = {
+    ".jsonl": "records",
+    ".jsonl.gz": "records",
+    ".parquet": "records",
+    ".arrow": "records",
+    ".npy": "tokens",
+    ".bin": "tokens",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file as the listing sees it; equal listings mean an unchanged corpus."""
+
+    path: Path
+    num_bytes: int
+    mtime_ns: int
+
+    @property
+    def extension(self) -> str:
+        """The one that decides, `.jsonl.gz` being one; `.txt` and all others give ''."""
+        name = self.path.name.lower()
+        return next((extension for extension in KINDS if name.endswith(extension)), "")
+
+    @property
+    def kind(self) -> Kind:
+        """How the file is read."""
+        return KINDS.get(self.extension, "text")
+
+
+def list_files(source: str) -> list[SourceFile]:
+    """Non-empty files at `source`: the standard library, a file, a folder, a glob or a data set."""
+    try:
+        facts = [(path, path.stat()) for path in sorted(_paths(source)) if path.is_file()]
+    except OSError as error:
+        raise ValueError(f"source {source} cannot be read: {error}") from error
+    files = [
+        SourceFile(path=path, num_bytes=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        for path, stat in facts
+        if stat.st_size
+    ]
+    if not files:
+        raise ValueError(f"source {source} is empty: {len(facts)} files, 0 bytes")
+    return files
+
+
+def holds_tokens(files: Iterable[SourceFile], source: str) -> bool:
+    """Whether all files are tokens already, or none of them is.
+
+    Raises:
+        ValueError: some are and some are not.
+    """
+    files = list(files)
+    tokens = [file for file in files if file.kind == "tokens"]
+    if tokens and len(tokens) < len(files):
+        other = next(file for file in files if file.kind != "tokens")
+        raise ValueError(
+            f"source {source} holds tokens ({tokens[0].path}) and text ({other.path}); "
+            "a glob such as shards/*.npy takes one of them"
+        )
+    return bool(tokens)
+
+
+def _paths(source: str) -> Iterator[Path]:
+    if source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        yield from (path for path in _walk(root, STDLIB_SKIPPED) if path.suffix == ".py")
+        return
+    if source.startswith(hub.PREFIX):
+        yield from hub.arrow_files(source)
+        return
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"source {source} has no such home folder: {error}") from None
+    if path.is_dir():
+        yield from _walk(path, frozenset())
+    elif path.exists():
+        yield path
+    elif glob.has_magic(source):
+        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - absolute patterns, too
+        if not matches:
+            raise ValueError(f"source {source} matches no files in {Path.cwd()}")
+        yield from map(Path, matches)
+    else:
+        raise ValueError(
+            f"source {source} does not exist; give 'stdlib', a file, a folder, a glob or hf:NAME"
+        )
+
+
+def _walk(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root, onerror=_raise):
+        subfolders[:] = [s for s in subfolders if s not in skipped and not s.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,133 @@
+"""Files that hold a document per record: JSONL, Parquet and Arrow, read a batch at a time.
+
+The texts are written end to end into one scratch file, where any of them can be read again by its
+offset: the split orders documents by content, and no table can be read in that order.
+"""
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, cast
+
+from warmcore.listing import SourceFile
+from warmcore.spec import DataError
+
+_BATCH_ROWS = 1024
+_NUM_SHOWN = 10
+
+
+def texts(file: SourceFile, field: str) -> Iterator[str]:
+    """The field `field` of every record, in the file's order.
+
+    Raises:
+        ValueError: a record without that field, or a file that is not what its name says.
+    """
+    if file.extension in (".jsonl", ".jsonl.gz"):
+        return _json_lines(file, field)
+    return _column(file, field)
+
+
+def unpack(files: Iterable[SourceFile], field: str, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Write the text of every record into `path`; yield its offset there and its bytes."""
+    offset = 0
+    with path.open("wb") as scratch:
+        for file in files:
+            for number, text in enumerate(texts(file, field), start=1):
+                content = _encoded(text, file.path, number)
+                scratch.write(content)
+                yield offset, content
+                offset += len(content)
+
+
+def _encoded(text: str, path: Path, number: int) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path}: record {number} holds half a character ({error.reason}); remove it"
+        ) from None
+
+
+def _json_lines(file: SourceFile, field: str) -> Iterator[str]:
+    with _opened(file) as lines:
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    text = _field(line, field, f"{file.path}:{number}")
+                    if text is not None:
+                        yield text
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{file.path} cannot be read: {error}") from error
+
+
+def _opened(file: SourceFile) -> AbstractContextManager[IO[bytes]]:
+    if file.extension.endswith(".gz"):
+        return cast("AbstractContextManager[IO[bytes]]", gzip.open(file.path, "rb"))
+    return file.path.open("rb")
+
+
+def _field(line: bytes, field: str, place: str) -> str | None:
+    """The line's text; null is no document, as it is in a table."""
+    try:
+        record: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is no JSON: {error}") from None
+    match record:
+        case {**fields} if field in fields and isinstance(fields[field], str | None):
+            return fields[field]
+        case {**fields}:
+            found = f"{field!r} is {fields[field]!r:.40}" if field in fields else f"no {field!r}"
+            keys = ", ".join(sorted(fields)[:_NUM_SHOWN]) or "none"
+            raise DataError(
+                "text_field",
+                f"{place}: {found} in this record; its keys are: {keys}; "
+                "text_field names another one, and its value must be a string",
+            )
+        case _:
+            raise ValueError(f'{place} is no object; a line such as {{"{field}": "…"}} works')
+
+
+def _column(file: SourceFile, field: str) -> Iterator[str]:
+    try:
+        import pyarrow as pa  # noqa: PLC0415 - of the extra `datasets`
+    except ImportError:
+        raise ValueError(f"{file.path} needs: pip install 'warmscale[datasets]'") from None
+    try:
+        for batch in _batches(file, field):
+            _check_column(batch.schema, field, file.path)
+            yield from (text for text in batch.column(field).to_pylist() if text is not None)
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{file.path} is no {file.extension[1:]} file: {reason}") from None
+
+
+def _batches(file: SourceFile, field: str) -> Iterator[Any]:
+    import pyarrow as pa  # noqa: PLC0415
+    import pyarrow.parquet as pq  # noqa: PLC0415
+
+    if file.extension == ".parquet":
+        table = pq.ParquetFile(file.path)
+        _check_column(table.schema_arrow, field, file.path)
+        return table.iter_batches(batch_size=_BATCH_ROWS, columns=[field])
+    mapped = pa.memory_map(str(file.path))
+    try:
+        return iter(pa.ipc.open_stream(mapped))  # what `datasets` writes
+    except pa.ArrowInvalid:
+        reader = pa.ipc.open_file(mapped)
+        return map(reader.get_batch, range(reader.num_record_batches))
+
+
+def _check_column(schema: Any, field: str, path: Path) -> None:
+    import pyarrow as pa  # noqa: PLC0415
+
+    names = cast("list[str]", schema.names)
+    if field not in names:
+        columns = ", ".join(chain(sorted(names)[:_NUM_SHOWN], ["…"] * (len(names) > _NUM_SHOWN)))
+        message = f"{path}: no column {field!r}; text_field names one of: {columns}"
+        raise DataError("text_field", message)
+    kind = schema.field(field).type
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise DataError("text_field", f"{path}: column {field!r} holds {kind}, not strings")

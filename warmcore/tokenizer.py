@@ -1,0 +1,176 @@
+"""Bytes <-> tokens: bytes themselves, byte-level BPE trained on the corpus, or a tokenizer.json.
+
+Every document is followed by one token that ends it: byte 0; the first id of `bpe:N`; of a
+tokenizer.json the first of `END_TOKENS` that it has, and nothing where it has none. Text that
+spells such a token is text: only the end of a document makes one. Nothing is added at a beginning.
+
+The library `tokenizers` is imported where it is needed: the service must not load it.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from warmcore.spec import BYTE_VOCAB_SIZE, DataError, DataSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+TOKENIZER = "tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
+# As GPT-2 and Qwen, Llama 3, Llama 2 and Mistral, Gemma, BERT spell it.
+END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+# Documents in order of content hash are a fair sample; more text hardly changes the merges.
+MAX_TRAINING_BYTES = 256 * 2**20
+_BATCH_CHARACTERS = 2**20
+
+
+def identity(spec: DataSpec) -> str:
+    """What the tokens depend on besides the text; part of the data hash.
+
+    Raises:
+        ValueError: no file at a tokenizer.json's path, or not the one that the spec pins.
+    """
+    if spec.tokenizer in ("byte", "none"):
+        return spec.tokenizer
+    if spec.tokenizer.startswith("bpe:"):
+        return f"{spec.tokenizer} tokenizers {version('tokenizers')}"
+    return f"tokenizer {hashlib.sha256(read_json(spec)).hexdigest()}"
+
+
+def read_json(spec: DataSpec) -> bytes:
+    """Content of the tokenizer.json that `spec` names.
+
+    Raises:
+        ValueError: it cannot be read, or is not the one that was looked at at submission.
+    """
+    try:
+        content = Path(spec.tokenizer).expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            "tokenizer",
+            f"tokenizer {spec.tokenizer} cannot be read: {error}; byte, bpe:N or the path of a "
+            "tokenizer.json would work",
+        ) from None
+    found = hashlib.sha256(content).hexdigest()
+    if spec.tokenizer_hash not in (None, found):
+        raise DataError(
+            "tokenizer_hash",
+            f"tokenizer {spec.tokenizer} has changed: its hash is {found}, not "
+            f"{spec.tokenizer_hash}; restore it, or submit a new study",
+        )
+    return content
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TextTokenizer:
+    """A tokenizer.json at work."""
+
+    json: bytes
+    library: "Tokenizer"
+    end_of_text: int | None
+    vocab_size: int
+
+    @classmethod
+    def load(cls, content: bytes, name: str) -> "TextTokenizer":
+        """Parse a tokenizer.json; `name` is for the error.
+
+        Raises:
+            ValueError: it is none.
+        """
+        from tokenizers import Tokenizer  # noqa: PLC0415
+
+        try:
+            library = Tokenizer.from_buffer(content)
+        except Exception as error:  # noqa: BLE001 - the library raises Exception itself
+            raise DataError(
+                "tokenizer",
+                f"tokenizer {name} is no tokenizer.json ({error}); the file of that name beside a "
+                "Hugging Face model would work, or bpe:N, or byte",
+            ) from None
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True
+        ids = library.get_vocab(with_added_tokens=True)
+        if not ids:
+            message = f"tokenizer {name} has no tokens; bpe:N or byte would work"
+            raise DataError("tokenizer", message)
+        end = next((ids[token] for token in END_TOKENS if token in ids), None)
+        return cls(json=content, library=library, end_of_text=end, vocab_size=max(ids.values()) + 1)
+
+    def encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Tokens of each text, its end included."""
+        end = [] if self.end_of_text is None else [self.end_of_text]
+        for batch in _batches(texts):
+            for encoding in self.library.encode_batch_fast(batch, add_special_tokens=False):
+                yield encoding.ids + end
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_characters = 0
+    for text in texts:
+        batch.append(text)
+        num_characters += len(text)
+        if num_characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, num_characters = [], 0
+    if batch:
+        yield batch
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
+    """Byte-level BPE (arXiv 1909.03341, as GPT-2): a tokenizer.json of at most `vocab_size` ids.
+
+    Id 0 ends a document, the next 256 are the bytes, the rest merges in order of frequency. The
+    same texts give the same file, in any order and on any number of threads.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
+
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(_sample(texts), trainer)
+    return library.to_str().encode()
+
+
+def _sample(texts: Iterable[str]) -> Iterator[str]:
+    num_bytes = 0
+    for text in texts:
+        yield text
+        num_bytes += len(text.encode())
+        if num_bytes >= MAX_TRAINING_BYTES:
+            return
+
+
+def byte_json() -> bytes:
+    """Text to its UTF-8 bytes: id = byte. Special tokens would be text of a corpus, so none is."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+
+    vocab = {stand_in: byte for byte, stand_in in enumerate(_stand_ins())}
+    library = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.decoder = decoders.ByteLevel()
+    return library.to_str().encode()
+
+
+def _stand_ins() -> list[str]:
+    """The character that stands for each byte in GPT-2's alphabet: itself if it can be seen.
+
+    The others take the characters from U+0100 on, in order (`bytes_to_unicode` of GPT-2).
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(BYTE_VOCAB_SIZE) if byte not in visible]
+    return [
+        chr(byte) if byte in visible else chr(0x100 + hidden.index(byte))
+        for byte in range(BYTE_VOCAB_SIZE)
+    ]
