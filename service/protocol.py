@@ -91,6 +91,12 @@ class Measurement(Message):
     tokens: Count
     loss_nats: Finite | None = None
     val_loss_nats: Finite | None = None
+    ema_val_loss_nats: Finite | None = Field(
+        default=None, description="of the exponential average of the weights, where one is kept"
+    )
+    swa_val_loss_nats: Finite | None = Field(
+        default=None, description="of the equal average of the last weights, once it has begun"
+    )
     evaluation: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
         default=None, description="which evaluation of the run this is; the pruner's resource"
     )

@@ -157,6 +157,8 @@ class Measurement(Base):
     tokens: Mapped[int] = mapped_column(BigInteger)
     loss_nats: Mapped[float | None]
     val_loss_nats: Mapped[float | None]
+    ema_val_loss_nats: Mapped[float | None]
+    swa_val_loss_nats: Mapped[float | None]
     evaluation: Mapped[int | None]
     lr: Mapped[float | None]
     grad_norm: Mapped[float | None]

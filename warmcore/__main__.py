@@ -287,8 +287,8 @@ class LocalRun:
                 if step % self._spec.train.log_every:
                     return
                 log.info("step %d/%d loss=%.4f lr=%.2e", step, self._training.num_steps, loss, lr)
-            case EvaluationEvent(step=step, val_loss_nats=loss):
-                log.info("step %d/%d val_loss=%.4f", step, self._training.num_steps, loss)
+            case EvaluationEvent(step=step):
+                log.info("step %d/%d %s", step, self._training.num_steps, _losses(event))
             case DivergedEvent(step=step, reason=reason):
                 log.error("diverged after step %d: %s", step, reason)
         file.write(json.dumps(dataclasses.asdict(event)) + "\n")
@@ -306,6 +306,12 @@ class LocalRun:
         others = [path for path in list_checkpoints(self.checkpoints) if path not in kept]
         for old in others[NUM_KEPT:]:
             shutil.rmtree(old)
+
+
+def _losses(event: EvaluationEvent) -> str:
+    names = {"val_loss": event.val_loss_nats}
+    names |= {"ema": event.ema_val_loss_nats, "swa": event.swa_val_loss_nats}
+    return " ".join(f"{name}={loss:.4f}" for name, loss in names.items() if loss is not None)
 
 
 class _MeasurementsMissingError(Exception):

@@ -104,6 +104,16 @@ def check_optimizers(options: GrowthOptions, base: TrainSpec, target: TrainSpec)
         )
 
 
+def check_base_weights(options: GrowthOptions, base: TrainSpec) -> None:
+    """Raise ValueError unless the base's run keeps the weights that are to be grown."""
+    needs = {"raw": None, "ema": "ema_half_life", "swa": "swa_fraction"}[options.base_weights]
+    if needs is not None and getattr(base, needs) is None:
+        raise ValueError(
+            f"base_weights {options.base_weights} needs a base that was trained with "
+            f"train.{needs}; use raw"
+        )
+
+
 def warnings(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> Iterator[str]:
     """Where the target will not compute its base's function although the operator says so."""
     if options.copying_operator is None:

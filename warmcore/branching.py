@@ -92,6 +92,11 @@ def check_branches(trunk: RunSpec) -> None:
             f"train.schedule {train.schedule} with cooldown_fraction {train.cooldown_fraction:g} "
             "cannot branch; wsd with a cooldown_fraction above 0 can"
         )
+    if train.swa_fraction is not None and train.swa_fraction > train.cooldown_fraction:
+        raise ValueError(
+            f"train.swa_fraction {train.swa_fraction:g} would begin before the cooldown of its "
+            f"branch; {train.cooldown_fraction:g} or less works"
+        )
     if trunk.train.evaluations * len(trunk.branches) > MAX_EVALUATIONS:
         most = MAX_EVALUATIONS // len(trunk.branches)
         raise ValueError(f"train.evaluations {train.evaluations}: {most} at most for a trunk")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import ValidationError, model_validator
 from torch import Tensor
@@ -22,13 +22,24 @@ from warmcore.branching import branch_of, start_step
 from warmcore.divergence import LossWatch
 from warmcore.folders import written_whole
 from warmcore.hf_config import TokenIds
-from warmcore.spec import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
+from warmcore.spec import (
+    AverageName,
+    BaseWeights,
+    ModelSpec,
+    NonNegativeInt,
+    PositiveInt,
+    RunSpec,
+    Spec,
+)
 from warmcore.tensors import FileFacts, TensorFile, TensorStream, file_facts, write_tensors
 from warmcore.tokenizer import TOKENIZER, byte_json
 
 MANIFEST = "checkpoint.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+AVERAGES: Mapping[AverageName, str] = MappingProxyType(
+    {name: f"{name}.safetensors" for name in get_args(AverageName)}
+)
 
 
 class CheckpointCorruptError(Exception):
@@ -161,6 +172,7 @@ class Checkpoint:
     hash: str
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
+    averages: Mapping[AverageName, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,6 +181,20 @@ class OpenCheckpoint(Checkpoint):
 
     weights: TensorFile
     optimizer: TensorFile
+    averages: Mapping[AverageName, TensorFile]
+
+    def weights_named(self, name: BaseWeights) -> TensorFile:
+        """The run's last weights, or an average of them.
+
+        Raises:
+            ValueError: there is no such average here.
+        """
+        if name == "raw":
+            return self.weights
+        if name not in self.averages:
+            found = ", ".join(["raw", *self.averages])
+            raise ValueError(f"the checkpoint has no {name} weights, but {found}")
+        return self.averages[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +219,13 @@ def save_checkpoint(
     base_hash: str | None,
     tokens: int,
     progress: Progress,
+    averages: Mapping[AverageName, TensorStream] = MappingProxyType({}),
     attached: Mapping[str, bytes] = MappingProxyType({}),
 ) -> SavedCheckpoint:
     """Write the folder `path`, replacing one that is there; `attached` are files of any format."""
     with written_whole(path) as aside:
         streams = {MODEL: weights, OPTIMIZER: optimizer}
+        streams |= {AVERAGES[name]: stream for name, stream in averages.items()}
         files = {name: write_tensors(aside / name, stream) for name, stream in streams.items()}
         for name, content in attached.items():
             (aside / name).write_bytes(content)
@@ -236,6 +264,7 @@ def load_checkpoint(path: Path, *, expected_hash: str | None = None) -> Checkpoi
         hash=opened.hash,
         weights=dict(opened.weights),
         optimizer=dict(opened.optimizer),
+        averages={name: dict(tensors) for name, tensors in opened.averages.items()},
     )
 
 
@@ -255,6 +284,11 @@ def open_checkpoint(path: Path, *, expected_hash: str | None = None) -> OpenChec
         hash=found_hash,
         weights=TensorFile(path / MODEL),
         optimizer=TensorFile(path / OPTIMIZER),
+        averages={
+            name: TensorFile(path / file)
+            for name, file in AVERAGES.items()
+            if file in manifest.files
+        },
     )
 
 

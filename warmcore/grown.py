@@ -47,11 +47,11 @@ class Grown:
     @property
     def weights(self) -> TensorStream:
         """The target's weights."""
-        growth = self.growth
+        growth, base = self.growth, self.source.weights_named(self.growth.options.base_weights)
         entries = ((n, growth.depth.base_name(n), tuple(s)) for n, s in growth.shapes.items())
         return TensorStream(
-            layout=layout_like(entries, self.source.weights.layout),
-            tensors=growth.weights(self.source.weights, self.generator),
+            layout=layout_like(entries, base.layout),
+            tensors=growth.weights(base, self.generator),
         )
 
     @property

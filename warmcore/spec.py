@@ -24,6 +24,8 @@ ClipRule = Literal["width_weighted", "plain"]
 OptimizerName = Literal["adamw", "muon"]
 Precision = Literal["float32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
+AverageName = Literal["ema", "swa"]
+BaseWeights = Literal["raw"] | AverageName
 PaddingOperator = Literal["shrink_perturb", "slice", "zero_pad"]
 CopyingOperator = Literal["clone", "hyperclone", "net2net"]
 WidthOperator = PaddingOperator | CopyingOperator
@@ -36,6 +38,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+InnerFraction = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 # Bounds far beyond any model, so that every size that follows from them can be computed and stored.
 Width = Annotated[int, Field(gt=0, le=2**20)]
@@ -289,6 +293,15 @@ class TrainSpec(Spec):
     activation_checkpointing: bool = Field(
         default=False, description="blocks are computed again in the backward pass: likewise"
     )
+    ema_half_life: InnerFraction | None = Field(
+        default=None,
+        description="average of the weights, half of it of this last share of the steps so far, "
+        "e.g. 0.05; 4 bytes per parameter and an evaluation of its own",
+    )
+    swa_fraction: PositiveFraction | None = Field(
+        default=None,
+        description="equal average of the weights over this last share of the run; likewise",
+    )
     evaluations: Annotated[int, Field(gt=0, le=10_000)] = Field(
         default=8, description="evenly spaced, the last one at the end"
     )
@@ -364,6 +377,9 @@ class GrowthOptions(Spec):
         "cancels over copies and so keeps the function",
     )
     optimizer_state: OptimizerStateRule = "reset"
+    base_weights: BaseWeights = Field(
+        default="raw", description="the base's last weights, or an average that its run kept"
+    )
 
     @property
     def copying_operator(self) -> CopyingOperator | None:
@@ -402,6 +418,12 @@ class GrowthOptions(Spec):
         from warmcore.admission import check_optimizers  # noqa: PLC0415 - it imports these specs
 
         check_optimizers(self, base, target)
+
+    def check_base_weights(self, base: TrainSpec) -> None:
+        """Raise ValueError unless a base that was trained so has the weights to grow."""
+        from warmcore.admission import check_base_weights  # noqa: PLC0415 - it imports these specs
+
+        check_base_weights(self, base)
 
     def warnings(self, base: ModelSpec, target: ModelSpec) -> "Iterator[str]":
         """What a user should know before growing `base` into `target` this way."""

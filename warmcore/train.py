@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from warmcore.averages import Averages
 from warmcore.batches import train_batch
 from warmcore.branching import evaluations_of, past_evaluations
 from warmcore.checkpoint import (
@@ -39,7 +40,7 @@ from warmcore.optim import (
 from warmcore.parallel import ALONE, Beginning, Ranks, unsharded
 from warmcore.schedule import lr_factor
 from warmcore.sharing import check_shared
-from warmcore.spec import RunSpec, derived_seed
+from warmcore.spec import AverageName, RunSpec, derived_seed
 from warmcore.tensors import TensorStream
 
 log = logging.getLogger(__name__)
@@ -59,12 +60,17 @@ class StepEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationEvent:
-    """Evaluation number `evaluation`, after `step` steps; number 0 precedes training."""
+    """Evaluation number `evaluation`, after `step` steps; number 0 precedes training.
+
+    `val_loss_nats` is of the weights themselves, the others of averages that have begun.
+    """
 
     step: int
     tokens: int
     evaluation: int
     val_loss_nats: float
+    ema_val_loss_nats: float | None = None
+    swa_val_loss_nats: float | None = None
     seconds: float
 
 
@@ -101,6 +107,7 @@ class Training:
         self._budget_steps = budget_steps(spec)
         self._loss_of = loss_in(spec.train.precision)
         self._train_loss_of = compiled(self._loss_of) if spec.train.compile else self._loss_of
+        self.averages = Averages(train=spec.train, num_steps=self._budget_steps)
         self._evaluation_steps = evaluations_of(spec)
         self._data_seed = derived_seed("data", spec.seed)
 
@@ -199,6 +206,7 @@ class Training:
         model.load_state_dict(saved.weights)
         training = cls(spec, corpus, ranks.placed(model, device), ranks)
         load_optimizer_tensors(training.optimizer, saved.optimizer)
+        training.averages.load(saved.averages, training.model)
         training.base_hash = saved.manifest.base_hash
         training.progress = saved.manifest.progress
         ranks.wait()
@@ -231,7 +239,8 @@ class Training:
 
     def contribute(self) -> None:
         """What the ranks that follow do while rank 0 saves."""
-        for stream in self._streams():
+        weights, optimizer, averages = self._streams()
+        for stream in (weights, optimizer, *averages.values()):
             for _ in stream.tensors:
                 pass
 
@@ -244,11 +253,12 @@ class Training:
     def save(self, directory: Path) -> SavedCheckpoint:
         """Write the checkpoint folder `directory`, whole or not at all; rank 0 alone does."""
         self.ranks.lead("save")
-        weights, optimizer = self._streams()
+        weights, optimizer, averages = self._streams()
         return save_checkpoint(
             directory,
             weights=weights,
             optimizer=optimizer,
+            averages=averages,
             run=self.spec,
             data_hash=self.corpus.data_hash,
             base_hash=self.base_hash,
@@ -257,10 +267,15 @@ class Training:
             attached=self.corpus.attached,
         )
 
-    def _streams(self) -> tuple[TensorStream, TensorStream]:
-        """Weights and optimizer, gathered while they are read: all ranks must read them through."""
+    def _streams(self) -> tuple[TensorStream, TensorStream, dict[AverageName, TensorStream]]:
+        """Weights, optimizer and averages, gathered while read: all ranks read them through."""
         weights, optimizer = self.model.state_dict(), optimizer_tensors(self.optimizer)
-        return unsharded(TensorStream.of(weights)), unsharded(TensorStream.of(optimizer))
+        averages = self.averages.tensors
+        return (
+            unsharded(TensorStream.of(weights)),
+            unsharded(TensorStream.of(optimizer)),
+            {name: unsharded(TensorStream.of(tensors)) for name, tensors in averages.items()},
+        )
 
     def _train(self) -> StepEvent | DivergedEvent:
         """One step. Nothing is updated, and no progress made, when it shows a divergence."""
@@ -287,6 +302,7 @@ class Training:
         set_lr(self.optimizer, factor)
         self.optimizer.step()
         self.progress = self.progress.model_copy(update={"step": self.step + 1, "watch": watch})
+        self.averages.update_(self.model, self.step)
         return StepEvent(
             step=self.step,
             tokens=self.tokens,
@@ -298,17 +314,14 @@ class Training:
 
     def _evaluate(self, evaluation: int) -> EvaluationEvent | DivergedEvent:
         started = time.perf_counter()
-        loss = val_loss_nats(
-            self.model,
-            self.corpus.val,
-            context=self.spec.data.context,
-            eval_tokens=self.spec.train.eval_tokens,
-            loss_of=self._loss_of,  # never compiled: its shapes vary, and its value should not
-            ranks=self.ranks,
-        )
+        loss = self._val_loss_nats()
         if not math.isfinite(loss):
             reason = f"validation loss is {loss}"
             return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
+        averaged: dict[AverageName, float] = {}
+        for name in self.averages.tensors:
+            with self.averages.in_place_of_weights(name, self.model):
+                averaged[name] = self._val_loss_nats()
         losses = (*self.progress.val_losses_nats, loss)
         self.progress = self.progress.model_copy(update={"val_losses_nats": losses})
         return EvaluationEvent(
@@ -316,7 +329,19 @@ class Training:
             tokens=self.tokens,
             evaluation=evaluation,
             val_loss_nats=loss,
+            ema_val_loss_nats=averaged.get("ema"),
+            swa_val_loss_nats=averaged.get("swa"),
             seconds=time.perf_counter() - started,
+        )
+
+    def _val_loss_nats(self) -> float:
+        return val_loss_nats(
+            self.model,
+            self.corpus.val,
+            context=self.spec.data.context,
+            eval_tokens=self.spec.train.eval_tokens,
+            loss_of=self._loss_of,  # never compiled: its shapes vary, and its value should not
+            ranks=self.ranks,
         )
 
 

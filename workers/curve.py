@@ -40,6 +40,8 @@ class Curve:
         base = self._measured(step) if step else Measurement(step=event.step, tokens=event.tokens)
         values = {
             "val_loss_nats": _finite(event.val_loss_nats),
+            "ema_val_loss_nats": _finite(event.ema_val_loss_nats),
+            "swa_val_loss_nats": _finite(event.swa_val_loss_nats),
             "evaluation": event.evaluation or None,  # 0 is before training, and no rung
         }
         return base.model_copy(update=values)
@@ -58,5 +60,5 @@ class Curve:
         )
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -21,6 +21,7 @@ WARM, COLD = "#e2662b", "#3f86c9"
 _ARM_COLOURS: dict[Arm, str] = {"warm": WARM, "cold": COLD}
 _ARM_SYMBOLS: dict[Arm, str] = {"warm": "circle", "cold": "square"}
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_AVERAGES = {"ema": 0.8, "swa": 0.5}  # opacities
 STATE_COLOURS = {
     "succeeded": "#2f9e77",
     "pruned": "#8b93a1",
@@ -62,8 +63,10 @@ def dimensions(spec: StudySpec) -> list[str]:
 
 
 def arm_curves(runs: Sequence[TargetRun]) -> Figure:
-    """Validation loss against tokens: a colour per arm, a dash per seed."""
-    return _with_axes([_arm_curve(run) for run in runs if run.curve], "tokens", log_x=True)
+    """Validation loss against tokens: a colour per arm, a dash per seed; averages thin."""
+    data = [_arm_curve(run) for run in runs if run.curve]
+    data += [_average_curve(run, name) for run in runs for name in _AVERAGES]
+    return _with_axes([trace for trace in data if trace["x"]], "tokens", log_x=True)
 
 
 def _arm_curve(run: TargetRun) -> Figure:
@@ -80,6 +83,14 @@ def _arm_curve(run: TargetRun) -> Figure:
         },
         "marker": {"symbol": _ARM_SYMBOLS[run.arm], "size": 6},
     }
+
+
+def _average_curve(run: TargetRun, name: str) -> Figure:
+    losses = [(p.tokens, getattr(p, f"{name}_val_loss_nats")) for p in run.curve]
+    points = [(tokens, loss) for tokens, loss in losses if loss is not None]
+    trace = _line(points, f"{run.arm}, seed {run.seed_number}, {name.upper()}")
+    color = {"color": _ARM_COLOURS[run.arm], "width": 1}
+    return trace | {"mode": "lines", "line": color, "opacity": _AVERAGES[name]}
 
 
 def _line(points: Sequence[tuple[int, float]], name: str) -> Figure:

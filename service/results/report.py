@@ -166,10 +166,25 @@ def _target_columns(runs: Sequence[TargetRun]) -> list[Column[TargetRun]]:
         Column(title="seed", text=lambda r: str(r.seed_number)),
         Column(title="state", text=shown_state, kind="state"),
         Column(title="loss", text=lambda r: nats(r.val_loss_nats)),
+        *_average_columns(runs),
         Column(title="tokens", text=lambda r: tokens(r.tokens)),
         Column(title="FLOPs", text=lambda r: flops(r.cost_flops)),
         Column(title="grown from", text=lambda r: (r.base_hash or "")[:12], kind="code"),
         *_error_column(runs),
+    ]
+
+
+def _average_columns(runs: Sequence[TargetRun]) -> list[Column[TargetRun]]:
+    """The newest loss of averaged weights, where any run keeps them."""
+
+    def newest(run: TargetRun, field: str) -> float | None:
+        return getattr(run.curve[-1], field) if run.curve else None
+
+    fields = {"EMA loss": "ema_val_loss_nats", "SWA loss": "swa_val_loss_nats"}
+    return [
+        Column(title=title, text=lambda run, field=field: nats(newest(run, field)))
+        for title, field in fields.items()
+        if any(newest(run, field) is not None for run in runs)
     ]
 
 

@@ -15,6 +15,8 @@ class Evaluation(Message):
     step: int
     tokens: int
     val_loss_nats: float
+    ema_val_loss_nats: float | None = Field(default=None, description="of averaged weights")
+    swa_val_loss_nats: float | None = Field(default=None, description="likewise")
 
 
 class TargetRun(Message):

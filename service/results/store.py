@@ -156,6 +156,7 @@ def _curves(session: Session, run_ids: list[str]) -> defaultdict[str, tuple[Eval
     """The evaluations of these runs, each in order of steps."""
     query = (
         select(Measurement.run_id, Measurement.step, Measurement.tokens, Measurement.val_loss_nats)
+        .add_columns(Measurement.ema_val_loss_nats, Measurement.swa_val_loss_nats)
         .where(Measurement.run_id.in_(run_ids), Measurement.val_loss_nats.is_not(None))
         .order_by(Measurement.run_id, Measurement.step)
     )

@@ -139,6 +139,7 @@ class StudySpec(Spec):
             below = grown_model(below, spec, self.warmstart, place)
             train_below, train = train, overridden_train(self.train, spec, place)
             check_optimizers(self.warmstart, train_below, train, place)
+            check_base_weights(self.warmstart, train_below)
             tuned = {n: d for n, d in self.search_space.items() if n not in spec.train}
             _check_phases(tuned, train, f"{place}.train")
             check_parts(tuned, train, f"{place}.train.accumulate")
@@ -313,6 +314,14 @@ def check_optimizers(
     except ValueError as error:
         path = f"{place}.train.optimizer"
         raise FieldError(path, target.optimizer, str(error)) from None
+
+
+def check_base_weights(options: GrowthOptions, base: TrainSpec) -> None:
+    """Raise a FieldError unless the base's run keeps the weights that are to be grown."""
+    try:
+        options.check_base_weights(base)
+    except ValueError as error:
+        raise FieldError("warmstart.base_weights", options.base_weights, str(error)) from None
 
 
 def check_size(run: RunSpec) -> None:

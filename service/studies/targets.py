@@ -13,6 +13,7 @@ from service.studies.schemas import (
     StudySpec,
     TargetRequest,
     WarmstartSpec,
+    check_base_weights,
     check_optimizers,
     check_size,
     grown_model,
@@ -46,6 +47,7 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
         train = overridden_train(spec.train, request.target, "target")
         check_optimizers(warmstart, trained.train, train, "target")
         check_alone(request.target.budgets, request.target.train, "target")
+        check_base_weights(warmstart, trained.train)
     except FieldError as error:
         raise bad_field(error.path, error.value, str(error)) from None
     pairs = _pairs(spec, warmstart, base)

@@ -71,6 +71,8 @@ CASES = [
     bad("target.train.warmup_fraction", 0.0, "0.01 works",
         search_space={"warmup_fraction": {"type": "float", "low": 0.0, "high": 0.1}},
         target={"width": 64, "train": {"schedule": "rewarm"}}),
+    bad("warmstart.base_weights", "ema", "train.ema_half_life; use raw",
+        warmstart={"base_weights": "ema"}),
     bad("data.source", "/no/such/file", "/no/such/file", data={"source": "/no/such/file"}),
     bad("data.tokenizer", "gpt2", "byte", data={"source": "stdlib", "tokenizer": "gpt2"}),
     bad("train.warmup_fraction", 1.5, "less than 1", train={"warmup_fraction": 1.5}),

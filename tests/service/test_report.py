@@ -180,6 +180,20 @@ def test_a_study_with_nothing_yet_says_what_it_waits_for():
     assert drawn(html) == {}
 
 
+def test_averages_have_curves_and_columns_where_a_run_keeps_them(judged):
+    assert "EMA loss" not in Page(page(judged, [], SPEC)).texts
+    averaged = [
+        Evaluation(step=1, tokens=100, val_loss_nats=2.5, ema_val_loss_nats=2.4),
+        Evaluation(step=2, tokens=200, val_loss_nats=2.0, ema_val_loss_nats=1.8765),
+    ]
+    html = page(results([target("warm", 0, 2.0, curve=averaged)]), [], SPEC)
+    assert {"EMA loss", "1.8765"} <= set(Page(html).texts)
+    assert "SWA loss" not in Page(html).texts
+    raw, ema = drawn(html)["arms"]["data"]
+    assert (raw["y"], ema["y"]) == ([2.5, 2.0], [2.4, 1.8765])
+    assert ema["name"] == "warm, seed 0, EMA"
+
+
 def test_curves_start_after_the_first_token():
     runs = [
         target("warm", 0, 1.9, curve=(Evaluation(step=0, tokens=0, val_loss_nats=9), *curve(2)))

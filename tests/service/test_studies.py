@@ -276,6 +276,21 @@ def test_curves_are_read_by_step_and_runs_by_filter(api, submit, worker):
     assert api.client.get("/v1/runs", study=study["name"], kind="target")["items"] == []
 
 
+def test_losses_of_averaged_weights_are_on_the_curve_and_judge_nothing(api, submit, worker):
+    study = submit(warmstart={"seeds": 1, "control": False})
+    run_trials(worker, [2.5, 2.1, 2.3, 2.4])
+    lease = worker.one()
+    averaged = {"ema_val_loss_nats": 1.5, "swa_val_loss_nats": 1.25}
+    point = {"step": 5, "tokens": 1280, "val_loss_nats": 2.0, "evaluation": 1} | averaged
+    worker.report(lease, point)
+    worker.complete(lease, 2.0)
+    (item,) = api.client.get(f"/v1/runs/{lease.run_id}/measurements")["items"]
+    assert {name: item[name] for name in point} == point
+    (target,) = api.client.get(f"/v1/studies/{study['id']}/results")["targets"]
+    assert target["curve"] == [{name: point[name] for name in point if name != "evaluation"}]
+    assert target["val_loss_nats"] == 2.0
+
+
 def test_what_does_not_exist_is_a_404_problem(api):
     for path in ("/v1/studies/nope", "/v1/runs/nope", "/v1/runs/nope/measurements", "/v1/nope"):
         refused = problem(api.client.get, path)

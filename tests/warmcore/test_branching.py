@@ -58,7 +58,7 @@ def base(run_spec, corpus, tmp_path_factory):
 def grown_trunk(request, trunk_spec, base):
     """A trunk's spec, and what it starts from."""
     if request.param == "cold":
-        return trunk_spec(), None
+        return trunk_spec(ema_half_life=0.1, swa_fraction=0.4), None
     growth = GrowthSpec(base=CheckpointRef(uri=str(base.path), hash=base.hash))
     wide = {"width": 32, "base_width": 16, "branches": (0.03, 0.06)}
     return trunk_spec(growth=growth, **wide), base.path
@@ -182,6 +182,7 @@ def test_a_trunk_ends_where_its_last_budget_cools_down(trunk_spec, corpus):
         ({"branches": (0.01, 5)}, "branches", "step 1, in the warmup of 91 steps"),
         ({"schedule": "cosine"}, "branches", "cosine with cooldown_fraction 0.4 cannot branch"),
         ({"cooldown_fraction": 0.0}, "branches", "wsd with a cooldown_fraction above 0 can"),
+        ({"swa_fraction": 0.5}, "branches", "before the cooldown of its branch; 0.4 or less"),
         ({"evaluations": 5000}, "branches", "train.evaluations 5000: 3333 at most"),
     ],
 )

@@ -48,7 +48,8 @@ def spec_and_base(request, run_spec, base):
     wide = {"width": 32, "base_width": 16}
     match request.param:
         case "cold":
-            return run_spec(steps=NUM_STEPS), None
+            averages = {"ema_half_life": 0.2, "swa_fraction": 0.5}
+            return run_spec(steps=NUM_STEPS, **averages), None
         case "shrink and perturb":
             return run_spec(steps=NUM_STEPS, growth=growth_of(base), **wide), base.path
     growth = growth_of(base, operator="clone", optimizer_state="transfer")
@@ -70,6 +71,9 @@ def test_a_run_resumed_at_any_event_is_the_uninterrupted_one(
     assert second.base_hash == whole.base_hash
     assert taken + timeless(second.events()) == expected
     assert_equal_weights(weights_of(whole), weights_of(second))
+    assert whole.averages.tensors.keys() == second.averages.tensors.keys()
+    for name, tensors in whole.averages.tensors.items():
+        assert_equal_weights(tensors, second.averages.tensors[name])
     assert second.last_val_loss_nats == whole.last_val_loss_nats
 
 

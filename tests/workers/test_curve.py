@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 from warmcore.train import EvaluationEvent, StepEvent
@@ -72,3 +73,12 @@ def test_numbers_that_are_not_finite_are_left_out() -> None:
     curve.add(_step(1, loss=math.nan, norm=math.inf, seconds=0.0))
     measurement = curve.take()
     assert measurement.loss_nats is measurement.grad_norm is measurement.tokens_per_second is None
+
+
+def test_losses_of_averages_stand_beside_the_weights_own() -> None:
+    event = dataclasses.replace(
+        _evaluation(2, 1), ema_val_loss_nats=2.5, swa_val_loss_nats=math.inf
+    )
+    measurement = _curve().add(event)
+    assert (measurement.val_loss_nats, measurement.ema_val_loss_nats) == (3, 2.5)
+    assert measurement.swa_val_loss_nats is None

@@ -1,0 +1,23 @@
+"""Measurements of averaged weights."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+_COLUMNS = ("ema_val_loss_nats", "swa_val_loss_nats")
+
+
+def upgrade() -> None:
+    for name in _COLUMNS:
+        op.add_column(
+            "measurements", sa.Column(name, sa.Double(), nullable=True), schema="warmscale"
+        )
+
+
+def downgrade() -> None:
+    for name in reversed(_COLUMNS):
+        op.drop_column("measurements", name, schema="warmscale")
