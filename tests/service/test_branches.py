@@ -13,6 +13,8 @@ from service.protocol import CheckpointReport
 from service.results.schemas import StudyResults
 from service.runs import store as runs
 from service.studies import branches
+from service.studies.budgets import flops_with_branches
+from service.studies.schemas import StudySpec
 from warmcore.branching import branch_steps, start_step
 from warmcore.flops import num_tokens
 
@@ -270,6 +272,13 @@ def test_a_budget_costs_its_own_run_whole_and_the_study_what_was_trained(found):
     assert spent < found.costs.targets_alone_flops
 
 
+def test_what_a_study_will_spend_is_what_it_spent(found, api):
+    spec = StudySpec.model_validate(api.client.get(f"/v1/studies/{found.study_name}")["spec"])
+    each = flops_with_branches(spec.rung_run(0, seed=0))
+    assert found.costs.targets_flops == pytest.approx(4 * each)
+    assert spec.num_target_runs == len(found.targets)
+
+
 def test_a_branchs_curve_is_its_trunks_up_to_where_it_left(found):
     for run in found.targets:
         if run.branch:
@@ -301,6 +310,20 @@ def test_a_budget_waits_for_its_own_runs_alone(study, worker, api):
     read = StudyResults.model_validate(api.client.get(f"/v1/studies/{name}/results"))
     assert read.budgets[0].verdict is not None
     assert "warm seed 0's trunk diverged" in (read.budgets[1].pending or "")
+
+
+def test_a_target_of_several_budgets_can_be_started_by_hand(study, worker, api):
+    name = study(target=None)
+    path, target = f"/v1/studies/{name}/targets", {"width": 64, "budgets": BUDGETS}
+    for budgets in ([4], [4, 2]):
+        with pytest.raises(ServiceError) as refused:
+            api.client.post(path, {"target": target | {"budgets": budgets}})
+        assert refused.value.problem["errors"][0]["path"] == "target.budgets"
+    started = api.client.post(path, {"target": target})["items"]
+    assert len(started) == 4
+    for trunk in worker.lease(8):
+        train_trunk(worker, trunk)
+    assert len(worker.lease(16)) == 8
 
 
 def test_the_report_and_the_tables_show_the_gain_by_budget(found, api, capsys):
