@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from service.results.figures import COLD, WARM, Figure, log_axis
+from service.results.figures import COLD, WARM, Figure
 from service.results.markup import Column, plot, section, table
 from service.results.schemas import BudgetResult, Verdict
 from service.results.words import flops, headline, signed, span, times, tokens
@@ -12,7 +12,7 @@ _NOTE = (
     "own. FLOPs are those of one run on its own: the trunk up to its branch, and the cooldown."
 )
 _COLUMNS: tuple[Column[BudgetResult], ...] = (
-    Column(title="tokens per parameter", text=lambda b: f"{b.tokens_per_param:g}"),
+    Column(title="tpp", text=lambda b: f"{b.tokens_per_param:g}"),
     Column(title="tokens", text=lambda b: tokens(b.num_tokens)),
     Column(title="warm - cold", text=lambda b: signed(b.verdict)),
     Column(title="95 % interval", text=lambda b: span(b.verdict)),
@@ -20,7 +20,7 @@ _COLUMNS: tuple[Column[BudgetResult], ...] = (
     Column(title="warm FLOPs", text=lambda b: flops(b.costs.warm_flops)),
     Column(title="base counted", text=lambda b: flops(b.costs.warm_base_counted_flops)),
     Column(title="cold FLOPs", text=lambda b: flops(b.costs.cold_flops)),
-    Column(title="verdict", text=lambda b: b.pending or headline(b.verdict), kind="long"),
+    Column(title="verdict", text=lambda b: b.pending or headline(b.verdict), kind="text"),
 )
 
 
@@ -44,8 +44,10 @@ def gain_by_budget(budgets: Sequence[BudgetResult]) -> Figure:
     if not judged:
         return {"data": [], "layout": {}}
     zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0}
+    ticks = [budget for budget, _ in judged]
+    axis = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     layout = {
-        "xaxis": log_axis("tokens per parameter", [budget for budget, _ in judged]),
+        "xaxis": axis | {"title": {"text": "tokens per parameter"}},
         "yaxis": {"title": {"text": "warm - cold (nats/token)"}},
         "shapes": [zero | {"line": {"dash": "dot"}}],
         "showlegend": False,

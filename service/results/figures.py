@@ -70,12 +70,13 @@ def arm_curves(runs: Sequence[TargetRun]) -> Figure:
 
 
 def _arm_curve(run: TargetRun) -> Figure:
-    """A branch's own part alone: what is before is its trunk's line."""
+    """A branch's own part alone: what is before is its trunk's line, and so is its legend."""
     name = f"{arm_name(run)}, seed {run.seed_number}"
     points = [p for p in run.curve if p.tokens >= max(1, run.trunk_tokens)]
     return {
         **_line([(p.tokens, p.val_loss_nats) for p in points], name),
         "mode": "lines+markers",
+        "showlegend": run.branch == 0,
         "line": {
             "color": _ARM_COLOURS[run.arm],
             "dash": _DASHES[run.seed_number % len(_DASHES)],
@@ -227,17 +228,13 @@ def _learning_curve(trial: ReportTrial) -> Figure:
 
 
 def _with_axes(data: list[Figure], x: str, *, log_x: bool = False, **layout: Any) -> Figure:
+    axis: Figure = {"title": {"text": escape(x)}}
     values = [value for trace in data for value in trace["x"]]
-    axis = log_axis(x, values) if log_x and values else {"title": {"text": escape(x)}}
+    if log_x and values:
+        ticks = log_ticks(min(values), max(values))
+        axis |= {"type": "log", "tickvals": ticks, "ticktext": [_tick(tick) for tick in ticks]}
     yaxis = {"title": {"text": "validation loss (nats/token)"}}
     return {"data": data, "layout": {"xaxis": axis, "yaxis": yaxis, **layout}}
-
-
-def log_axis(title: str, values: Sequence[float]) -> Figure:
-    """A logarithmic axis over these values, its ticks in short."""
-    ticks = log_ticks(min(values), max(values))
-    text = {"tickvals": ticks, "ticktext": [_tick(tick) for tick in ticks]}
-    return {"title": {"text": escape(title)}, "type": "log", **text}
 
 
 def log_ticks(low: float, high: float) -> list[float]:

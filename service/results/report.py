@@ -137,6 +137,8 @@ def _arms(results: StudyResults, drawn: dict[str, Figure]) -> str:
         "The same target, budget, data order and seed, once grown from the best trial's checkpoint "
         "(warm) and once from a fresh initialization (cold). Tokens on a logarithmic scale."
     )
+    if results.budgets:
+        note += f" The pairs are those at {results.budgets[-1].tokens_per_param:g} tpp."
     return section(
         "Warm against cold",
         note if results.targets else "",

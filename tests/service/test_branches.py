@@ -1,5 +1,6 @@
 """A target of several budgets, driven by hand: trunks, and the cooldowns that leave them."""
 
+import contextlib
 import json
 import re
 import threading
@@ -19,6 +20,15 @@ from warmcore.branching import branch_steps, start_step
 from warmcore.flops import num_tokens
 
 BUDGETS = [2, 4]
+
+
+@pytest.fixture
+def api(shared_api):
+    """One for all: what a test leaves is cancelled, runs started by hand too."""
+    yield shared_api
+    for study in shared_api.client.get("/v1/studies", limit=1)["items"]:
+        with contextlib.suppress(ServiceError):
+            shared_api.client.post(f"/v1/studies/{study['id']}/cancel")
 
 
 @pytest.fixture
@@ -215,6 +225,24 @@ def test_a_cancel_during_a_publish_misses_no_branch(study, worker, api):
     found = api.client.get("/v1/runs", study=name, kind="target")["items"]
     assert {run["state"] for run in found} == {"cancelled"}
     assert {run["branch"] for run in found} == {0, 1}
+
+
+def test_a_crash_in_the_middle_of_a_publish_leaves_neither_checkpoint_nor_branch(
+    study, worker, api
+):
+    study()
+    trunk = worker.one()
+    worker.lease(8)
+    step = branch_steps(trunk.spec)[0]
+    with pytest.raises(ZeroDivisionError), api.sessions.begin() as session:
+        branches.lock_study(session, trunk.run_id, step)
+        run = runs.renew(session, trunk.run_id, trunk.lease_token, 60)
+        runs.publish(session, run, checkpoint(trunk, step))
+        raise ZeroDivisionError
+    assert api.client.get(f"/v1/runs/{trunk.run_id}/checkpoints")["items"] == []
+    assert worker.lease(8) == ()
+    publish(worker, trunk, step)
+    assert len(worker.lease(8)) == 1
 
 
 def _wait_for_a_waiting_lock(api):
