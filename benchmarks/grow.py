@@ -1,8 +1,11 @@
 """Growth of a checkpoint from disk to disk, against a plain copy of the target's bytes.
 
-Makes a random base checkpoint, grows it x2 in width in a child process, and copies the grown files
-with a sync, as growth syncs too; the two take turns. Peak memory is the child's ru_maxrss, against
-the contract: 0.2 x the target's bytes + 2 x its largest tensor + 300 MB.
+Makes a random base checkpoint and grows it x2 in width in a child process, whose seconds begin
+after the imports and end when the folder is synced and renamed; the base is verified in them.
+The copy is `shutil.copytree` of what was grown (sendfile in the kernel) and an fsync of each file.
+The two take turns. Each reads what was just written, so from the page cache, if that has room.
+CPU seconds, user and system, tell a busy machine from slow code. Peak memory is the child's
+ru_maxrss, imports and all, against 0.2 x the target's bytes + 2 x its largest tensor + 300 MB.
 
     python benchmarks/grow.py [--size 0.3B] [--operator shrink_perturb] [--rounds 3]
 """
@@ -17,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -32,6 +37,27 @@ from warmcore.tensors import TensorStream
 # Width, depth and vocabulary of the base; the target is twice as wide.
 SIZES = {"3M": (256, 4, 256), "30M": (512, 9, 2048), "0.3B": (1024, 22, 16384)}
 MB = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clock:
+    """Seconds of the wall and of this process's CPU."""
+
+    wall: float
+    user: float
+    system: float
+
+    @classmethod
+    def now(cls) -> Self:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return cls(wall=time.perf_counter(), user=used.ru_utime, system=used.ru_stime)
+
+    def __sub__(self, other: Self) -> Self:
+        return type(self)(
+            wall=self.wall - other.wall,
+            user=self.user - other.user,
+            system=self.system - other.system,
+        )
 
 
 def model_of(size: str) -> ModelSpec:
@@ -85,11 +111,11 @@ def make_here(arguments: argparse.Namespace) -> None:
 def grow_here(arguments: argparse.Namespace) -> None:
     """What the others do: grow, and say how long it took and how much memory it had."""
     run = RunSpec.model_validate_json((arguments.folder / "run.json").read_text())
-    start = time.perf_counter()
+    start = Clock.now()
     grow_checkpoint(arguments.folder / "base", arguments.folder / "grown", run=run)
-    seconds = time.perf_counter() - start
+    taken = Clock.now() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "peak": peak}))
+    print(json.dumps(asdict(taken) | {"peak": peak}))
 
 
 def in_child(what: str, folder: Path) -> dict[str, float]:
@@ -98,40 +124,43 @@ def in_child(what: str, folder: Path) -> dict[str, float]:
     return json.loads(child.stdout)
 
 
-def copy(source: Path, target: Path) -> float:
+def copy(source: Path, target: Path) -> Clock:
     """Seconds to copy a folder's files and sync them."""
-    start = time.perf_counter()
+    start = Clock.now()
     shutil.copytree(source, target)
     for path in target.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    seconds = time.perf_counter() - start
+    taken = Clock.now() - start
     shutil.rmtree(target)
-    return seconds
+    return taken
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     in_child("make", folder)  # a process's ru_maxrss begins at its parent's memory
     run = RunSpec.model_validate_json((folder / "run.json").read_text())
-    grown, copied = [], []
+    what = f"{arguments.operator}, {arguments.optimizer_state}, {arguments.threads} torch thread(s)"
+    print(f"{what}: {count_params(run.model).total / MB:,.0f} M parameters")
+    print("         wall  user   sys |   copy  user   sys | ratio | load")
+    peaks, ratios, grown, copied = [], [], [], []
     for _ in range(arguments.rounds):
-        grown.append(in_child("grow", folder))
-        copied.append(copy(folder / "grown", folder / "copy"))
+        child = in_child("grow", folder)
+        peaks.append(child.pop("peak"))
+        pair = Clock(**child), copy(folder / "grown", folder / "copy")
+        ratios.append(pair[0].wall / pair[1].wall)
+        grown.append(pair[0].wall)
+        copied.append(pair[1].wall)
+        a, b = (f"{c.wall:6.2f} {c.user:5.2f} {c.system:5.2f}" for c in pair)
+        print(f"       {a} | {b} | {ratios[-1]:5.2f} | {os.getloadavg()[0]:.1f}", flush=True)
+    columns = (("grown, s", grown), ("copied, s", copied), ("ratio", ratios))
+    for label, values in columns:
+        spread = f"{min(values):.2f}..{max(values):.2f}"
+        print(f"{label:9} {statistics.median(values):6.2f} ({spread})")
     num_bytes = sum(path.stat().st_size for path in (folder / "grown").iterdir())
     largest = max(shape.numel() for shape in parameter_shapes(run.model).values()) * 4
-    seconds, copy_seconds = (
-        statistics.median(g["seconds"] for g in grown),
-        statistics.median(copied),
-    )
-    peak, allowed = max(g["peak"] for g in grown), 0.2 * num_bytes + 2 * largest + 300 * MB
-    params, what = (
-        count_params(run.model).total,
-        f"{arguments.operator}, {arguments.optimizer_state}",
-    )
-    print(f"{what}: {params / MB:,.0f} M parameters, {num_bytes / MB:,.0f} MB")
-    ratio = seconds / copy_seconds
-    print(f"grown in {seconds:.2f} s, copied in {copy_seconds:.2f} s: {ratio:.2f} x")
-    print(f"peak {peak / MB:,.0f} MB of {allowed / MB:,.0f} MB allowed")
+    allowed = 0.2 * num_bytes + 2 * largest + 300 * MB
+    peak = f"peak {max(peaks) / MB:,.0f} MB of {allowed / MB:,.0f} MB allowed"
+    print(f"{peak}, for {num_bytes / MB:,.0f} MB")
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ class Growth:
         """Yield the target in blocks, in the order of its state dict and the dtype of the base."""
         for name in self.shapes:
             for block in self._blocks(name, self.depth.tensor(base_tensors, name)):
-                yield name, self._perturbed(block, self._widened(block), generator)
+                yield name, self._perturbed(block, generator)
 
     def moments(self, base_state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield Adam's state for the target, in blocks; nothing for a fresh optimizer."""
@@ -139,23 +139,31 @@ class Growth:
         shrink = 1.0 if self.options.operator == "zero_pad" else self.options.shrink
         return pad_shrunk(block.name, block.source, block.shape, shrink=shrink)
 
-    def _perturbed(self, block: Block, grown: Tensor, generator: Generator) -> Tensor:
-        """Add noise of the target's initial size, `options.noise_scale` of it; gains have none."""
+    def _perturbed(self, block: Block, generator: Generator) -> Tensor:
+        """Widen, and add noise of the target's initial size, `options.noise_scale` of it.
+
+        Gains have no noise. Where it covers what is padded, zeros need not be added to it.
+        """
         role, scale = role_of(block.name), self.options.noise_scale
         if not scale or role in GAINS:
-            return grown
-        noise = fresh_(torch.empty(grown.shape), role, self.target, generator)
-        noise = noise.to(grown.dtype).mul_(scale)
+            return self._widened(block)
+        noise = fresh_(torch.empty(block.shape), role, self.target, generator)
+        noise = noise.to(block.source.dtype).mul_(scale)
+        old = tuple(slice(size) for size in block.source.shape)
         match self.options.operator:
-            case "shrink_perturb" | "clone" | "zero_pad":
-                return grown.add_(noise)
-            case "slice":
-                old = tuple(slice(size) for size in block.source.shape)
+            case "shrink_perturb":
+                noise[old] += self.options.shrink * block.source
+                return noise
+            case "slice" | "zero_pad":
+                grown = self._widened(block)
                 grown[old] += noise[old]
                 return grown
+            case "clone":
+                return self._widened(block).add_(noise)
             case "hyperclone" | "net2net":
                 inputs = block.maps[-1]
                 assert inputs is not None
+                grown = self._widened(block)
                 return grown if role == "embedding" else grown.add_(cancel_(noise, inputs))
 
     def _is_reset(self, moment: Moment) -> bool:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedWriter
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -33,8 +34,11 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-# As many as smooth out what takes turns; with the one in each thread, some 20 MB are held.
+# As many as smooth out what takes turns; with the one in each thread, some 10 MB are held.
 CHUNKS_AHEAD = 8
+# Larger ones make the page cache take pages of 1 MB or 2 MB, which a virtual machine may first have
+# to be given back by its host: 0.3 to 2.8 s of system time for 1.3 GB, against 0.3 s.
+WRITE_BYTES = 2**18
 
 
 class FileFacts(Spec):
@@ -99,11 +103,18 @@ def write_tensors(
     pending: deque[tuple[Future[Any], ...]] = deque()
     with path.open("wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
         for chunk in _chunks(stream, metadata):
-            pending.append((writer.submit(file.write, chunk), hasher.submit(digest.update, chunk)))
+            pending.append(
+                (writer.submit(_write, file, chunk), hasher.submit(digest.update, chunk))
+            )
             num_bytes += len(chunk)
             _finish(pending, but=CHUNKS_AHEAD)
         _finish(pending, but=0)
     return FileFacts(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def _write(file: BufferedWriter, chunk: bytes | memoryview) -> None:
+    starts = range(0, len(chunk), WRITE_BYTES)
+    file.writelines(chunk[start : start + WRITE_BYTES] for start in starts)
 
 
 def _finish(pending: deque[tuple[Future[Any], ...]], *, but: int) -> None:
