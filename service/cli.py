@@ -163,6 +163,21 @@ def import_(
     cli_convert.import_(folder, ["--out", out], as_json=as_json)
 
 
+@app.command(
+    "coord-check",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    },
+)
+def coord_check(context: typer.Context) -> None:
+    """Check that activations depend on neither width nor depth: slopes and a page of plots."""
+    from service import cli_coord
+
+    cli_coord.check(list(context.args))
+
+
 def main() -> None:
     """Run the command line; a fault of ours shows its trace, a user's never does."""
     try:

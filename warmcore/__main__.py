@@ -1,5 +1,7 @@
 """`python -m warmcore run.yaml`: one run, no service; a trunk with the run of each of its branches.
 
+`python -m warmcore coord-check run.yaml` is in `warmcore.coord_cli`.
+
 Writes `measurements.jsonl` and checkpoints below `--out`, and continues from the newest good
 checkpoint there. The curve has one line per evaluation and per `log_every` steps, in the order of
 events; at a checkpoint their number follows from the run's progress, so that whatever a killed
@@ -19,27 +21,25 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO, get_args
-from urllib.parse import unquote, urlsplit
+from typing import TextIO, get_args
 
 import torch
-import yaml
-from pydantic import BaseModel, ValidationError
 
+from warmcore import coord_cli
 from warmcore.branching import branch_of, branch_steps, evaluations_of, start_step
 from warmcore.checkpoint import (
     CheckpointCorruptError,
     Progress,
     checkpoint_path,
     list_checkpoints,
-    read_manifest,
 )
 from warmcore.data import Corpus, prepare
 from warmcore.objective import CompilerMissingError
 from warmcore.parallel import ALONE, Ranks
-from warmcore.spec import CheckpointRef, RunSpec, Strategy
+from warmcore.spec import RunSpec, Strategy
+from warmcore.spec_file import local_path, read_spec, reference
 from warmcore.train import DivergedEvent, EvaluationEvent, Event, StepEvent, Training
 
 log = logging.getLogger("warmcore")
@@ -50,6 +50,9 @@ NUM_KEPT = 2  # the newest checkpoint, and the one before it in case that is dam
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and return the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["coord-check"]:
+        return coord_cli.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.processes == 1:
         return run(options, ALONE, options.device)
@@ -105,7 +108,7 @@ def train(spec: RunSpec, corpus: Corpus, place: Place) -> int:
         if code != FINISHED:
             return code
         path = checkpoint_path(run.checkpoints, step).resolve()
-        branch = branch_of(spec, budget, _reference(str(path), "trunk"))
+        branch = branch_of(spec, budget, reference(str(path), "trunk"))
         log.info("cooling down at %g tokens per parameter, from step %d", budget, step)
         folder = place.out / f"tpp-{budget:g}"
         code = LocalRun(branch, corpus, dataclasses.replace(place, out=folder)).finish()
@@ -130,70 +133,6 @@ def _count(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number
-
-
-def read_spec(path: Path) -> RunSpec:
-    """Read a RunSpec from YAML: `growth.base` and `trunk` may be just a checkpoint's path.
-
-    Raises:
-        ValueError: a line per wrong field: its name, its value and what works.
-    """
-    try:
-        fields: Any = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    try:
-        return RunSpec.model_validate(_with_hashes(fields))
-    except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
-        raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
-
-
-def _with_hashes(fields: Any) -> Any:
-    match fields:
-        case {"growth": {"base": str(uri)} as growth}:
-            found = _reference(uri, "growth.base").model_dump()
-            return _with_hashes(fields | {"growth": growth | {"base": found}})
-        case {"trunk": str(uri)}:
-            return fields | {"trunk": _reference(uri, "trunk").model_dump()}
-        case _:
-            return fields
-
-
-def _reference(uri: str, field: str) -> CheckpointRef:
-    """The local checkpoint that is there now."""
-    _, found = read_manifest(local_path(uri, field))
-    return CheckpointRef(uri=uri, hash=found)
-
-
-def local_path(uri: str, field: str) -> Path:
-    """Path of a plain path or a file:// URI in `field`."""
-    parts = urlsplit(uri)
-    if parts.scheme not in ("", "file"):
-        raise ValueError(f"{field}.uri {uri} is not local; a path or a file:// URI works here")
-    return Path(unquote(parts.path) if parts.scheme else uri).expanduser()
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    """`train.lr = -1: Input should be greater than 0`; for an unknown key, the known ones."""
-    if not problem["loc"]:  # of the whole: which fields are meant, the message says
-        return str(problem["msg"]).removeprefix("Value error, ")
-    *parents, name = problem["loc"]
-    where = ".".join(map(str, (*parents, name)))
-    if problem["type"] == "extra_forbidden":
-        return f"{where} is not a field; {', '.join(_fields_at(parents))} are"
-    if problem["type"] == "missing":
-        return f"{where} is required"
-    return f"{where} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
-
-
-def _fields_at(parents: Sequence[int | str]) -> Sequence[str]:
-    model: type[BaseModel] = RunSpec
-    for name in parents:
-        annotation = model.model_fields[str(name)].annotation
-        choices: tuple[Any, ...] = getattr(annotation, "__args__", (annotation,))
-        model = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
 
 
 class LocalRun:

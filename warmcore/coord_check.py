@@ -3,112 +3,126 @@
 Under muP mean |x| after a few steps does not depend on width, so that the slope of log mean |x|
 against log n is 0 for every kind of layer; under CompleteP (arXiv 2505.01618) the same holds of
 depth. Under standard parametrization neither does.
+
+The sum of what L branches are drawn with falls as 1/sqrt(L) under CompleteP, by design: in depth
+the stream is flat once what was learned outweighs it, by its steps or by a small `init_std`.
 """
 
-from collections.abc import Mapping, Sequence
-from statistics import linear_regression
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from warmcore.batches import train_batch
+from warmcore.coordinates import KINDS, Axis, AxisCheck, Kind
 from warmcore.data import Tokens
 from warmcore.model import Decoder, init_, loss_nats
 from warmcore.optim import build_optimizer
 from warmcore.spec import ModelSpec, TrainSpec
 
-# The stream is what the last block puts out. Not the final norm: it carries the logit multiplier.
-KINDS = ("embedding", "attention", "ffn", "stream", "unembedding")
+log = logging.getLogger(__name__)
+Sizes = dict[Kind, float]
 
 
-def slopes(
-    model: ModelSpec,
-    widths: Sequence[int],
-    tokens: Tokens,
-    *,
-    train: TrainSpec,
-    context: int,
-    num_steps: int,
-    seeds: Sequence[int] = (0,),
-) -> dict[str, float]:
-    """Slope of log mean |x| against log n by kind of layer, after `num_steps` at constant lr."""
-    models = {width: model.model_copy(update={"width": width}) for width in widths}
-    return _slopes(models, tokens, train=train, context=context, num_steps=num_steps, seeds=seeds)
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How the models of a check are trained: `num_steps` at constant lr, once per seed."""
+
+    tokens: Tokens
+    train: TrainSpec
+    context: int
+    num_steps: int
+    num_seeds: int
+    device: str = "cpu"
 
 
-def depth_slopes(
-    model: ModelSpec,
-    depths: Sequence[int],
-    tokens: Tokens,
-    *,
-    train: TrainSpec,
-    context: int,
-    num_steps: int,
-    seeds: Sequence[int] = (0,),
-) -> dict[str, float]:
-    """Slope of log mean |x| against log L by kind of layer, after `num_steps` at constant lr."""
-    models = {depth: model.model_copy(update={"depth": depth}) for depth in depths}
-    return _slopes(models, tokens, train=train, context=context, num_steps=num_steps, seeds=seeds)
+def check_axis(setup: Setup, model: ModelSpec, axis: Axis, sizes: Sequence[int]) -> AxisCheck:
+    """Train `model` at each size and average over seeds.
 
-
-def _slopes(
-    models: Mapping[int, ModelSpec],
-    tokens: Tokens,
-    *,
-    train: TrainSpec,
-    context: int,
-    num_steps: int,
-    seeds: Sequence[int],
-) -> dict[str, float]:
-    sizes: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for spec in models.values():
-        runs = [
-            activation_sizes(
-                spec, tokens, train=train, context=context, num_steps=num_steps, seed=seed
-            )
-            for seed in seeds
-        ]
-        for kind in KINDS:
-            sizes[kind].append(sum(run[kind] for run in runs) / len(runs))
-    log_sizes = torch.tensor(list(models)).log().tolist()
-    return {
-        kind: linear_regression(log_sizes, torch.tensor(sizes[kind]).log().tolist()).slope
-        for kind in KINDS
+    Raises:
+        ValueError: a size that the model cannot have, or training that left the finite numbers.
+    """
+    by_size = [_mean_over_seeds(setup, spec) for spec in [resized(model, axis, n) for n in sizes]]
+    steps = range(setup.num_steps + 1)
+    means: dict[Kind, list[list[float]]] = {
+        kind: [[sized[step][kind] for sized in by_size] for step in steps] for kind in KINDS
     }
+    return AxisCheck.of(axis, sizes, means)
 
 
-def activation_sizes(
-    spec: ModelSpec,
-    tokens: Tokens,
-    *,
-    train: TrainSpec,
-    context: int,
-    num_steps: int,
-    seed: int,
-) -> dict[str, float]:
-    """Mean |x| of each kind of layer's output, on the batch after `num_steps` steps."""
-    model = init_(Decoder(spec, context=context), spec, Generator().manual_seed(seed))
-    optimizer = build_optimizer(model.named_parameters(), spec, train)
-    for step in range(num_steps):
-        optimizer.zero_grad()
-        loss_nats(model, _batch(tokens, train, context, seed, step)).backward()
-        optimizer.step()
-    outputs: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+def resized(model: ModelSpec, axis: Axis, size: int) -> ModelSpec:
+    """The model at another size; what a missing base width or depth stood for is kept."""
+    base = {"base_width": model.base_width or model.width}
+    base |= {"base_depth": model.base_depth or model.depth}
+    return ModelSpec.model_validate(model.model_dump() | base | {axis: size})
+
+
+def _mean_over_seeds(setup: Setup, spec: ModelSpec) -> list[Sizes]:
+    runs = [activation_sizes(setup, spec, seed) for seed in range(setup.num_seeds)]
+    log.info("width %d, depth %d: %d seeds done", spec.width, spec.depth, setup.num_seeds)
+    steps = zip(*runs, strict=True)
+    return [{kind: fmean(seed[kind] for seed in step) for kind in KINDS} for step in steps]
+
+
+def activation_sizes(setup: Setup, spec: ModelSpec, seed: int) -> list[Sizes]:
+    """Mean |x| of each kind of layer's output after 0, 1, ..., `num_steps` steps.
+
+    What t steps made of the model is measured on batch t, the first that has not been trained on.
+    """
+    model = init_(Decoder(spec, context=setup.context), spec, Generator().manual_seed(seed))
+    optimizer = build_optimizer(model.to(setup.device).named_parameters(), spec, setup.train)
+    read = _watch(model)
+    measured: list[Sizes] = []
+    for step in range(setup.num_steps + 1):
+        batch = train_batch(
+            setup.tokens,
+            seed=seed,
+            step=step,
+            batch_size=setup.train.batch_size,
+            context=setup.context,
+        )
+        loss = loss_nats(model, batch.to(setup.device))
+        measured.append(_finite(read(), spec, step))
+        if step < setup.num_steps:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return measured
+
+
+def _watch(model: Decoder) -> Callable[[], Sizes]:
+    """Hook the model; what is returned reads the sizes of the forward pass since the last read."""
+    outputs: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
+
+    def collect(module: torch.nn.Module, kind: Kind) -> None:
+        def hook(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+            outputs[kind].append(output.detach().abs().mean())
+
+        module.register_forward_hook(hook)
+
+    def read() -> Sizes:
+        sizes: Sizes = {k: float(torch.stack(found).mean()) for k, found in outputs.items()}
+        for found in outputs.values():
+            found.clear()
+        return sizes
+
     for name, module in model.named_modules():
-        if (kind := name.rsplit(".", 1)[-1]) in outputs:
-            _collect(module, outputs[kind])
-    _collect(model.blocks[-1], outputs["stream"])
-    with torch.no_grad():
-        loss_nats(model, _batch(tokens, train, context, seed, num_steps))
-    return {kind: torch.stack(means).mean().item() for kind, means in outputs.items()}
+        for kind in KINDS:
+            if name.rsplit(".", 1)[-1] == kind:
+                collect(module, kind)
+    collect(model.blocks[-1], "stream")
+    return read
 
 
-def _collect(module: nn.Module, means: list[Tensor]) -> None:
-    def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-        means.append(output.abs().mean())
-
-    module.register_forward_hook(hook)
-
-
-def _batch(tokens: Tokens, train: TrainSpec, context: int, seed: int, step: int) -> Tensor:
-    return train_batch(tokens, seed=seed, step=step, batch_size=train.batch_size, context=context)
+def _finite(sizes: Sizes, spec: ModelSpec, step: int) -> Sizes:
+    for kind, size in sizes.items():
+        if not math.isfinite(size):
+            raise ValueError(
+                f"mean |x| of {kind} is {size} at width {spec.width}, depth {spec.depth} after "
+                f"{step} steps; use a lower lr"
+            )
+    return sizes

@@ -43,9 +43,14 @@ def page(results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec) 
     drawn = figures(results, trials, spec) | budget_figures(results.budgets)
     gain = budget_section(results.budgets, drawn)
     body = [_top(results), gain, _arms(results, drawn), _trials(results, trials, spec, drawn)]
+    return document(results.study_name, body, drawn)
+
+
+def document(title: str, body: Sequence[str], drawn: dict[str, Figure]) -> Iterator[bytes]:
+    """A page of these parts, with the figures drawn in their places."""
     before, after = _asset("page.html").split("$plotly")
     head = Template(before).substitute(
-        title=f"{escape(results.study_name)} · warmscale",
+        title=f"{escape(title)} · warmscale",
         style=_asset("page.css"),
         body="\n".join(body),
         figures=_embedded(drawn),

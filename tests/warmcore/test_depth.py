@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warmcore.coord_check import depth_slopes
+from warmcore.coord_check import Setup, check_axis
 from warmcore.depth import layers_of
 from warmcore.model import loss_nats, parameter_shapes
 from warmcore.mup import factors, multipliers
@@ -212,15 +212,14 @@ def slopes_of(corpus):
         model = ModelSpec(
             width=64, depth=4, head_dim=16, base_depth=4, parametrization=parametrization
         )
-        return depth_slopes(
-            model,
-            depths=(4, 8, 16, 32),
+        setup = Setup(
             tokens=corpus.train,
             train=TrainSpec(lr=4e-3, batch_size=8),
             context=32,
             num_steps=3,
-            seeds=range(num_seeds),
+            num_seeds=num_seeds,
         )
+        return check_axis(setup, model, "depth", (4, 8, 16, 32)).last_slopes
 
     return measure
 

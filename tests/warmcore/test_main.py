@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from warmcore.__main__ import main, read_spec
+from warmcore.__main__ import main
 from warmcore.checkpoint import MODEL, list_checkpoints, load_checkpoint
 from warmcore.spec import RunSpec
+from warmcore.spec_file import read_spec
 
 NUM_STEPS = 150
 

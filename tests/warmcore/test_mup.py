@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from warmcore.coord_check import slopes
+from warmcore.coord_check import Setup, check_axis
 from warmcore.mup import GAINS, factors, multipliers, role_of
 from warmcore.optim import ROLES
 from warmcore.spec import ModelSpec, TrainSpec
@@ -66,15 +66,15 @@ def slopes_of(corpus):
         model = ModelSpec(
             width=128, depth=2, head_dim=16, base_width=128, parametrization=parametrization
         )
-        return slopes(
-            model,
-            widths=(128, 256, 512),  # at 64 finite-width effects are still 5 % of an activation
+        setup = Setup(
             tokens=corpus.train,
             train=TrainSpec(lr=4e-3, batch_size=8),
             context=CONTEXT,
             num_steps=3,
-            seeds=range(num_seeds),
+            num_seeds=num_seeds,
         )
+        # At 64 finite-width effects are still 5 % of an activation.
+        return check_axis(setup, model, "width", (128, 256, 512)).last_slopes
 
     return measure
 

@@ -1,0 +1,80 @@
+"""What a coordinate check found: mean |x| by kind of layer, size and step, and slopes (torch-free).
+
+The slope of log mean |x| against log size is 0 where activations do not depend on size.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import linear_regression
+from typing import Literal, Self
+
+from pydantic import Field
+
+from warmcore.spec import ModelSpec, Positive, PositiveInt, Spec, TrainSpec
+
+Axis = Literal["width", "depth"]
+Kind = Literal["embedding", "attention", "ffn", "stream", "unembedding"]
+
+# The stream is what the last block puts out. Not the final norm: it carries the logit multiplier.
+KINDS: tuple[Kind, ...] = ("embedding", "attention", "ffn", "stream", "unembedding")
+TOLERANCE = 0.05
+
+
+class AxisCheck(Spec):
+    """Mean |x| and slopes along one axis; steps are from 0, before the first update, on."""
+
+    axis: Axis
+    sizes: tuple[PositiveInt, ...] = Field(min_length=2)
+    means: dict[Kind, tuple[tuple[float, ...], ...]] = Field(description="by kind, step and size")
+    slopes: dict[Kind, tuple[float | None, ...]] = Field(
+        description="by kind and step; None where all means are 0, as of logits at step 0"
+    )
+
+    @classmethod
+    def of(
+        cls, axis: Axis, sizes: Sequence[int], means: Mapping[Kind, Sequence[Sequence[float]]]
+    ) -> Self:
+        """Measure the slopes of `means`."""
+        fixed: dict[Kind, tuple[tuple[float, ...], ...]] = {}
+        slopes: dict[Kind, tuple[float | None, ...]] = {}
+        for kind, steps in means.items():
+            fixed[kind] = tuple(map(tuple, steps))
+            slopes[kind] = tuple(slope(sizes, sized) for sized in steps)
+        return cls(axis=axis, sizes=tuple(sizes), means=fixed, slopes=slopes)
+
+    @property
+    def last_slopes(self) -> dict[Kind, float]:
+        """Slope of each kind after the last step."""
+        last: dict[Kind, float] = {}
+        for kind, by_step in self.slopes.items():
+            if (found := by_step[-1]) is not None:
+                last[kind] = found
+        return last
+
+    def not_flat(self, tolerance: float) -> dict[Kind, float]:
+        """The kinds whose last slope is beyond the tolerance."""
+        return {k: found for k, found in self.last_slopes.items() if abs(found) > tolerance}
+
+
+def slope(sizes: Sequence[int], means: Sequence[float]) -> float | None:
+    """Slope of log mean |x| against log size, by least squares."""
+    if not all(means):
+        return None
+    return linear_regression([math.log(n) for n in sizes], [math.log(x) for x in means]).slope
+
+
+class CoordCheck(Spec):
+    """A coordinate check along one axis or two, and what it was made with."""
+
+    model: ModelSpec
+    train: TrainSpec
+    context: PositiveInt
+    num_steps: PositiveInt
+    num_seeds: PositiveInt
+    tolerance: Positive = TOLERANCE
+    axes: tuple[AxisCheck, ...]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether no activation depends on size."""
+        return not any(axis.not_flat(self.tolerance) for axis in self.axes)

@@ -1,0 +1,76 @@
+"""A run's spec in a YAML file, and what is said of a bad one."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from warmcore.checkpoint import read_manifest
+from warmcore.spec import CheckpointRef, RunSpec
+
+
+def read_spec(path: Path) -> RunSpec:
+    """Read a RunSpec from YAML: `growth.base` and `trunk` may be just a checkpoint's path.
+
+    Raises:
+        ValueError: a line per wrong field: its name, its value and what works.
+    """
+    try:
+        fields: Any = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    try:
+        return RunSpec.model_validate(_with_hashes(fields))
+    except ValidationError as error:
+        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
+        raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
+
+
+def _with_hashes(fields: Any) -> Any:
+    match fields:
+        case {"growth": {"base": str(uri)} as growth}:
+            found = reference(uri, "growth.base").model_dump()
+            return _with_hashes(fields | {"growth": growth | {"base": found}})
+        case {"trunk": str(uri)}:
+            return fields | {"trunk": reference(uri, "trunk").model_dump()}
+        case _:
+            return fields
+
+
+def reference(uri: str, field: str) -> CheckpointRef:
+    """The local checkpoint that is there now."""
+    _, found = read_manifest(local_path(uri, field))
+    return CheckpointRef(uri=uri, hash=found)
+
+
+def local_path(uri: str, field: str) -> Path:
+    """Path of a plain path or a file:// URI in `field`."""
+    parts = urlsplit(uri)
+    if parts.scheme not in ("", "file"):
+        raise ValueError(f"{field}.uri {uri} is not local; a path or a file:// URI works here")
+    return Path(unquote(parts.path) if parts.scheme else uri).expanduser()
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """`train.lr = -1: Input should be greater than 0`; for an unknown key, the known ones."""
+    if not problem["loc"]:  # of the whole: which fields are meant, the message says
+        return str(problem["msg"]).removeprefix("Value error, ")
+    *parents, name = problem["loc"]
+    where = ".".join(map(str, (*parents, name)))
+    if problem["type"] == "extra_forbidden":
+        return f"{where} is not a field; {', '.join(_fields_at(parents))} are"
+    if problem["type"] == "missing":
+        return f"{where} is required"
+    return f"{where} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _fields_at(parents: Sequence[int | str]) -> Sequence[str]:
+    model: type[BaseModel] = RunSpec
+    for name in parents:
+        annotation = model.model_fields[str(name)].annotation
+        choices: tuple[Any, ...] = getattr(annotation, "__args__", (annotation,))
+        model = next(c for c in choices if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(model.model_fields)
