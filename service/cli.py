@@ -132,6 +132,9 @@ def export_(
     output_format: Annotated[
         Literal["hf"], typer.Option("--format", help="hf: transformers loads it.")
     ] = "hf",
+    weights: Annotated[
+        Literal["raw", "ema", "swa"], typer.Option(help="The last ones, or an average of them.")
+    ] = "raw",
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
     ] = "float32",
@@ -145,7 +148,7 @@ def export_(
     from service import cli_convert
 
     assert output_format == "hf"
-    options = ["--out", str(out), "--dtype", dtype]
+    options = ["--out", str(out), "--weights", weights, "--dtype", dtype]
     options += ["--max-shard-bytes", str(max_shard_bytes)] if max_shard_bytes else []
     cli_convert.export(run, home, options, as_json=as_json)
 

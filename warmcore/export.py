@@ -17,7 +17,8 @@ from warmcore.hf_config import CONFIG, Dtype, as_json, generation_config, llama_
 from warmcore.hf_tensors import folded_factor, hf_name
 from warmcore.hf_tokenizer import tokenizer_of
 from warmcore.model import parameter_shapes
-from warmcore.tensors import TensorInfo, TensorStream, is_finite, write_tensors
+from warmcore.spec import BaseWeights, ModelSpec
+from warmcore.tensors import TensorFile, TensorInfo, TensorStream, is_finite, write_tensors
 
 DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
@@ -45,6 +46,7 @@ def export_hf(
     checkpoint: Path,
     out: Path,
     *,
+    weights: BaseWeights = "raw",
     dtype: Dtype = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     expected_hash: str | None = None,
@@ -52,13 +54,14 @@ def export_hf(
     """Write the folder `out`: weights, configuration and tokenizer.
 
     Raises:
-        ValueError: `out` is there already, or a weight is beyond the range of `dtype`.
+        ValueError: `out` is there already, the checkpoint has no such weights, or a weight is
+            beyond the range of `dtype`.
         CheckpointCorruptError: a file differs from its hash.
     """
     check_free(out)
     source = open_checkpoint(checkpoint, expected_hash=expected_hash)
     with written_whole(out) as aside:
-        _write_weights(source, aside, DTYPES[dtype], max_shard_bytes)
+        _write_weights(source, weights, aside, DTYPES[dtype], max_shard_bytes)
         for name, content in _texts(source, checkpoint, dtype).items():
             (aside / name).write_bytes(content)
     files = sorted(out.iterdir())
@@ -89,8 +92,13 @@ def _texts(source: OpenCheckpoint, checkpoint: Path, dtype: Dtype) -> Mapping[st
 
 
 def _write_weights(
-    source: OpenCheckpoint, folder: Path, dtype: torch.dtype, max_shard_bytes: int
+    source: OpenCheckpoint,
+    which: BaseWeights,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
 ) -> None:
+    weights = source.weights_named(which)
     shapes = parameter_shapes(source.manifest.model)
     infos = {name: TensorInfo(dtype=dtype, shape=tuple(s)) for name, s in shapes.items()}
     shards = list(_shards(infos, max_shard_bytes))
@@ -99,7 +107,7 @@ def _write_weights(
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else WEIGHTS
         stream = TensorStream(
             layout={hf_name(name): infos[name] for name in names},
-            tensors=_folded(source, names, dtype),
+            tensors=_folded(weights, source.manifest.model, names, dtype),
         )
         write_tensors(folder / file, stream, metadata=_METADATA)
         weight_map |= dict.fromkeys(stream.layout, file)
@@ -122,11 +130,10 @@ def _shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> Iterator[list[st
 
 
 def _folded(
-    source: OpenCheckpoint, names: list[str], dtype: torch.dtype
+    weights: TensorFile, model: ModelSpec, names: list[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    model = source.manifest.model
     for name in names:
-        tensor = source.weights[name]
+        tensor = weights[name]
         folded = tensor.mul_(folded_factor(name, model)).to(dtype)
         if not is_finite(folded):
             raise ValueError(

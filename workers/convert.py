@@ -26,7 +26,7 @@ from warmcore.export import MAX_SHARD_BYTES, export_hf
 from warmcore.flops import count_params
 from warmcore.hf_config import Dtype
 from warmcore.importer import import_hf
-from warmcore.spec import CheckpointRef, ModelSpec
+from warmcore.spec import AverageName, CheckpointRef, ModelSpec
 from workers import artifacts
 
 DONE, DAMAGED, REFUSED = 0, 1, 2
@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("checkpoint", help="URI, or the folder of a checkpoint or of a local run")
     export.add_argument("--hash", help="of the checkpoint; needed where it is not local")
     export.add_argument("--out", type=Path, required=True)
+    export.add_argument("--weights", choices=["raw", *get_args(AverageName)], default="raw")
     export.add_argument("--dtype", choices=get_args(Dtype), default="float32")
     export.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES)
     export.set_defaults(convert=_export, describe=_describe_export)
@@ -74,6 +75,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
         exported = export_hf(
             checkpoint,
             options.out,
+            weights=options.weights,
             dtype=options.dtype,
             max_shard_bytes=options.max_shard_bytes,
             expected_hash=ref.hash,
@@ -81,6 +83,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "path": str(exported.path),
         "checkpoint": ref.model_dump(),
+        "weights": options.weights,
         "dtype": options.dtype,
         "files": exported.files,
         "num_bytes": exported.num_bytes,

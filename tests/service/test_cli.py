@@ -216,9 +216,11 @@ def test_a_run_s_final_checkpoint_is_exported(warmscale, spec_file, worker, beca
     (checkpoint,) = json.loads(warmscale("run", "show", lease.run_id, "--json").stdout)[
         "checkpoints"
     ]
-    warmscale("export", lease.run_id, "--out", "hf", "--dtype", "bfloat16", "--json")
+    warmscale(
+        "export", lease.run_id, "--out", "hf", "--weights", "ema", "--dtype", "bfloat16", "--json"
+    )
     source = [checkpoint["uri"], "--hash", checkpoint["hash"]]
-    options = ["--out", "hf", "--dtype", "bfloat16"]
+    options = ["--out", "hf", "--weights", "ema", "--dtype", "bfloat16"]
     assert became == [["-m", "workers.convert", "--json", "export", *source, *options]]
 
 
@@ -226,7 +228,7 @@ def test_folders_are_converted_without_a_service(tmp_path, became):
     folder = str(tmp_path)
     runner.invoke(app, ["export", folder, "--out", "hf", "--max-shard-bytes", "9"])
     runner.invoke(app, ["import", folder, "--out", "s3://bucket/base"])
-    options = ["--out", "hf", "--dtype", "float32", "--max-shard-bytes", "9"]
+    options = ["--out", "hf", "--weights", "raw", "--dtype", "float32", "--max-shard-bytes", "9"]
     convert = ["-m", "workers.convert"]
     assert became == [
         [*convert, "export", folder, *options],

@@ -7,11 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import nn
 
 from warmcore.averages import Averages
 from warmcore.checkpoint import load_checkpoint
 from warmcore.evaluate import val_loss_nats
+from warmcore.export import WEIGHTS, export_hf
+from warmcore.hf_tensors import folded_factor, hf_name
 from warmcore.model import Decoder
 from warmcore.optim import optimizer_tensors
 from warmcore.spec import CheckpointRef, GrowthSpec, TrainSpec
@@ -163,6 +166,16 @@ def test_growing_an_average_that_the_base_does_not_have_is_refused(run_spec, cor
     for name, found in (("ema", "raw"), ("swa", "raw")):
         with pytest.raises(ValueError, match=f"no {name} weights, but {found}"):
             grown(run_spec, corpus, saved, name)
+
+
+@pytest.mark.parametrize("name", ["ema", "swa"])
+def test_an_average_is_exported_in_place_of_the_weights(name, averaged, tmp_path):
+    training, _, _, saved = averaged
+    export_hf(saved.path, tmp_path / "theirs", weights=name)
+    theirs = load_file(tmp_path / "theirs" / WEIGHTS)
+    for key, tensor in training.averages.tensors[name].items():
+        scale = folded_factor(key, training.spec.model)
+        assert torch.equal(theirs[hf_name(key)], tensor * scale)
 
 
 @pytest.mark.parametrize("field", [{"ema_half_life": 0}, {"ema_half_life": 1},
