@@ -116,13 +116,7 @@ def _import(options: argparse.Namespace) -> dict[str, Any]:
     assert model is not None
     path = artifacts.local_path(options.out)
     uri = options.out if path is None else path.resolve().as_uri()
-    return {
-        "uri": uri,
-        "hash": saved.hash,
-        "num_bytes": saved.num_bytes,
-        "num_params": count_params(model).total,
-        "model": model.model_dump(),
-    }
+    return {"uri": uri, "hash": saved.hash, "model": model.model_dump()}
 
 
 def _describe_export(done: dict[str, Any]) -> str:
@@ -133,7 +127,8 @@ def _describe_import(done: dict[str, Any]) -> str:
     """What a spec takes: the base, and the model, of which a target is a wider or deeper one."""
     base = {"uri": done["uri"], "hash": done["hash"]}
     lines = yaml.safe_dump({"growth": {"base": base}, "model": done["model"]}, sort_keys=False)
-    note = f"# {done['num_params']:,} parameters; for a target, widen or deepen model"
+    num_params = count_params(ModelSpec.model_validate(done["model"])).total
+    note = f"# {num_params:,} parameters; for a target, widen or deepen model"
     return f"{note}\n{lines.rstrip()}"
 
 

@@ -14,9 +14,9 @@ _NONE = "no trial succeeded"
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """What growth starts from: a published checkpoint, and the parameters it was trained with."""
+    """What growth starts from, and the parameters to train with; None: it was imported."""
 
-    checkpoint_id: int
+    checkpoint_id: int | None
     checkpoint: CheckpointRef
     params: dict[str, Any]
 

@@ -401,12 +401,24 @@ class EnqueueRequest(Message):
 RowNumber = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+class ImportedBase(Message):
+    """A model that was trained elsewhere, as `warmscale import --json` prints it."""
+
+    uri: str = Field(min_length=1)
+    hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+    model: ModelSpec
+
+
 class TargetRequest(Message):
-    """Start a warmstart by hand: from a trial or a checkpoint, to a target."""
+    """Start a warmstart by hand: from a trial, a checkpoint or an imported model, to a target."""
 
     trial: RowNumber | None = Field(default=None, description="trial number; None: the best trial")
     checkpoint: RowNumber | None = Field(
         default=None, description="checkpoint id, instead of a trial"
+    )
+    base: ImportedBase | None = Field(
+        default=None,
+        description="imported model, instead of a trial; trained with the best trial's parameters",
     )
     target: TargetSpec
     warmstart: WarmstartSpec | None = Field(default=None, description="None: the study's")

