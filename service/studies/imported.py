@@ -32,9 +32,10 @@ def check_imported(spec: StudySpec, model: ModelSpec, warmstart: WarmstartSpec) 
     if model.vocab_size < tuned.vocab_size:
         message = f"the study's tokens go to {tuned.vocab_size}; that or more would work"
         raise FieldError(f"{_PLACE}.vocab_size", model.vocab_size, message)
-    if warmstart.optimizer_state != "reset":
-        message = "an imported model has no optimizer state; reset works"
-        raise FieldError("warmstart.optimizer_state", warmstart.optimizer_state, message)
+    for name, works in (("optimizer_state", "reset"), ("base_weights", "raw")):
+        if (value := getattr(warmstart, name)) != works:
+            message = f"an imported model has its weights and nothing else; {works} works"
+            raise FieldError(f"warmstart.{name}", value, message)
 
 
 def tuned_params(params: dict[str, Any]) -> dict[str, Any]:

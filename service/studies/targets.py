@@ -46,12 +46,7 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
     try:
         base_model = _base_model(spec, base_run, request, warmstart)
         model = grown_model(base_model, request.target, warmstart, "target")
-        train = overridden_train(spec.train, request.target, "target")
-        if base_run is not None:
-            trained = RunSpec.model_validate(base_run.spec).train
-            check_optimizers(warmstart, trained, train, "target")
         check_alone(request.target.budgets, request.target.train, "target")
-        check_base_weights(warmstart, trained.train)
     except FieldError as error:
         raise bad_field(error.path, error.value, str(error)) from None
     pairs = _pairs(spec, warmstart, base)
@@ -91,11 +86,16 @@ def _pairs(spec: StudySpec, warmstart: WarmstartSpec, base: Base) -> list[NewTar
 def _base_model(
     spec: StudySpec, run: Run | None, request: TargetRequest, warmstart: WarmstartSpec
 ) -> ModelSpec:
-    if run is not None:
-        return RunSpec.model_validate(run.spec).model
-    assert request.base is not None
-    check_imported(spec, request.base.model, warmstart)
-    return request.base.model
+    """The model to grow; a FieldError where it, or what was trained with it, cannot go on."""
+    train = overridden_train(spec.train, request.target, "target")
+    if run is None:
+        assert request.base is not None
+        check_imported(spec, request.base.model, warmstart)
+        return request.base.model
+    trained = RunSpec.model_validate(run.spec)
+    check_optimizers(warmstart, trained.train, train, "target")
+    check_base_weights(warmstart, trained.train)
+    return trained.model
 
 
 def _base(session: Session, study: Study, request: TargetRequest) -> tuple[Run | None, Base]:

@@ -276,12 +276,13 @@ def test_an_imported_model_that_the_study_did_not_tune_for_is_refused(
     assert said in field["message"]
 
 
-def test_an_imported_model_has_no_optimizer_state_and_is_the_only_base(api, for_imported):
+def test_an_imported_model_has_weights_and_nothing_else_and_is_the_only_base(api, for_imported):
     path = f"/v1/studies/{for_imported()['id']}/targets"
     body = {"base": IMPORTED, "target": {"width": 96}}
-    warmstart = {"operator": "clone", "optimizer_state": "transfer"}
-    refused = problem(api.client.post, path, body | {"warmstart": warmstart})
-    assert refused.problem["errors"][0]["path"] == "warmstart.optimizer_state"
+    for name, value in (("optimizer_state", "transfer"), ("base_weights", "ema")):
+        warmstart = {"operator": "clone", name: value}
+        refused = problem(api.client.post, path, body | {"warmstart": warmstart})
+        assert refused.problem["errors"][0]["path"] == f"warmstart.{name}"
     refused = problem(api.client.post, path, body | {"trial": 0})
     assert refused.problem["errors"][0]["message"] == "give one of trial and base"
 
