@@ -75,6 +75,19 @@ CASES = [
         warmstart={"base_weights": "ema"}),
     bad("data.source", "/no/such/file", "/no/such/file", data={"source": "/no/such/file"}),
     bad("data.tokenizer", "gpt2", "byte", data={"source": "stdlib", "tokenizer": "gpt2"}),
+    bad("data.tokenizer", "bpe:256", "bpe:257", data={"source": "stdlib", "tokenizer": "bpe:256"}),
+    bad("data.tokenizer", "/no/tokenizer.json", "No such file",
+        data={"source": "stdlib", "tokenizer": "/no/tokenizer.json"}),
+    bad("data.tokenizer", "none", "bpe:N",
+        data={"source": "stdlib", "tokenizer": "none", "vocab_size": 9}),
+    bad("data.vocab_size", None, "how many", data={"source": "stdlib", "tokenizer": "none"}),
+    bad("data.vocab_size", 9, "not the 512 of tokenizer bpe:512",
+        data={"source": "stdlib", "tokenizer": "bpe:512", "vocab_size": 9}),
+    bad("proxy.vocab_size", 256, "the 512 of tokenizer bpe:512",
+        data={"source": "stdlib", "tokenizer": "bpe:512"},
+        proxy={"width": 32, "depth": 1, "head_dim": 16, "vocab_size": 256}),
+    bad("data.source", "hf:no/such", "load_dataset('no/such', split='train')",
+        data={"source": "hf:no/such"}),
     bad("train.warmup_fraction", 1.5, "less than 1", train={"warmup_fraction": 1.5}),
     bad("search_space.warmup_fraction", 0.9, "exceed 1", search_space=lr() | {
         "warmup_fraction": {"type": "float", "low": 0.1, "high": 0.9}}),
@@ -156,6 +169,25 @@ def test_a_corpus_shorter_than_one_context_is_refused_with_both_numbers(api, stu
     (tmp_path / "short.txt").write_text("x" * 40)
     message = corpus_problem(api, study_spec, tmp_path / "short.txt")
     assert "65" in message
+
+
+def data_problem(api, study_spec, **data):
+    with pytest.raises(ServiceError) as refused:
+        api.client.post("/v1/studies", study_spec(data={"context": 64} | data))
+    (field,) = refused.value.problem["errors"]
+    return refused.value.status, field["path"], field["message"]
+
+
+def test_what_data_files_lack_is_named_with_the_field_to_change(api, study_spec, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    (tmp_path / "a.bin").write_bytes(b"\0" * 4000)
+    status, path, message = data_problem(api, study_spec, source=str(tmp_path / "a.jsonl"))
+    assert (status, path) == (422, "data.text_field")
+    assert "a.jsonl:1: no 'text' in this record; its keys are: body" in message
+    tokens = {"source": str(tmp_path / "a.bin")}
+    assert data_problem(api, study_spec, **tokens)[:2] == (422, "data.tokenizer")
+    named = tokens | {"tokenizer": "none", "vocab_size": 9}
+    assert data_problem(api, study_spec, **named)[:2] == (422, "data.token_dtype")
 
 
 def test_phases_that_fit_alone_but_not_together_are_refused(api, study_spec):

@@ -1,9 +1,12 @@
 """Studies from submission to verdict, driven by hand: states, targets, reading."""
 
+import hashlib
+
 import httpx
 import pytest
 
 from service.client import ServiceError
+from warmcore.tokenizer import byte_json
 
 
 def problem(call, *args, **kwargs):
@@ -381,3 +384,23 @@ def test_an_answer_is_committed_before_it_is_sent(api, study_spec):
     for _ in range(20):
         study = api.client.post("/v1/studies", study_spec())
         assert api.client.get(f"/v1/studies/{study['id']}")["id"] == study["id"]
+
+
+def test_a_study_is_pinned_to_its_tokenizer_and_its_vocabulary_follows(
+    api, study_spec, worker, tmp_path
+):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(byte_json())
+    data = study_spec()["data"] | {"tokenizer": str(path)}
+    api.client.post("/v1/studies", study_spec(data=data))
+    run = worker.one().spec
+    assert (run.data.vocab_size, run.model.vocab_size) == (256, 256)
+    assert run.data.tokenizer_hash == hashlib.sha256(byte_json()).hexdigest()
+    assert len(run.data.hash) == 64
+
+
+def test_the_vocabulary_of_bpe_reaches_trials_and_targets(api, study_spec, worker):
+    data = study_spec()["data"] | {"tokenizer": "bpe:300"}
+    api.client.post("/v1/studies", study_spec(data=data, hpo={"trials": 1}))
+    run_trials(worker, [2.5])
+    assert worker.one().spec.model.vocab_size == 300

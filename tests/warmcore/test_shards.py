@@ -1,0 +1,166 @@
+"""Token files: read where they lie, checked, and divided by blocks."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from warmcore import data as data_module
+from warmcore.batches import read_windows
+from warmcore.data import prepare
+from warmcore.inspection import look
+from warmcore.spec import DataSpec
+from warmcore.tokenizer import byte_json
+
+CONTEXT = 8
+VOCAB = 1000
+
+
+def spec_of(source, **fields):
+    fields = {"tokenizer": "none", "vocab_size": VOCAB, "context": CONTEXT} | fields
+    return DataSpec(source=str(source), **fields)
+
+
+def ids(seed, num_tokens, dtype="uint16"):
+    return np.random.default_rng(seed).integers(0, VOCAB, num_tokens).astype(dtype)
+
+
+def save(path, tokens):
+    if path.suffix == ".npy":
+        np.save(path, tokens)
+    else:
+        path.write_bytes(tokens.tobytes())
+
+
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=4),
+    st.sampled_from(["uint16", "uint32"]),
+    st.sampled_from([".npy", ".bin"]),
+    st.floats(0.02, 0.5),
+)
+def test_each_token_is_on_one_side_in_blocks_of_its_file(
+    tmp_path_factory, sizes, dtype, suffix, fraction
+):
+    folder = tmp_path_factory.mktemp("shards")
+    shards = [ids(number, size, dtype) for number, size in enumerate([400, *sizes])]
+    for number, shard in enumerate(shards):
+        save(folder / f"{number}{suffix}", shard)
+    spec = spec_of(folder, val_fraction=fraction, token_dtype=dtype)
+    corpus = prepare(spec, folder.parent / f"{folder.name}-cache")
+    places = [
+        (block.path.stem, (block.offset + k * np.dtype(dtype).itemsize))
+        for side in (corpus.train, corpus.val)
+        for block in side.blocks
+        for k in range(block.num_tokens)
+    ]
+    assert len(set(places)) == len(places) == sum(map(len, shards))
+    train, val = (read_windows(side, np.arange(1), len(side) - 1) for side in sides(corpus))
+    every = np.sort(np.concatenate([train.numpy().ravel(), val.numpy().ravel()]))
+    assert np.array_equal(every, np.sort(np.concatenate(shards)))
+
+
+def sides(corpus):
+    return corpus.train, corpus.val
+
+
+def test_a_block_that_occurs_twice_is_on_one_side(tmp_path):
+    tokens = ids(0, 900)
+    for name in ("a.npy", "b.npy"):
+        save(tmp_path / name, tokens)
+    corpus = prepare(spec_of(tmp_path), tmp_path / "cache")
+    train, val = ({block.hash for block in side.blocks} for side in sides(corpus))
+    assert not train & val
+    assert corpus.num_train_tokens + corpus.num_val_tokens == 900
+
+
+def test_windows_across_blocks_are_those_of_the_tokens_laid_end_to_end(tmp_path):
+    save(tmp_path / "a.npy", ids(0, 5000))
+    corpus = prepare(spec_of(tmp_path / "a.npy"), tmp_path / "cache")
+    laid = np.concatenate([block.ids for block in corpus.train.blocks])
+    windows = np.array([0, 3, (len(laid) - 1) // CONTEXT - 1])
+    assert len(corpus.train.blocks) > 10
+    found = read_windows(corpus.train, windows, CONTEXT)
+    assert np.array_equal(found, read_windows(laid, windows, CONTEXT))
+
+
+def test_shards_are_mapped_and_neither_copied_nor_read_twice(tmp_path, monkeypatch):
+    save(tmp_path / "a.bin", ids(0, 100_000))
+    spec, cache = spec_of(tmp_path / "a.bin", token_dtype="uint16"), tmp_path / "cache"  # noqa: S106
+    before = prepare(spec, cache)
+    assert sum(file.stat().st_size for file in cache.iterdir()) < 100_000  # of 200 000
+    assert not before.train.blocks[0].ids.flags.owndata
+    assert look(spec).data_hash == before.data_hash
+    data_module._open_shards.cache_clear()
+    monkeypatch.setattr(data_module.shards, "split_shards", None)
+    again = prepare(spec, cache)
+    assert again.data_hash == before.data_hash
+    assert np.array_equal(again.train.blocks, before.train.blocks)
+
+
+def test_the_tokenizer_that_made_the_shards_says_the_vocabulary(tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(byte_json())
+    save(tmp_path / "a.npy", ids(0, 5000) % 256)
+    named = spec_of(tmp_path / "a.npy", tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=None)
+    corpus = prepare(named, tmp_path / "cache")
+    assert (corpus.vocab_size, corpus.tokenizer_json) == (256, byte_json())
+    nobody = prepare(spec_of(tmp_path / "a.npy"), tmp_path / "cache")
+    assert (nobody.tokenizer, nobody.vocab_size) == (None, VOCAB)
+
+
+def problem(source, **fields):
+    with pytest.raises(ValueError) as caught:
+        look(spec_of(source, **fields))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.bin"])
+def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path, name):
+    tokens = ids(0, 5000)
+    tokens[4321] = VOCAB
+    save(tmp_path / name, tokens)
+    message = problem(tmp_path / name, token_dtype="uint16")  # noqa: S106 - no password
+    assert f"{name} holds id 1000 at token 4321, beyond vocab_size 1000; at least 1001" in message
+
+
+def cut_npy():
+    file = io.BytesIO()
+    np.save(file, ids(0, 500))
+    return file.getvalue()[:-2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.bin", b"\0" * 100, "has no header; token_dtype: uint16 or uint32"),
+        ("a.npy", b"\0" * 100, "is no .npy file"),
+        ("a.npy", cut_npy(), "ends before the 500 tokens that its header names"),
+        ("a.npy", np.zeros((9, 9), "uint16"), "one dimension of little-endian uint16 or uint32"),
+        ("a.npy", np.zeros(99, "int64"), "one dimension of little-endian uint16 or uint32"),
+        ("a.npy", np.zeros(99, ">u2"), "one dimension of little-endian uint16 or uint32"),
+        ("a.npy", np.zeros(5, "uint16"), "each need at least context + 1 = 9"),
+    ],
+)
+def test_a_file_that_is_no_shard_is_refused_with_what_would_work(tmp_path, name, content, message):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        np.save(tmp_path / name, content)
+    assert message in problem(tmp_path / name)
+
+
+def test_tokens_need_who_made_them_and_do_not_mix_with_text(tmp_path):
+    save(tmp_path / "a.npy", ids(0, 500))
+    message = problem(tmp_path, tokenizer="byte", vocab_size=None)
+    assert "holds tokens, which tokenizer byte did not make" in message
+    (tmp_path / "meta.json").write_text(json.dumps({}))
+    assert "a glob such as shards/*.npy takes one of them" in problem(tmp_path)
+    assert "holds text" in problem(tmp_path / "meta.json")
+    (tmp_path / "b.npy").write_bytes((tmp_path / "a.npy").read_bytes())
+    save(tmp_path / "c.npy", ids(0, 500, "uint32"))
+    assert "mixes uint16" in problem(tmp_path / "*.npy")
+    assert problem(tmp_path / "a.bin", token_dtype="uint16").endswith("or hf:NAME")  # noqa: S106
+    with pytest.raises(ValueError, match="tokenizer none says nothing of the ids"):
+        spec_of(tmp_path, vocab_size=None)
