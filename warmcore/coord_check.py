@@ -17,6 +17,7 @@ from statistics import fmean
 import torch
 from torch import Generator, Tensor
 
+from warmcore import fused
 from warmcore.batches import train_batch
 from warmcore.coordinates import KINDS, Axis, AxisCheck, Kind
 from warmcore.data import Tokens
@@ -85,7 +86,8 @@ def activation_sizes(setup: Setup, spec: ModelSpec, seed: int) -> list[Sizes]:
             batch_size=setup.train.batch_size,
             context=setup.context,
         )
-        loss = loss_nats(model, batch.to(setup.device))
+        with fused.off():  # or only the blocks would have outputs
+            loss = loss_nats(model, batch.to(setup.device))
         measured.append(_finite(read(), spec, step))
         if step < setup.num_steps:
             optimizer.zero_grad()

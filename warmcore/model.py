@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.utils.checkpoint import checkpoint
 
 from warmcore.blocks import fill_, row_blocks
+from warmcore import fused
 from warmcore.mup import fresh_, multipliers, role_of
 from warmcore.spec import ModelSpec
 
@@ -57,25 +58,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, gain.shape, gain, self.eps)
 
 
-def rope_tables(head_dim: int, context: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines [T, H] and signed sines [T, H] of t * theta^(-2i/H), arXiv 2104.09864.
+def rope_table(num_heads: int, head_dim: int, context: int, theta: float) -> Tensor:
+    """Cosines and sines of t * theta^(-2i/H), arXiv 2104.09864, as [3, T, N, H].
 
     Halves are rotated, not neighbours: feature i pairs with i + H/2, as in Llama checkpoints. So
     are angles rounded to float32: exact ones move logits by 4e-4 at position 4096 (docs/log.md).
+    The three are cosines; sines that go to the first half; sines that go to the second. Repeated
+    for every head, so that a row of activations meets one contiguous row.
     """
     # On the CPU also where shapes alone are asked for: `arange` on the meta device imports 80 MB.
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     positions = torch.arange(context, dtype=torch.float32, device="cpu")
     angle = torch.outer(positions, 1.0 / theta ** (pairs / head_dim))
-    cos_TH = torch.cat((angle.cos(), angle.cos()), dim=-1)
-    sin_TH = torch.cat((-angle.sin(), angle.sin()), dim=-1)
-    return cos_TH, sin_TH
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    halves = ((cos, cos), (-sin, zero), (zero, sin))
+    table_3TH = torch.stack([torch.cat(pair, dim=-1) for pair in halves])
+    return table_3TH[:, :, None].repeat(1, 1, num_heads, 1)
 
 
-def rotate(x_BNTH: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
+def rotate(x_BTNH: Tensor, table_3TNH: Tensor) -> Tensor:
     """(a, b) -> (a cos - b sin, b cos + a sin) with a, b the halves of the last axis."""
-    a, b = x_BNTH.chunk(2, dim=-1)
-    return torch.addcmul(x_BNTH * cos_TH, torch.cat((b, a), dim=-1), sin_TH)
+    a, b = x_BTNH.chunk(2, dim=-1)
+    cos, to_first, to_second = table_3TNH[:, :, : x_BTNH.shape[2]]
+    return torch.addcmul(x_BTNH * cos, torch.cat((b, a), dim=-1), to_first + to_second)
 
 
 class Attention(nn.Module):
@@ -92,16 +97,21 @@ class Attention(nn.Module):
         self.o = Linear(spec.width, spec.width)
 
     def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim))
 
-    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-        q_BNTH = rotate(self.heads(self.q(x_BTD)), cos_TH, sin_TH)
-        k_BKTH = rotate(self.heads(self.k(x_BTD)), cos_TH, sin_TH)
-        v_BKTH = self.heads(self.v(x_BTD))
+    def forward(self, x_BTD: Tensor, rope_3TNH: Tensor) -> Tensor:
+        q_BTNH = rotate(self.heads(self.q(x_BTD)), rope_3TNH)
+        k_BTKH = rotate(self.heads(self.k(x_BTD)), rope_3TNH)
+        return self.o(self.attend(q_BTNH, k_BTKH, self.heads(self.v(x_BTD))))
+
+    def attend(self, *qkv: Tensor) -> Tensor:
         y_BNTH = F.scaled_dot_product_attention(
-            q_BNTH, k_BKTH, v_BKTH, is_causal=True, scale=self.scale, enable_gqa=self.is_grouped
+            *(x.transpose(1, 2) for x in qkv),
+            is_causal=True,
+            scale=self.scale,
+            enable_gqa=self.is_grouped,
         )
-        return self.o(y_BNTH.transpose(1, 2).flatten(2))
+        return y_BNTH.transpose(1, 2).flatten(2)
 
 
 class FeedForward(nn.Module):
@@ -128,17 +138,32 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(spec.width, spec.norm_eps)
         self.ffn = FeedForward(spec)
 
-    def forward(self, x_BTD: Tensor, cos_TH: Tensor, sin_TH: Tensor) -> Tensor:
-        y_BTD = self.attention(self.attention_norm(x_BTD), cos_TH, sin_TH)
+    def forward(self, x_BTD: Tensor, rope_3TNH: Tensor) -> Tensor:
+        if fused.is_for(x_BTD):
+            return self._fused(x_BTD, rope_3TNH)
+        y_BTD = self.attention(self.attention_norm(x_BTD), rope_3TNH)
         x_BTD = torch.add(x_BTD, y_BTD, alpha=self.residual)
         return torch.add(x_BTD, self.ffn(self.ffn_norm(x_BTD)), alpha=self.residual)
 
+    def _fused(self, x_BTD: Tensor, rope_3TNH: Tensor) -> Tensor:
+        attention, norm = self.attention, self.attention_norm
+        weights = (m.weight for m in (attention.q, attention.k, attention.v))
+        qkv = fused.normed_projections(x_BTD, norm.weight, norm.eps, rope_3TNH, *weights)
+        y_BTD = attention.attend(*(attention.heads(x) for x in qkv))
+        x_BTD = fused.add_projection(x_BTD, y_BTD, attention.o.weight, scale=self.residual)
+        ffn, norm = self.ffn, self.ffn_norm
+        weights = (m.weight for m in (ffn.gate, ffn.up, ffn.down))
+        return fused.add_swiglu(x_BTD, norm.weight, norm.eps, *weights, scale=self.residual)
+
 
 class Decoder(nn.Module):
-    """Tokens [B, T] to logits [B, T, V], for T up to `context`. Uninitialised: see `init_`."""
+    """Tokens [B, T] to logits [B, T, V], for T up to `context`. Uninitialised: see `init_`.
 
-    rope_cos: Tensor
-    rope_sin: Tensor
+    With the tokens that should follow, [B, T]: to their mean cross entropy in nats, in float32 at
+    least.
+    """
+
+    rope: Tensor
 
     def __init__(
         self, spec: ModelSpec, *, context: int, activation_checkpointing: bool = False
@@ -150,28 +175,35 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.depth))
         self.final_norm = RMSNorm(spec.width, spec.norm_eps)
         self.unembedding = Linear(spec.width, spec.vocab_size)
-        cos_TH, sin_TH = rope_tables(spec.head_dim, context, spec.rope_theta)
-        self.register_buffer("rope_cos", cos_TH, persistent=False)
-        self.register_buffer("rope_sin", sin_TH, persistent=False)
+        rope_3TNH = rope_table(spec.num_heads, spec.head_dim, context, spec.rope_theta)
+        self.register_buffer("rope", rope_3TNH, persistent=False)
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.rope_cos.device
+        return self.rope.device
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        num_positions = tokens_BT.shape[1]
-        cos_TH, sin_TH = self.rope_cos[:num_positions], self.rope_sin[:num_positions]
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        rope_3TNH = self.rope[:, : tokens_BT.shape[1]]
         x_BTD = self.embedding(tokens_BT)
         if self.multipliers.embedding != 1.0:
             x_BTD = x_BTD * self.multipliers.embedding
         for block in self.blocks:
             if self.activation_checkpointing:
-                x_BTD = _recomputed(block, x_BTD, cos_TH, sin_TH)
+                x_BTD = _recomputed(block, x_BTD, rope_3TNH)
             else:
-                x_BTD = block(x_BTD, cos_TH, sin_TH)
+                x_BTD = block(x_BTD, rope_3TNH)
         # The logit multiplier rides on the final gain: D products instead of B*T*V.
-        return self.unembedding(self.final_norm(x_BTD, self.multipliers.logits))
+        scale = self.multipliers.logits
+        if targets_BT is None:
+            return self.unembedding(self.final_norm(x_BTD, scale))
+        if fused.is_for(x_BTD):
+            norm = self.final_norm
+            weights = (norm.weight * scale, norm.eps, self.unembedding.weight)
+            return fused.loss(x_BTD, *weights, targets_BT)
+        logits_BTV = self.unembedding(self.final_norm(x_BTD, scale))
+        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
 
 def _recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
@@ -204,6 +236,4 @@ def parameter_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
 
 def loss_nats(model: nn.Module, window_BT1: Tensor) -> Tensor:
     """Mean cross entropy of each next token, for windows [B, T + 1]; at least in float32."""
-    logits_BTV = model(window_BT1[:, :-1])
-    logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-    return F.cross_entropy(logits_BTV.flatten(0, 1), window_BT1[:, 1:].flatten())
+    return model(window_BT1[:, :-1], window_BT1[:, 1:])

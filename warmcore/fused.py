@@ -1,0 +1,221 @@
+"""Branches of the decoder with backward passes of their own, for float32 and float64 on a CPU.
+
+A small model on a CPU waits for memory: autograd's composites walk over, allocate and keep each
+activation several times. These walk over less, sum inside the products, and keep only what the
+backward pass cannot quickly make again. Elsewhere (CUDA, autocast, `torch.compile`, which fuse by
+themselves) and inside `off()` the modules' own compositions are used. Measured by
+`benchmarks/train_throughput.py`. Going through a branch in pieces that fit the cache gained nothing
+over whole tensors (docs/log.md), so only the logits, which can be large, are made in pieces.
+
+Shapes: B batch, T positions, D width, N heads, H head dim, F feed-forward width, V vocabulary; R
+rows, that is, B and T in one axis.
+"""
+# Shapes by suffix need capitals in names. A Function's signature is (context, anything).
+# ruff: noqa: N803, N806, ANN401, PLR0913
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812 - its name everywhere
+
+_DTYPES = (torch.float32, torch.float64)
+_IS_ON = ContextVar("fused", default=True)
+_LOGITS = 2**22  # so many at a time: 16 MB in float32
+
+Grads = tuple[Tensor | None, ...]
+
+
+def is_for(x: Tensor) -> bool:
+    """Whether activations are such that these functions should be used."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.is_cpu and x.dtype in _DTYPES and _IS_ON.get()
+
+
+@contextmanager
+def off() -> Generator[None]:
+    """Have the modules' own compositions used in this context, each with its own output."""
+    token = _IS_ON.set(False)
+    try:
+        yield
+    finally:
+        _IS_ON.reset(token)
+
+
+def normed_projections(
+    x_BTD: Tensor, gain_D: Tensor, eps: float, table_3TNH: Tensor, *qkv: Tensor
+) -> tuple[Tensor, ...]:
+    """W h for three weights [out, D], h = norm(x); the first two rotated by position."""
+    outs = _NormedProjections.apply(x_BTD, gain_D, eps, table_3TNH, *qkv)
+    return cast("tuple[Tensor, ...]", outs)
+
+
+def add_projection(x_BTD: Tensor, y_BTD: Tensor, weight: Tensor, *, scale: float) -> Tensor:
+    """x + scale W y."""
+    return torch.addmm(_rows(x_BTD), _rows(y_BTD), weight.t(), alpha=scale).view_as(x_BTD)
+
+
+def add_swiglu(
+    x_BTD: Tensor, gain_D: Tensor, eps: float, *gate_up_down: Tensor, scale: float
+) -> Tensor:
+    """x + scale down(silu(gate h) * up h), h = norm(x); arXiv 2002.05202."""
+    return cast("Tensor", _AddSwiGLU.apply(x_BTD, gain_D, eps, scale, *gate_up_down))
+
+
+def loss(
+    x_BTD: Tensor, gain_D: Tensor, eps: float, unembedding_VD: Tensor, targets_BT: Tensor
+) -> Tensor:
+    """Mean of -log softmax(W norm(x))[target], in nats."""
+    made = _Loss.apply(x_BTD, gain_D, eps, unembedding_VD, targets_BT, torch.is_grad_enabled())
+    return cast("Tensor", made)
+
+
+class _NormedProjections(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTD: Tensor, gain_D: Tensor, eps: float, table_3TNH: Tensor, *qkv: Tensor
+    ) -> tuple[Tensor, ...]:
+        inverse_R1 = _inverse_rms(_rows(x_BTD), eps)
+        ctx.save_for_backward(x_BTD, gain_D, inverse_R1, table_3TNH, *qkv)
+        h_RD = (_rows(x_BTD) * inverse_R1).mul_(gain_D)
+        q, k, v = (F.linear(h_RD, weight).view(*x_BTD.shape[:2], -1) for weight in qkv)
+        return _turned(q, table_3TNH, 1), _turned(k, table_3TNH, 1), v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        """Turn back; dh = sum_i dy_i W_i, dW_i = dy_i^T h; then through the norm."""
+        x_BTD, gain_D, inverse_R1, table_3TNH, *qkv = ctx.saved_tensors
+        dq, dk = (_turned(grad, table_3TNH, -1) for grad in grads[:2])
+        dys = [_rows(dy) for dy in (dq, dk, grads[2])]
+        n_RD = _rows(x_BTD) * inverse_R1
+        h_RD = n_RD * gain_D
+        dweights = [dy.t() @ h_RD for dy in dys]
+        dx_RD, dgain = _norm_backward(_sum_of_products(dys, qkv), n_RD, gain_D, inverse_R1)
+        return dx_RD.view_as(x_BTD), dgain, None, None, *dweights
+
+
+class _AddSwiGLU(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTD: Tensor, gain_D: Tensor, eps: float, scale: float, *weights: Tensor
+    ) -> Tensor:
+        gate, up, down = weights
+        x_RD = _rows(x_BTD)
+        inverse_R1 = _inverse_rms(x_RD, eps)
+        h_RD = (x_RD * inverse_R1).mul_(gain_D)
+        gate_RF, up_RF = F.linear(h_RD, gate), F.linear(h_RD, up)
+        ctx.save_for_backward(x_BTD, gain_D, inverse_R1, gate_RF, up_RF, *weights)
+        ctx.scale = scale
+        a_RF = F.silu(gate_RF).mul_(up_RF)
+        return torch.addmm(x_RD, a_RF, down.t(), alpha=scale).view_as(x_BTD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        """dx = dy + what comes through the branch; the norm and silu are made again."""
+        x_BTD, gain_D, inverse_R1, gate_RF, up_RF, gate, up, down = ctx.saved_tensors
+        dy_RD = _rows(grads[0])
+        silu_RF, da_RF = F.silu(gate_RF), _product(dy_RD, down, ctx.scale)
+        ddown = _product(dy_RD.t(), silu_RF * up_RF, ctx.scale)
+        dup_RF = silu_RF.mul_(da_RF)
+        dgate_RF = torch.ops.aten.silu_backward(da_RF.mul_(up_RF), gate_RF)
+        n_RD = _rows(x_BTD) * inverse_R1
+        h_RD = n_RD * gain_D
+        dgate, dup = dgate_RF.t() @ h_RD, dup_RF.t() @ h_RD
+        dh_RD = _sum_of_products([dgate_RF, dup_RF], [gate, up])
+        dx_RD, dgain = _norm_backward(dh_RD, n_RD, gain_D, inverse_R1)
+        return dx_RD.add_(dy_RD).view_as(x_BTD), dgain, None, None, dgate, dup, ddown
+
+
+class _Loss(Function):
+    """Logits never stand in memory as a whole, so gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_BTD: Tensor, gain_D: Tensor, eps: float, weight_VD: Tensor,
+        targets_BT: Tensor, is_training: bool,  # noqa: FBT001 - `apply` takes no keywords
+    ) -> Tensor:  # fmt: skip
+        x_RD, targets_R1 = _rows(x_BTD), targets_BT.reshape(-1, 1)
+        inverse_R1 = _inverse_rms(x_RD, eps)
+        n_RD = x_RD * inverse_R1
+        h_RD = n_RD * gain_D
+        dh_RD, dweight_VD = torch.empty_like(h_RD), torch.zeros_like(weight_VD)
+        total = x_BTD.new_zeros(())
+        for at in _pieces(x_RD, weight_VD):
+            logp_RV = torch.log_softmax(F.linear(h_RD[at], weight_VD), -1)
+            total -= logp_RV.gather(1, targets_R1[at]).sum()
+            if is_training:
+                d_RV = logp_RV.exp_().div_(len(x_RD))
+                minus = d_RV.new_full((), -1 / len(x_RD)).expand(len(d_RV), 1)
+                d_RV.scatter_add_(1, targets_R1[at], minus)
+                dweight_VD.addmm_(d_RV.t(), h_RD[at])
+                torch.mm(d_RV, weight_VD, out=dh_RD[at])
+        if is_training:
+            dx_RD, dgain = _norm_backward(dh_RD, n_RD, gain_D, inverse_R1)
+            ctx.save_for_backward(dx_RD.view_as(x_BTD), dgain, dweight_VD)
+        return total.div_(len(x_RD))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Grads:
+        """What the forward pass has made, times the gradient of the loss."""
+        dx_BTD, dgain, dweight_VD = (made * grads[0] for made in ctx.saved_tensors)
+        return dx_BTD, dgain, None, dweight_VD, None, None
+
+
+def _inverse_rms(x_RD: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps), [R, 1]."""
+    norm_R1 = torch.linalg.vector_norm(x_RD, dim=-1, keepdim=True)
+    return norm_R1.square_().div_(x_RD.shape[-1]).add_(eps).rsqrt_()
+
+
+def _norm_backward(
+    dh_RD: Tensor, n_RD: Tensor, gain_D: Tensor, inverse_R1: Tensor
+) -> tuple[Tensor, Tensor]:
+    """dx = r (g dh - n mean(g dh n)) and dg = sum_R dh n, for h = g n, n = x r. Over dh and n."""
+    product_RD = dh_RD * n_RD
+    mean_R1 = (product_RD @ gain_D).div_(len(gain_D)).unsqueeze(-1)
+    dx_RD = dh_RD.mul_(gain_D).sub_(n_RD.mul_(mean_R1)).mul_(inverse_R1)
+    return dx_RD, product_RD.sum(0)
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+
+
+def _sum_of_products(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
+    total = dys[0] @ weights[0]
+    for dy, weight in zip(dys[1:], weights[1:], strict=True):
+        total.addmm_(dy, weight)
+    return total
+
+
+def _turned(y_BTD: Tensor, table_3TNH: Tensor, sign: int) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each head; -1 turns back.
+
+    One walk over all positions and heads: what a head's end meets of its neighbour is times zero.
+    """
+    half = table_3TNH.shape[-1] // 2
+    num_heads = y_BTD.shape[-1] // table_3TNH.shape[-1]
+    cos, to_first, to_second = table_3TNH[:, :, :num_heads].flatten(1)
+    y_flat = y_BTD.reshape(len(y_BTD), -1)
+    out = y_flat * cos
+    out[:, half:].addcmul_(y_flat[:, :-half], to_second[half:], value=sign)
+    out[:, :-half].addcmul_(y_flat[:, half:], to_first[:-half], value=sign)
+    return out.view(y_BTD.shape)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _pieces(rows: Tensor, weight_VD: Tensor) -> list[slice]:
+    size = max(1, _LOGITS // len(weight_VD))
+    return [slice(at, at + size) for at in range(0, len(rows), size)]
