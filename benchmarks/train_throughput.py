@@ -1,103 +1,80 @@
-"""Training throughput against transformers' LlamaForCausalLM, in the same run.
+"""Training throughput and memory against transformers' LlamaForCausalLM, in the same run.
 
-Same shapes, batch, optimizer (fused AdamW), clipping, threads and precision; the two take turns, a
-few steps each, so that both see the same machine. Prints the median of each and of their ratios.
+Same shapes, batch, optimizer (fused AdamW), clipping, threads, precision (float32) and eager mode.
+Each side is a process of its own, so that its peak memory is its own; they take turns, a few steps
+each, so that all see the same machine. `ours, shipped` has the allocator settings that a fleet
+gives its worker processes; `ours` has glibc's, as `transformers` has.
 
-    python benchmarks/train_throughput.py [--threads 1] [--rounds 15]
+    python benchmarks/train_throughput.py [--threads 1] [--rounds 15] [--sizes 32x2 64x4 256x4]
+
+Prints medians, ratios of paired turns, peak memory above that of the imports, and where a step of
+ours goes: its matrix products timed alone in the same run, which is the arithmetic limit, and the
+rest.
 """
 
 import argparse
+import json
+import os
 import statistics
-import time
-from collections.abc import Callable
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
-from transformers import LlamaConfig, LlamaForCausalLM
+from workers.environment import ALLOCATOR
 
-from warmcore.model import Decoder, init_, loss_nats
-from warmcore.optim import build_optimizer, clip_
-from warmcore.spec import ModelSpec, TrainSpec
-
-Step = Callable[[], float]
-
-CONTEXT = 128
-BATCH = 16
-SIZES = ((32, 2), (64, 4), (256, 4))
-STEPS_PER_TURN = 5
+SIDES = ("ours, shipped", "ours", "transformers")
 
 
-def ours(spec: ModelSpec, window: Tensor) -> Step:
-    model = init_(Decoder(spec, context=CONTEXT), spec, torch.Generator().manual_seed(0))
-    optimizer = build_optimizer(model.named_parameters(), spec, TrainSpec())
+class Side:
+    """A process that trains when it is asked to."""
 
-    def step() -> float:
-        optimizer.zero_grad()
-        loss = loss_nats(model, window)
-        loss.backward()
-        clip_(optimizer, 1.0, 1.0)
-        optimizer.step()
-        return loss.item()
+    def __init__(self, side: str, size: str, threads: int) -> None:
+        program = Path(__file__).parent / "llama" / "side.py"
+        self.process = subprocess.Popen(
+            [sys.executable, program, side.split(",", maxsplit=1)[0], size, str(threads)],
+            env=os.environ | (ALLOCATOR if "shipped" in side else {}),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
-    return step
-
-
-def theirs(spec: ModelSpec, window: Tensor) -> Step:
-    config = LlamaConfig(
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.width,
-        intermediate_size=spec.ffn_width,
-        num_hidden_layers=spec.depth,
-        num_attention_heads=spec.num_heads,
-        num_key_value_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
-
-    def step() -> float:
-        optimizer.zero_grad()
-        logits = model(input_ids=window[:, :-1]).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return loss.item()
-
-    return step
+    def ask(self, what: str) -> dict[str, float]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(what, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
 
 
-def tokens_per_second(step: Step) -> float:
-    start = time.perf_counter()
-    for _ in range(STEPS_PER_TURN):
-        step()
-    return STEPS_PER_TURN * BATCH * CONTEXT / (time.perf_counter() - start)
+def compare(size: str, *, threads: int, rounds: int) -> None:
+    """Let the sides take turns at one size; print the rows of the table."""
+    sides = {name: Side(name, size, threads) for name in SIDES}
+    turns = [{name: side.ask("turn") for name, side in sides.items()} for _ in range(rounds)]
+    parts = sides["ours"].ask("parts")
+    print(f"\n{size:16} {'tok/s':>9} {'ratio (min..max)':>18} {'CPU-time ratio':>15} {'peak':>8}")
+    for name, side in sides.items():
+        speed = statistics.median(turn[name]["wall"] for turn in turns)
+        wall, cpu = ratios(turns, name, "wall"), ratios(turns, name, "cpu")
+        spread = f"{statistics.median(wall):.2f} ({min(wall):.2f}..{max(wall):.2f})"
+        peak = side.ask("end")["peak_mb"]
+        row = f"{name:16} {speed:9,.0f} {spread:>18} {statistics.median(cpu):15.2f} {peak:5.0f} MB"
+        print(row)
+    print("  ms of `ours`: " + "; ".join(f"{name} {value:.1f}" for name, value in parts.items()))
+
+
+def ratios(turns: list[dict[str, Any]], name: str, clock: str) -> list[float]:
+    return [turn[name][clock] / turn["transformers"][clock] for turn in turns]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sizes", nargs="+", default=["32x2", "64x4", "256x4"])
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"torch {torch.__version__}, {arguments.threads} thread(s), {BATCH} x {CONTEXT} tokens")
-    print("width depth |   ours tok/s  theirs tok/s | ratio (min..max)")
-    for width, depth in SIZES:
-        spec = ModelSpec(width=width, depth=depth, head_dim=16 if width < 256 else 64)
-        window = torch.randint(0, 256, (BATCH, CONTEXT + 1))
-        steps = ours(spec, window), theirs(spec, window)
-        for step in steps:
-            tokens_per_second(step)
-        pairs = [tuple(map(tokens_per_second, steps)) for _ in range(arguments.rounds)]
-        ratios = [a / b for a, b in pairs]
-        a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"
-        print(f"{width:5} {depth:5} | {a:12,.0f} {b:13,.0f} | {spread}")
+    print(f"{arguments.threads} thread(s), 16 x 128 tokens per step, {arguments.rounds} rounds")
+    for size in arguments.sizes:
+        compare(size, threads=arguments.threads, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ Shapes: B batch, T positions, D width, N heads, H head dim, F feed-forward width
 rows, that is, B and T in one axis.
 """
 # Shapes by suffix need capitals in names. A Function's signature is (context, anything).
-# ruff: noqa: N803, N806, ANN401, PLR0913
+# ruff: noqa: N803, N806, PLR0917
+# pyright: reportIncompatibleMethodOverride=false
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -57,14 +58,14 @@ def normed_projections(
 
 
 def add_projection(x_BTD: Tensor, y_BTD: Tensor, weight: Tensor, *, scale: float) -> Tensor:
-    """x + scale W y."""
+    """X + scale W y."""
     return torch.addmm(_rows(x_BTD), _rows(y_BTD), weight.t(), alpha=scale).view_as(x_BTD)
 
 
 def add_swiglu(
     x_BTD: Tensor, gain_D: Tensor, eps: float, *gate_up_down: Tensor, scale: float
 ) -> Tensor:
-    """x + scale down(silu(gate h) * up h), h = norm(x); arXiv 2002.05202."""
+    """X + scale down(silu(gate h) * up h), h = norm(x); arXiv 2002.05202."""
     return cast("Tensor", _AddSwiGLU.apply(x_BTD, gain_D, eps, scale, *gate_up_down))
 
 
@@ -119,7 +120,7 @@ class _AddSwiGLU(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        """dx = dy + what comes through the branch; the norm and silu are made again."""
+        """To dy comes what goes through the branch; the norm and silu are made again."""
         x_BTD, gain_D, inverse_R1, gate_RF, up_RF, gate, up, down = ctx.saved_tensors
         dy_RD = _rows(grads[0])
         silu_RF, da_RF = F.silu(gate_RF), _product(dy_RD, down, ctx.scale)
@@ -179,7 +180,7 @@ def _inverse_rms(x_RD: Tensor, eps: float) -> Tensor:
 def _norm_backward(
     dh_RD: Tensor, n_RD: Tensor, gain_D: Tensor, inverse_R1: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dx = r (g dh - n mean(g dh n)) and dg = sum_R dh n, for h = g n, n = x r. Over dh and n."""
+    """From h = g n, n = x r: dx = r (g dh - n mean(g dh n)), dg = sum_R dh n. Over dh and n."""
     product_RD = dh_RD * n_RD
     mean_R1 = (product_RD @ gain_D).div_(len(gain_D)).unsqueeze(-1)
     dx_RD = dh_RD.mul_(gain_D).sub_(n_RD.mul_(mean_R1)).mul_(inverse_R1)

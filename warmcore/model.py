@@ -17,8 +17,8 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.utils.checkpoint import checkpoint
 
-from warmcore.blocks import fill_, row_blocks
 from warmcore import fused
+from warmcore.blocks import fill_, row_blocks
 from warmcore.mup import fresh_, multipliers, role_of
 from warmcore.spec import ModelSpec
 
@@ -104,9 +104,12 @@ class Attention(nn.Module):
         k_BTKH = rotate(self.heads(self.k(x_BTD)), rope_3TNH)
         return self.o(self.attend(q_BTNH, k_BTKH, self.heads(self.v(x_BTD))))
 
-    def attend(self, *qkv: Tensor) -> Tensor:
+    def attend(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+        q_BNTH, k_BKTH, v_BKTH = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
         y_BNTH = F.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in qkv),
+            q_BNTH,
+            k_BKTH,
+            v_BKTH,
             is_causal=True,
             scale=self.scale,
             enable_gqa=self.is_grouped,
