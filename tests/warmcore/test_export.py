@@ -15,7 +15,7 @@ from warmcore import export
 from warmcore.checkpoint import MODEL, CheckpointCorruptError, load_checkpoint
 from warmcore.export import INDEX, WEIGHTS, export_hf
 from warmcore.hf_tensors import folded_factor, hf_name
-from warmcore.model import rope_tables
+from warmcore.model import rope_table
 from warmcore.spec import ModelSpec
 from warmcore.tensors import TensorFile
 from warmcore.train import Training
@@ -87,7 +87,8 @@ def test_positions_are_rotated_by_the_same_angles_to_the_last_bit(head_dim, thet
     parameters = {"rope_type": "default", "rope_theta": theta}
     config = LlamaConfig(num_attention_heads=1, hidden_size=head_dim, rope_parameters=parameters)
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(4096)[None])
-    our_cos, our_sin = rope_tables(head_dim, 4096, theta)
+    our_cos, to_first, to_second = rope_table(1, head_dim, 4096, theta)[:, :, 0]
+    our_sin = to_second - to_first
     assert torch.equal(our_cos, cos[0])
     assert torch.equal(our_sin.abs(), sin[0].abs())  # ours has the sign of the rotation in it
 
