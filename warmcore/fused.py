@@ -115,7 +115,9 @@ class _AddSwiGLU(Function):
         ctx.save_for_backward(x_BTD, gain_D, inverse_R1, gate_RF, up_RF, *weights)
         ctx.scale = scale
         a_RF = F.silu(gate_RF).mul_(up_RF)
-        return torch.addmm(x_RD, a_RF, down.t(), alpha=scale).view_as(x_BTD)
+        y_BTD = x_BTD.new_empty(x_BTD.shape)  # no view: of a block's output FSDP wants none
+        torch.addmm(x_RD, a_RF, down.t(), alpha=scale, out=y_BTD.view_as(x_RD))
+        return y_BTD
 
     @staticmethod
     @once_differentiable
