@@ -2,20 +2,22 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForSequenceClassification, MistralForCausalLM
+from transformers import AutoTokenizer, LlamaForSequenceClassification, MistralForCausalLM
 
 from warmcore.checkpoint import load_checkpoint, read_manifest
+from warmcore.data import prepare
 from warmcore.export import INDEX, WEIGHTS, export_hf
 from warmcore.grown import grow_checkpoint
 from warmcore.importer import import_hf
-from warmcore.spec import CheckpointRef, GrowthSpec
+from warmcore.spec import CheckpointRef, DataSpec, GrowthSpec
 from warmcore.tensors import file_facts
-from warmcore.tokenizer import byte_json
+from warmcore.tokenizer import byte_json, train_bpe
 from warmcore.train import Training
 
 from .families import relative_gap, wider
@@ -167,6 +169,30 @@ def test_a_run_grows_from_it_and_none_resumes_it(imported, run_spec, corpus, tmp
         Training.resume(run, corpus, imported.path)
     with pytest.raises(ValueError, match="data_hash is None and the base was imported"):
         grow_checkpoint(imported.path, tmp_path / "grown", run=run)
+
+
+def test_a_target_is_trained_on_the_tokens_of_its_imported_base_and_exported_with_them(
+    text_folder, data_spec, corpus, run_spec, cache, tmp_path
+):
+    texts = [path.read_text() for path in sorted(text_folder.iterdir())]
+    theirs(vocab_size=300).save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "tokenizer.json").write_bytes(train_bpe(texts, 300))
+    base = import_hf(tmp_path / "theirs", tmp_path / "base")
+    growth = GrowthSpec(operator="clone", base=CheckpointRef(uri="x", hash=base.hash))
+    model = wider(load_checkpoint(base.path).manifest.model, 2)
+    run = run_spec(steps=3, growth=growth).model_copy(update={"model": model})
+    with pytest.raises(ValueError, match=r"growth.base reads tokens of tokenizer .* are of byte"):
+        Training.start(run, corpus, base=base.path)
+    tokenizer = {"tokenizer": str(base.path / "tokenizer.json")}
+    run = run.with_data(DataSpec.model_validate(data_spec.model_dump() | tokenizer))
+    tokens = prepare(run.data, cache)
+    training = Training.start(run, tokens, base=base.path)
+    list(training.events())
+    export_hf(training.save(tmp_path / "trained").path, tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert loaded(tmp_path / "exported").config.eos_token_id == exported.eos_token_id
+    document = np.array([*exported(texts[0]).input_ids, exported.eos_token_id], "<u2").tobytes()
+    assert any(document in side.astype("<u2").tobytes() for side in (tokens.train, tokens.val))
 
 
 @pytest.mark.parametrize("rule", ["transfer", "transfer_old_reset_new"])
