@@ -1,6 +1,7 @@
 """The loss and its gradient: in which precision, in how many parts, compiled or not."""
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def _loss_bf16(model: nn.Module, window_BT1: Tensor) -> Tensor:  # noqa: N803 - 
         return loss_nats(model, window_BT1)
 
 
-def compiled(loss_of: LossFunction) -> LossFunction:
+def compiled(loss_of: LossFunction, device: torch.device) -> LossFunction:
     """`loss_of` through torch.compile: for one shape of windows, whole or an error.
 
     Weights keep their names, since it is the function that is compiled. What this process compiled
@@ -45,16 +46,27 @@ def compiled(loss_of: LossFunction) -> LossFunction:
     which torch falls back to running uncompiled.
 
     Raises:
-        CompilerMissingError: no C++ compiler, which torch would notice at the first step.
+        CompilerMissingError: no compiler, which torch would notice at the first step.
     """
-    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(name) is None:
+    kind, variable, names = _compilers(device)
+    if not any(shutil.which(shlex.split(name)[0]) for name in names):
         raise CompilerMissingError(
-            f"compile is true, but there is no C++ compiler {name} on this machine; "
-            "install it, name another in CXX, or set compile to false"
+            f"compile is true, but there is no {kind} compiler {' or '.join(names)} on this "
+            f"machine; install one, name another in {variable}, or set compile to false"
         )
     torch.compiler.reset()
     return torch.compile(loss_of, fullgraph=True, dynamic=False)
+
+
+def _compilers(device: torch.device) -> tuple[str, str, list[str]]:
+    """What torch's inductor looks for: on a CPU it writes C++, on a GPU triton a launcher in C."""
+    if device.type == "cpu":
+        return (
+            "C++",
+            "CXX",
+            [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")],
+        )
+    return "C", "CC", [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
 
 
 def backward(loss_of: LossFunction, model: nn.Module, batch: Tensor, *, parts: int) -> Tensor:

@@ -106,7 +106,9 @@ class Training:
         self.num_steps = num_steps(spec)
         self._budget_steps = budget_steps(spec)
         self._loss_of = loss_in(spec.train.precision)
-        self._train_loss_of = compiled(self._loss_of) if spec.train.compile else self._loss_of
+        self._train_loss_of = (
+            compiled(self._loss_of, model.device) if spec.train.compile else self._loss_of
+        )
         self.averages = Averages(train=spec.train, num_steps=self._budget_steps)
         self._evaluation_steps = evaluations_of(spec)
         self._data_seed = derived_seed("data", spec.seed)

@@ -60,4 +60,4 @@ def test_options_of_the_step_train_alike(run_spec, corpus, fields):
     size = {"steps": 40, "depth": 2, "batch_size": 8}
     expected = losses(Training.start(run_spec(**size), corpus, device="cuda"))
     found = losses(Training.start(run_spec(**size, **fields), corpus, device="cuda"))
-    assert found == pytest.approx(expected, rel=0.02 if "precision" in fields else 1e-3)
+    assert found == pytest.approx(expected, rel=5e-3 if "precision" in fields else 1e-3)

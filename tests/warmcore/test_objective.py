@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch.autograd.graph import saved_tensors_hooks
 
 from warmcore.model import Decoder, init_, loss_nats
-from warmcore.objective import CompilerMissingError, backward, loss_in
+from warmcore.objective import CompilerMissingError, backward, compiled, loss_in
 from warmcore.spec import ModelSpec, TrainSpec
 from warmcore.train import EvaluationEvent, StepEvent, Training
 
@@ -165,6 +165,10 @@ def test_a_compiled_run_is_the_run_compiles_once_and_resumes_under_the_same_name
 def test_compiling_without_a_compiler_is_refused_before_the_first_step(
     run_spec, corpus, monkeypatch
 ):
-    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
     with pytest.raises(CompilerMissingError, match=r"C\+\+ compiler no-such-compiler .* CXX"):
         Training.start(run_spec(compile=True), corpus)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(CompilerMissingError, match=r"C compiler gcc or clang .* CC"):
+        compiled(loss_nats, torch.device("cuda"))
