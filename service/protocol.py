@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from warmcore.spec import CheckpointRef, RunSpec
+from warmcore.spec import CheckpointRef, RunSpec, Strategy
 
 RunKind = Literal["trial", "target"]
 Arm = Literal["warm", "cold"]
@@ -30,10 +30,21 @@ class Message(BaseModel):
 
 
 class Resources(Message):
-    """What a run needs or a fleet has free. GPUs may be fractional."""
+    """What a run needs, all its processes together, or a fleet has free. GPUs may be fractional."""
 
     cpus: Annotated[int, Field(ge=0, le=4096)] = 1
     gpus: Annotated[float, Field(ge=0, le=1024, allow_inf_nan=False)] = 0.0
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        default=None, description="that share the run, on one machine; None: one for every GPU"
+    )
+    strategy: Strategy = Field(
+        default="ddp", description="of several processes: fsdp shards the model, ddp does not"
+    )
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that share the run."""
+        return self.processes or max(1, int(self.gpus))
 
     def fits(self, free: "Resources") -> bool:
         """Whether these fit into what is free."""
@@ -145,7 +156,9 @@ class Provenance(Message):
     data_hash: str | None = None
     base_hash: str | None = Field(default=None, description="hash of the base checkpoint as loaded")
     device: str | None = None
-    num_threads: int | None = None
+    num_threads: int | None = Field(default=None, description="of each process")
+    processes: int = 1
+    strategy: Strategy | None = Field(default=None, description="None: one process")
     hostname: str | None = None
 
 

@@ -193,12 +193,18 @@ class Dispatcher:
         self._ask_at = self._busy_at = time.monotonic()
         error = future.exception()
         if error is not None:
+            self._free_groups(running.lease)
             self._tell_failure(running.lease, error)
             return
         seconds = time.monotonic() - running.started
         log.info(
             "end run=%s outcome=%s seconds=%.2f", running.lease.run_id, future.result(), seconds
         )
+
+    def _free_groups(self, failed: Lease) -> None:
+        leases = [failed, *(running.lease for running in self._running.values())]
+        if [lease for lease in leases if lease.resources.num_processes > 1] == [failed]:
+            self._engine.free_groups()
 
     def _tell_failure(self, lease: Lease, error: BaseException) -> None:
         finish = failure(error, draining=self._kill_at is not None)

@@ -15,11 +15,13 @@ from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node  # Ray exports only the sum of nodes
+from ray._raylet import PlacementGroupID  # only so can a group of another process be named
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.protocol import Lease, Resources
-from workers import nodes, process
+from workers import group, nodes, process
 from workers.failures import UnrunnableError
 from workers.nodes import Placement
 from workers.stop import exit_unless_done
@@ -28,6 +30,7 @@ _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; results are single wo
 _ANSWER_SECONDS = 8.0
 _HEALTH_CHECK_SECONDS = 1.0  # a raylet is dead after five refused; of Ray's own 3 s that takes 15
 _SHUTDOWN_SECONDS = 15.0
+_NONE = Resources(cpus=0)
 _IDLE_SECONDS = 24 * 3600  # keep worker processes warm between runs; Ray's own default is a second
 
 
@@ -96,14 +99,27 @@ class Engine:
         Raises:
             UnrunnableError: Ray takes no such resources.
         """
+        is_shared = lease.resources.num_processes > 1
+        function: Any = group.run_group if is_shared else process.run_lease
+        resources = _NONE if is_shared else lease.resources  # Ray Train places the processes
         try:
-            run = _on(Placement(node=node, resources=lease.resources), process.run_lease)
+            run = _on(Placement(node=node, resources=resources), function)
         except ValueError as error:
             raise UnrunnableError(str(error)) from error
-        ref = run.remote(
-            lease, connection, checkpoint_seconds=checkpoint_seconds, leased_at=time.time()
-        )
+        times = {"checkpoint_seconds": checkpoint_seconds, "leased_at": time.time()}
+        where = {"node": node} if is_shared else {}
+        ref = run.remote(lease, connection, **times, **where)
         return Handle(ref=ref, future=ref.future())
+
+    def free_groups(self) -> None:
+        """Free what processes hold whose leading task was killed; for when no group runs.
+
+        Ray Train does so itself, but asks the dashboard who is dead, and our own Ray has none.
+        """
+        if not self._is_shared:
+            for name, facts in placement_group_table().items():
+                if facts["state"] != "REMOVED":
+                    remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
     def warm_up(self, timeout_seconds: float = 120.0) -> set[int]:
         """Start a worker process per free slot, with kernels loaded; gives the process ids."""

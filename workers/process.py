@@ -50,7 +50,7 @@ def warm_up(*, device: str | None = None) -> int:
             train=TrainSpec(batch_size=2, num_tokens=64, evaluations=1, eval_tokens=32),
         )
         corpus = prepare(spec.data, Path(folder) / "cache")
-        for _ in Training.start(spec, corpus, device=device or _device(0)).events():
+        for _ in Training.start(spec, corpus, device=device or device_of(0)).events():
             pass
     return os.getpid()
 
@@ -62,11 +62,11 @@ def run_lease(
     from workers import cpus
     from workers.run import Options, execute
 
-    client = _client(connection)
-    with _drain_on_cancel() as draining, cpus.pinned(lease.resources.cpus) as num_threads:
+    client = client_of(connection)
+    with drain_on_cancel() as draining, cpus.pinned(lease.resources.cpus) as num_threads:
         options = Options(
             checkpoint_seconds=checkpoint_seconds,
-            device=_device(lease.resources.gpus),
+            device=device_of(lease.resources.gpus),
             num_threads=num_threads,
             leased_at=leased_at,
         )
@@ -74,12 +74,13 @@ def run_lease(
 
 
 @functools.cache
-def _client(connection: Connection) -> Client:
+def client_of(connection: Connection) -> Client:
+    """This process's client of the service."""
     return Client(connection.url, connection.api_key, patience_seconds=PATIENCE_SECONDS)
 
 
 @contextlib.contextmanager
-def _drain_on_cancel() -> Generator[Callable[[], bool]]:
+def drain_on_cancel() -> Generator[Callable[[], bool]]:
     """Turn `ray.cancel` into a flag for as long as a run lasts.
 
     Ray cancels a running task by simulating SIGINT, which calls Python's handler for it; with this
@@ -97,7 +98,7 @@ def _drain_on_cancel() -> Generator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _device(gpus: float) -> str:
+def device_of(gpus: float) -> str:
     """Return the device that Ray assigned, with the share of its memory that was asked for.
 
     Fractions are Ray's bookkeeping only: without the cap one run can take its neighbours' memory.

@@ -41,5 +41,7 @@ def provenance(training: Training, *, data_hash: str, device: str, num_threads: 
         base_hash=training.base_hash,
         device=device,
         num_threads=num_threads,
+        processes=training.ranks.size,
+        strategy=training.ranks.strategy if training.ranks.size > 1 else None,
         hostname=socket.gethostname(),
     )

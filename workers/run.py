@@ -16,6 +16,7 @@ from service.protocol import CheckpointReport, FinishRequest, Lease, Outcome, Ti
 from warmcore import data
 from warmcore.branching import branch_steps, evaluations_of
 from warmcore.checkpoint import CheckpointCorruptError
+from warmcore.parallel import ALONE, Ranks
 from warmcore.train import DivergedEvent, EvaluationEvent, StepEvent, Training
 from workers import artifacts
 from workers.curve import Curve
@@ -35,6 +36,7 @@ class Options:
     checkpoint_seconds: float = 30.0
     device: str = "cpu"
     num_threads: int = 1
+    ranks: Ranks = ALONE
     leased_at: float = dataclasses.field(default_factory=time.time)
 
 
@@ -83,18 +85,22 @@ class _Attempt:
             try:
                 with artifacts.local(ref) as checkpoint:
                     return Training.resume(
-                        self._lease.spec, self._corpus, checkpoint, device=self._options.device
+                        self._lease.spec,
+                        self._corpus,
+                        checkpoint,
+                        device=self._options.device,
+                        ranks=self._options.ranks,
                     )
             except (CheckpointCorruptError, OSError) as error:
                 log.warning("run=%s checkpoint=unusable: %s", self._lease.run_id, error)
         return None
 
     def _started(self) -> Training:
-        spec, device = self._lease.spec, self._options.device
+        spec, ranks, device = self._lease.spec, self._options.ranks, self._options.device
         if spec.start_checkpoint is None:
-            return Training.start(spec, self._corpus, device=device)
+            return Training.start(spec, self._corpus, device=device, ranks=ranks)
         with artifacts.local(spec.start_checkpoint) as base:
-            return Training.start(spec, self._corpus, device=device, base=base)
+            return Training.start(spec, self._corpus, device=device, base=base, ranks=ranks)
 
     def run(self, draining: Callable[[], bool]) -> Ending:
         for event in self._training.events():

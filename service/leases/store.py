@@ -18,6 +18,7 @@ from service.protocol import Lease, LeaseRequest, Resources
 from service.runs.store import kept
 from service.sampler import TRANSIENT, Sampler
 from service.settings import Settings
+from service.studies.schemas import StudyResources, StudySpec
 from service.studies.store import find
 from service.tables import Run, Study
 from warmcore.spec import CheckpointRef, RunSpec
@@ -71,7 +72,7 @@ def _lease_queued(
     session: Session, settings: Settings, request: LeaseRequest, free: Resources
 ) -> list[Lease]:
     query = (
-        select(Run, Study.name)
+        select(Run, Study.name, Study.spec["resources"])
         .join(Study, Study.id == Run.study_id)
         .where(
             Run.state == "queued",
@@ -86,9 +87,10 @@ def _lease_queued(
         .with_for_update(of=Run, skip_locked=True)
     )
     granted: list[Lease] = []
-    for run, study_name in session.execute(query):
-        if Resources(cpus=run.cpus, gpus=run.gpus).fits(free):
-            granted.append(_grant(session, settings, request, run, study_name))
+    for run, study_name, resources in session.execute(query):
+        needs = StudyResources.model_validate(resources).of(run.kind)
+        if needs.fits(free):
+            granted.append(_grant(session, settings, request, run, study_name, needs=needs))
             free = free.less(granted[-1].resources)
     return granted
 
@@ -117,12 +119,19 @@ def _lease_new_trial(
             study = trials.claim(session, request, study_id)
             run = None if study is None else trials.start(session, sampler, study, free)
             if study is not None and run is not None:
-                return _grant(session, settings, request, run, study.name)
+                needs = StudySpec.model_validate(study.spec).resources.trial
+                return _grant(session, settings, request, run, study.name, needs=needs)
     return None
 
 
 def _grant(
-    session: Session, settings: Settings, request: LeaseRequest, run: Run, study_name: str
+    session: Session,
+    settings: Settings,
+    request: LeaseRequest,
+    run: Run,
+    study_name: str,
+    *,
+    needs: Resources,
 ) -> Lease:
     """Lease a queued run, which this transaction has locked or made."""
     run.state, run.attempt = "leased", (run.attempt or 0) + 1
@@ -152,7 +161,7 @@ def _grant(
             "lease_seconds": settings.lease_seconds,
             "spec": RunSpec.model_validate(run.spec),
             "params": run.params,
-            "resources": Resources(cpus=run.cpus, gpus=run.gpus),
+            "resources": needs,
             "artifact_uri": artifact_uri(settings, run),
             "resume_from": tuple(resume),
             "reported_step": run.step or 0,

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from service.protocol import Message, Resources, RunState, RunView, StudyState
 from service.studies.budgets import check_alone, check_longest, check_trunk, trunk_of
+from service.studies.sharing import check_batches, check_processes
 from service.studies.space import (
     Dimension,
     FieldError,
@@ -74,6 +75,10 @@ class StudyResources(Spec):
     trial: Resources = Resources()
     target: Resources = Resources()
 
+    def of(self, kind: str) -> Resources:
+        """What a run of this kind needs."""
+        return self.target if kind == "target" else self.trial
+
     @model_validator(mode="after")
     def _are_shares(self) -> Self:
         """Ray counts GPUs in ten-thousandths up to one, and whole above."""
@@ -83,6 +88,7 @@ class StudyResources(Spec):
                 near = max(round(needs.gpus / unit), 1) * unit
                 message = f"{needs.gpus} is no multiple of {unit:g}; {near:g} would work"
                 raise FieldError(f"{name}.gpus", needs.gpus, message)
+            check_processes(name, needs)
         return self
 
 
@@ -129,6 +135,7 @@ class StudySpec(Spec):
                     raise FieldError(f"search_space.{name}", value, message) from None
         _check_phases(self.search_space, self.train, "search_space")
         check_parts(self.search_space, self.train, "search_space.batch_size")
+        check_batches("resources.trial", self.resources.trial, self.search_space, self.train)
         check_longest(run, self.search_space, "search_space")
         if self.hpo.sampler == "grid":
             check_grid(self.search_space, self.hpo.trials)
@@ -143,6 +150,7 @@ class StudySpec(Spec):
             tuned = {n: d for n, d in self.search_space.items() if n not in spec.train}
             _check_phases(tuned, train, f"{place}.train")
             check_parts(tuned, train, f"{place}.train.accumulate")
+            check_batches("resources.target", self.resources.target, tuned, train)
             try:
                 run = RunSpec(model=below, data=self.data, train=train)
                 check_size(run)

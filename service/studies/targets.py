@@ -21,6 +21,7 @@ from service.studies.schemas import (
     grown_model,
     overridden_train,
 )
+from service.studies.sharing import check_batches
 from service.studies.space import FieldError, reason
 from service.tables import Checkpoint, Run, Study
 from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
@@ -51,7 +52,9 @@ def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
         raise bad_field(error.path, error.value, str(error)) from None
     pairs = _pairs(spec, warmstart, base)
     try:
-        check_size(target_run(spec, model, request.target, pairs[0], warmstart))
+        run = target_run(spec, model, request.target, pairs[0], warmstart)
+        check_size(run)
+        check_batches("resources.target", spec.resources.target, {}, run.train)
     except ValueError as error:
         budgets = list(request.target.budgets)
         field, value = ("budgets", budgets) if budgets else ("train", request.target.train)

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import text, update
 
 from service.client import Client, ServiceError, StaleLeaseError
+from service.protocol import Resources
 from service.tables import Run
 
 
@@ -32,6 +33,28 @@ def test_a_lease_fits_the_resources_that_are_free(submit, worker):
     assert worker.lease(4, cpus=2) == ()
     assert len(worker.lease(4, cpus=5)) == 1
     assert len(worker.lease(4, cpus=6)) == 1
+
+
+def test_a_lease_says_how_many_processes_share_the_run_and_how(submit, worker):
+    submit(
+        resources={
+            "trial": {"cpus": 2, "processes": 2, "strategy": "fsdp"},
+            "target": {"gpus": 4.0},
+        }
+    )
+    needs = worker.one().resources
+    assert (needs.cpus, needs.num_processes, needs.strategy) == (2, 2, "fsdp")
+    assert Resources(gpus=4.0).num_processes == 4
+    assert Resources(gpus=0.5).num_processes == 1
+
+
+def test_a_target_is_leased_with_the_processes_of_targets(api, submit, worker):
+    study = submit(hpo={"trials": 1}, resources={"target": {"cpus": 2, "processes": 2}})
+    trial = worker.one()
+    assert trial.resources.num_processes == 1
+    worker.complete(trial)
+    targets = worker.lease(8)
+    assert {(t.kind, t.resources.num_processes) for t in targets} == {("target", 2)}, study
 
 
 def test_a_study_that_does_not_fit_does_not_block_the_next(submit, worker):

@@ -50,9 +50,17 @@ class FakeService:
 
     # What a test does
 
-    def offer(self, spec: RunSpec, *, cpus: int = 1, gpus: float = 0.0, **fields: Any) -> Run:
+    def offer(
+        self,
+        spec: RunSpec,
+        *,
+        cpus: int = 1,
+        gpus: float = 0.0,
+        processes: int | None = None,
+        **fields: Any,
+    ) -> Run:
         """Queue a run."""
-        resources = Resources(cpus=cpus, gpus=gpus)
+        resources = Resources(cpus=cpus, gpus=gpus, processes=processes)
         with self.changed:
             number = len(self.runs)
             place = {"id": f"run-{number}", "number": number, "artifact_root": self.artifact_root}

@@ -33,6 +33,10 @@ class _Engine:
     def __init__(self) -> None:
         self.submitted: dict[str, _Handle] = {}
         self.refusal: Exception | None = None
+        self.num_freed = 0
+
+    def free_groups(self) -> None:
+        self.num_freed += 1
 
     def nodes(self) -> dict[str, Resources]:
         return {"a": Resources(cpus=1), "b": Resources(cpus=2)}
@@ -170,3 +174,25 @@ def test_a_run_that_does_not_drain_is_killed_and_given_back(fake, engine, start,
     result.result(timeout=10)
     assert engine.submitted[run.id].drained
     assert run.finish.outcome == "released"
+
+
+def test_what_a_failed_group_holds_is_freed_once_no_other_group_runs(
+    fake, engine, start, make_spec
+) -> None:
+    start(exit_when_idle_seconds=60)
+    one = fake.offer(make_spec(), cpus=2, processes=2)
+    fake.wait_for(lambda: one.leased_at, seconds=5)
+    alone = fake.offer(make_spec())
+    fake.wait_for(lambda: alone.leased_at, seconds=5)
+    _crash(engine, alone)
+    fake.wait_for(lambda: alone.finish, seconds=5)
+    assert engine.num_freed == 0
+    _crash(engine, one)
+    fake.wait_for(lambda: one.finish, seconds=5)
+    assert engine.num_freed == 1
+
+
+def _crash(engine, run) -> None:
+    while run.id not in engine.submitted:
+        time.sleep(0.01)
+    engine.submitted[run.id].future.set_exception(WorkerCrashedError())
