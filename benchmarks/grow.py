@@ -26,9 +26,10 @@ from typing import Self
 
 import torch
 
-from warmcore.checkpoint import Progress, SavedCheckpoint, save_checkpoint
+from warmcore.checkpoint import SavedCheckpoint, save_checkpoint
 from warmcore.flops import count_params
 from warmcore.grown import grow_checkpoint
+from warmcore.manifest import Progress
 from warmcore.model import Decoder, init_, parameter_shapes
 from warmcore.optim import build_optimizer, optimizer_tensors
 from warmcore.spec import CheckpointRef, DataSpec, GrowthSpec, ModelSpec, RunSpec

@@ -23,24 +23,22 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO, get_args
+from typing import TYPE_CHECKING, TextIO, get_args
 
 import torch
 
 from warmcore import coord_cli
 from warmcore.branching import branch_of, branch_steps, evaluations_of, start_step
-from warmcore.checkpoint import (
-    CheckpointCorruptError,
-    Progress,
-    checkpoint_path,
-    list_checkpoints,
-)
+from warmcore.checkpoint import CheckpointCorruptError, checkpoint_path, list_checkpoints
 from warmcore.data import Corpus, prepare
 from warmcore.objective import CompilerMissingError
 from warmcore.parallel import ALONE, Ranks
 from warmcore.spec import RunSpec, Strategy
 from warmcore.spec_file import local_path, read_spec, reference
 from warmcore.train import DivergedEvent, EvaluationEvent, Event, StepEvent, Training
+
+if TYPE_CHECKING:
+    from warmcore.manifest import Progress
 
 log = logging.getLogger("warmcore")
 

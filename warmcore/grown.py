@@ -6,15 +6,9 @@ from typing import Self
 
 from torch import Generator
 
-from warmcore.checkpoint import (
-    Manifest,
-    OpenCheckpoint,
-    Progress,
-    SavedCheckpoint,
-    open_checkpoint,
-    save_checkpoint,
-)
+from warmcore.checkpoint import OpenCheckpoint, SavedCheckpoint, open_checkpoint, save_checkpoint
 from warmcore.growth import Growth
+from warmcore.manifest import Manifest, Progress
 from warmcore.spec import GrowthSpec, RunSpec, TrainSpec, derived_seed
 from warmcore.tensors import TensorStream, layout_like
 from warmcore.tokenizer import TOKENIZER

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from warmcore.checkpoint import Manifest
 from warmcore.data import SEPARATOR
 from warmcore.hf_config import TokenIds, as_json
+from warmcore.manifest import Manifest
 from warmcore.tokenizer import TOKENIZER, TextTokenizer, byte_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

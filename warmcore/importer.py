@@ -14,12 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from warmcore.checkpoint import ImportedModel, Progress, SavedCheckpoint, save_checkpoint
+from warmcore.checkpoint import SavedCheckpoint, save_checkpoint
 from warmcore.export import INDEX, WEIGHTS
 from warmcore.folders import check_free
 from warmcore.hf_config import CONFIG, HfConfig
 from warmcore.hf_tensors import EMBEDDING, LM_HEAD, hf_name
 from warmcore.hf_tokenizer import TOKENIZER_FILES
+from warmcore.manifest import ImportedModel, Progress
 from warmcore.model import parameter_shapes
 from warmcore.tensors import NAMES, TensorFile, TensorInfo, TensorStream, file_facts, is_finite
 

@@ -15,18 +15,13 @@ from typing import Self
 from warmcore.averages import Averages
 from warmcore.batches import train_batch
 from warmcore.branching import evaluations_of, past_evaluations
-from warmcore.checkpoint import (
-    Checkpoint,
-    Progress,
-    SavedCheckpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from warmcore.checkpoint import Checkpoint, SavedCheckpoint, load_checkpoint, save_checkpoint
 from warmcore.data import Corpus
 from warmcore.divergence import why_broken, why_diverged
 from warmcore.evaluate import val_loss_nats
 from warmcore.flops import budget_steps, num_steps, tokens_per_step
 from warmcore.grown import Grown, weights_generator
+from warmcore.manifest import Progress
 from warmcore.model import Decoder, init_, load_weights
 from warmcore.objective import backward, compiled, loss_in
 from warmcore.optim import (

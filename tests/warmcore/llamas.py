@@ -14,7 +14,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from warmcore.checkpoint import Progress, load_checkpoint, save_checkpoint
+from warmcore.checkpoint import load_checkpoint, save_checkpoint
+from warmcore.manifest import Progress
 from warmcore.model import Decoder, init_
 from warmcore.tensors import TensorStream
 

@@ -14,12 +14,12 @@ from warmcore.checkpoint import (
     MODEL,
     OPTIMIZER,
     CheckpointCorruptError,
-    Progress,
     load_checkpoint,
     save_checkpoint,
 )
 from warmcore.grown import Grown, grow_checkpoint
 from warmcore.growth import Growth
+from warmcore.manifest import Progress
 from warmcore.model import parameter_shapes
 from warmcore.spec import CheckpointRef, GrowthSpec
 from warmcore.tensors import TensorFile, TensorInfo, TensorStream, write_tensors

@@ -1,0 +1,131 @@
+"""What a checkpoint says of itself: whose weights, how far trained, the hash of every file."""
+
+import hashlib
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from warmcore.branching import branch_of, start_step
+from warmcore.divergence import LossWatch
+from warmcore.hf_config import TokenIds
+from warmcore.spec import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
+from warmcore.tensors import FileFacts
+from warmcore.tokenizer import TOKENIZER, byte_json
+
+
+class Progress(Spec):
+    """What a run carries from step to step, besides tensors."""
+
+    step: NonNegativeInt = 0
+    val_losses_nats: tuple[float, ...] = ()
+    watch: LossWatch = LossWatch()
+
+
+class ImportedModel(Spec):
+    """A model that no run of ours trained, and the files that it was read from."""
+
+    model: ModelSpec
+    context: PositiveInt
+    architecture: str
+    dtypes: tuple[str, ...]
+    tied_embeddings: bool
+    bos: TokenIds
+    eos: TokenIds
+    source_files: dict[str, FileFacts]
+
+
+class Manifest(Spec):
+    """Everything about a checkpoint but the tensors: of a `run`, or `imported`.
+
+    An imported one has no run, no data, no tokens and no optimizer: nobody here knows them.
+    """
+
+    format_version: Literal[1] = 1
+    run: RunSpec | None
+    imported: ImportedModel | None = None
+    data_hash: str | None
+    base_hash: str | None
+    tokens: NonNegativeInt
+    progress: Progress
+    versions: dict[str, str]
+    files: dict[str, FileFacts]
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Self:
+        if (self.run is None) == (self.imported is None):
+            raise ValueError("a checkpoint is either of a run or imported")
+        if (self.run is None) != (self.data_hash is None):
+            raise ValueError("a run has a data_hash, an imported model has none")
+        return self
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model whose weights these are."""
+        origin = self.run or self.imported
+        assert origin is not None
+        return origin.model
+
+    @property
+    def tokenizer(self) -> str | None:
+        """`byte`, the hash of the tokenizer.json that is attached, or None: nobody says."""
+        if TOKENIZER in self.files:
+            found = self.files[TOKENIZER].sha256
+            return "byte" if found == hashlib.sha256(byte_json()).hexdigest() else found
+        return "byte" if self.run is not None and self.run.data.tokenizer == "byte" else None
+
+    def check_tokenizer(self, tokenizer: str | None) -> None:
+        """Raise ValueError where this model would be grown on tokens that it does not read."""
+        if None not in (self.tokenizer, tokenizer) and self.tokenizer != tokenizer:
+            raise ValueError(
+                f"growth.base reads tokens of tokenizer {self.tokenizer}, this run's are of "
+                f"{tokenizer}; data.tokenizer must be the base's: byte, or the {TOKENIZER} in its "
+                "folder"
+            )
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model is for."""
+        if self.imported is not None:
+            return self.imported.context
+        assert self.run is not None
+        return self.run.data.context
+
+    @property
+    def trained_run(self) -> RunSpec:
+        """The run; ValueError if there is none."""
+        if self.run is None:
+            raise ValueError("was imported, so no run goes on from it; name it as growth.base")
+        return self.run
+
+    def check(self, run: RunSpec, data_hash: str) -> None:
+        """Raise ValueError unless this is a checkpoint of `run` on that data."""
+        if self.trained_run != run:
+            raise ValueError(f"is of another run: {_difference(self.trained_run, run)}")
+        self._check_data(data_hash)
+
+    def check_trunk_of(self, branch: RunSpec, data_hash: str) -> None:
+        """Raise ValueError unless this is a trunk on that data, where `branch` leaves it."""
+        expected = branch_of(self.trained_run, branch.train.tokens_per_param, branch.trunk)
+        if expected != branch:
+            raise ValueError(f"is of another run's trunk: {_difference(expected, branch)}")
+        if self.progress.step != start_step(branch):
+            raise ValueError(f"is at step {self.progress.step}, not {start_step(branch)}")
+        self._check_data(data_hash)
+
+    def _check_data(self, data_hash: str) -> None:
+        if self.data_hash != data_hash:
+            raise ValueError(f"was trained on data {self.data_hash}, not {data_hash}")
+
+
+def _difference(saved: RunSpec, asked: RunSpec) -> str:
+    """Name the first field in which two specs differ, with both values."""
+    name, a, b = _first_difference(saved, asked)
+    if isinstance(a, Spec) and isinstance(b, Spec):
+        field, a, b = _first_difference(a, b)
+        name = f"{name}.{field}"
+    return f"{name} is {a}, not {b}"
+
+
+def _first_difference(a: Spec, b: Spec) -> tuple[str, object, object]:
+    pairs = ((name, getattr(a, name), getattr(b, name)) for name in type(a).model_fields)
+    return next((name, x, y) for name, x, y in pairs if x != y)
