@@ -153,6 +153,23 @@ def test_unshrunk_and_unperturbed_the_base_is_untouched_and_the_rest_does_nothin
         assert (rest_of(grown, tensors[name]) == nothing).all()
 
 
+@pytest.mark.parametrize("change", [{"shrink": 0.9}, {"perturb": 0.1}], ids=["shrunk", "perturbed"])
+@given(family=unequal_families())
+def test_shrunk_or_perturbed_a_little_the_base_is_touched(change, family):
+    base, target = family
+    options = GrowthOptions(**({"shrink": 1.0, "perturb": 0.0} | change))
+    tensors = tensors_of(base)
+    for name, grown in grow(tensors, base, target, options, seeded()).items():
+        drawn = role_of(name) not in GAINS and (
+            role_of(name) != "unembedding" or target.unembedding_std
+        )
+        if "shrink" in change or drawn:
+            assert not torch.equal(base_block(grown, tensors[name]), tensors[name])
+        nothing = 1.0 if role_of(name) in GAINS else 0.0
+        untouched = (rest_of(grown, tensors[name]) == nothing).all()
+        assert untouched == ("shrink" in change or not drawn)
+
+
 @given(
     unequal_families(added_layers=st.integers(0, 2)),
     st.integers(0, 99),
@@ -165,6 +182,22 @@ def test_shrunk_to_nothing_and_perturbed_fully_it_is_a_cold_start(family, seed):
     grown = grow(tensors, base, target, options, seeded(seed))
     assert list(grown) == list(cold)
     assert all(torch.equal(grown[name], cold[name]) for name in cold)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 100}, {"perturb": 0.9}, {"shrink": 0.1}], ids=["seed", "perturb", "shrink"]
+)
+@given(family=unequal_families(added_layers=st.integers(0, 2)), seed=st.integers(0, 99))
+def test_with_another_seed_shrink_or_perturb_it_is_not_that_cold_start(change, family, seed):
+    base, target = family
+    tensors = {name: tensor.float() for name, tensor in tensors_of(base).items()}
+    scales = {"shrink": 0.0, "perturb": 1.0} | {k: v for k, v in change.items() if k != "seed"}
+    options = GrowthOptions(depth_operator="identity", **scales)
+    cold = init_(Decoder(target, context=CONTEXT), target, seeded(seed)).state_dict()
+    grown = grow(tensors, base, target, options, seeded(change.get("seed", seed)))
+    # Without those that new identity layers have at zero, whatever the scale.
+    drawn = [name for name in cold if name.split(".")[-2] in ("embedding", "q", "v", "up")]
+    assert not any(torch.equal(grown[name], cold[name]) for name in drawn)
 
 
 @given(unequal_families(), st.floats(0.1, 1), st.floats(0.1, 2))
@@ -220,6 +253,25 @@ def test_growing_to_the_same_size_is_the_identity(operator, depth_operator, fami
     )
     for name, grown in grow(tensors, base, target, options, seeded()).items():
         assert torch.equal(grown, tensors[name])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"operator": operator, "shrink": 0.9} for operator in ("shrink_perturb", "slice")),
+        *({"operator": operator, "perturb": 0.1} for operator in ("shrink_perturb", "slice")),
+        {"operator": "clone", "noise": 0.1},
+    ],
+    ids=lambda change: " ".join(str(value) for value in change.values()),
+)
+@given(families(ratios=st.just(1)))
+def test_with_shrinking_or_noise_it_is_not(change, family):
+    base, target = family
+    tensors = tensors_of(base)
+    options = GrowthOptions(**({"shrink": 1.0, "perturb": 0.0} | change))
+    grown = grow(tensors, base, target, options, seeded())
+    drawn = [name for name in grown if role_of(name) in ("embedding", "hidden")]
+    assert not any(torch.equal(grown[name], tensors[name]) for name in drawn)
 
 
 # Options and plumbing
