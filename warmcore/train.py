@@ -15,7 +15,13 @@ from typing import Self
 from warmcore.averages import Averages
 from warmcore.batches import train_batch
 from warmcore.branching import evaluations_of, past_evaluations
-from warmcore.checkpoint import Checkpoint, SavedCheckpoint, load_checkpoint, save_checkpoint
+from warmcore.checkpoint import (
+    Checkpoint,
+    SavedCheckpoint,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
 from warmcore.data import Corpus
 from warmcore.divergence import why_broken, why_diverged
 from warmcore.evaluate import val_loss_nats
@@ -137,8 +143,9 @@ class Training:
             init_(model, spec.model, weights_generator(spec))
             ranks.lead(Beginning(how="start", spec=spec, checkpoint=None))
             return cls(spec, corpus, ranks.placed(model, device), ranks)
+        manifest, _ = read_manifest(base, expected_hash=spec.growth.base.hash)
+        manifest.check_tokenizer(corpus.tokenizer)  # says more than that vocabularies differ
         grown = Grown.from_base(spec, base)
-        grown.source.manifest.check_tokenizer(corpus.tokenizer)
         for warning in spec.growth.warnings(grown.growth.base, spec.model):
             log.warning(warning)
         ranks.lead(Beginning(how="start", spec=spec, checkpoint=base))

@@ -60,13 +60,15 @@ from warmcore.data import prepare
 from warmcore.listing import list_files
 from warmcore.spec import DataSpec
 sys.stdin.readline()
-corpus = prepare(DataSpec(source=sys.argv[1], context=16), Path(sys.argv[2]))
+spec = DataSpec(source=sys.argv[1], context=16, tokenizer=sys.argv[3])
+corpus = prepare(spec, Path(sys.argv[2]))
 print(corpus.data_hash, int(corpus.train.sum()))
 """
 
 
-def test_concurrent_preparers_agree(data_spec, tmp_path):
-    command = [sys.executable, "-c", PREPARE, data_spec.source, str(tmp_path)]
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+def test_concurrent_preparers_agree(data_spec, tmp_path, tokenizer):
+    command = [sys.executable, "-c", PREPARE, data_spec.source, str(tmp_path), tokenizer]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
     for process in processes:  # loaded and waiting
@@ -74,7 +76,7 @@ def test_concurrent_preparers_agree(data_spec, tmp_path):
         process.stdin.flush()
     answers = {process.communicate(timeout=60)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
-    corpus = prepare(data_spec, tmp_path)
+    corpus = prepare(data_spec.model_copy(update={"tokenizer": tokenizer}), tmp_path)
     assert answers == {f"{corpus.data_hash} {int(corpus.train.sum())}\n"}
     assert not list(tmp_path.glob(".aside-*"))
 

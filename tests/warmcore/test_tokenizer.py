@@ -238,6 +238,9 @@ def test_growth_keeps_the_tokenizer(bpe_spec, run_spec, cache, tmp_path):
     found = prepare(other, tmp_path / "cache")
     with pytest.raises(ValueError, match=f"growth.base .*{corpus.tokenizer}.*{found.tokenizer}"):
         Training.start(elsewhere, found, base=saved.path)
+    byte = RunSpec.model_validate(base.model_dump() | wide | {"data": run_spec().data})
+    with pytest.raises(ValueError, match=f"growth.base .*{corpus.tokenizer}.* are of byte"):
+        Training.start(byte, prepare(byte.data, cache), base=saved.path)
 
     path = tmp_path / "tokenizer.json"
     path.write_bytes(tokenizer_json(bpe_spec, cache))
