@@ -59,11 +59,11 @@ def run(spec, out, *options):
     return main([str(spec), "--out", str(out), "--threads", "1", *options])
 
 
-def start(spec, out):
+def start(spec, out, *options):
     """Begin the same in a process of its own, with a checkpoint after every event."""
     command = [sys.executable, "-m", "warmcore", str(spec), "--out", str(out)]
     command += ["--threads", "1", "--checkpoint-seconds", "0"]
-    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
 
 
 def measurements(out):
@@ -121,6 +121,21 @@ def test_a_terminated_run_saves_and_goes_on(write, fields, tmp_path, uninterrupt
     assert load_checkpoint(newest).manifest.progress.step <= stopped_at
     assert run(spec, out) == 0
     assert measurements(out) == uninterrupted
+
+
+def test_one_process_goes_on_where_two_were_terminated(write, fields, tmp_path, uninterrupted):
+    spec, out = write(fields), tmp_path / "two"
+    process = start(spec, out, "--processes", "2", "--strategy", "fsdp")
+    wait_for_lines(out, process, 10)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 130
+    assert 10 <= len(measurements(out)) < len(uninterrupted)
+    assert run(spec, out) == 0
+    assert losses(measurements(out)) == pytest.approx(losses(uninterrupted), rel=1e-4)  # 150 steps
+
+
+def losses(lines):
+    return [line.get("loss_nats", line.get("val_loss_nats")) for line in lines]
 
 
 def damage(checkpoint):

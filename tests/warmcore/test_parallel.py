@@ -49,7 +49,7 @@ def grown(run_spec, corpus, folder, wide):
     saved = training.save(folder / "base")
     ref = CheckpointRef(uri=str(saved.path), hash=saved.hash)
     growth = GrowthSpec(base=ref, operator="clone", optimizer_state="transfer")
-    options = {"accumulate": 2, "activation_checkpointing": True}
+    options = {"accumulate": 2, "activation_checkpointing": True, "ema_half_life": 0.2}
     options |= {"ema_half_life": 0.2, "swa_fraction": 0.8}
     train = wide.train.model_copy(update=options)
     return wide.model_copy(update={"growth": growth, "train": train})
@@ -119,6 +119,10 @@ def assert_same(curve, other):
     found = distance(curve, other)
     assert found.pop("grad_norm") < NORM, found
     assert max(found.values()) < LOSS, found
+
+
+def test_averages_are_evaluated(one):
+    assert any(event.get("ema_val_loss_nats") for event in one["grown"])
 
 
 def test_clipping_is_active(one, wide):
