@@ -20,6 +20,7 @@ def run(first, last, inside, *, startup=0.5, kind="trial", number=0):
             "state": "succeeded",
             "trial_number": number if kind == "trial" else None,
             "rung": 0,
+            "branch": 0,
             "seed": 0,
             "attempt": 1,
             "failures": 0,
