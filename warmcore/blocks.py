@@ -6,8 +6,9 @@ perturb, a third of it for pages never touched before; in blocks it takes 3.
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 from torch import Tensor
@@ -16,6 +17,7 @@ BLOCK_ELEMENTS = 2**18  # 1 MB of float32
 # `Tensor.normal_` draws 16 numbers at a time, and another way where there are fewer. So what is
 # drawn block by block is what is drawn at once if blocks begin at multiples of 16 and none is less.
 ALIGNMENT = 16
+BLOCKS_AHEAD = 4
 
 
 def row_blocks(shape: Sequence[int]) -> list[slice]:
@@ -37,3 +39,13 @@ def fill_(tensors: Mapping[str, Tensor], blocks: Iterable[tuple[str, Tensor]]) -
         tensors[name].view(-1)[start:end].copy_(block.view(-1))
         filled[name] = end
     assert filled == {name: tensor.numel() for name, tensor in tensors.items()}
+
+
+def ahead(blocks: Iterator[Tensor | None]) -> Iterator[Tensor | None]:
+    """Make blocks in a thread, a few before they are taken; None after the last."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(next, blocks, None) for _ in range(BLOCKS_AHEAD))
+        while True:
+            block = pending.popleft().result()
+            pending.append(pool.submit(next, blocks, None))
+            yield block

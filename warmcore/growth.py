@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
-from warmcore.blocks import row_blocks
+from warmcore.blocks import ahead, row_blocks
 from warmcore.depth import Deepening
 from warmcore.model import parameter_shapes
 from warmcore.mup import GAINS, fresh_, role_of
@@ -91,9 +91,10 @@ class Growth:
         self, base_tensors: Mapping[str, Tensor], generator: Generator
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the target in blocks, in the order of its state dict and the dtype of the base."""
+        noises = ahead(self._noises(generator))
         for name in self.shapes:
             for block in self._blocks(name, self.depth.tensor(base_tensors, name)):
-                yield name, self._perturbed(block, generator)
+                yield name, self._perturbed(block, next(noises))
 
     def moments(self, base_state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield Adam's state for the target, in blocks; nothing for a fresh optimizer."""
@@ -139,16 +140,26 @@ class Growth:
         shrink = 1.0 if self.options.operator == "zero_pad" else self.options.shrink
         return pad_shrunk(block.name, block.source, block.shape, shrink=shrink)
 
-    def _perturbed(self, block: Block, generator: Generator) -> Tensor:
-        """Widen, and add noise of the target's initial size, `options.noise_scale` of it.
+    def _noises(self, generator: Generator) -> Iterator[Tensor | None]:
+        """Draw each block's noise, of the target's initial size; gains have none."""
+        for name, shape in self.shapes.items():
+            role = role_of(name)
+            for rows in row_blocks(shape):
+                if not self.options.noise_scale or role in GAINS:
+                    yield None
+                else:
+                    block = torch.empty(rows.stop - rows.start, *shape[1:])
+                    yield fresh_(block, role, self.target, generator)
 
-        Gains have no noise. Where it covers what is padded, zeros need not be added to it.
+    def _perturbed(self, block: Block, noise: Tensor | None) -> Tensor:
+        """Widen, and add `options.noise_scale` of the noise.
+
+        Where noise covers what is padded, zeros need not be added to it.
         """
-        role, scale = role_of(block.name), self.options.noise_scale
-        if not scale or role in GAINS:
+        if noise is None:
             return self._widened(block)
-        noise = fresh_(torch.empty(block.shape), role, self.target, generator)
-        noise = noise.to(block.source.dtype).mul_(scale)
+        role = role_of(block.name)
+        noise = noise.to(block.source.dtype).mul_(self.options.noise_scale)
         old = tuple(slice(size) for size in block.source.shape)
         match self.options.operator:
             case "shrink_perturb":
