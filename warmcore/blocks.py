@@ -17,7 +17,7 @@ BLOCK_ELEMENTS = 2**18  # 1 MB of float32
 # `Tensor.normal_` draws 16 numbers at a time, and another way where there are fewer. So what is
 # drawn block by block is what is drawn at once if blocks begin at multiples of 16 and none is less.
 ALIGNMENT = 16
-BLOCKS_AHEAD = 4
+BLOCKS_AHEAD = 2
 
 
 def row_blocks(shape: Sequence[int]) -> list[slice]:
