@@ -1,0 +1,105 @@
+"""How a base checkpoint becomes a target's initial weights (torch-free)."""
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from warmcore.fields import Fraction, NonNegative, Spec
+from warmcore.model_spec import ModelSpec
+from warmcore.train_spec import AverageName, TrainSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BaseWeights = Literal["raw"] | AverageName
+PaddingOperator = Literal["shrink_perturb", "slice", "zero_pad"]
+CopyingOperator = Literal["clone", "hyperclone", "net2net"]
+WidthOperator = PaddingOperator | CopyingOperator
+DepthOperator = Literal["stack", "interleave", "identity"]
+OptimizerStateRule = Literal["reset", "transfer", "transfer_old_reset_new"]
+
+
+class CheckpointRef(Spec):
+    """A checkpoint by place and content: `hash` is the SHA-256 of its manifest."""
+
+    uri: str = Field(min_length=1)
+    hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class GrowthOptions(Spec):
+    """How a base checkpoint becomes the target's initial weights (METHOD §3)."""
+
+    operator: WidthOperator = Field(default="shrink_perturb", description="in width")
+    depth_operator: DepthOperator | None = Field(
+        default="stack", description="None refuses a target of another depth"
+    )
+    shrink: Fraction = Field(default=0.4, description="shrink_perturb and slice: of base weights")
+    perturb: NonNegative = Field(
+        default=1.0,
+        description="shrink_perturb: std of noise over init std; slice: not in the padding",
+    )
+    noise: NonNegative = Field(
+        default=0.0,
+        description="clone: std of noise over init std; hyperclone and net2net: of noise that "
+        "cancels over copies and so keeps the function",
+    )
+    optimizer_state: OptimizerStateRule = "reset"
+    base_weights: BaseWeights = Field(
+        default="raw", description="the base's last weights, or an average that its run kept"
+    )
+
+    @property
+    def copying_operator(self) -> CopyingOperator | None:
+        """The operator if it repeats units, None if it appends new ones."""
+        match self.operator:
+            case "clone" | "hyperclone" | "net2net":
+                return self.operator
+            case "shrink_perturb" | "slice" | "zero_pad":
+                return None
+
+    @property
+    def noise_scale(self) -> float:
+        """Std of the noise that is added, over the target's initial std."""
+        match self.operator:
+            case "shrink_perturb" | "slice":
+                return self.perturb
+            case "clone" | "hyperclone" | "net2net":
+                return self.noise
+            case "zero_pad":
+                return 0.0
+
+    def check(self, base: ModelSpec, target: ModelSpec) -> None:
+        """Raise ValueError unless these operators can grow `base` into `target`."""
+        from warmcore.admission import check  # noqa: PLC0415 - it imports these specs
+
+        check(self, base, target)
+
+    def check_depth(self, base: ModelSpec, target: ModelSpec) -> None:
+        """The part of `check` that is about depth."""
+        from warmcore.admission import check_depth  # noqa: PLC0415 - it imports these specs
+
+        check_depth(self, base, target)
+
+    def check_optimizers(self, base: TrainSpec, target: TrainSpec) -> None:
+        """Raise ValueError where the base's optimizer leaves no state that the target's can use."""
+        from warmcore.admission import check_optimizers  # noqa: PLC0415 - it imports these specs
+
+        check_optimizers(self, base, target)
+
+    def check_base_weights(self, base: TrainSpec) -> None:
+        """Raise ValueError unless a base that was trained so has the weights to grow."""
+        from warmcore.admission import check_base_weights  # noqa: PLC0415 - it imports these specs
+
+        check_base_weights(self, base)
+
+    def warnings(self, base: ModelSpec, target: ModelSpec) -> "Iterator[str]":
+        """What a user should know before growing `base` into `target` this way."""
+        from warmcore.admission import warnings  # noqa: PLC0415 - it imports these specs
+
+        return warnings(self, base, target)
+
+
+class GrowthSpec(GrowthOptions):
+    """Growth options together with the checkpoint that growth starts from."""
+
+    base: CheckpointRef
