@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import RunView
 from service.studies.budgets import flops_with_branches
-from service.studies.schemas import RunCounts, StudySpec, StudyView
+from service.studies.schemas import RunCounts, StudyView
+from service.studies.study_spec import StudySpec
 from warmcore.flops import train_flops
 
 _WINDOW_SECONDS = 60.0

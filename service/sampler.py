@@ -47,8 +47,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from service.studies.schemas import StudySpec
 from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
+from service.studies.study_spec import StudySpec
 from warmcore.spec import derived_seed
 
 P = ParamSpec("P")

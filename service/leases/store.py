@@ -18,8 +18,8 @@ from service.protocol import Lease, LeaseRequest, Resources
 from service.runs.store import kept
 from service.sampler import TRANSIENT, Sampler
 from service.settings import Settings
-from service.studies.schemas import StudyResources, StudySpec
 from service.studies.store import find
+from service.studies.study_spec import StudyResources, StudySpec
 from service.tables import Run, Study
 from warmcore.spec import CheckpointRef, RunSpec
 

@@ -10,7 +10,7 @@ from service.lifecycle import LIVE_RUN_STATES
 from service.protocol import LeaseRequest, Resources
 from service.sampler import TRANSIENT, Sampler, Suggestion
 from service.studies.advance import end, new_run
-from service.studies.schemas import StudySpec
+from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
 from warmcore.spec import derived_seed
 

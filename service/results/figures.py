@@ -13,7 +13,7 @@ from service.protocol import Arm
 from service.results.schemas import ReportTrial, StudyResults, TargetRun, Verdict
 from service.results.verdict import last_rung
 from service.results.words import arm_name, spelled
-from service.studies.schemas import StudySpec
+from service.studies.study_spec import StudySpec
 
 Figure = dict[str, Any]
 

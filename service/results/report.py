@@ -32,7 +32,7 @@ from service.results.words import (
     times,
     tokens,
 )
-from service.studies.schemas import StudySpec
+from service.studies.study_spec import StudySpec
 
 MAX_TABLE_TRIALS = 500
 _PIECE_BYTES = 2**18

@@ -7,8 +7,8 @@ from service.auth import require
 from service.deps import DbSession
 from service.results import report, store
 from service.results.schemas import StudyResults
-from service.studies.schemas import StudySpec
 from service.studies.store import find
+from service.studies.study_spec import StudySpec
 
 router = APIRouter(prefix="/studies", tags=["results"], dependencies=[Depends(require("read"))])
 

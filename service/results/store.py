@@ -24,7 +24,8 @@ from service.results.schemas import (
 from service.results.verdict import Pending, judge
 from service.results.words import why_no_target
 from service.studies.advance import base_of, best_growable, best_trial
-from service.studies.schemas import RunCounts, StudySpec
+from service.studies.schemas import RunCounts
+from service.studies.study_spec import StudySpec
 from service.tables import Measurement, Run, Study
 from warmcore.flops import growth_factors
 

@@ -26,7 +26,7 @@ from service.runs.schemas import CheckpointList, MeasurementList, RunPage
 from service.sampler import Sampler
 from service.studies import branches
 from service.studies import store as studies
-from service.studies.schemas import StudySpec
+from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
 
 router = APIRouter(prefix="/runs", tags=["runs"])

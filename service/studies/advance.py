@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from service.events import record
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
-from service.studies.schemas import StudySpec, TargetSpec, WarmstartSpec
+from service.studies.study_spec import StudySpec, TargetSpec, WarmstartSpec
 from service.tables import Checkpoint, Run, Study
 from warmcore.flops import flops_per_token, num_steps, num_tokens
 from warmcore.spec import CheckpointRef, ModelSpec, RunSpec

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from service.errors import bad_field
 from service.events import record
 from service.studies.advance import lock, new_run
-from service.studies.schemas import StudySpec
+from service.studies.study_spec import StudySpec
 from service.tables import Checkpoint, Run, Study
 from warmcore.branching import branch_of, branch_steps
 from warmcore.spec import CheckpointRef, RunSpec

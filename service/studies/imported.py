@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from service.studies.schemas import StudySpec, WarmstartSpec
 from service.studies.space import FieldError
+from service.studies.study_spec import StudySpec, WarmstartSpec
 from warmcore.spec import ModelSpec, TrainSpec
 
 _PLACE = "base.model"

@@ -15,7 +15,6 @@ from service.studies.schemas import (
     EnqueueRequest,
     Importance,
     StudyPage,
-    StudySpec,
     StudyView,
     TargetList,
     TargetRequest,
@@ -23,6 +22,7 @@ from service.studies.schemas import (
     TrialView,
 )
 from service.studies.space import FieldError
+from service.studies.study_spec import StudySpec
 from warmcore.spec import DataError
 
 router = APIRouter(prefix="/studies", tags=["studies"])

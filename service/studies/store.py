@@ -12,15 +12,9 @@ from service.events import record
 from service.lifecycle import LIVE_RUN_STATES, sources
 from service.protocol import StudyState
 from service.studies.advance import best_trial, cancel_runs, lock
-from service.studies.schemas import (
-    BestTrial,
-    RunCounts,
-    StudyPage,
-    StudySpec,
-    StudyView,
-    reason,
-)
-from service.studies.space import contains
+from service.studies.schemas import BestTrial, RunCounts, StudyPage, StudyView
+from service.studies.space import contains, reason
+from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
 
 _ENDED = ("completed", "failed")

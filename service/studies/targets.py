@@ -10,10 +10,11 @@ from service.studies.advance import base_of, best_trial, enqueue_target, lock
 from service.studies.budgets import check_alone
 from service.studies.imported import check_imported, tuned_params
 from service.studies.plan import Base, NewTarget, target_run, target_seeds
-from service.studies.schemas import (
-    ImportedBase,
+from service.studies.schemas import ImportedBase, TargetRequest
+from service.studies.sharing import check_batches
+from service.studies.space import FieldError, reason
+from service.studies.study_spec import (
     StudySpec,
-    TargetRequest,
     WarmstartSpec,
     check_base_weights,
     check_optimizers,
@@ -21,8 +22,6 @@ from service.studies.schemas import (
     grown_model,
     overridden_train,
 )
-from service.studies.sharing import check_batches
-from service.studies.space import FieldError, reason
 from service.tables import Checkpoint, Run, Study
 from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
 

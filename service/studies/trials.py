@@ -9,8 +9,9 @@ from service.errors import conflict
 from service.lifecycle import FINAL_STUDY_STATES
 from service.sampler import Sampler
 from service.studies.advance import lock
-from service.studies.schemas import Importance, StudySpec, TrialList, TrialView
+from service.studies.schemas import Importance, TrialList, TrialView
 from service.studies.store import parameters_fit
+from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
 from warmcore.flops import num_steps
 

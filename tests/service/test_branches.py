@@ -15,7 +15,7 @@ from service.results.schemas import StudyResults
 from service.runs import store as runs
 from service.studies import branches
 from service.studies.budgets import flops_with_branches
-from service.studies.schemas import StudySpec
+from service.studies.study_spec import StudySpec
 from warmcore.branching import branch_steps, start_step
 from warmcore.flops import num_tokens
 

@@ -17,7 +17,7 @@ from service.lifecycle import (
 )
 from service.protocol import Outcome, RunState, StudyState
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_seeds
-from service.studies.schemas import StudySpec
+from service.studies.study_spec import StudySpec
 from warmcore.spec import CheckpointRef, derived_seed
 
 outcomes = st.sampled_from(get_args(Outcome))

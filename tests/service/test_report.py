@@ -17,7 +17,8 @@ from service.results.schemas import (
     TargetRun,
 )
 from service.results.verdict import Verdict, judge
-from service.studies.schemas import RunCounts, StudySpec
+from service.studies.schemas import RunCounts
+from service.studies.study_spec import StudySpec
 
 EVIL = "</script><script>alert('x')</script><img src=//evil.example/a.png>"
 SPEC = StudySpec.model_validate(

@@ -8,7 +8,7 @@ import pytest
 
 from service.db import optuna_url
 from service.sampler import Sampler
-from service.studies.schemas import StudySpec
+from service.studies.study_spec import StudySpec
 
 SPACE = {
     "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},
@@ -107,7 +107,7 @@ def test_gp_runs_without_torch_in_the_service(database_url, spec):
     program = """
 import sys
 from service.sampler import Sampler
-from service.studies.schemas import StudySpec
+from service.studies.study_spec import StudySpec
 if __name__ == "__main__":
     spec = StudySpec.model_validate_json(sys.argv[2])
     sampler = Sampler(sys.argv[1])

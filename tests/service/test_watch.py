@@ -8,7 +8,8 @@ from rich.console import Console
 
 from service.client import Client, ServiceError
 from service.pace import Pace, remaining_flops
-from service.studies.schemas import RunCounts, StudySpec, StudyView
+from service.studies.schemas import RunCounts, StudyView
+from service.studies.study_spec import StudySpec
 from service.watch import clock, picture, snapshots, watch
 from warmcore.flops import train_flops
 
