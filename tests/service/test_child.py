@@ -13,7 +13,7 @@ from service.child import Child, ChildError, spelled
 def child(tmp_path):
     made = []
 
-    def make(script, stop_seconds=5.0):
+    def make(script, stop_seconds=30.0):
         one = Child(
             name="thing",
             command=[sys.executable, "-c", script],

@@ -1,5 +1,6 @@
 """The state tables and the plan, as laws."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -92,16 +93,15 @@ def test_a_plan_ends_enqueues_each_target_once_and_grows_only_from_the_rung_belo
         for new in step or ():
             enqueued.append(new)
             targets.append(
-                TargetFact(rung=new.rung, arm=new.arm, seed=new.seed, state="queued", base=None)
+                TargetFact(
+                    rung=new.rung, arm=new.arm, seed=new.seed, branch=0, state="queued", base=None
+                )
             )
         live = [i for i, t in enumerate(targets) if t.state == "queued"]
         done = random.choice(live)
         state = random.choice(["succeeded", "succeeded", "failed"])
         made = base(done + 1) if state == "succeeded" else None
-        old = targets[done]
-        targets[done] = TargetFact(
-            rung=old.rung, arm=old.arm, seed=old.seed, state=state, base=made
-        )
+        targets[done] = replace(targets[done], state=state, base=made)
     assert isinstance(step, End)
     keys = [(t.rung, t.arm, t.seed) for t in enqueued]
     assert len(keys) == len(set(keys)) <= seeds * (rungs + control)
