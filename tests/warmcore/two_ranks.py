@@ -18,6 +18,7 @@ from torch.multiprocessing.spawn import spawn
 from warmcore import optim
 from warmcore.data import prepare
 from warmcore.follow import follow
+from warmcore.launch import leave
 from warmcore.parallel import Ranks
 from warmcore.spec import RunSpec
 from warmcore.train import Training
@@ -34,7 +35,7 @@ def main(rank, plan):
                 follow(ranks)
             else:
                 lead(planned, ranks)
-    dist.destroy_process_group()
+    leave()
 
 
 def lead(planned, ranks):
