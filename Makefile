@@ -10,8 +10,9 @@ export TZ := UTC
 demo: $(READY)
 	$(BIN)/warmscale demo
 
+# A file's tests stay in one process: they share its database, API and Ray.
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: lint types imports
 

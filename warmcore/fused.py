@@ -96,8 +96,7 @@ class _NormedProjections(Function):
         dq, dk = (_turned(grad, table_3TNH, -1) for grad in grads[:2])
         dys = [_rows(dy) for dy in (dq, dk, grads[2])]
         n_RD = _rows(x_BTD) * inverse_R1
-        h_RD = n_RD * gain_D
-        dweights = [dy.t() @ h_RD for dy in dys]
+        dweights = [(dy.t() @ n_RD).mul_(gain_D) for dy in dys]
         dx_RD, dgain = _norm_backward(_sum_of_products(dys, qkv), n_RD, gain_D, inverse_R1)
         return dx_RD.view_as(x_BTD), dgain, None, None, *dweights
 
@@ -126,12 +125,12 @@ class _AddSwiGLU(Function):
         x_BTD, gain_D, inverse_R1, gate_RF, up_RF, gate, up, down = ctx.saved_tensors
         dy_RD = _rows(grads[0])
         silu_RF, da_RF = F.silu(gate_RF), _product(dy_RD, down, ctx.scale)
-        ddown = _product(dy_RD.t(), silu_RF * up_RF, ctx.scale)
-        dup_RF = silu_RF.mul_(da_RF)
-        dgate_RF = torch.ops.aten.silu_backward(da_RF.mul_(up_RF), gate_RF)
+        dup_RF = silu_RF * da_RF
+        ddown = _product(dy_RD.t(), silu_RF.mul_(up_RF), ctx.scale)
+        dgate_RF = da_RF.mul_(up_RF)
+        torch.ops.aten.silu_backward.grad_input(dgate_RF, gate_RF, grad_input=dgate_RF)
         n_RD = _rows(x_BTD) * inverse_R1
-        h_RD = n_RD * gain_D
-        dgate, dup = dgate_RF.t() @ h_RD, dup_RF.t() @ h_RD
+        dgate, dup = ((dy_RF.t() @ n_RD).mul_(gain_D) for dy_RF in (dgate_RF, dup_RF))
         dh_RD = _sum_of_products([dgate_RF, dup_RF], [gate, up])
         dx_RD, dgain = _norm_backward(dh_RD, n_RD, gain_D, inverse_R1)
         return dx_RD.add_(dy_RD).view_as(x_BTD), dgain, None, None, dgate, dup, ddown

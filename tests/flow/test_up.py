@@ -200,7 +200,7 @@ def test_a_fleet_that_lost_its_ray_is_started_again_and_the_study_completes(
     client = connect(one.ready())
     spec = study_spec(
         target=None,
-        train={"batch_size": 8, "num_tokens": 8 * 32 * 8000, "evaluations": 4},
+        train={"batch_size": 8, "num_tokens": 8 * 32 * 3000, "evaluations": 4},
         hpo={"trials": 1, "sampler": "random", "pruner": "none"},
     )
     name = client.post("/v1/studies", json=spec).json()["name"]
