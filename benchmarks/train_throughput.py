@@ -5,7 +5,7 @@ Each side is a process of its own, so that its peak memory is its own; they take
 each, so that all see the same machine. `ours, shipped` has the allocator settings that a fleet
 gives its worker processes; `ours` has glibc's, as `transformers` has.
 
-    python benchmarks/train_throughput.py [--threads 1] [--rounds 15] [--sizes 32x2 64x4 128x4 256x4]
+    python benchmarks/train_throughput.py [--threads 1] [--rounds 15] [--sizes 32x2 64x4]
 
 Prints medians, ratios of paired turns, peak memory above that of the imports, and where a step of
 ours goes: its matrix products timed alone in the same run, which is the arithmetic limit, and the
