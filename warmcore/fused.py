@@ -58,14 +58,14 @@ def normed_projections(
 
 
 def add_projection(x_BTD: Tensor, y_BTD: Tensor, weight: Tensor, *, scale: float) -> Tensor:
-    """X + scale W y."""
+    """Give x + scale W y."""
     return torch.addmm(_rows(x_BTD), _rows(y_BTD), weight.t(), alpha=scale).view_as(x_BTD)
 
 
 def add_swiglu(
     x_BTD: Tensor, gain_D: Tensor, eps: float, *gate_up_down: Tensor, scale: float
 ) -> Tensor:
-    """X + scale down(silu(gate h) * up h), h = norm(x); arXiv 2002.05202."""
+    """Give x + scale down(silu(gate h) * up h), h = norm(x); arXiv 2002.05202."""
     return cast("Tensor", _AddSwiGLU.apply(x_BTD, gain_D, eps, scale, *gate_up_down))
 
 

@@ -197,14 +197,13 @@ class Decoder(nn.Module):
             else:
                 x_BTD = block(x_BTD, rope_3TNH)
         # The logit multiplier rides on the final gain: D products instead of B*T*V.
-        scale = self.multipliers.logits
-        if targets_BT is None:
-            return self.unembedding(self.final_norm(x_BTD, scale))
-        if fused.is_for(x_BTD):
-            norm = self.final_norm
+        norm, scale = self.final_norm, self.multipliers.logits
+        if targets_BT is not None and fused.is_for(x_BTD):
             weights = (norm.weight * scale, norm.eps, self.unembedding.weight)
             return fused.loss(x_BTD, *weights, targets_BT)
-        logits_BTV = self.unembedding(self.final_norm(x_BTD, scale))
+        logits_BTV = self.unembedding(norm(x_BTD, scale))
+        if targets_BT is None:
+            return logits_BTV
         logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 

@@ -171,15 +171,19 @@ def test_sigterm_stops_like_ctrl_c(up):
     assert wait_gone(family) == []
 
 
+def submit_one_trial(client, study_spec, *, num_steps):
+    spec = study_spec(
+        target=None,
+        train={"batch_size": 8, "num_tokens": 8 * 32 * num_steps, "evaluations": 4},
+        hpo={"trials": 1, "sampler": "random", "pruner": "none"},
+    )
+    return client.post("/v1/studies", json=spec).json()["name"]
+
+
 def test_what_ctrl_c_interrupted_goes_on_where_it_was(up, connect, study_spec):
     one = up("--cpus", "1")
     client = connect(one.ready())
-    spec = study_spec(
-        target=None,
-        train={"batch_size": 8, "num_tokens": 8 * 32 * 2000, "evaluations": 4},
-        hpo={"trials": 1, "sampler": "random", "pruner": "none"},
-    )
-    name = client.post("/v1/studies", json=spec).json()["name"]
+    name = submit_one_trial(client, study_spec, num_steps=2000)
     before = wait_for_run(client, name, lambda run: run["step"] >= 100)
     assert one.end()[0] == 0
     client = connect(up("--cpus", "1").ready())
@@ -198,12 +202,7 @@ def test_a_fleet_that_lost_its_ray_is_started_again_and_the_study_completes(
 ):
     one = up("--cpus", "1")
     client = connect(one.ready())
-    spec = study_spec(
-        target=None,
-        train={"batch_size": 8, "num_tokens": 8 * 32 * 3000, "evaluations": 4},
-        hpo={"trials": 1, "sampler": "random", "pruner": "none"},
-    )
-    name = client.post("/v1/studies", json=spec).json()["name"]
+    name = submit_one_trial(client, study_spec, num_steps=3000)
     wait_for_run(client, name, lambda run: run["step"] >= 100)
     (raylet,) = [p for p in one.family() if p.name() == "raylet"]
     raylet.kill()
