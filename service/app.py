@@ -7,10 +7,11 @@ from fastapi import APIRouter, FastAPI
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import sessionmaker
 
-from service import __version__, dashboard, errors, metrics, probes
+from service import __version__, dashboard, errors, probes
 from service.db import make_engine, optuna_url
 from service.leases.repair import Presence
 from service.leases.routes import router as leases
+from service.requests import Requests
 from service.results.routes import router as results
 from service.runs.routes import router as runs
 from service.sampler import Sampler
@@ -42,7 +43,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.state.presence = Presence(settings.lease_seconds)
     app.state.sessions = sessionmaker(engine, expire_on_commit=False)
     errors.install(app)
-    metrics.install(app)
+    app.add_middleware(Requests)
     v1 = APIRouter(prefix="/v1")
     for router in (studies, runs, leases, results):
         v1.include_router(router)

@@ -9,11 +9,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy.exc import DataError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
+from service import context
+from service.protocol import REQUEST_ID_HEADER
 from service.studies.space import FieldError
 
 _log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class ProblemBody(BaseModel):
     status: int
     detail: str
     errors: list[FieldProblem] = []
+    request_id: str | None = Field(default=None, description="find it in the log")
 
 
 def not_found(what: str, key: str) -> Problem:
@@ -79,12 +82,14 @@ class ProblemResponse(JSONResponse):
 
 
 def _response(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
+    facts = context.current()
     body = ProblemBody(
         type=f"urn:warmscale:{problem.kind}",
         title=HTTPStatus(problem.status).phrase,
         status=problem.status,
         detail=problem.detail,
         errors=list(problem.errors),
+        request_id=facts.request_id if facts else None,
     )
     return ProblemResponse(body.model_dump(), problem.status, headers=headers)
 
@@ -172,4 +177,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     def on_bug(request: Request, error: Exception) -> JSONResponse:
         _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return _response(Problem(500, "internal", "a fault of the service; its log has the trace"))
+        facts = context.current()
+        headers = {REQUEST_ID_HEADER: facts.request_id} if facts else None
+        problem = Problem(500, "internal", "a fault of the service; its log has the trace")
+        return _response(problem, headers)  # out here no middleware adds the header

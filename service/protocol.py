@@ -17,6 +17,7 @@ Scope = Literal["read", "write", "work", "admin"]
 
 LEASE_TOKEN_HEADER = "Lease-Token"  # noqa: S105 - a header's name
 IDEMPOTENCY_HEADER = "Idempotency-Key"
+REQUEST_ID_HEADER = "X-Request-ID"
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]

@@ -1,0 +1,72 @@
+"""Around every request: its id, its time, its line in the log.
+
+Pure ASGI: Starlette's BaseHTTPMiddleware puts a task and a queue between a response and its client,
+which costs time and hides a client's leaving from streams.
+"""
+
+import logging
+import time
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import context, metrics
+from service.protocol import REQUEST_ID_HEADER
+
+_log = logging.getLogger("service.access")
+_NO_ANSWER = 499  # nginx's code for a client that went away
+
+
+class Requests:
+    """Gives each request an id, times it and writes its line."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        facts = context.begin(scope, Headers(scope=scope).get(REQUEST_ID_HEADER))
+        header = (REQUEST_ID_HEADER.lower().encode(), facts.request_id.encode())
+        start, status = time.perf_counter(), _NO_ANSWER
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), header]
+                seconds = time.perf_counter() - start
+                metrics.observe(scope["method"], route_of(scope), status, seconds)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sending)
+        except Exception:  # answered further out
+            if status == _NO_ANSWER:
+                status = 500
+                metrics.observe(
+                    scope["method"], route_of(scope), status, time.perf_counter() - start
+                )
+            raise
+        finally:
+            _write(scope, status, time.perf_counter() - start)
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the path, such as `/v1/runs/{run_id}`; `other` for what no route matched."""
+    # A route in a router that was included knows its path below that router only.
+    included: Any = scope.get("fastapi", {}).get("effective_route_context")
+    return getattr(included or scope.get("route"), "path", None) or "other"
+
+
+def _write(scope: Scope, status: int, seconds: float) -> None:
+    if _log.isEnabledFor(logging.INFO):
+        fields = {
+            "method": scope["method"],
+            "route": route_of(scope),
+            "status": status,
+            "milliseconds": round(1000 * seconds, 2),
+        }
+        _log.info("request", extra=fields)
