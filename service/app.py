@@ -17,6 +17,7 @@ from service.runs.routes import router as runs
 from service.sampler import Sampler
 from service.settings import Settings
 from service.studies.routes import router as studies
+from service.wakeups import Wakeups
 
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
@@ -26,9 +27,12 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     engine = make_engine(url, settings.pool_size)
     sampler = Sampler(optuna_url(url), pool_size=settings.pool_size)
 
+    wakeups = Wakeups(url)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        yield
+        async with wakeups.listening():
+            yield
         sampler.close()
         engine.dispose()
 
@@ -40,6 +44,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         responses={"4XX": {"model": errors.ProblemBody, "description": "Problem (RFC 9457)"}},
     )
     app.state.settings, app.state.sampler = settings, sampler
+    app.state.wakeups = wakeups
     app.state.presence = Presence(settings.lease_seconds)
     app.state.sessions = sessionmaker(engine, expire_on_commit=False)
     errors.install(app)
