@@ -1,0 +1,79 @@
+"""Trials per second over HTTP against raw Optuna, on one PostgreSQL, in the same run.
+
+A cycle of ours is lease + 3 reports + finish, by HTTP to a real `warmscale serve`. A cycle of
+Optuna's is ask + suggest of 5 parameters + 3 x trial.report + tell on an RDBStorage of its own, in
+as many processes as there are clients, as its users run it (`--threads`: in one process). Both have
+the same distributions, finished trials, values and sampler (TPE, constant_liar), and one server
+with fsync on. The sides take turns, and the order of a pair changes from round to round.
+
+    python benchmarks/service_throughput.py [--quick] [--finished 100 10000] [--clients 1 16]
+        [--rounds 5] [--pruners none median] [--json FILE] [--markdown FILE]
+
+Everything shares this machine's cores: the clients of both sides, the API and PostgreSQL. The
+closed loop has no training in it: what it measures is the most that a study can be served.
+"""
+
+import argparse
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from throughput import machine, report
+from throughput.sides import Optuna, Service
+from throughput.stack import stack
+from throughput.workload import Measured, Scenario, measure
+
+
+def main() -> None:
+    arguments = parse()
+    # The embedded server is another user where root runs this, and must reach its folder.
+    with tempfile.TemporaryDirectory(prefix="warmscale-", ignore_cleanup_errors=True) as folder:
+        measured, conditions = run(arguments, Path(folder))
+    text = report.markdown(conditions, measured)
+    print(text)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(text)
+    if arguments.json is not None:
+        rows = [asdict(row) | {"ratios": row.ratios} for row in measured]
+        arguments.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--finished", type=int, nargs="+", default=[100, 10_000])
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--pruners", nargs="+", default=["none"], choices=report.PRUNERS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cycles", type=int, help="a round; when not given 60, 5 a client if more")
+    parser.add_argument("--replicas", type=int, default=1, help="API processes")
+    parser.add_argument("--threads", action="store_true", help="Optuna's clients in one process")
+    parser.add_argument("--typed", action="store_true", help="ours through service.client")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--quick", action="store_true", help="a smoke test, in seconds")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.finished, arguments.clients, arguments.rounds, arguments.cycles = [20], [2], 1, 4
+    return arguments
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> tuple[list[Measured], dict[str, object]]:
+    measured: list[Measured] = []
+    with stack(folder, replicas=arguments.replicas) as running:
+        conditions = machine.conditions(running, arguments)
+        for clients in arguments.clients:
+            with (
+                Service(running, clients, typed=arguments.typed) as ours,
+                Optuna(running, clients, threads=arguments.threads) as theirs,
+            ):
+                for finished in arguments.finished:
+                    for pruner in arguments.pruners:
+                        cycles = arguments.cycles or max(60, 5 * clients)
+                        scenario = Scenario(finished, clients, pruner, arguments.rounds, cycles)
+                        measured.append(measure(scenario, ours, theirs, running))
+    return measured, conditions
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""One cycle of each side: what a client does over and over, with the seconds of each call."""
+
+import http.client
+import json
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import optuna
+from throughput.workload import REPORTS, SPACE, curve, loss
+
+from service.client import Client
+from service.protocol import FinishRequest, LeaseRequest, Measurement, MeasurementBatch
+
+STARTUP_TRIALS = 10  # what the service chooses for a study of 30 trials or more
+TOKENS = 8 * 32 * 20
+_IDLE_SECONDS = 2.0  # uvicorn closes what is idle for 5
+
+
+class Cycle(Protocol):
+    """Goes through one trial, noting the seconds of each call."""
+
+    def prepare(self, study: str, pruner: str, /) -> None: ...
+
+    def __call__(self, note: dict[str, list[float]]) -> None: ...
+
+
+@dataclass
+class Clock:
+    """Notes the seconds of a block under a name."""
+
+    note: dict[str, list[float]]
+    name: str
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.note.setdefault(self.name, []).append(time.perf_counter() - self.start)
+
+
+class OptunaCycle:
+    """ask + suggest + 3 x report + tell, as a script of Optuna's users does it."""
+
+    def __init__(self, url: str) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.storage = optuna.storages.RDBStorage(url)
+
+    def prepare(self, study: str, pruner: str) -> None:
+        self.prunes = pruner != "none"
+        self.study = optuna.load_study(
+            study_name=study,
+            storage=self.storage,
+            sampler=optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, constant_liar=True),
+            pruner=_pruner(pruner),
+        )
+
+    def __call__(self, note: dict[str, list[float]]) -> None:
+        with Clock(note, "ask"):
+            trial = self.study.ask()
+            params = {name: _suggest(trial, name, d) for name, d in SPACE.items()}
+        for step, value in enumerate(curve(params), 1):
+            with Clock(note, "trial.report"):
+                trial.report(value, step)
+                _ = self.prunes and trial.should_prune()  # asked, not obeyed: a cycle is a cycle
+        with Clock(note, "tell"):
+            self.study.tell(trial, loss(params))
+
+
+def _suggest(trial: optuna.Trial, name: str, d: dict[str, Any]) -> float:
+    return trial.suggest_float(name, d["low"], d["high"], log=d.get("log", False))
+
+
+def _pruner(name: str) -> optuna.pruners.BasePruner:
+    """As the service makes them for a long study of 3 evaluations."""
+    match name:
+        case "median":
+            return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
+        case "hyperband":
+            return optuna.pruners.HyperbandPruner(
+                min_resource=1, max_resource=REPORTS, reduction_factor=3
+            )
+        case _:
+            return optuna.pruners.NopPruner()
+
+
+class ServiceCycle:
+    """lease + 3 x report + finish by `http.client`: real HTTP, little of the client's own CPU."""
+
+    def __init__(self, port: int, key: str) -> None:
+        self.http = http.client.HTTPConnection("127.0.0.1", port, timeout=90)
+        self.used_at = time.monotonic()
+        self.headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+
+    def prepare(self, study: str, _pruner: str) -> None:
+        self.study = study
+
+    def post(self, path: str, body: dict[str, Any], token: str = "") -> dict[str, Any]:
+        headers = self.headers | ({"Lease-Token": token} if token else {})
+        return self.send("POST", path, json.dumps(body), headers)
+
+    def get(self, path: str) -> dict[str, Any]:
+        return self.send("GET", path, None, self.headers)
+
+    def send(
+        self, method: str, path: str, body: str | None, headers: dict[str, str]
+    ) -> dict[str, Any]:
+        if time.monotonic() - self.used_at > _IDLE_SECONDS:
+            self.http.close()
+        self.http.request(method, path, body, headers)
+        response = self.http.getresponse()
+        answer = response.read()
+        self.used_at = time.monotonic()
+        if response.status not in (http.client.OK, http.client.CREATED):
+            raise RuntimeError(f"{path}: {response.status} {answer.decode()}")
+        return json.loads(answer)
+
+    def __call__(self, note: dict[str, list[float]]) -> None:
+        with Clock(note, "lease"):
+            lease = self.lease()
+        path, token = f"/v1/runs/{lease['run_id']}", lease["lease_token"]
+        for step, value in enumerate(curve(lease["params"]), 1):
+            point = _point(step, value)
+            with Clock(note, "report"):
+                self.post(f"{path}/measurements", {"measurements": [point]}, token)
+        end = {"outcome": "succeeded", "val_loss_nats": loss(lease["params"])}
+        with Clock(note, "finish"):
+            self.post(f"{path}/finish", end, token)
+
+    def lease(self) -> dict[str, Any]:
+        body = {"worker": "benchmark", "study": self.study, "wait_seconds": 30}
+        while not (leases := self.post("/v1/leases", body)["leases"]):
+            pass
+        return leases[0]
+
+
+class TypedServiceCycle:
+    """The same through `service.client`, which is what a worker uses."""
+
+    def __init__(self, port: int, key: str) -> None:
+        self.client = Client(f"http://127.0.0.1:{port}", key)
+
+    def prepare(self, study: str, _pruner: str) -> None:
+        self.request = LeaseRequest(worker="benchmark", study=study, wait_seconds=30)
+
+    def __call__(self, note: dict[str, list[float]]) -> None:
+        with Clock(note, "lease"):
+            while not (leases := self.client.lease(self.request)):
+                pass
+        (lease,) = leases
+        for step, value in enumerate(curve(lease.params), 1):
+            batch = MeasurementBatch(measurements=(Measurement(**_point(step, value)),))
+            with Clock(note, "report"):
+                self.client.report(lease, batch)
+        with Clock(note, "finish"):
+            end = FinishRequest(outcome="succeeded", val_loss_nats=loss(lease.params))
+            self.client.finish(lease, end)
+
+
+def _point(step: int, value: float) -> dict[str, Any]:
+    return {"step": step, "tokens": step * 256, "val_loss_nats": value, "evaluation": step}

@@ -1,0 +1,76 @@
+"""The table, in Markdown."""
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from throughput.workload import Measured, Spent
+
+PRUNERS = ("none", "median", "hyperband")
+_CALLS = {"ours": ("lease", "report", "finish"), "Optuna": ("ask", "trial.report", "tell")}
+_COSTS = ("side", "API", "PostgreSQL", "clients", "commits", "WAL, kB", "RSS")
+
+
+def markdown(conditions: dict[str, Any], rows: list[Measured]) -> str:
+    """Conditions, ratios, latencies and where the time went."""
+    lines = [
+        _conditions(conditions),
+        "",
+        *_table(("ours, trials/s", "Optuna, trials/s", "ratio (min..max)"), map(_ratio, rows)),
+        "Milliseconds a call, p50 / p95 / p99:",
+        "",
+        *_table((*_CALLS["ours"], *_CALLS["Optuna"]), map(_latency, rows)),
+        "What a trial costs: CPU milliseconds, commits, WAL; and the API's resident memory:",
+        "",
+        *_table(_COSTS, (line for row in rows for line in _costs(row))),
+    ]
+    return "\n".join(lines)
+
+
+def _conditions(conditions: dict[str, Any]) -> str:
+    sync = conditions["fdatasync_ms"]
+    return (
+        f"{conditions['cores']} core(s) at load {conditions['load']:.1f}, shared by clients, API "
+        f"and PostgreSQL {conditions['postgresql']} (fsync on; fdatasync of a page "
+        f"{sync['p50']:.2f} ms, {sync['p5']:.2f} to {sync['p95']:.2f}), Python "
+        f"{conditions['python']}, Optuna {conditions['optuna']}. {conditions['rounds']} round(s) a "
+        f"side by turns; {conditions['replicas']} API process(es); our clients are processes with "
+        f"{conditions['client']}, Optuna's are {conditions['optuna_clients']}."
+    )
+
+
+def _table(columns: Iterable[str], rows: Iterable[str]) -> list[str]:
+    names = ["finished", "clients", "pruner", *columns]
+    return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *rows, ""]
+
+
+def _ratio(row: Measured) -> str:
+    ratio = f"**{row.ratio:.2f}** ({min(row.ratios):.2f}..{max(row.ratios):.2f})"
+    ours, theirs = (statistics.median(side.per_second) for side in (row.ours, row.theirs))
+    return f"| {_scenario(row)} | {ours:.1f} | {theirs:.1f} | {ratio} |"
+
+
+def _scenario(row: Measured) -> str:
+    return f"{row.scenario.finished:,} | {row.scenario.clients} | {row.scenario.pruner}"
+
+
+def _latency(row: Measured) -> str:
+    ours = [_percentiles(row.ours, call) for call in _CALLS["ours"]]
+    theirs = [_percentiles(row.theirs, call) for call in _CALLS["Optuna"]]
+    return f"| {_scenario(row)} | {' | '.join(ours + theirs)} |"
+
+
+def _percentiles(side: Spent, call: str) -> str:
+    cuts = statistics.quantiles(side.calls[call], n=100, method="inclusive")
+    return " / ".join(f"{1000 * cuts[p - 1]:.1f}" for p in (50, 95, 99))
+
+
+def _costs(row: Measured) -> list[str]:
+    memory = f"{row.api_rss_mb[0]:.0f} to {row.api_rss_mb[1]:.0f} MB"
+    return [_cost(row, "ours", row.ours, memory), _cost(row, "Optuna", row.theirs, "")]
+
+
+def _cost(row: Measured, name: str, side: Spent, memory: str) -> str:
+    cpu = [f"{statistics.median(side.cpu_ms[who]):.1f}" for who in ("api", "postgres", "clients")]
+    rest = [f"{statistics.median(values):.1f}" for values in (side.commits, side.wal_kb)]
+    return f"| {_scenario(row)} | {name} | {' | '.join(cpu + rest)} | {memory} |"

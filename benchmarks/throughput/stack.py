@@ -1,0 +1,129 @@
+"""One PostgreSQL with fsync on, a database for each side, and the service as a real process."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg
+from sqlalchemy.engine import URL
+
+from service import db, sampler
+
+_START_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """What is running: where the two databases are, the server's and the API's processes."""
+
+    service_url: URL
+    optuna_url: str
+    postgres_pid: int
+    api_pids: tuple[int, ...]
+    ports: tuple[int, ...]
+    key: str
+    corpus: Path
+    data_folder: Path
+
+    def connect(self, side: str) -> psycopg.Connection:
+        """A connection to a side's database, which sees that side's tables of Optuna's first."""
+        url = self.service_url if side == "service" else db.normalized(self.optuna_url)
+        text = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        path = "-c search_path=optuna,warmscale,public"
+        return psycopg.connect(text, options=path, autocommit=True)
+
+
+@contextmanager
+def stack(folder: Path, *, replicas: int) -> Generator[Stack]:
+    """Start everything below `folder`; stop it on the way out."""
+    db.use_utc()
+    with ExitStack() as stop:
+        server = stop.enter_context(db.start_embedded(folder))
+        ours = db.normalized(server.get_uri())
+        theirs = _second_database(ours)
+        db.upgrade(ours)
+        sampler.upgrade(theirs)
+        environment = _environment(folder, ours)
+        key = _cli(environment, "key", "create", "benchmark", "--scope", "admin")
+        ports = tuple(_free_port() for _ in range(replicas))
+        log = stop.enter_context((folder / "api.log").open("wb"))
+        apis = [stop.enter_context(_api(environment, port, log.fileno())) for port in ports]
+        yield Stack(
+            service_url=ours,
+            optuna_url=theirs,
+            postgres_pid=server.get_pid(),
+            api_pids=tuple(api.pid for api in apis),
+            ports=ports,
+            key=key,
+            corpus=_corpus(folder),
+            data_folder=folder,
+        )
+
+
+def _second_database(url: URL) -> str:
+    with psycopg.connect(
+        url.set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True
+    ) as connection:
+        connection.execute("CREATE DATABASE raw")
+    return url.set(database="raw").render_as_string(hide_password=False)
+
+
+def _environment(folder: Path, url: URL) -> dict[str, str]:
+    here = Path(__file__).resolve().parents[2]
+    return os.environ | {
+        "TZ": "UTC",
+        "PYTHONPATH": str(here),
+        "WARMSCALE_HOME": str(folder),
+        "WARMSCALE_DATABASE_URL": url.render_as_string(hide_password=False),
+    }
+
+
+def _cli(environment: dict[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-m", "service.cli", *arguments]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+@contextmanager
+def _api(environment: dict[str, str], port: int, log: int) -> Generator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        _wait_until_ready(process, port)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2):
+                return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"the API did not get ready on port {port}; see api.log")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _corpus(folder: Path) -> Path:
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        lines = [f"document {i} line {j}: {i * j} is {i} times {j}\n" for j in range(40)]
+        (corpus / f"{i:02d}.txt").write_text("".join(lines))
+    return corpus
