@@ -1,7 +1,6 @@
 """`warmscale up` and `warmscale serve`."""
 
 import json
-import logging
 import os
 
 import typer
@@ -11,7 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
-from service import __version__
+from service import __version__, logs
 from service.child import ChildError, die_with_parent
 from service.cli_common import Exit, fail
 from service.db import database, upgrade, use_utc
@@ -20,7 +19,6 @@ from service.settings import Settings
 from service.tables import ApiKey
 from service.up import Interrupted, PortTakenError, Stack, log_folder, stack
 
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _GRACEFUL_SECONDS = 3  # long polls and event streams would hold the end up
 
 
@@ -66,7 +64,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
 
     use_utc()
     # Before any upgrade: Optuna's silences every logger there is if the root has no handler.
-    logging.basicConfig(format=_LOG_FORMAT, level=logging.INFO)
+    logs.configure(settings.log_format)
     if supervised:
         die_with_parent()
     with database(settings) as url:
@@ -79,7 +77,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
             host=settings.host,
             port=settings.port,
             log_config=None,
-            access_log=not supervised,
+            access_log=False,  # `service.requests` writes the line
             timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         )
 

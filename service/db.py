@@ -79,6 +79,7 @@ def make_engine(url: URL, pool_size: int) -> Engine:
         pool_size=pool_size,
         max_overflow=0,
         pool_pre_ping=True,
+        hide_parameters=True,  # errors are logged, and tokens are among the parameters
         connect_args={
             "options": "-c statement_timeout=30000 -c timezone=UTC",
             "connect_timeout": 5,

@@ -165,7 +165,7 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(OperationalError)
     @app.exception_handler(PoolTimeoutError)
     def on_database(_: Request, error: Exception) -> JSONResponse:
-        _log.warning("database unavailable: %s", str(error).splitlines()[0])
+        _log.warning("database unavailable", extra={"error": str(error).splitlines()[0]})
         problem = Problem(503, "database-unavailable", "the database cannot be reached; try again")
         return _response(problem, {"Retry-After": "1"})
 
@@ -176,7 +176,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def on_bug(request: Request, error: Exception) -> JSONResponse:
-        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        _log.error("fault", extra={"path": request.url.path}, exc_info=error)
         facts = context.current()
         headers = {REQUEST_ID_HEADER: facts.request_id} if facts else None
         problem = Problem(500, "internal", "a fault of the service; its log has the trace")

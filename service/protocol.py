@@ -78,7 +78,7 @@ class Lease(Message):
     trial_number: int | None
     arm: Arm | None
     attempt: int
-    lease_token: str
+    lease_token: str = Field(repr=False)
     lease_seconds: float
     spec: RunSpec
     params: dict[str, Any]

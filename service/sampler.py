@@ -232,7 +232,7 @@ class Sampler:
                 skip_if_finished=True,
             )
         except optuna.exceptions.UpdateFinishedTrialError:
-            _log.info("trial %d of %s was told by another request", number, study)
+            _log.info("told by another request", extra={"study": study, "trial": number})
 
     @_in_turn
     def importance(self, study: str) -> dict[str, float]:

@@ -6,6 +6,8 @@ from typing import Annotated
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.logs import Format
+
 
 class Settings(BaseSettings):
     """What a deployment may choose. Everything has a default that works on one machine."""
@@ -26,6 +28,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8765
     lease_seconds: Annotated[float, Field(gt=0, le=86400)] = 30.0
+    log_format: Format = Field(
+        default="text", description="text: lines of key=value; json: an object a line"
+    )
     pool_size: Annotated[int, Field(ge=1, le=100)] = 10
 
     @property

@@ -19,6 +19,7 @@ from workers.failures import failure
 from workers.link import FleetRefusedError, Link
 from workers.nodes import Nodes, Placement
 from workers.process import Connection
+from workers.telling import subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -178,11 +179,9 @@ class Dispatcher:
         now = time.monotonic()
         self._nodes.place(token, Placement(node=node, resources=lease.resources), now=now)
         self._running[token] = _Running(lease=lease, handle=handle, started=now)
-        log.info(
-            "lease run=%s study=%s kind=%s trial=%s attempt=%d cpus=%d gpus=%g",
-            *(lease.run_id, lease.study_name, lease.kind, lease.trial_number, lease.attempt),
-            *(lease.resources.cpus, lease.resources.gpus),
-        )
+        needs = {"cpus": lease.resources.cpus, "gpus": lease.resources.gpus}
+        what = {"kind": lease.kind, "trial": lease.trial_number, "arm": lease.arm}
+        log.info("lease", extra=subject(lease) | {"name_of_study": lease.study_name} | what | needs)
         handle.future.add_done_callback(
             lambda future: self._events.put(functools.partial(self._ended, token, future))
         )
@@ -196,10 +195,9 @@ class Dispatcher:
             self._free_groups(running.lease)
             self._tell_failure(running.lease, error)
             return
-        seconds = time.monotonic() - running.started
-        log.info(
-            "end run=%s outcome=%s seconds=%.2f", running.lease.run_id, future.result(), seconds
-        )
+        seconds = round(time.monotonic() - running.started, 2)
+        how = {"outcome": future.result(), "seconds": seconds}
+        log.info("end", extra=subject(running.lease) | how)
 
     def _free_groups(self, failed: Lease) -> None:
         leases = [failed, *(running.lease for running in self._running.values())]
@@ -209,17 +207,15 @@ class Dispatcher:
     def _tell_failure(self, lease: Lease, error: BaseException) -> None:
         finish = failure(error, draining=self._kill_at is not None)
         last_line = str(error).strip().rsplit("\n", 1)[-1]
-        log.warning(
-            "end run=%s outcome=%s retryable=%s error=%s",
-            *(lease.run_id, finish.outcome, finish.retryable, last_line),
-        )
+        how = {"outcome": finish.outcome, "retryable": finish.retryable, "error": last_line}
+        log.warning("end", extra=subject(lease) | how)
         self._link.tell(lease, finish)
 
     # Draining
 
     def _drain(self) -> None:
         if self._kill_at is None:
-            log.info("drain runs=%d", len(self._running))
+            log.info("drain", extra={"runs": len(self._running)})
             self._kill_at = time.monotonic() + self._options.drain_seconds
             for running in self._running.values():
                 running.handle.drain()

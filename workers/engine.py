@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 from ray._private.state import available_resources_per_node  # Ray exports only the sum of nodes
 from ray._raylet import PlacementGroupID  # only so can a group of another process be named
 from ray.exceptions import RayError
@@ -21,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.protocol import Lease, Resources
-from workers import group, nodes, process
+from workers import group, nodes, process, telling
 from workers.failures import UnrunnableError
 from workers.nodes import Placement
 from workers.stop import exit_unless_done
@@ -157,15 +158,22 @@ def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engi
         num_gpus=gpus,
         object_store_memory=_OBJECT_STORE_BYTES,
         include_dashboard=False,
-        log_to_driver=False,
+        log_to_driver=True,
         logging_level=logging.ERROR,
         _system_config={
             "idle_worker_killing_time_threshold_ms": _IDLE_SECONDS * 1000,
             "health_check_period_ms": int(_HEALTH_CHECK_SECONDS * 1000),
         },
     )
+    _hear_workers()
     with _shutting_down():
         yield Engine(shared=False)
+
+
+def _hear_workers() -> None:
+    """Put what worker processes log among our lines; Ray would print it with marks of its own."""
+    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+    global_worker_stdstream_dispatcher.add_handler("warmscale", telling.forward)
 
 
 def _num_cpus() -> int:
@@ -176,7 +184,8 @@ def _num_cpus() -> int:
 @contextlib.contextmanager
 def cluster(address: str) -> Generator[Engine]:
     """Join the Ray cluster at `address`, from inside its network."""
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
+    _hear_workers()
     with _shutting_down():
         yield Engine(shared=True)
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service import logs
 from workers import environment
 from workers.link import FleetRefusedError
 from workers.stop import Stop
@@ -37,10 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not api_key:
         sys.stderr.write(f"set {API_KEY_VARIABLE} to a key with the scope `work`\n")
         return 2
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        logs.configure(logs.format_of(os.environ))
+    except ValueError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
     stop = Stop()
     # Ray prints a paragraph there for every lost process; our log has a line for it.
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _work(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
     started = time.monotonic()
-    with _engine(args) as engine:
+    with logs.about(fleet=args.name), _engine(args) as engine:
         from workers.dispatcher import Dispatcher, Options  # noqa: PLC0415 - see `_engine`
 
         options = Options(
@@ -65,10 +67,8 @@ def _work(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
         dispatcher = Dispatcher(engine, options)
         processes = engine.warm_up()
         stop.drains(dispatcher.drain)
-        log.info(
-            "ready fleet=%s processes=%d seconds=%.1f",
-            *(args.name, len(processes), time.monotonic() - started),
-        )
+        seconds = round(time.monotonic() - started, 1)
+        log.info("ready", extra={"processes_warm": len(processes), "seconds": seconds})
         return _run(dispatcher)
 
 
@@ -78,10 +78,10 @@ def _run(dispatcher: "Dispatcher") -> int:
     try:
         dispatcher.run()
     except FleetRefusedError as error:
-        log.error("refused %s", error)  # noqa: TRY400 - the message says it all
+        log.error("refused", extra={"error": error})  # noqa: TRY400 - the message says it all
         return 1
     except RayLostError as error:
-        log.error("lost %s", error)  # noqa: TRY400
+        log.error("lost", extra={"error": error})  # noqa: TRY400
         os._exit(1)  # Ray would take a minute to shut down what is dead; its rest dies with us
     return 0
 

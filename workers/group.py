@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.protocol import Lease
+from workers import telling
 from workers.failures import UnrunnableError
 from workers.process import Connection, client_of, device_of, drain_on_cancel
 from workers.reporter import Reporter
@@ -70,6 +71,7 @@ def run_group(
 ) -> "Ending":
     """Run a lease in as many processes as it asks for, on this node; this one only waits."""
     with (
+        telling.about(lease),
         drain_on_cancel() as draining,
         tempfile.TemporaryDirectory(prefix="warmscale-") as folder,
         contextlib.ExitStack() as starting,
@@ -143,7 +145,7 @@ def _share(shared: Shared) -> "Ending | None":
 
     needs, size = shared.lease.resources, shared.lease.resources.num_processes
     ranks, device = Ranks.joined(needs.strategy), device_of(needs.gpus / size)
-    with cpus.pinned(needs.cpus // size) as num_threads:
+    with telling.about(shared.lease), cpus.pinned(needs.cpus // size) as num_threads:
         if ranks.rank:
             return follow(ranks, device=device)
         shared.has_begun.touch()

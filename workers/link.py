@@ -10,6 +10,7 @@ from http import HTTPStatus
 
 from service.client import Client, ServiceError, StaleLeaseError
 from service.protocol import FinishRequest, Lease, LeaseRequest
+from workers.telling import subject
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +43,11 @@ class Link:
             if isinstance(error, ServiceError) and _is_refusal(error.status):
                 return FleetRefusedError(str(error))
             if not self._is_away:
-                log.warning("service=away error=%r", error)
+                log.warning("service away", extra={"error": repr(error)})
             self._is_away = True
             return error
         if self._is_away:
-            log.info("service=back")
+            log.info("service back")
         self._is_away = False
         return leases
 
@@ -62,7 +63,9 @@ class Link:
         except StaleLeaseError:
             pass  # told before, or another attempt's business by now
         except Exception as error:  # noqa: BLE001 - a thread's end
-            log.warning("untold run=%s error=%r", lease.run_id, error)  # its lease will expire
+            log.warning(
+                "untold", extra=subject(lease) | {"error": repr(error)}
+            )  # its lease will expire
 
     def close(self) -> None:
         """Wait until everything is told, or was tried for as long as patience lasts; hang up."""

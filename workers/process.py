@@ -17,6 +17,7 @@ import ray
 
 from service.client import Client
 from service.protocol import Lease
+from workers import telling
 
 if TYPE_CHECKING:
     from workers.run import Ending
@@ -63,7 +64,11 @@ def run_lease(
     from workers.run import Options, execute
 
     client = client_of(connection)
-    with drain_on_cancel() as draining, cpus.pinned(lease.resources.cpus) as num_threads:
+    with (
+        telling.about(lease),
+        drain_on_cancel() as draining,
+        cpus.pinned(lease.resources.cpus) as num_threads,
+    ):
         options = Options(
             checkpoint_seconds=checkpoint_seconds,
             device=device_of(lease.resources.gpus),

@@ -55,8 +55,11 @@ def execute(
     """
     with Reporter(client, lease) as reporter:  # first: a long preparation must not cost the lease
         try:
-            return _prepared(lease, client, reporter, options).run(draining)
+            attempt = _prepared(lease, client, reporter, options)
+            log.info("training", extra={"step": attempt.step, "device": options.device})
+            return attempt.run(draining)
         except StaleLeaseError:
+            log.warning("stale lease: another attempt has this run")
             return "stale"
 
 
@@ -80,6 +83,11 @@ class _Attempt:
         self._saved_at = time.monotonic()
         self._timing = Timing()
 
+    @property
+    def step(self) -> int:
+        """Where the training is."""
+        return self._training.step
+
     def _resumed(self) -> Training | None:
         for ref in self._lease.resume_from:
             try:
@@ -92,7 +100,7 @@ class _Attempt:
                         ranks=self._options.ranks,
                     )
             except (CheckpointCorruptError, OSError) as error:
-                log.warning("run=%s checkpoint=unusable: %s", self._lease.run_id, error)
+                log.warning("checkpoint unusable", extra={"uri": ref.uri, "error": error})
         return None
 
     def _started(self) -> Training:
@@ -150,6 +158,7 @@ class _Attempt:
         reply = self._client.publish(self._lease, report)
         self._published = report
         self._saved_step, self._saved_at = report.step, time.monotonic()
+        log.info("checkpoint", extra={"step": report.step, "final": final})
         for superseded in reply.superseded:
             with contextlib.suppress(Exception):  # tidying must not end a run
                 artifacts.delete(superseded)

@@ -36,7 +36,7 @@ def start(session: Session, sampler: Sampler, study: Study, free: Resources) -> 
     except TRANSIENT:
         raise
     except Exception as error:  # noqa: BLE001 - one study's fault is that study's alone
-        _log.exception("study %s cannot start a trial", study.name)
+        _log.exception("cannot start a trial", extra={"study": study.id})
         end(session, study, "failed", f"cannot start a trial: {type(error).__name__}: {error}")
         return None
 

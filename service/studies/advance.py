@@ -37,7 +37,7 @@ def advance(session: Session, study: Study) -> None:
     except OperationalError:
         raise  # the database went away: nothing is done, and it is tried again
     except Exception as error:  # noqa: BLE001 - whatever it is, the run's end must stand
-        _log.exception("study %s cannot move on", study.name)
+        _log.exception("cannot move on", extra={"study": study.id})
         end(session, study, "failed", f"cannot move on: {type(error).__name__}: {error}")
 
 

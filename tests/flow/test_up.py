@@ -101,7 +101,7 @@ def test_it_is_ready_within_8_seconds_on_an_initialised_home_and_small(up):
 def test_ctrl_c_ends_everything_and_the_next_start_finds_it_again(up, home, connect):
     one = up("--cpus", "1")
     one.ready()
-    wait_for_line(home / "logs" / "fleet.log", "ready")
+    wait_for_line(home / "logs" / "fleet.log", "message=ready")
     family = one.family()
     assert len(family) > 3
     code, said = one.end()

@@ -24,7 +24,7 @@ class FleetProcess:
 
     def wait_until_ready(self, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
-        while " ready " not in self.log.read_text():
+        while "message=ready" not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)

@@ -45,8 +45,23 @@ def test_a_run_is_only_asked_for_when_its_resources_are_free(fleet, shared_fake,
     shared_fake.wait_for(lambda: len(shared_fake.requests) > asked + 1)
     assert {r.resources.cpus for r in shared_fake.requests[asked + 1 :]} == {1}
     shared_fake.cancel(run)
-    while f"run={run.id} outcome=cancelled" not in fleet.log.read_text():
+    while f"run={run.id} attempt=1 outcome=cancelled" not in fleet.log.read_text():
         time.sleep(0.05)
+
+
+def test_what_a_worker_process_logs_is_in_the_fleets_log_and_says_its_run(
+    fleet, shared_fake, make_spec
+) -> None:
+    run = shared_fake.offer(make_spec())
+    shared_fake.wait_for(lambda: run.finish)
+    words = {"message=training", "message=checkpoint", "message=lease", "message=end"}
+    deadline = time.monotonic() + 20
+    while words:
+        assert time.monotonic() < deadline, (words, fleet.log.read_text())
+        mine = [x for x in fleet.log.read_text().splitlines() if f"run={run.id} attempt=1" in x]
+        words -= {word for word in words for line in mine if word in line}
+        time.sleep(0.05)
+    assert all(line.startswith("time=") for line in fleet.log.read_text().splitlines())
 
 
 def test_a_run_whose_process_is_killed_is_reported_and_goes_on_in_another(

@@ -22,7 +22,7 @@ def test_a_fleet_that_lost_its_ray_reports_its_runs_and_fails(
     os.kill(victim, signal.SIGKILL)
     assert fleet.process.wait(timeout=20) == 1
     assert (run.finish.outcome, run.finish.retryable) == ("failed", True)
-    assert " lost " in fleet.log.read_text()
+    assert "message=lost" in fleet.log.read_text()
     _wait_until(lambda: not [pid for pid in workers if _trains(pid)])
 
 

@@ -1,0 +1,114 @@
+"""Log lines: every one can be read by a machine, says what it is about, and holds no secret."""
+
+import io
+import json
+import logging
+import re
+import shlex
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service import context, logs
+
+KEY = "ws_" + "k" * 43
+
+
+def lines_of(record, form="json"):
+    return logs.Lines(form).format(record).split("\n")
+
+
+def record(message="hello", *args, exc_info=None, **extra):
+    made = logging.getLogger("tests").makeRecord(
+        "tests", logging.INFO, "file", 1, message, args, exc_info, extra=extra
+    )
+    return made
+
+
+def fields(line):
+    """A line of text as a reader of logfmt has it."""
+    return {
+        name: json.loads(value) if value.startswith('"') else value
+        for name, value in re.findall(r'([a-z_]+)=("(?:[^"\\]|\\.)*"|\S*)', line)
+    }
+
+
+@given(st.text(), st.text())
+def test_whatever_is_logged_is_one_line_and_reads_back(message, value):
+    made = record("%s", message, value=value)
+    (text,), (as_json,) = lines_of(made, "text"), lines_of(made)
+    assert len(text.splitlines()) == len(as_json.splitlines()) == 1
+    assert fields(text)["message"] == json.loads(as_json)["message"] == message
+    assert fields(text)["value"] == json.loads(as_json)["value"] == value
+
+
+def test_a_value_cannot_pose_as_another_field():
+    (line,) = lines_of(record(name_="x status=200"), "text")
+    assert shlex.split(line)[-1] == "name_=x status=200"
+
+
+def test_a_trace_is_told_in_lines_that_all_say_the_run():
+    try:
+        raise ValueError("two\nlines")
+    except ValueError as error:
+        made = record(exc_info=(type(error), error, error.__traceback__))
+    with logs.about(run="run_1", attempt=2):
+        found = [json.loads(line) for line in lines_of(made)]
+    assert len(found) > 3
+    assert {(line["run"], line["attempt"]) for line in found} == {("run_1", 2)}
+    assert [line["trace"] for line in found[-2:]] == ["ValueError: two", "lines"]
+
+
+def test_what_a_process_is_about_is_on_the_lines_of_all_its_threads_and_ends():
+    seen = []
+    with logs.about(run="run_1"):
+        thread = threading.Thread(target=lambda: seen.extend(lines_of(record())))
+        thread.start()
+        thread.join()
+    assert json.loads(seen[0])["run"] == "run_1"
+    assert "run" not in json.loads(lines_of(record())[0])
+
+
+def test_a_request_and_what_was_noted_of_it_are_on_its_lines():
+    def ask():
+        context.begin({"path_params": {"run_id": "run_1"}}, "id-1")
+        context.note(key_id="key_1", attempt=3)
+        return json.loads(lines_of(record())[0])
+
+    from contextvars import copy_context
+
+    line = copy_context().run(ask)
+    assert [line[f] for f in ("request", "key", "run", "attempt")] == ["id-1", "key_1", "run_1", 3]
+    assert "request" not in json.loads(lines_of(record())[0])
+
+
+@pytest.mark.parametrize(
+    "secret", [KEY, "whsec_" + "A" * 32, "postgresql://user:hunter2@host/db?x=hunter2@"]
+)
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_a_secret_in_the_words_of_others_is_redacted(secret, form):
+    (line,) = lines_of(record("failed with %s", secret, error=secret), form)
+    assert line.count("[redacted]") == 2
+    assert KEY not in line
+    assert "user:hunter2" not in line
+
+
+def test_the_format_comes_from_the_environment_and_a_wrong_one_says_what_works():
+    assert logs.format_of({}) == "text"
+    assert logs.format_of({"WARMSCALE_LOG_FORMAT": "json"}) == "json"
+    with pytest.raises(ValueError, match="one of text, json, not 'xml'"):
+        logs.format_of({"WARMSCALE_LOG_FORMAT": "xml"})
+
+
+def test_configured_logging_writes_to_its_stream():
+    root, stream = logging.getLogger(), io.StringIO()
+    before, level = root.handlers[:], root.level
+    try:
+        logs.configure("json", stream)
+        logging.getLogger("any").info("hello")
+    finally:
+        logging.captureWarnings(capture=False)
+        root.handlers, root.level = before, level
+    assert json.loads(stream.getvalue())["message"] == "hello"
