@@ -1,4 +1,4 @@
-"""Optuna, behind one small face: the only file that imports it.
+"""Optuna, behind one small face: only this file, drafts.py and tpe.py import it.
 
 Optuna owns sampled parameters and trial values. A sampler is made anew for every ask, seeded by
 (study seed, trials so far): replicas and restarts then never repeat each other's draws. Grid and
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from threading import BoundedSemaphore
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from threading import BoundedSemaphore, Lock
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import optuna
 import optuna_dashboard
@@ -40,15 +40,17 @@ from optuna.samplers import (
     GridSampler,
     QMCSampler,
     RandomSampler,
-    TPESampler,
 )
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
 
+from service.drafts import DraftStorage, Drawn, write
 from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
 from service.studies.study_spec import StudySpec
+from service.tpe import Memory, RememberingTPESampler
 from warmcore.spec import derived_seed
 
 P = ParamSpec("P")
@@ -117,6 +119,8 @@ class Sampler:
         )  # adds a cache of finished trials
         self._turns = BoundedSemaphore(pool_size)
         self._gp: ProcessPoolExecutor | None = None
+        self._drawing = Lock()  # of the memories; drawing is one core's work in any case
+        self._memories: dict[str, Memory] = {}
 
     def close(self) -> None:
         """End the connections, and the helper process of GP if there is one."""
@@ -132,31 +136,48 @@ class Sampler:
         )
         handle.set_metric_names(["validation loss, nats"])  # what the dashboard's axes say
 
-    @_in_turn
     def ask(self, study: str, spec: StudySpec) -> Suggestion:
-        """Start the next trial: an enqueued one first, else one that the sampler chooses."""
+        """Start the next trial, in a transaction of its own."""
+        while True:
+            drawn = self.draw(study, spec)
+            with Session(self.engine) as session, session.begin():
+                if write(session, drawn):
+                    return Suggestion(number=drawn.drafts[0].number, params=drawn.drafts[0].params)
+
+    @_in_turn
+    def draw(self, study: str, spec: StudySpec, count: int = 1) -> Drawn:
+        """The next trials, not started yet: enqueued ones first, then what the sampler chooses."""
         if spec.hpo.sampler == "gp":
-            return self._ask_elsewhere(study, spec)
-        return self.ask_here(study, spec)
+            return self._draw_elsewhere(study, spec, count)
+        return self.draw_here(study, spec, count)
 
-    def ask_here(self, study: str, spec: StudySpec) -> Suggestion:
-        """Ask in this process, whichever the sampler is."""
-        handle = self._load(study)
-        handle.sampler = _make_sampler(spec, len(handle.get_trials(deepcopy=False)))
-        handle.pruner = make_pruner(spec)
-        trial = handle.ask()
-        return Suggestion(number=trial.number, params=_suggest_all(trial, spec))
+    def draw_here(self, study: str, spec: StudySpec, count: int) -> Drawn:
+        """Draw in this process, whichever the sampler is."""
+        with self._drawing:
+            drafts = DraftStorage(self.storage, study)
+            memory = self._memories.setdefault(study, Memory())
+            for _ in range(count):
+                handle = optuna.Study(
+                    study,
+                    cast("BaseStorage", drafts),
+                    _make_sampler(spec, drafts.num_trials, memory),
+                    make_pruner(spec),
+                )
+                _suggest_all(handle.ask(), spec)
+            return drafts.drawn()
 
-    def _ask_elsewhere(self, study: str, spec: StudySpec) -> Suggestion:
-        """Optuna's GP needs torch, which this process must not load: a helper process asks."""
+    def _draw_elsewhere(self, study: str, spec: StudySpec, count: int) -> Drawn:
+        """Optuna's GP needs torch, which this process must not load: a helper process draws."""
         if self._gp is None:
             context = multiprocessing.get_context("spawn")
             self._gp = ProcessPoolExecutor(max_workers=1, mp_context=context)
         try:
-            asked = self._gp.submit(_ask_in_helper, self._url, study, spec.model_dump_json())
-            return asked.result()
+            drawn = self._gp.submit(
+                _draw_in_helper, self._url, study, spec.model_dump_json(), count
+            )
+            return drawn.result()
         except BrokenProcessPool:
-            self._gp = None  # the next request starts a new one and adopts what this one began
+            self._gp = None  # the next request starts a new one
             raise
 
     @_in_turn
@@ -165,7 +186,7 @@ class Sampler:
         handle, trial_id = self._load(study), self._trial_id(study, number)
         handle.sampler = RandomSampler(seed=derived_seed(spec.hpo.seed, "adopt", number) % 2**32)
         if spec.hpo.sampler == "grid":  # its point, and no other
-            handle.sampler = _make_sampler(spec, number)
+            handle.sampler = _make_sampler(spec, number, Memory())
             handle.sampler.before_trial(handle, self.storage.get_trial(trial_id))
         trial = Trial(handle, trial_id)
         return Suggestion(number=number, params=_suggest_all(trial, spec))
@@ -271,10 +292,10 @@ _TELL = {
 }
 
 
-def _ask_in_helper(url: str, study: str, spec_json: str) -> Suggestion:
+def _draw_in_helper(url: str, study: str, spec_json: str, count: int) -> Drawn:
     sampler = Sampler(url, pool_size=1)
     try:
-        return sampler.ask_here(study, StudySpec.model_validate_json(spec_json))
+        return sampler.draw_here(study, StudySpec.model_validate_json(spec_json), count)
     finally:
         sampler.close()
 
@@ -306,7 +327,7 @@ def _suggest(trial: Trial, name: str, dimension: Dimension) -> Any:
     return trial.suggest_int(name, dimension.low, dimension.high, log=dimension.log, step=step)
 
 
-def _make_sampler(spec: StudySpec, trials_so_far: int) -> BaseSampler:
+def _make_sampler(spec: StudySpec, trials_so_far: int, memory: Memory) -> BaseSampler:
     seed = spec.hpo.seed % 2**32
     draw = derived_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
     match spec.hpo.sampler:
@@ -314,7 +335,9 @@ def _make_sampler(spec: StudySpec, trials_so_far: int) -> BaseSampler:
             return RandomSampler(seed=draw)
         case "tpe":
             startup = min(10, max(1, spec.hpo.trials // 3))
-            return TPESampler(n_startup_trials=startup, constant_liar=True, seed=draw)
+            return RememberingTPESampler(
+                memory, n_startup_trials=startup, constant_liar=True, seed=draw
+            )
         case "cmaes":
             return CmaEsSampler(seed=draw, warn_independent_sampling=False)
         case "gp":

@@ -1,0 +1,220 @@
+"""Trials as Optuna starts them, held in memory until one transaction writes them all.
+
+Optuna asks by writing: the trial, then a commit for every parameter. `DraftStorage` shows it the
+history as it was read once and keeps what it writes; Optuna's own code runs on it unchanged, so
+the draws are Optuna's to the last bit. `write` puts the drafts into Optuna's tables in the caller's
+transaction, beside the runs that they are for: neither is ever there without the other.
+"""
+
+import copy
+import json
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+# TPE tells others by these what it has drawn and not yet written; here all is written at once.
+_UNNEEDED = "tpe:relative_params"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A trial to be started: its parameters as given out, and as Optuna's tables hold them."""
+
+    number: int
+    trial_id: int | None  # of one that was enqueued; None: it is not there yet
+    params: dict[str, Any]
+    rows: tuple[tuple[str, float, str], ...]  # name, value, distribution
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Drafts of one study, good only while it has as many trials as when they were drawn."""
+
+    study_id: int
+    trials_before: int
+    drafts: tuple[Draft, ...]
+    study_attributes: dict[str, Any]
+
+
+class DraftStorage:
+    """What Optuna needs of a storage to start trials of one study; nothing reaches the database."""
+
+    def __init__(self, backend: BaseStorage, study: str) -> None:
+        self._backend = backend
+        self._study_id = backend.get_study_id_from_name(study)
+        self._trials = list(backend.get_all_trials(self._study_id, deepcopy=False))
+        self._trials_before = len(self._trials)
+        self._started: dict[int, FrozenTrial] = {}
+        self._study_attributes: dict[str, Any] = {}
+
+    @property
+    def num_trials(self) -> int:
+        """Trials of the study, drafts included."""
+        return len(self._trials)
+
+    def drawn(self) -> Drawn:
+        """What was started here."""
+        return Drawn(
+            study_id=self._study_id,
+            trials_before=self._trials_before,
+            drafts=tuple(_draft(*started) for started in self._started.items()),
+            study_attributes=self._study_attributes,
+        )
+
+    def get_study_id_from_name(self, _: str) -> int:
+        return self._study_id
+
+    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
+        return self._backend.get_study_directions(study_id)
+
+    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
+        return self._backend.get_study_system_attrs(study_id) | self._study_attributes
+
+    def set_study_system_attr(self, _: int, key: str, value: Any) -> None:
+        self._study_attributes[key] = value
+
+    def create_new_trial(self, _: int) -> int:
+        number = self.num_trials
+        trial_id = -1 - number  # of no row
+        trial = FrozenTrial(
+            number=number,
+            trial_id=trial_id,
+            state=TrialState.RUNNING,
+            value=None,
+            datetime_start=None,
+            datetime_complete=None,
+            params={},
+            distributions={},
+            user_attrs={},
+            system_attrs={},
+            intermediate_values={},
+        )
+        self._start(trial_id, trial)
+        return trial_id
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState) -> bool:
+        """Start an enqueued trial, which is all that an ask does by this."""
+        assert state == TrialState.RUNNING
+        trial = copy.deepcopy(self._backend.get_trial(trial_id))
+        trial.state = state
+        self._start(trial_id, trial)
+        return True
+
+    def _start(self, trial_id: int, trial: FrozenTrial) -> None:
+        self._trials[trial.number : trial.number + 1] = [trial]
+        self._started[trial_id] = trial
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        return copy.deepcopy(self._started[trial_id])
+
+    def get_trial_system_attrs(self, trial_id: int) -> dict[str, Any]:
+        return self.get_trial(trial_id).system_attrs
+
+    def get_all_trials(
+        self,
+        _: int,
+        deepcopy: bool = True,  # noqa: FBT001, FBT002 - Optuna's signature
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        trials = [t for t in self._trials if states is None or t.state in states]
+        return copy.deepcopy(trials) if deepcopy else trials
+
+    def set_trial_param(
+        self, trial_id: int, name: str, value: float, distribution: BaseDistribution
+    ) -> None:
+        trial = self._started[trial_id]
+        trial.distributions[name] = distribution
+        trial.params[name] = distribution.to_external_repr(value)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self._started[trial_id].system_attrs[key] = value
+
+
+def _draft(trial_id: int, trial: FrozenTrial) -> Draft:
+    kinds = trial.distributions
+    return Draft(
+        number=trial.number,
+        trial_id=trial_id if trial_id >= 0 else None,
+        params=trial.params,
+        rows=tuple(
+            (name, float(kinds[name].to_internal_repr(value)), distribution_to_json(kinds[name]))
+            for name, value in trial.params.items()
+        ),
+        attributes={k: v for k, v in trial.system_attrs.items() if not k.startswith(_UNNEEDED)},
+    )
+
+
+def write(session: Session, drawn: Drawn) -> bool:
+    """Start the drafts' trials in this transaction; False if the study has moved on since.
+
+    Optuna's study row is locked as Optuna itself does to number a trial, but so that others may
+    refer to it meanwhile.
+    """
+    at = {"study": drawn.study_id, "now": datetime.now(UTC).replace(tzinfo=None)}
+    session.execute(text(_LOCK), at)
+    if session.scalar(text(_COUNT), at) != drawn.trials_before:
+        return False
+    ids = {d.number: d.trial_id for d in drawn.drafts if d.trial_id is not None}
+    if ids and len(session.execute(text(_POP), at | {"ids": [*ids.values()]}).all()) != len(ids):
+        return False
+    new = [d.number for d in drawn.drafts if d.trial_id is None]
+    if new:
+        rows = session.execute(text(_INSERT_TRIALS), at | {"numbers": new})
+        ids |= {row.number: row.trial_id for row in rows}
+    params = [(ids[d.number], *row) for d in drawn.drafts for row in d.rows]
+    session.execute(text(_INSERT_PARAMS), _columns(("trial", "name", "value", "kind"), params))
+    set_ = [
+        (ids[d.number], k, json.dumps(v)) for d in drawn.drafts for k, v in d.attributes.items()
+    ]
+    if set_:
+        session.execute(text(_SET_ATTRIBUTES), _columns(("trial", "name", "value"), set_))
+    for name, value in drawn.study_attributes.items():
+        row = {"study": drawn.study_id, "name": name, "value": json.dumps(value)}
+        session.execute(text(_SET_STUDY_ATTRIBUTE), row)
+    return True
+
+
+def _columns(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+_LOCK = "SELECT FROM optuna.studies WHERE study_id = :study FOR NO KEY UPDATE"
+_COUNT = "SELECT count(*) FROM optuna.trials WHERE study_id = :study"
+_POP = """
+UPDATE optuna.trials SET state = 'RUNNING', datetime_start = :now
+WHERE trial_id = ANY(:ids) AND study_id = :study AND state = 'WAITING'
+RETURNING trial_id
+"""
+_INSERT_TRIALS = """
+INSERT INTO optuna.trials (study_id, number, state, datetime_start)
+SELECT :study, number, CAST('RUNNING' AS optuna.trialstate), :now
+FROM unnest(CAST(:numbers AS integer[])) AS number ORDER BY number
+RETURNING number, trial_id
+"""
+# In order: Optuna gives a trial's parameters in the order of their ids.
+_INSERT_PARAMS = """
+INSERT INTO optuna.trial_params (trial_id, param_name, param_value, distribution_json)
+SELECT trial, name, value, kind
+FROM unnest(CAST(:trial AS integer[]), CAST(:name AS text[]), CAST(:value AS float8[]),
+            CAST(:kind AS text[])) WITH ORDINALITY AS p (trial, name, value, kind, place)
+ORDER BY place
+"""
+_SET_ATTRIBUTES = """
+INSERT INTO optuna.trial_system_attributes (trial_id, key, value_json)
+SELECT * FROM unnest(CAST(:trial AS integer[]), CAST(:name AS text[]), CAST(:value AS text[]))
+ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
+"""
+_SET_STUDY_ATTRIBUTE = """
+INSERT INTO optuna.study_system_attributes (study_id, key, value_json)
+VALUES (:study, :name, :value)
+ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json
+"""
