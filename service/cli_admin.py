@@ -1,15 +1,17 @@
 """`warmscale db` and `warmscale key`: on the database itself, with or without a running service."""
 
+import json
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from service.cli_common import Exit, Home, fail, settings
+from service.cli_common import Exit, Home, Json, fail, settings
 from service.home import DEFAULT
 from service.protocol import Scope
 
@@ -32,6 +34,33 @@ def upgrade(home: Home = DEFAULT) -> None:
         database.use_utc()
         database.upgrade(url)
         typer.echo(f"{url.render_as_string(hide_password=True)} is up to date")
+
+
+@db.command()
+def check(
+    *,
+    files: Annotated[
+        bool, typer.Option("--files", help="Read every kept checkpoint; for when nothing trains.")
+    ] = False,
+    at_rest: Annotated[
+        bool, typer.Option("--at-rest", help="Nothing is under way: what is pending is wrong too.")
+    ] = False,
+    as_json: Json = False,
+    home: Home = DEFAULT,
+) -> None:
+    """Check what must always hold (docs/guarantees.md); 0: it does. Changes nothing."""
+    from sqlalchemy import create_engine
+
+    from service import invariants
+    from service.db import database
+
+    with _reached(), database(settings(home)) as url:
+        engine = create_engine(url)
+        with invariants.snapshot(engine) as session:
+            report = invariants.check(session, at_rest=at_rest, with_files=files)
+        engine.dispose()
+    typer.echo(json.dumps(asdict(report)) if as_json else invariants.described(report))
+    raise typer.Exit(Exit.FAILED if report.violations else Exit.OK)
 
 
 @key.command()

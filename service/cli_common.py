@@ -29,7 +29,8 @@ StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name 
 
 EXIT_CODES = """Exit codes:
 0  done
-1  the study failed, there is no verdict, or a slope of coord-check is not flat
+1  the study failed, there is no verdict, a slope of coord-check is not flat, or db check
+   found what must not be
 2  wrong usage, or a bad spec
 3  the service cannot be reached
 4  not found, or in conflict with what is there

@@ -116,7 +116,11 @@ def serving(settings, database_url):
         _, key = auth.create_key(session, "tests", ["admin"])
     url = f"http://127.0.0.1:{settings.port}"
     with Client(url, key, patience_seconds=2) as client:
-        yield SimpleNamespace(url=url, key=key, client=client, app=app, sessions=app.state.sessions)
+        sessions = app.state.sessions
+        engine = sessions.kw["bind"]
+        yield SimpleNamespace(
+            url=url, key=key, client=client, app=app, sessions=sessions, engine=engine
+        )
     server.should_exit = True
     thread.join(10)
 
@@ -137,6 +141,28 @@ def shared_api(postgres):
         serving(settings_below(home), url) as api,
     ):
         yield api
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """After every test that had a database, what must always hold still does."""
+    found = ()
+    try:
+        api = getattr(item, "funcargs", {}).get("api")
+        if api is not None and item.get_closest_marker("tampers") is None:
+            found = violations(api.engine)
+    finally:
+        result = yield
+    assert found == ()
+    return result
+
+
+def violations(engine, **options):
+    """What `warmscale db check` would say."""
+    from service import invariants
+
+    with invariants.snapshot(engine) as session:
+        return invariants.check(session, **options).violations
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from typing import get_args
 from pydantic import ValidationError
 from torch import Tensor
 
+from warmcore.file_facts import MANIFEST, file_facts
 from warmcore.folders import written_whole
 from warmcore.manifest import ImportedModel, Manifest, Progress
 from warmcore.spec import AverageName, BaseWeights, RunSpec
-from warmcore.tensors import TensorFile, TensorStream, file_facts, write_tensors
+from warmcore.tensors import TensorFile, TensorStream, write_tensors
 
-MANIFEST = "checkpoint.json"
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 AVERAGES: Mapping[AverageName, str] = MappingProxyType(

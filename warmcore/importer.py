@@ -16,13 +16,14 @@ from torch import Tensor
 
 from warmcore.checkpoint import SavedCheckpoint, save_checkpoint
 from warmcore.export import INDEX, WEIGHTS
+from warmcore.file_facts import file_facts
 from warmcore.folders import check_free
 from warmcore.hf_config import CONFIG, HfConfig
 from warmcore.hf_tensors import EMBEDDING, LM_HEAD, hf_name
 from warmcore.hf_tokenizer import TOKENIZER_FILES
 from warmcore.manifest import ImportedModel, Progress
 from warmcore.model import parameter_shapes
-from warmcore.tensors import NAMES, TensorFile, TensorInfo, TensorStream, file_facts, is_finite
+from warmcore.tensors import NAMES, TensorFile, TensorInfo, TensorStream, is_finite
 
 _READABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -7,9 +7,9 @@ from pydantic import model_validator
 
 from warmcore.branching import branch_of, start_step
 from warmcore.divergence import LossWatch
+from warmcore.file_facts import FileFacts
 from warmcore.hf_config import TokenIds
 from warmcore.spec import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
-from warmcore.tensors import FileFacts
 from warmcore.tokenizer import TOKENIZER, byte_json
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from warmcore.blocks import BLOCK_ELEMENTS, fill_
-from warmcore.spec import NonNegativeInt, Spec
+from warmcore.file_facts import FileFacts
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,20 +39,6 @@ CHUNKS_AHEAD = 8
 # Larger ones make the page cache take pages of 1 MB or 2 MB, which a virtual machine may first have
 # to be given back by its host: 0.3 to 2.8 s of system time for 1.3 GB, against 0.3 s.
 WRITE_BYTES = 2**18
-
-
-class FileFacts(Spec):
-    """Size and hash of a file."""
-
-    num_bytes: NonNegativeInt
-    sha256: str
-
-
-def file_facts(path: Path) -> FileFacts:
-    """Read a file once."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileFacts(num_bytes=file.tell(), sha256=digest)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,8 +100,20 @@ def processes(database_url, settings, tmp_path):
     stack.start_fleet()
     yield stack
     stack.stop()
+    check(database_url)
     for name in ("api", "fleet"):  # shown by pytest when the test failed
         sys.stderr.write(f"--- {name}.log\n{stack.log(name)[-4000:]}\n")
+
+
+def check(url):
+    """What must always hold, down to the bytes of every checkpoint."""
+    from service import invariants
+
+    engine = create_engine(url)
+    with invariants.snapshot(engine) as session:
+        report = invariants.check(session, with_files=True)
+    engine.dispose()
+    assert report.violations == ()
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit
         cancel.start()
         cancel.join(0.5)
         assert cancel.is_alive()  # it holds the study and waits for the run
-        runs.record(session, "run.checkpoint", study_id=run.study_id, run_id=run.id)
+        runs.record(session, "run.noted", study_id=run.study_id, run_id=run.id)
     cancel.join(5)
     assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "cancelled"
 
@@ -129,6 +129,7 @@ def test_growth_starts_from_the_best_trial_that_has_a_checkpoint(api, submit, wo
     }
 
 
+@pytest.mark.tampers
 def test_targets_started_by_hand_outlive_their_study_and_can_be_cancelled(api, submit, worker):
     study = submit(target=None)
     for loss in (1.0, 2.0, 3.0, 4.0):

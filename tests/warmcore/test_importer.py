@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, LlamaForSequenceClassification, MistralF
 from warmcore.checkpoint import load_checkpoint, read_manifest
 from warmcore.data import prepare
 from warmcore.export import INDEX, WEIGHTS, export_hf
+from warmcore.file_facts import file_facts
 from warmcore.grown import grow_checkpoint
 from warmcore.importer import import_hf
 from warmcore.spec import CheckpointRef, DataSpec, GrowthSpec
-from warmcore.tensors import file_facts
 from warmcore.tokenizer import byte_json, train_bpe
 from warmcore.train import Training
 

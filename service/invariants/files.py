@@ -1,0 +1,72 @@
+"""Checkpoints that are kept: their files are there, and are what their hashes say."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import fsspec
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from service.invariants.rules import Violation
+from warmcore.file_facts import MANIFEST, FileFacts, facts_of
+
+_KEPT = """
+SELECT r.study_id, r.id AS run_id, c.id, c.uri, c.hash
+FROM warmscale.checkpoints c JOIN warmscale.runs r ON r.id = c.run_id
+WHERE NOT c.superseded ORDER BY c.id
+"""
+
+
+class _Manifest(BaseModel):
+    """As much of a manifest as names its files."""
+
+    files: dict[str, FileFacts]
+
+
+def violations(session: Session) -> Iterator[Violation]:
+    """Each kept checkpoint that is not complete; reads every byte of every one."""
+    for row in session.execute(text(_KEPT)).all():
+        for fault in faults(row.uri, row.hash):
+            seen = f"checkpoint {row.id} at {row.uri}: {fault}"
+            yield Violation(
+                invariant="files-whole", study_id=row.study_id, run_id=row.run_id, seen=seen
+            )
+
+
+def faults(uri: str, expected_hash: str) -> Iterator[str]:
+    """What is wrong with the checkpoint at `uri`; nothing where it is whole."""
+    try:
+        with _open(uri, MANIFEST) as file:
+            content: bytes = file.read()
+    except OSError as error:
+        yield f"{MANIFEST}: {error.strerror or error}"
+        return
+    if hashlib.sha256(content).hexdigest() != expected_hash:
+        yield f"{MANIFEST} is not that of hash {expected_hash}"
+        return
+    try:
+        manifest = _Manifest.model_validate_json(content)
+    except ValidationError as error:
+        yield f"{MANIFEST}: {error.errors()[0]['msg']}"
+        return
+    for name, facts in manifest.files.items():
+        if (fault := _fault(uri, name, facts)) is not None:
+            yield f"{name}: {fault}"
+
+
+def _fault(uri: str, name: str, expected: FileFacts) -> str | None:
+    try:
+        with _open(uri, name) as file:
+            found = facts_of(file)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if found == expected else f"{found.num_bytes} bytes of hash {found.sha256}"
+
+
+def _open(uri: str, name: str) -> Any:
+    parts = urlsplit(uri)  # fsspec takes "%20" in a file URI for three characters
+    folder = unquote(parts.path) if parts.scheme == "file" else uri
+    return fsspec.open(f"{folder}/{name}", "rb")

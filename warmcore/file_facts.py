@@ -1,0 +1,32 @@
+"""What a manifest says of each of its files, and how that is found out (torch-free)."""
+
+import hashlib
+from pathlib import Path
+from typing import BinaryIO
+
+from warmcore.fields import NonNegativeInt, Spec
+
+MANIFEST = "checkpoint.json"
+
+
+class FileFacts(Spec):
+    """Size and hash of a file."""
+
+    num_bytes: NonNegativeInt
+    sha256: str
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Read a file once."""
+    with path.open("rb") as file:
+        return facts_of(file)
+
+
+def facts_of(file: BinaryIO) -> FileFacts:
+    """Read an open file to its end."""
+    digest = hashlib.sha256()
+    num_bytes = 0
+    while chunk := file.read(2**20):
+        digest.update(chunk)
+        num_bytes += len(chunk)
+    return FileFacts(num_bytes=num_bytes, sha256=digest.hexdigest())
