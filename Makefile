@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TZ := UTC
 
-.PHONY: demo test check lint format types imports up bench clean
+.PHONY: demo test fuzz check lint format types imports up bench clean
 
 demo: $(READY)
 	$(BIN)/warmscale demo
@@ -13,6 +13,11 @@ demo: $(READY)
 # A file's tests stay in one process: they share its database, API and Ray.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# schemathesis on a live service, CASES of them for each call and phase: 200 take some ten minutes.
+CASES ?= 200
+fuzz: $(READY)
+	WARMSCALE_FUZZ_EXAMPLES=$(CASES) $(BIN)/python -m pytest -q -s tests/service/test_openapi.py -k does_not_say
 
 check: lint types imports
 

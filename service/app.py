@@ -3,11 +3,12 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, HTTPException
+from fastapi.routing import APIRoute
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import sessionmaker
 
-from service import __version__, dashboard, errors, probes
+from service import __version__, dashboard, errors, openapi, probes
 from service.db import make_engine, optuna_url
 from service.leases.repair import Presence
 from service.leases.routes import router as leases
@@ -19,7 +20,8 @@ from service.settings import Settings
 from service.studies.routes import router as studies
 from service.wakeups import Wakeups
 
-_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
+_V1 = (studies, runs, leases, results)
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 
 def create_app(settings: Settings, url: URL) -> FastAPI:
@@ -41,7 +43,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         version=__version__,
         summary="Tune small, grow, train the target, and tell whether growing paid.",
         lifespan=lifespan,
-        responses={"4XX": {"model": errors.ProblemBody, "description": "Problem (RFC 9457)"}},
+        responses={"default": {"model": errors.ProblemBody}},  # a component; see openapi.py
     )
     app.state.settings, app.state.sampler = settings, sampler
     app.state.wakeups = wakeups
@@ -49,8 +51,9 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.state.sessions = sessionmaker(engine, expire_on_commit=False)
     errors.install(app)
     app.add_middleware(Requests)
+    openapi.install(app)
     v1 = APIRouter(prefix="/v1")
-    for router in (studies, runs, leases, results):
+    for router in _V1:
         v1.include_router(router)
     v1.add_api_route("/{path:path}", _no_such_call, methods=_METHODS, include_in_schema=False)
     app.include_router(v1)
@@ -62,4 +65,13 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
 
 def _no_such_call(path: str) -> None:
     """Below /v1 a path that is not ours is a problem, not a page of the dashboard's."""
+    allowed = sorted(_methods_of(f"/{path}"))
+    if allowed:
+        raise HTTPException(405, headers={"Allow": ", ".join(allowed)})
     raise errors.not_found("call", f"/v1/{path}")
+
+
+def _methods_of(path: str) -> set[str]:
+    """What a path below /v1 can be called with."""
+    routes = [route for router in _V1 for route in router.routes if isinstance(route, APIRoute)]
+    return {method for r in routes if r.path_regex.match(path) for method in r.methods or ()}

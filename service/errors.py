@@ -55,6 +55,11 @@ class ProblemBody(BaseModel):
     request_id: str | None = Field(default=None, description="find it in the log")
 
 
+def may_answer(status: int, description: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: a problem that calls of its kind do not have; see openapi.py."""
+    return {status: {"description": description}}
+
+
 def not_found(what: str, key: str) -> Problem:
     """404 for a `what` that does not exist (or that this key may not see)."""
     return Problem(404, "not-found", f"there is no {what} {key!r}")
@@ -69,6 +74,11 @@ def bad_field(path: str, value: object, message: str) -> Problem:
     """422 for one field."""
     field = FieldProblem(path=path, message=message, value=value)
     return Problem(422, "invalid", f"{path}: {message}", (field,))
+
+
+def _unread(works: str) -> Problem:
+    """415 for a body that is not looked into."""
+    return Problem(415, "unsupported-media-type", f"the body was not read; {works}")
 
 
 class ProblemResponse(JSONResponse):
@@ -153,10 +163,14 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        if isinstance(error.body, bytes):  # FastAPI reads JSON, and what says that it is JSON
+            return _response(_unread("send it as JSON, with `Content-Type: application/json`"))
         return _response(from_validation(list(error.errors()), error.body))
 
     @app.exception_handler(HTTPException)
-    def on_http(_: Request, error: HTTPException) -> JSONResponse:
+    def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == HTTPStatus.BAD_REQUEST and "Content-Encoding" in request.headers:
+            return _response(_unread("send it uncompressed, without `Content-Encoding`"))
         kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
         return _response(
             Problem(error.status_code, kind, str(error.detail)), dict(error.headers or {})

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from warmcore.spec import CheckpointRef, RunSpec, Strategy
 
@@ -19,9 +19,19 @@ LEASE_TOKEN_HEADER = "Lease-Token"  # noqa: S105 - a header's name
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REQUEST_ID_HEADER = "X-Request-ID"
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _number(value: object) -> object:
+    """Not "3" and not true, which pydantic would take; 3.0 is a whole number, as JSON has it."""
+    if isinstance(value, bool | str):
+        raise ValueError(f"a number, not {value!r}")  # noqa: TRY004 - pydantic hears ValueError
+    return value
+
+
+Number = BeforeValidator(_number)
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+# Up to where every reader of JSON is exact.
+Count = Annotated[int, Field(ge=0, le=2**53), Number]
+NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 class Message(BaseModel):
@@ -33,9 +43,9 @@ class Message(BaseModel):
 class Resources(Message):
     """What a run needs, all its processes together, or a fleet has free. GPUs may be fractional."""
 
-    cpus: Annotated[int, Field(ge=0, le=4096)] = 1
-    gpus: Annotated[float, Field(ge=0, le=1024, allow_inf_nan=False)] = 0.0
-    processes: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+    cpus: Annotated[int, Field(ge=0, le=4096), Number] = 1
+    gpus: Annotated[float, Field(strict=True, ge=0, le=1024, allow_inf_nan=False)] = 0.0
+    processes: Annotated[int, Field(ge=1, le=1024), Number] | None = Field(
         default=None, description="that share the run, on one machine; None: one for every GPU"
     )
     strategy: Strategy = Field(
@@ -62,10 +72,10 @@ class LeaseRequest(Message):
 
     worker: str = Field(min_length=1, max_length=200)
     resources: Resources = Resources()
-    max_runs: Annotated[int, Field(ge=1, le=64)] = 1
+    max_runs: Annotated[int, Field(ge=1, le=64), Number] = 1
     study: str | None = Field(default=None, description="name or id; None takes from any")
     kinds: tuple[RunKind, ...] | None = None
-    wait_seconds: Annotated[float, Field(ge=0, le=60, allow_inf_nan=False)] = 0.0
+    wait_seconds: Annotated[float, Field(strict=True, ge=0, le=60, allow_inf_nan=False)] = 0.0
 
 
 class Lease(Message):
@@ -109,7 +119,7 @@ class Measurement(Message):
     swa_val_loss_nats: Finite | None = Field(
         default=None, description="of the equal average of the last weights, once it has begun"
     )
-    evaluation: Annotated[int, Field(ge=1, le=10_000)] | None = Field(
+    evaluation: Annotated[int, Field(ge=1, le=10_000), Number] | None = Field(
         default=None, description="which evaluation of the run this is; the pruner's resource"
     )
     lr: NonNegative | None = None

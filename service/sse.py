@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Header, Request
 from sqlalchemy import ColumnElement, select, text, tuple_
 from sqlalchemy.orm import Session
 from sse_starlette.event import ServerSentEvent
@@ -23,7 +24,29 @@ _BATCH = 500
 _LONGEST_ID = 38  # two bigints
 _SETTLED = text("(pg_snapshot_xmin(pg_current_snapshot())::text)::bigint")
 
+_EVENT = {
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {
+        "id": {"type": "string", "description": "to go on from, as `Last-Event-ID`"},
+        "event": {"type": "string", "description": "study.created, run.leased, …"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": EventView.model_json_schema(mode="serialization"),
+        },
+    },
+}
+# OpenAPI 3.2's word for one element of a stream, which FastAPI writes too.
+ANSWER: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
+}
+
 Cursor = tuple[int, int]
+LastEventId = Annotated[
+    str | None,
+    Header(alias="Last-Event-ID", description="go on after this event", examples=["740-17"]),
+]
 Batch = tuple[list[tuple[Cursor, EventView]], bool]
 
 
@@ -49,15 +72,16 @@ def of_run(session: Session, run_id: str) -> Topic:
     return Topic(where=Event.run_id == run.id, over=run.state in FINAL_RUN_STATES)
 
 
-async def respond(request: Request, topic: Callable[[Session], Topic]) -> EventSourceResponse:
+async def respond(
+    request: Request, topic: Callable[[Session], Topic], after: str | None
+) -> EventSourceResponse:
     """Stream the topic's events after `Last-Event-ID`; the stream ends when its subject has."""
-    last = _last_event_id(request)
+    last = _cursor(after or "0-0")
     batch = await run_in_threadpool(_read, request, topic, last)
     return EventSourceResponse(_follow(request, topic, batch, last), ping=15)
 
 
-def _last_event_id(request: Request) -> Cursor:
-    given = request.headers.get("Last-Event-ID", "0-0")
+def _cursor(given: str) -> Cursor:
     xid, _, number = given.partition("-")
     if not (xid.isdecimal() and number.isdecimal() and len(given) <= _LONGEST_ID):
         raise bad_field("Last-Event-ID", given, "the id of an event of this stream, such as 740-17")

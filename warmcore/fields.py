@@ -1,9 +1,19 @@
 """Kinds of numbers that the specs have, with bounds far beyond any model (torch-free)."""
 
+import functools
 import hashlib
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -29,6 +39,41 @@ def derived_seed(*parts: object) -> int:
 
 
 class Spec(BaseModel):
-    """Frozen, keyword-only, and strict about unknown keys."""
+    """Frozen, keyword-only, and strict about unknown keys and about true and false as numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _truth_is_no_number(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """YAML reads `on`, `yes` and `no` as true and false, which pydantic would make 1 and 0."""
+        if isinstance(given, dict):
+            wrong = {
+                name: v for name, v in given.items() if _holds_truth(v) and name in _numbers(cls)
+            }
+            if wrong:
+                raise _no_numbers(cls, wrong)
+        return validate(given)
+
+
+def _holds_truth(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and bool in map(type, value))
+
+
+@functools.cache
+def _numbers(spec: type[BaseModel]) -> frozenset[str]:
+    """Names of the fields that are numbers, or several, and never true or false."""
+    kinds = {name: set(_kinds(f.annotation)) for name, f in spec.model_fields.items()}
+    return frozenset(name for name, k in kinds.items() if k & {int, float} and bool not in k)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for inner in get_args(annotation):
+        yield from _kinds(inner)
+
+
+def _no_numbers(spec: type[BaseModel], wrong: dict[str, Any]) -> ValidationError:
+    problem = PydanticCustomError("bool_for_number", "Input should be a number, not true or false")
+    errors = [InitErrorDetails(type=problem, loc=(n,), input=v) for n, v in wrong.items()]
+    return ValidationError.from_exception_data(spec.__name__, errors)

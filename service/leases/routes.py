@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from service.auth import require
+from service.errors import may_answer
 from service.leases import store
 from service.protocol import LeaseReply, LeaseRequest
 
@@ -14,7 +15,11 @@ router = APIRouter(tags=["leases"])
 _POLL_SECONDS = 0.25
 
 
-@router.post("/leases", dependencies=[Depends(require("work"))])
+@router.post(
+    "/leases",
+    dependencies=[Depends(require("work"))],
+    responses=may_answer(404, "There is no such study."),
+)
 async def lease(body: LeaseRequest, request: Request) -> LeaseReply:
     """Lease runs that fit; wait up to `wait_seconds` for some, holding no connection."""
     state = request.app.state

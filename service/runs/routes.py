@@ -7,6 +7,7 @@ from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request
 from service import sse
 from service.auth import require
 from service.deps import DbSession, ThePresence, TheSampler, TheSettings
+from service.errors import may_answer
 from service.leases.repair import tell_finished
 from service.leases.store import artifact_uri
 from service.protocol import (
@@ -35,7 +36,7 @@ read = [Depends(require("read"))]
 work = [Depends(require("work"))]
 
 
-@router.get("", dependencies=read)
+@router.get("", dependencies=read, responses=may_answer(404, "There is no such study."))
 def list_runs(
     session: DbSession,
     study: str | None = None,
@@ -70,10 +71,17 @@ def read_checkpoints(session: DbSession, run_id: str) -> CheckpointList:
     return CheckpointList(items=store.checkpoints(session, store.get(session, run_id).id))
 
 
-@router.get("/{run_id}/events", dependencies=read, response_class=sse.EventSourceResponse)
-async def stream_events(request: Request, run_id: str) -> sse.EventSourceResponse:
+@router.get(
+    "/{run_id}/events",
+    dependencies=read,
+    response_class=sse.EventSourceResponse,
+    responses=sse.ANSWER,
+)
+async def stream_events(
+    request: Request, run_id: str, after: sse.LastEventId = None
+) -> sse.EventSourceResponse:
     """The run's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await sse.respond(request, lambda session: sse.of_run(session, run_id))
+    return await sse.respond(request, lambda session: sse.of_run(session, run_id), after)
 
 
 @router.post("/{run_id}/measurements", dependencies=work)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from service import sse
 from service.auth import require
 from service.deps import DbSession, TheSampler
-from service.errors import bad_field
+from service.errors import bad_field, may_answer
 from service.protocol import IDEMPOTENCY_HEADER
 from service.runs import store as runs
 from service.studies import store, targets, trials
@@ -111,7 +111,11 @@ def enqueue_trial(
     return trials.enqueue(session, sampler, store.find(session, study), body.params)
 
 
-@router.get("/{study}/importance", dependencies=read)
+@router.get(
+    "/{study}/importance",
+    dependencies=read,
+    responses=may_answer(409, "Too few trials have finished."),
+)
 def read_importance(session: DbSession, sampler: TheSampler, study: str) -> Importance:
     """How much each parameter decides the loss."""
     return trials.importance(sampler, store.find(session, study))
@@ -125,7 +129,14 @@ def start_targets(body: TargetRequest, session: DbSession, study: str) -> Target
     return TargetList(items=tuple(runs.view(run, found.name) for run in started))
 
 
-@router.get("/{study}/events", dependencies=read, response_class=sse.EventSourceResponse)
-async def stream_events(request: Request, study: str) -> sse.EventSourceResponse:
+@router.get(
+    "/{study}/events",
+    dependencies=read,
+    response_class=sse.EventSourceResponse,
+    responses=sse.ANSWER,
+)
+async def stream_events(
+    request: Request, study: str, after: sse.LastEventId = None
+) -> sse.EventSourceResponse:
     """The study's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await sse.respond(request, lambda session: sse.of_study(session, study))
+    return await sse.respond(request, lambda session: sse.of_study(session, study), after)

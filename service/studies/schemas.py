@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from service.protocol import Message, RunState, RunView, StudyState
+from service.protocol import Message, Number, RunState, RunView, StudyState
 from service.studies.study_spec import StudySpec, TargetSpec, WarmstartSpec
 from warmcore.spec import ModelSpec
 
@@ -77,7 +77,7 @@ class EnqueueRequest(Message):
     params: Annotated[dict[str, Any], Field(min_length=1)]
 
 
-RowNumber = Annotated[int, Field(ge=0, lt=2**31)]
+RowNumber = Annotated[int, Field(ge=0, lt=2**31), Number]
 
 
 class ImportedBase(Message):

@@ -1,0 +1,42 @@
+"""What schemathesis cannot know: a spec that is accepted, what is ours to make, where to publish.
+
+Without these nearly every generated study would be refused and nothing behind it be reached.
+"""
+
+import itertools
+import json
+import os
+
+import schemathesis
+
+SPEC = json.loads(os.environ["WARMSCALE_FUZZ_SPEC"])
+_numbers = itertools.count()
+_leases = {}
+
+
+@schemathesis.hook
+def before_call(context, case, kwargs):
+    if case.meta is None or not case.meta.generation.mode.is_positive:
+        return
+    for made_by_the_service in ("cursor", "Last-Event-ID"):
+        case.query.pop(made_by_the_service, None)
+        case.headers.pop(made_by_the_service, None)
+    if "{run_id}" in case.path and _leases and next(_numbers) % 4:
+        lease = _leases.get(case.path_parameters["run_id"]) or [*_leases.values()][-1]
+        case.path_parameters["run_id"] = lease["run_id"]
+        if case.method == "POST":
+            case.headers["Lease-Token"] = lease["lease_token"]
+        if case.path.endswith("/checkpoints") and isinstance(case.body, dict):
+            case.body["uri"] = f"{lease['artifact_uri']}/step"
+    match case.operation.label:
+        case "POST /v1/studies" if next(_numbers) % 4:
+            case.body = SPEC | {"name": f"fuzz-{os.getpid()}-{next(_numbers)}"}
+        case "POST /v1/leases" if isinstance(case.body, dict):
+            any_study = {"study": None, "kinds": None, "resources": {"cpus": 64}}
+            case.body |= {"wait_seconds": 0} | (any_study if next(_numbers) % 4 else {})
+
+
+@schemathesis.hook
+def after_call(context, case, response):
+    if case.operation.label == "POST /v1/leases" and response.status_code == 200:
+        _leases.update((lease["run_id"], lease) for lease in response.json()["leases"])
