@@ -10,12 +10,13 @@ from sqlalchemy.orm import sessionmaker
 
 from service import __version__, dashboard, errors, openapi, probes
 from service.db import make_engine, optuna_url
+from service.drain import Drain
 from service.leases.repair import Presence
 from service.leases.routes import router as leases
 from service.requests import Requests
 from service.results.routes import router as results
 from service.runs.routes import router as runs
-from service.sampler import Sampler
+from service.sampler import TRANSIENT, Sampler
 from service.settings import Settings
 from service.studies.routes import router as studies
 from service.wakeups import Wakeups
@@ -47,9 +48,10 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     )
     app.state.settings, app.state.sampler = settings, sampler
     app.state.wakeups = wakeups
+    app.state.drain = Drain()
     app.state.presence = Presence(settings.lease_seconds)
     app.state.sessions = sessionmaker(engine, expire_on_commit=False)
-    errors.install(app)
+    errors.install(app, away=TRANSIENT)
     app.add_middleware(Requests)
     openapi.install(app)
     v1 = APIRouter(prefix="/v1")

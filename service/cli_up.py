@@ -14,12 +14,13 @@ from service import __version__, logs
 from service.child import ChildError, die_with_parent
 from service.cli_common import Exit, fail
 from service.db import database, upgrade, use_utc
+from service.drain import Server, end_on_sigterm
 from service.home import HomeInUseError, access_path
 from service.settings import Settings
 from service.tables import ApiKey
 from service.up import Interrupted, PortTakenError, Stack, log_folder, stack
 
-_GRACEFUL_SECONDS = 3  # long polls and event streams would hold the end up
+_GRACEFUL_SECONDS = 10  # the supervisor kills after 15, Kubernetes after 30
 
 
 def up(settings: Settings, fleet: list[str] | None, *, as_json: bool) -> None:
@@ -62,6 +63,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
     """Run the API in this process. A supervised or embedded one prepares its database itself."""
     from service.app import create_app  # a second of imports
 
+    end_on_sigterm()
     use_utc()
     # Before any upgrade: Optuna's silences every logger there is if the root has no handler.
     logs.configure(settings.log_format)
@@ -72,14 +74,16 @@ def serve(settings: Settings, *, supervised: bool) -> None:
             upgrade(url)
         if supervised:
             admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
-        uvicorn.run(
-            create_app(settings, url),
+        app = create_app(settings, url)
+        config = uvicorn.Config(
+            app,
             host=settings.host,
             port=settings.port,
             log_config=None,
             access_log=False,  # `service.requests` writes the line
             timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         )
+        Server(config, app.state.drain).run()
 
 
 def admit(url: URL, key: str, fleet_key: str) -> None:

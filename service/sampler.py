@@ -43,10 +43,12 @@ from optuna.samplers import (
 )
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
+from service.db import engine_options
 from service.drafts import DraftStorage, Drawn, write
 from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
 from service.studies.study_spec import StudySpec
@@ -59,6 +61,7 @@ R = TypeVar("R")
 # What passes by itself: the database or a helper process was away. Anything else is a fault.
 TRANSIENT = (OperationalError, PoolTimeoutError, StorageInternalError, BrokenProcessPool)
 
+_TURN_SECONDS = 10.0
 _log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 optuna.logging.disable_default_handler()
@@ -88,8 +91,13 @@ def _in_turn(
 
     @functools.wraps(call)
     def bounded(self: "Sampler", *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._turns:  # pyright: ignore[reportPrivateUsage]
+        turns = self._turns  # pyright: ignore[reportPrivateUsage]
+        if not turns.acquire(timeout=_TURN_SECONDS):
+            raise PoolTimeoutError(f"no turn at Optuna within {_TURN_SECONDS:g} s")
+        try:
             return call(self, *args, **kwargs)
+        finally:
+            turns.release()
 
     return bounded
 
@@ -104,14 +112,9 @@ class Sampler:
 
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
         self._url = url
+        pool = {"pool_size": pool_size, "max_overflow": pool_size}
         rdb = RDBStorage(
-            url,
-            engine_kwargs={
-                "pool_size": pool_size,
-                "max_overflow": pool_size,
-                "pool_pre_ping": True,
-            },
-            skip_table_creation=True,
+            url, engine_kwargs=pool | engine_options(make_url(url)), skip_table_creation=True
         )
         self.engine = rdb.engine
         self.storage: BaseStorage = optuna.storages.get_storage(

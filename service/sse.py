@@ -1,6 +1,5 @@
 """Events as Server-Sent Events: rows of `events`, followed by their id."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from service.studies.store import find
 from service.tables import Event, Run
 
 _POLL_SECONDS = 0.5
+_GRACE_SECONDS = 5.0  # else the library cuts the stream off: this one ends by itself
 _BATCH = 500
 _LONGEST_ID = 38  # two bigints
 _SETTLED = text("(pg_snapshot_xmin(pg_current_snapshot())::text)::bigint")
@@ -78,7 +78,8 @@ async def respond(
     """Stream the topic's events after `Last-Event-ID`; the stream ends when its subject has."""
     last = _cursor(after or "0-0")
     batch = await run_in_threadpool(_read, request, topic, last)
-    return EventSourceResponse(_follow(request, topic, batch, last), ping=15)
+    follow = _follow(request, topic, batch, last)
+    return EventSourceResponse(follow, ping=15, shutdown_grace_period=_GRACE_SECONDS)
 
 
 def _cursor(given: str) -> Cursor:
@@ -120,7 +121,8 @@ async def _follow(
         rows, over = batch
         for last, row in rows:  # noqa: PLR1704 - the stream goes on after its newest row
             yield ServerSentEvent(row.model_dump_json(), event=row.type, id=f"{last[0]}-{last[1]}")
-        if over or await request.is_disconnected():
+        drain = request.app.state.drain
+        if over or drain.begun or await request.is_disconnected():
             return
-        await asyncio.sleep(_POLL_SECONDS)
+        await drain.pause(_POLL_SECONDS)
         batch = await run_in_threadpool(_read, request, topic, last)

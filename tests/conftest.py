@@ -104,10 +104,11 @@ def serving(settings, database_url):
     from service import auth
     from service.app import create_app
     from service.client import Client
+    from service.drain import Server
 
     app = create_app(settings, database_url)
     config = uvicorn.Config(app, host="127.0.0.1", port=settings.port, log_level="warning")
-    server = uvicorn.Server(config)
+    server = Server(config, app.state.drain)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -41,7 +41,7 @@ def expire(sessions: sessionmaker[Session], presence: Presence) -> None:
     with sessions.begin() as session:
         studies = list(session.scalars(select(Run.study_id).where(*_EXPIRED).distinct()))
         if not presence.seen():
-            more = func.now() + timedelta(seconds=presence.lease_seconds)
+            more = func.clock_timestamp() + timedelta(seconds=presence.lease_seconds)
             later = func.greatest(Run.lease_expires_at, more)
             session.execute(update(Run).where(Run.state == "leased").values(lease_expires_at=later))
             return

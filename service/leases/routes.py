@@ -1,6 +1,5 @@
 """`POST /v1/leases`: the one way work leaves the service."""
 
-import asyncio
 import time
 
 from fastapi import APIRouter, Depends, Request
@@ -24,10 +23,14 @@ async def lease(body: LeaseRequest, request: Request) -> LeaseReply:
     """Lease runs that fit; wait up to `wait_seconds` for some, holding no connection."""
     state = request.app.state
     deadline = time.monotonic() + body.wait_seconds
-    while True:
+    while not state.drain.begun:
         leases = await run_in_threadpool(
             store.lease, state.sessions, state.sampler, state.settings, state.presence, body
         )
-        if leases or time.monotonic() >= deadline or await request.is_disconnected():
+        if await request.is_disconnected():
+            await run_in_threadpool(store.give_back, state.sessions, leases)
+            break
+        if leases or time.monotonic() >= deadline:
             return LeaseReply(leases=leases)
-        await asyncio.sleep(_POLL_SECONDS)
+        await state.drain.pause(_POLL_SECONDS)
+    return LeaseReply(leases=())

@@ -5,6 +5,7 @@ requests cannot wait for each other.
 """
 
 import logging
+from collections.abc import Iterable
 from datetime import timedelta
 from secrets import token_urlsafe
 
@@ -14,8 +15,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.events import record
 from service.leases import trials
 from service.leases.repair import Presence, expire, tell_finished
-from service.protocol import Lease, LeaseRequest, Resources
-from service.runs.store import kept
+from service.protocol import FinishRequest, Lease, LeaseRequest, Resources
+from service.runs.store import finish, kept
 from service.sampler import TRANSIENT, Sampler
 from service.settings import Settings
 from service.studies.store import find
@@ -66,6 +67,13 @@ def lease(
         granted.append(one)
         free = free.less(one.resources)
     return tuple(granted)
+
+
+def give_back(sessions: sessionmaker[Session], leases: Iterable[Lease]) -> None:
+    """Queue again what was granted to a client that is gone: no harm done, and no failure."""
+    for one in leases:
+        with sessions.begin() as session:
+            finish(session, one.run_id, one.lease_token, FinishRequest(outcome="released"))
 
 
 def _lease_queued(
@@ -136,7 +144,8 @@ def _grant(
     """Lease a queued run, which this transaction has locked or made."""
     run.state, run.attempt = "leased", (run.attempt or 0) + 1
     run.worker, run.lease_token = request.worker, token_urlsafe(24)
-    run.lease_expires_at = func.now() + timedelta(seconds=settings.lease_seconds)
+    # Not now(), which is when this transaction began: an ask of Optuna's may have taken seconds.
+    run.lease_expires_at = func.clock_timestamp() + timedelta(seconds=settings.lease_seconds)
     run.started_at = func.coalesce(Run.started_at, func.now())
     session.flush()
     record(

@@ -96,7 +96,8 @@ def renew(session: Session, run_id: str, token: str, lease_seconds: float) -> Ru
     run = session.scalars(
         update(Run)
         .where(Run.id == run_id, Run.lease_token == token, Run.state == "leased")
-        .values(lease_expires_at=func.now() + timedelta(seconds=lease_seconds))
+        # Not now(), which is when this transaction began: it may have waited for the row.
+        .values(lease_expires_at=func.clock_timestamp() + timedelta(seconds=lease_seconds))
         .returning(Run)
     ).one_or_none()
     if run is not None:

@@ -1,0 +1,59 @@
+"""Shutting down: what waits is answered at once, what runs is finished, nothing more is granted."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from types import FrameType
+
+import uvicorn
+
+
+class Drain:
+    """Whether this process is on its way out. Begun once, never undone."""
+
+    def __init__(self) -> None:
+        self._begun = asyncio.Event()
+
+    @property
+    def begun(self) -> bool:
+        """Whether to grant and to wait for nothing more."""
+        return self._begun.is_set()
+
+    def begin(self) -> None:
+        """Wake everything that pauses. On the event loop's thread."""
+        self._begun.set()
+
+    async def pause(self, seconds: float) -> None:
+        """Sleep, but not past the beginning of the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._begun.wait()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which tells `drain` before it waits for the requests that are under way.
+
+    Without that, long-polls and event streams hold the end up until they are cut off.
+    """
+
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        super().__init__(config)
+        self._drain = drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin the drain, refuse new connections, finish what is under way."""
+        self._drain.begin()
+        await super().shutdown(sockets)
+
+
+def end_on_sigterm() -> None:
+    """Have SIGTERM end this process with 0, by way of every `finally`.
+
+    uvicorn catches it while it serves, and raises it again once it has stopped.
+    """
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, end)

@@ -1,0 +1,115 @@
+"""Nothing hangs: every wait on the database has an end, and its end is a 503 that says when."""
+
+import httpx
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+
+from service import db, sampler
+from service.client import Client, ServiceError
+from service.studies.advance import lock
+from tests.by_hand import Worker
+from tests.conftest import serving
+
+LIMITS = {
+    "statement_timeout": "30s",
+    "lock_timeout": "10s",
+    "idle_in_transaction_session_timeout": "1min",
+    "TimeZone": "UTC",
+}
+
+
+def test_both_engines_have_the_same_limits(api):
+    for engine in (api.sessions.kw["bind"], api.app.state.sampler.engine):
+        with engine.connect() as connection:
+            found = {name: connection.scalar(text(f"SHOW {name}")) for name in LIMITS}
+        assert found == LIMITS
+        assert engine.pool._pre_ping
+        assert engine.pool._timeout == 5.0
+
+
+def test_options_of_the_url_are_kept_beside_ours(database_url):
+    url = database_url.update_query_dict({"options": "-c work_mem=7MB"})
+    engine = db.make_engine(url, 1)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SHOW work_mem")) == "7MB"
+        assert connection.scalar(text("SHOW statement_timeout")) == "30s"
+    engine.dispose()
+
+
+@pytest.fixture
+def hasty(settings, database_url, monkeypatch):
+    """An API of two connections whose waits end soon."""
+    quick = "-c lock_timeout=2s -c idle_in_transaction_session_timeout=1s"
+    monkeypatch.setattr(db, "_SESSION_OPTIONS", quick)
+    monkeypatch.setattr(db, "_POOL_TIMEOUT_SECONDS", 0.25)
+    monkeypatch.setattr(sampler, "_TURN_SECONDS", 0.25)
+    with serving(settings.model_copy(update={"pool_size": 2}), database_url) as api:
+        yield api
+
+
+def refused(call):
+    with pytest.raises(ServiceError) as answer:
+        call()
+    assert (answer.value.status, answer.value.type) == (503, "urn:warmscale:database-unavailable")
+
+
+def impatient(api):
+    return Client(api.url, api.key, patience_seconds=0)
+
+
+def test_a_request_that_gets_no_connection_is_a_503_that_says_when_to_come_back(hasty):
+    with hasty.sessions() as one, hasty.sessions() as other:
+        one.connection()
+        other.connection()
+        answer = httpx.get(f"{hasty.url}/readyz")
+    assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+    assert httpx.get(f"{hasty.url}/readyz").status_code == 200
+
+
+def test_a_request_that_waits_for_a_lock_for_too_long_is_a_503(hasty, study_spec, database_url):
+    study = hasty.client.post("/v1/studies", study_spec())
+    patient = db.create_engine(database_url)
+    with db.Session(patient) as holder, impatient(hasty) as client:
+        lock(holder, study["id"])
+        refused(lambda: client.post(f"/v1/studies/{study['id']}/pause"))
+    patient.dispose()
+    assert hasty.client.post(f"/v1/studies/{study['id']}/pause")["state"] == "paused"
+
+
+def test_a_request_that_gets_no_turn_at_optuna_is_a_503(hasty, study_spec):
+    study = hasty.client.post("/v1/studies", study_spec())
+    turns = hasty.app.state.sampler._turns
+    with turns, turns, impatient(hasty) as client:
+        refused(lambda: client.get(f"/v1/studies/{study['id']}/trials"))
+        refused(lambda: Worker(client).lease())
+    assert len(Worker(hasty.client).lease(2)) == 2
+    assert hasty.client.get(f"/v1/studies/{study['id']}")["state"] == "active"
+
+
+def test_a_process_that_stands_still_in_a_transaction_holds_nobody_up(hasty, study_spec):
+    study = hasty.client.post("/v1/studies", study_spec())
+    stopped = hasty.sessions()  # of a replica that was stopped, or swapped out, right here
+    lock(stopped, study["id"])
+    assert hasty.client.post(f"/v1/studies/{study['id']}/pause")["state"] == "paused"
+    with pytest.raises(DBAPIError):
+        stopped.commit()
+    stopped.close()
+
+
+def test_a_lease_is_as_long_as_it_says_though_its_transaction_was_slow(
+    api, submit, worker, monkeypatch
+):
+    submit()
+    ask = api.app.state.sampler.ask
+
+    def slow(*arguments):
+        with api.sessions() as session:
+            session.execute(text("SELECT pg_sleep(1)"))
+        return ask(*arguments)
+
+    monkeypatch.setattr(api.app.state.sampler, "ask", slow)
+    worker.one()
+    with api.sessions() as session:
+        left = "SELECT extract(epoch FROM lease_expires_at - started_at) FROM warmscale.runs"
+        assert session.scalar(text(left)) >= api.app.state.settings.lease_seconds + 1
