@@ -11,6 +11,7 @@ from sqlalchemy.orm import sessionmaker
 from service import __version__, dashboard, errors, openapi, probes
 from service.db import make_engine, optuna_url
 from service.drain import Drain
+from service.leases.desk import Desk
 from service.leases.repair import Presence
 from service.leases.routes import router as leases
 from service.requests import Requests
@@ -49,6 +50,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.state.settings, app.state.sampler = settings, sampler
     app.state.wakeups = wakeups
     app.state.drain = Drain()
+    app.state.desk = Desk(app.state)
     app.state.presence = Presence(settings.lease_seconds)
     app.state.sessions = sessionmaker(engine, expire_on_commit=False)
     errors.install(app, away=TRANSIENT)

@@ -41,6 +41,7 @@ class Drawn:
 
     study_id: int
     trials_before: int
+    running: tuple[int, ...]  # numbers of those that ran already
     drafts: tuple[Draft, ...]
     study_attributes: dict[str, Any]
 
@@ -53,6 +54,7 @@ class DraftStorage:
         self._study_id = backend.get_study_id_from_name(study)
         self._trials = list(backend.get_all_trials(self._study_id, deepcopy=False))
         self._trials_before = len(self._trials)
+        self._running = tuple(t.number for t in self._trials if t.state == TrialState.RUNNING)
         self._started: dict[int, FrozenTrial] = {}
         self._study_attributes: dict[str, Any] = {}
 
@@ -66,6 +68,7 @@ class DraftStorage:
         return Drawn(
             study_id=self._study_id,
             trials_before=self._trials_before,
+            running=self._running,
             drafts=tuple(_draft(*started) for started in self._started.items()),
             study_attributes=self._study_attributes,
         )

@@ -1,17 +1,15 @@
 """`POST /v1/leases`: the one way work leaves the service."""
 
-import time
+import asyncio
 
 from fastapi import APIRouter, Depends, Request
-from starlette.concurrency import run_in_threadpool
 
 from service.auth import require
 from service.errors import may_answer
-from service.leases import store
-from service.protocol import LeaseReply, LeaseRequest
+from service.leases.desk import give_back_to
+from service.protocol import Lease, LeaseReply, LeaseRequest
 
 router = APIRouter(tags=["leases"])
-_POLL_SECONDS = 0.25
 
 
 @router.post(
@@ -21,16 +19,25 @@ _POLL_SECONDS = 0.25
 )
 async def lease(body: LeaseRequest, request: Request) -> LeaseReply:
     """Lease runs that fit; wait up to `wait_seconds` for some, holding no connection."""
+    return LeaseReply(leases=await _unless_gone(body, request))
+
+
+async def _unless_gone(body: LeaseRequest, request: Request) -> tuple[Lease, ...]:
+    """What the desk grants to a client that is still there to take it."""
     state = request.app.state
-    deadline = time.monotonic() + body.wait_seconds
-    while not state.drain.begun:
-        leases = await run_in_threadpool(
-            store.lease, state.sessions, state.sampler, state.settings, state.presence, body
-        )
-        if await request.is_disconnected():
-            await run_in_threadpool(store.give_back, state.sessions, leases)
-            break
-        if leases or time.monotonic() >= deadline:
-            return LeaseReply(leases=leases)
-        await state.drain.pause(_POLL_SECONDS)
-    return LeaseReply(leases=())
+    asked, gone = asyncio.create_task(state.desk.lease(body)), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({asked, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not gone.done():
+            return asked.result()
+        if asked.done():
+            await give_back_to(state, asked.result())
+        return ()
+    finally:
+        asked.cancel()
+        gone.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

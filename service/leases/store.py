@@ -1,4 +1,4 @@
-"""Leasing: who trains what. No background loop: every lease request also repairs what it finds.
+"""Leasing: who trains what. No background loop: every round of requests also repairs what it finds.
 
 Locks are taken in one order, the study's row before a run's, or skipped when held, so that two
 requests cannot wait for each other.
@@ -6,178 +6,157 @@ requests cannot wait for each other.
 
 import logging
 from collections.abc import Iterable
-from datetime import timedelta
-from secrets import token_urlsafe
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, Select, func, select, true
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.events import record
+from service.errors import Problem
 from service.leases import trials
+from service.leases.bids import Bid, allot
+from service.leases.grants import clock, lease_of, take
 from service.leases.repair import Presence, expire, tell_finished
-from service.protocol import FinishRequest, Lease, LeaseRequest, Resources
-from service.runs.store import finish, kept
-from service.sampler import TRANSIENT, Sampler
+from service.protocol import Lease
+from service.sampler import Sampler
 from service.settings import Settings
 from service.studies.store import find
-from service.studies.study_spec import StudyResources, StudySpec
+from service.studies.study_spec import StudyResources
 from service.tables import Run, Study
-from warmcore.spec import CheckpointRef, RunSpec
 
 _log = logging.getLogger(__name__)
 # A study that has ended may still have targets that were started by hand.
 _LEASED_FROM = ("active", "completed", "failed")
+_SOON_SECONDS = 0.1
 
 
-def lease(
+def serve(
     sessions: sessionmaker[Session],
     sampler: Sampler,
     settings: Settings,
     presence: Presence,
-    request: LeaseRequest,
-) -> tuple[Lease, ...]:
-    """Lease up to `max_runs` runs that fit together: those that wait, then new trials.
+    bids: list[Bid],
+) -> float | None:
+    """Grant every bid in its turn up to `max_runs` runs that fit together, as far as there are any.
 
-    Expired leases are taken back first, and finished trials that Optuna has not heard of are told.
-    What has been granted is always returned: nobody else could train it.
+    Returns the seconds until there may be more; None if the clock alone will bring none.
 
-    Raises:
-        Problem: 404 for a study that does not exist.
+    Runs that wait come before new trials. Expired leases are taken back first, and finished trials
+    that Optuna has not heard of are told. What has been granted stands, whatever fails after it:
+    nobody else could train it. A bid for a study that does not exist gets that error.
     """
-    if request.study is not None:
-        with sessions() as session:
-            find(session, request.study)
+    _look_up(sessions, bids)
     expire(sessions, presence)
     tell_finished(sessions, sampler)
-    free = request.resources
-    with sessions.begin() as session:
-        granted = _lease_queued(session, settings, request, free)
-    for one in granted:
-        free = free.less(one.resources)
-    while len(granted) < request.max_runs and _trials_wanted(request):
+    _lease_queued(sessions, settings, bids)
+    held_up = not _start_trials(sessions, sampler, settings, bids)
+    if all(bid.granted or bid.error for bid in bids):
+        return None
+    with sessions() as session:
+        return _SOON_SECONDS if held_up else _due_seconds(session)
+
+
+def _look_up(sessions: sessionmaker[Session], bids: Iterable[Bid]) -> None:
+    for bid in bids:
+        if bid.within is not None:
+            continue
         try:
-            one = _lease_new_trial(sessions, sampler, settings, request, free)
-        except TRANSIENT:
-            if not granted:
-                raise
-            _log.warning("no further trial for now", exc_info=True)
-            break
-        if one is None:
-            break
-        granted.append(one)
-        free = free.less(one.resources)
-    return tuple(granted)
+            with sessions() as session:
+                bid.within, bid.scope = _within(session, bid)
+        except Problem as problem:
+            bid.error = problem
 
 
-def give_back(sessions: sessionmaker[Session], leases: Iterable[Lease]) -> None:
-    """Queue again what was granted to a client that is gone: no harm done, and no failure."""
-    for one in leases:
-        with sessions.begin() as session:
-            finish(session, one.run_id, one.lease_token, FinishRequest(outcome="released"))
+def _within(session: Session, bid: Bid) -> tuple[ColumnElement[bool], str | None]:
+    """The studies that a bid takes from, and a name for them."""
+    if bid.request.study is None:
+        return true(), None
+    study = find(session, bid.request.study)
+    return Study.id == study.id, study.id
 
 
-def _lease_queued(
-    session: Session, settings: Settings, request: LeaseRequest, free: Resources
-) -> list[Lease]:
-    query = (
-        select(Run, Study.name, Study.spec["resources"])
+def _lease_queued(sessions: sessionmaker[Session], settings: Settings, bids: list[Bid]) -> None:
+    granted: list[tuple[Bid, Lease]] = []
+    nothing_left: set[tuple[object, ...]] = set()
+    with sessions.begin() as session:
+        if not session.scalar(select(_waiting().exists())):
+            return
+        for bid in bids:
+            alike = (bid.scope, bid.request.kinds, bid.request.resources)
+            if bid.wanted and alike not in nothing_left:
+                leases = _queued_for(session, settings, bid)
+                granted += [(bid, lease) for lease in leases]
+                if not leases:
+                    nothing_left.add(alike)
+    for bid, lease in granted:
+        bid.granted.append(lease)
+
+
+def _waiting() -> Select[Run, Study]:
+    return (
+        select(Run, Study)
         .join(Study, Study.id == Run.study_id)
-        .where(
-            Run.state == "queued",
-            Run.available_at <= func.now(),
-            Study.state.in_(_LEASED_FROM),
-            Run.cpus <= free.cpus,
-            Run.gpus <= free.gpus,
-            *_filters(request),
-        )
+        .where(Run.state == "queued", Run.available_at <= func.now(), Study.state.in_(_LEASED_FROM))
+    )
+
+
+def _queued_for(session: Session, settings: Settings, bid: Bid) -> list[Lease]:
+    assert bid.within is not None
+    free, now = bid.free, clock(session)
+    kinds = bid.request.kinds
+    query = (
+        _waiting()
+        .where(Run.cpus <= free.cpus, Run.gpus <= free.gpus, bid.within)
+        .where(true() if kinds is None else Run.kind.in_(kinds))
         .order_by(Run.created_at, Run.id)
-        .limit(request.max_runs)
+        .limit(bid.wanted)
         .with_for_update(of=Run, skip_locked=True)
     )
     granted: list[Lease] = []
-    for run, study_name, resources in session.execute(query):
-        needs = StudyResources.model_validate(resources).of(run.kind)
+    for run, study in session.execute(query):
+        needs = StudyResources.model_validate(study.spec["resources"]).of(run.kind)
         if needs.fits(free):
-            granted.append(_grant(session, settings, request, run, study_name, needs=needs))
-            free = free.less(granted[-1].resources)
+            take(run, bid.request, settings, now)
+            session.flush()
+            granted.append(lease_of(session, settings, run, study, needs=needs))
+            free = free.less(needs)
     return granted
 
 
-def _filters(request: LeaseRequest) -> list[ColumnElement[bool]]:
-    kinds = [] if request.kinds is None else [Run.kind.in_(request.kinds)]
-    return [*trials.of_study(request), *kinds]
+def _start_trials(
+    sessions: sessionmaker[Session], sampler: Sampler, settings: Settings, bids: list[Bid]
+) -> bool:
+    """Start trials until the bids are served or no study has room; False if some are held up."""
+    held_up: set[str] = set()
+    while True:
+        try:
+            allotted = _allotted(sessions, bids, held_up)
+            if not allotted:
+                return not held_up
+            for study_id, takers in allotted.items():
+                if not trials.start(sessions, sampler, settings, study_id, takers):
+                    held_up.add(study_id)
+        except trials.StudyFaultError as fault:
+            with sessions.begin() as session:
+                trials.fail(session, fault)
 
 
-def _trials_wanted(request: LeaseRequest) -> bool:
-    return request.kinds is None or "trial" in request.kinds
-
-
-def _lease_new_trial(
-    sessions: sessionmaker[Session],
-    sampler: Sampler,
-    settings: Settings,
-    request: LeaseRequest,
-    free: Resources,
-) -> Lease | None:
-    """Start a trial of the oldest study with room for one, and lease it."""
+def _allotted(
+    sessions: sessionmaker[Session], bids: list[Bid], held_up: set[str]
+) -> dict[str, list[Bid]]:
+    takers = [bid for bid in bids if bid.wanted and bid.takes("trial")]
+    scopes = {bid.scope: bid.within for bid in takers if bid.within is not None}
     with sessions() as session:
-        candidates = list(session.scalars(trials.with_room(request)))
-    for study_id in candidates:
-        with sessions.begin() as session:
-            study = trials.claim(session, request, study_id)
-            run = None if study is None else trials.start(session, sampler, study, free)
-            if study is not None and run is not None:
-                needs = StudySpec.model_validate(study.spec).resources.trial
-                return _grant(session, settings, request, run, study.name, needs=needs)
-    return None
+        found = {scope: trials.openings(session, within) for scope, within in scopes.items()}
+    openings = {id_: o for of in found.values() for id_, o in of.items() if id_ not in held_up}
+    studies = {scope: [id_ for id_ in of if id_ in openings] for scope, of in found.items()}
+    return allot(takers, openings, studies)
 
 
-def _grant(
-    session: Session,
-    settings: Settings,
-    request: LeaseRequest,
-    run: Run,
-    study_name: str,
-    *,
-    needs: Resources,
-) -> Lease:
-    """Lease a queued run, which this transaction has locked or made."""
-    run.state, run.attempt = "leased", (run.attempt or 0) + 1
-    run.worker, run.lease_token = request.worker, token_urlsafe(24)
-    # Not now(), which is when this transaction began: an ask of Optuna's may have taken seconds.
-    run.lease_expires_at = func.clock_timestamp() + timedelta(seconds=settings.lease_seconds)
-    run.started_at = func.coalesce(Run.started_at, func.now())
-    session.flush()
-    record(
-        session,
-        "run.leased",
-        study_id=run.study_id,
-        run_id=run.id,
-        attempt=run.attempt,
-        worker=run.worker,
+def _due_seconds(session: Session) -> float | None:
+    """Seconds until a retry is due or a lease runs out."""
+    retry = select(func.min(Run.available_at)).where(
+        Run.state == "queued", Run.available_at > func.now()
     )
-    resume = [CheckpointRef(uri=row.uri, hash=row.hash) for row in kept(session, run.id)]
-    return Lease.model_validate(
-        {
-            "run_id": run.id,
-            "study_id": run.study_id,
-            "study_name": study_name,
-            "kind": run.kind,
-            "trial_number": run.trial_number,
-            "arm": run.arm,
-            "attempt": run.attempt,
-            "lease_token": run.lease_token,
-            "lease_seconds": settings.lease_seconds,
-            "spec": RunSpec.model_validate(run.spec),
-            "params": run.params,
-            "resources": needs,
-            "artifact_uri": artifact_uri(settings, run),
-            "resume_from": tuple(resume),
-            "reported_step": run.step or 0,
-        }
-    )
-
-
-def artifact_uri(settings: Settings, run: Run) -> str:
-    """Where an attempt's checkpoints go: the attempt's number fences off the ones before."""
-    return f"{settings.artifact_root}/{run.study_id}/{run.id}/attempt-{run.attempt:03d}"
+    expiry = select(func.min(Run.lease_expires_at)).where(Run.state == "leased")
+    due = func.least(retry.scalar_subquery(), expiry.scalar_subquery())
+    seconds = session.scalar(select(func.extract("epoch", due - func.clock_timestamp())))
+    return None if seconds is None else max(0.0, float(seconds))

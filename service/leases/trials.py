@@ -1,97 +1,163 @@
-"""New trials: which study may start one, and what Optuna suggests for it."""
+"""New trials: which studies may start some, and starting them.
+
+What Optuna suggests is drawn before anything is locked. Then one transaction writes Optuna's trials
+with their parameters, the runs, the leases and the events, if the study is still as it was.
+"""
 
 import logging
 
-from sqlalchemy import ColumnElement, Select, func, select
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, Select, func, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, sessionmaker
 
+from service.drafts import Drawn, write
 from service.events import record
+from service.leases.bids import Bid, Opening
+from service.leases.grants import clock, lease_of, take
 from service.lifecycle import LIVE_RUN_STATES
-from service.protocol import LeaseRequest, Resources
+from service.protocol import Lease
 from service.sampler import TRANSIENT, Sampler, Suggestion
-from service.studies.advance import end, new_run
-from service.studies.study_spec import StudySpec
+from service.settings import Settings
+from service.studies.advance import end, lock, new_run
+from service.studies.study_spec import StudyResources, StudySpec
 from service.tables import Run, Study
 from warmcore.spec import derived_seed
 
 _log = logging.getLogger(__name__)
+_DRAWS = 5  # before the next round, where other replicas are always faster
+_LOCK_TIMEOUT = "2s"
+_LOCK_NOT_AVAILABLE = "55P03"
 
 
-def of_study(request: LeaseRequest) -> list[ColumnElement[bool]]:
-    """The filter of a request that names a study."""
-    if request.study is None:
-        return []
-    return [(Study.name == request.study) | (Study.id == request.study)]
+class StudyFaultError(Exception):
+    """A study cannot start a trial, by its own fault."""
+
+    def __init__(self, study_id: str, error: Exception) -> None:
+        self.study_id = study_id
+        super().__init__(f"cannot start a trial: {type(error).__name__}: {error}")
 
 
-def start(session: Session, sampler: Sampler, study: Study, free: Resources) -> Run | None:
-    """Ask for a trial of a study, which is locked, and write its run, queued; None if it fits not.
+def openings(session: Session, within: ColumnElement[bool]) -> dict[str, Opening]:
+    """Active studies with fewer live trials than `parallel` and fewer trials than their budget.
 
-    A fault in one study (never its database being away) must not stop the others: it fails that
-    study, and None is returned.
+    The oldest first.
+
+    Raises:
+        StudyFaultError: a spec that no check of today lets through.
+    """
+    found: dict[str, Opening] = {}
+    query = _rooms().add_columns(Study.id, Study.spec["resources"]).where(within, _room > 0)
+    for room, study_id, resources in session.execute(query.order_by(Study.created_at)):
+        try:
+            needs = StudyResources.model_validate(resources).trial
+        except ValueError as error:
+            raise StudyFaultError(study_id, error) from error
+        found[study_id] = Opening(room=room, needs=needs)
+    return found
+
+
+_trials = select(func.count(Run.trial_number)).where(Run.study_id == Study.id)
+_live = _trials.where(Run.state.in_(LIVE_RUN_STATES))
+_hpo = Study.spec["hpo"]
+_room = func.least(
+    _hpo["trials"].as_integer() - _trials.scalar_subquery(),
+    _hpo["parallel"].as_integer() - _live.scalar_subquery(),
+)
+
+
+def _rooms() -> Select[int]:
+    return select(_room).where(Study.state == "active")
+
+
+def start(
+    sessions: sessionmaker[Session],
+    sampler: Sampler,
+    settings: Settings,
+    study_id: str,
+    bids: list[Bid],
+) -> bool:
+    """Start a trial for every bid, as many as there is room for; False if others held it up.
+
+    Raises:
+        StudyFaultError: this study's fault, which must not stop the others.
     """
     try:
-        with session.begin_nested():
-            return _start(session, sampler, study, free)
-    except TRANSIENT:
+        with sessions() as session:
+            study = session.get_one(Study, study_id)
+            spec = StudySpec.model_validate(study.spec)
+        for _ in range(_DRAWS):
+            drawn = sampler.draw(study.name, spec, len(bids)) if bids else None
+            if drawn is None:
+                return True
+            with sessions.begin() as session:
+                leases, bids = _start(
+                    session, sampler, settings, study_id, spec=spec, drawn=drawn, bids=bids
+                )
+            for bid, lease in leases:
+                bid.granted.append(lease)
+    except TRANSIENT as error:
+        if isinstance(error, OperationalError) and _code(error) == _LOCK_NOT_AVAILABLE:
+            return False
         raise
-    except Exception as error:  # noqa: BLE001 - one study's fault is that study's alone
-        _log.exception("cannot start a trial", extra={"study": study.id})
-        end(session, study, "failed", f"cannot start a trial: {type(error).__name__}: {error}")
-        return None
+    except Exception as error:
+        raise StudyFaultError(study_id, error) from error
+    return not bids
 
 
-def _start(session: Session, sampler: Sampler, study: Study, free: Resources) -> Run | None:
-    spec = StudySpec.model_validate(study.spec)
-    if not spec.resources.trial.fits(free):
-        return None
-    suggestion = _orphan(session, sampler, study, spec) or sampler.ask(study.name, spec)
-    run = _trial_run(study, spec, suggestion)
-    session.add(run)
+def _code(error: OperationalError) -> str | None:
+    return getattr(error.orig, "sqlstate", None)
+
+
+def _start(
+    session: Session,
+    sampler: Sampler,
+    settings: Settings,
+    study_id: str,
+    *,
+    spec: StudySpec,
+    drawn: Drawn,
+    bids: list[Bid],
+) -> tuple[list[tuple[Bid, Lease]], list[Bid]]:
+    """Grants, and the bids that are to be drawn for again: the study was not as it was."""
+    # A replica that commits is waited for, one that hangs is not.
+    session.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'"))
+    study = lock(session, study_id)
+    room = session.scalar(_rooms().where(Study.id == study_id)) or 0
+    if room < len(bids):
+        return [], bids[: max(0, room)]
+    suggestions = _adopted(session, sampler, study, spec, drawn)[: len(bids)]
+    if not suggestions:
+        if not write(session, drawn):
+            return [], bids
+        suggestions = [Suggestion(number=d.number, params=d.params) for d in drawn.drafts]
+    runs = [_trial_run(study, spec, suggestion) for suggestion in suggestions]
+    now = clock(session)
+    for bid, run in zip(bids, runs, strict=False):
+        take(run, bid.request, settings, now)
+    session.add_all(runs)
     session.flush()
-    record(session, "run.queued", study_id=study.id, run_id=run.id, trial=run.trial_number)
-    return run
+    for run in runs:
+        record(session, "run.queued", study_id=study.id, run_id=run.id, trial=run.trial_number)
+    leases = [lease_of(session, settings, run, study, needs=spec.resources.trial) for run in runs]
+    return list(zip(bids, leases, strict=False)), bids[len(leases) :]
 
 
-def with_room(request: LeaseRequest) -> Select[str]:
-    """Active studies with fewer live trials than `parallel` and fewer trials than their budget."""
-    trials = select(func.count()).where(Run.study_id == Study.id, Run.kind == "trial")
-    live = trials.where(Run.state.in_(LIVE_RUN_STATES))
-    hpo = Study.spec["hpo"]
-    return (
-        select(Study.id)
-        .where(
-            Study.state == "active",
-            trials.scalar_subquery() < hpo["trials"].as_integer(),
-            live.scalar_subquery() < hpo["parallel"].as_integer(),
-            *of_study(request),
-        )
-        .order_by(Study.created_at)
-    )
+def _adopted(
+    session: Session, sampler: Sampler, study: Study, spec: StudySpec, drawn: Drawn
+) -> list[Suggestion]:
+    """Trials that run for Optuna but have no run: an older version was killed in between."""
+    query = select(Run.trial_number).where(Run.trial_number.in_(drawn.running))
+    known = set(session.scalars(query.where(Run.study_id == study.id)))
+    lost = [number for number in drawn.running if number not in known]
+    return [sampler.adopt(study.name, spec, number) for number in lost]
 
 
-def claim(session: Session, request: LeaseRequest, study_id: str) -> Study | None:
-    """The study, locked, if nobody else holds it and it still has room.
-
-    Room is counted again in a statement of its own: the one that took the lock may have counted
-    before the last holder committed.
-    """
-    query = (
-        select(Study).where(Study.id == study_id).with_for_update(key_share=True, skip_locked=True)
-    )
-    study = session.scalars(query.execution_options(populate_existing=True)).one_or_none()
-    if study is None:
-        return None
-    still = session.scalar(with_room(request).where(Study.id == study_id))
-    return study if still else None
-
-
-def _orphan(session: Session, sampler: Sampler, study: Study, spec: StudySpec) -> Suggestion | None:
-    """A trial that Optuna started but whose run was never written: a crash fell in between."""
-    query = select(Run.trial_number).where(Run.study_id == study.id, Run.kind == "trial")
-    known = set(session.scalars(query))
-    lost = [number for number in sampler.running(study.name) if number not in known]
-    return sampler.adopt(study.name, spec, lost[0]) if lost else None
+def fail(session: Session, fault: StudyFaultError) -> None:
+    """End a study that cannot start a trial."""
+    _log.error("%s", fault, exc_info=fault.__cause__, extra={"study": fault.study_id})
+    study = lock(session, fault.study_id)
+    if study.state == "active":
+        end(session, study, "failed", str(fault))
 
 
 def _trial_run(study: Study, spec: StudySpec, suggestion: Suggestion) -> Run:

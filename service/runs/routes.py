@@ -8,8 +8,8 @@ from service import sse
 from service.auth import require
 from service.deps import DbSession, ThePresence, TheSampler, TheSettings
 from service.errors import may_answer
+from service.leases.grants import artifact_uri
 from service.leases.repair import tell_finished
-from service.leases.store import artifact_uri
 from service.protocol import (
     LEASE_TOKEN_HEADER,
     CheckpointReply,

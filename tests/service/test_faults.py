@@ -54,7 +54,7 @@ def test_what_was_granted_is_returned_though_the_next_ask_fails(api, submit, wor
         raise OperationalError("", {}, Exception("away"))
 
     submit()
-    monkeypatch.setattr(api.app.state.sampler, "ask", away)
+    monkeypatch.setattr(api.app.state.sampler, "draw", away)
     assert len(worker.lease(2)) == 1
 
 

@@ -1,0 +1,124 @@
+"""The desk: requests for leases stand in line, and one round at a time serves all who stand there.
+
+A round is one set of queries and one commit for as many as it can serve, as databases commit in
+groups: sixteen workers that ask at once get sixteen trials of one transaction. Between rounds the
+desk sleeps until something is heard (`service.wakeups`), somebody comes, or a run falls due. It
+runs only while somebody stands in line.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
+
+from service.leases import store
+from service.leases.bids import Bid
+from service.leases.grants import give_back
+from service.protocol import Lease, LeaseRequest
+from service.wakeups import WORK, Bell
+
+_log = logging.getLogger(__name__)
+_LOOK_SECONDS = 5.0  # a notice may be lost with the connection that it would have come by
+_MARGIN_SECONDS = 0.01  # what is due at a moment is not before it
+
+
+@dataclass(kw_only=True)
+class _Place:
+    """A place in line."""
+
+    bid: Bid
+    deadline: float
+    answer: asyncio.Future[tuple[Lease, ...]]
+
+
+class Desk:
+    """Serves one replica's requests, on its event loop."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._line: list[_Place] = []
+        self._bell = Bell()  # of the rounds that run, or of none
+        self._rounds: asyncio.Task[None] | None = None
+
+    async def lease(self, request: LeaseRequest) -> tuple[Lease, ...]:
+        """Lease runs that fit; wait up to `wait_seconds` for some. Who cancels this gets none.
+
+        Raises:
+            Problem: 404 for a study that does not exist.
+        """
+        if self._state.drain.begun:
+            return ()
+        loop = asyncio.get_running_loop()
+        place = _Place(
+            bid=Bid(request=request),
+            deadline=loop.time() + request.wait_seconds,
+            answer=loop.create_future(),
+        )
+        self._line.append(place)
+        self._bell.ring()
+        if self._rounds is None or self._rounds.done():
+            self._rounds = asyncio.create_task(self._serve())
+        return await place.answer
+
+    async def _serve(self) -> None:
+        with self._state.wakeups.bell(WORK) as self._bell:
+            while self._line:
+                served = [place for place in self._line if not place.answer.done()]
+                pause = 0.0 if self._state.drain.begun else await self._round(served)
+                for place in served:
+                    await self._answer(place)
+                self._line = [place for place in self._line if not place.answer.done()]
+                if self._line:
+                    await self._pause(pause)
+
+    async def _round(self, served: list[_Place]) -> float:
+        """Serve who stands in line; give the seconds until the next round has reason to be."""
+        state, due = self._state, None
+        bids = [place.bid for place in served]
+        try:
+            due = await run_in_threadpool(
+                store.serve, state.sessions, state.sampler, state.settings, state.presence, bids
+            )
+        except Exception as error:  # noqa: BLE001 - each that was not served is told
+            for bid in bids:
+                bid.error = bid.error or error
+        return _LOOK_SECONDS if due is None else min(due + _MARGIN_SECONDS, _LOOK_SECONDS)
+
+    async def _answer(self, place: _Place) -> None:
+        bid, answer = place.bid, place.answer
+        if answer.done():  # it left while it was served
+            if bid.granted:
+                await give_back_to(self._state, tuple(bid.granted))
+        elif bid.granted:
+            answer.set_result(tuple(bid.granted))
+        elif bid.error:
+            answer.set_exception(bid.error)
+        elif self._state.drain.begun or asyncio.get_running_loop().time() >= place.deadline:
+            answer.set_result(())
+
+    async def _pause(self, seconds: float) -> None:
+        """Until the bell, the first deadline, the end of this process, or so many seconds."""
+        now = asyncio.get_running_loop().time()
+        seconds = max(0.0, min(seconds, *(place.deadline - now for place in self._line)))
+        waits = [
+            asyncio.create_task(self._bell.heard(seconds)),
+            asyncio.create_task(self._state.drain.pause(seconds)),
+        ]
+        _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in pending:
+            wait.cancel()
+
+
+async def give_back_to(state: State, leases: tuple[Lease, ...]) -> None:
+    """Queue again what was granted to a client that is gone; at worst its leases run out."""
+
+    def give() -> None:
+        with state.sessions.begin() as session:
+            give_back(session, leases)
+
+    try:
+        await run_in_threadpool(give)
+    except Exception:  # noqa: BLE001 - whatever it is, the line is served on
+        _log.exception("%d leases of a client that is gone could not be queued again", len(leases))

@@ -1,0 +1,73 @@
+"""Granting: a run becomes a worker's for a while."""
+
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+from secrets import token_urlsafe
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from service.events import record
+from service.protocol import FinishRequest, Lease, LeaseRequest, Resources
+from service.runs.store import finish, kept
+from service.settings import Settings
+from service.tables import Run, Study
+from warmcore.spec import CheckpointRef, RunSpec
+
+
+def clock(session: Session) -> datetime:
+    """The database's time. Not now(), which is when this transaction began: it may have waited."""
+    return session.scalars(select(func.clock_timestamp())).one()
+
+
+def take(run: Run, request: LeaseRequest, settings: Settings, now: datetime) -> None:
+    """Make a run, which this transaction has locked or is about to write, the request's."""
+    run.state, run.attempt = "leased", (run.attempt or 0) + 1
+    run.worker, run.lease_token = request.worker, token_urlsafe(24)
+    run.lease_expires_at = now + timedelta(seconds=settings.lease_seconds)
+    run.started_at = run.started_at or now
+
+
+def lease_of(
+    session: Session, settings: Settings, run: Run, study: Study, *, needs: Resources
+) -> Lease:
+    """Write the event of a run that was taken, and say what its worker has to know."""
+    record(
+        session,
+        "run.leased",
+        study_id=run.study_id,
+        run_id=run.id,
+        attempt=run.attempt,
+        worker=run.worker,
+    )
+    refs = kept(session, run.id) if run.attempt > 1 else ()
+    return Lease.model_validate(
+        {
+            "run_id": run.id,
+            "study_id": run.study_id,
+            "study_name": study.name,
+            "kind": run.kind,
+            "trial_number": run.trial_number,
+            "arm": run.arm,
+            "attempt": run.attempt,
+            "lease_token": run.lease_token,
+            "lease_seconds": settings.lease_seconds,
+            "spec": RunSpec.model_validate(run.spec),
+            "params": run.params,
+            "resources": needs,
+            "artifact_uri": artifact_uri(settings, run),
+            "resume_from": tuple(CheckpointRef(uri=row.uri, hash=row.hash) for row in refs),
+            "reported_step": run.step or 0,
+        }
+    )
+
+
+def give_back(session: Session, leases: Iterable[Lease]) -> None:
+    """Queue again what was granted to a client that is gone: no harm done, and no failure."""
+    for one in leases:
+        finish(session, one.run_id, one.lease_token, FinishRequest(outcome="released"))
+
+
+def artifact_uri(settings: Settings, run: Run) -> str:
+    """Where an attempt's checkpoints go: the attempt's number fences off the ones before."""
+    return f"{settings.artifact_root}/{run.study_id}/{run.id}/attempt-{run.attempt:03d}"
