@@ -17,11 +17,12 @@ class Bid:
     scope: str | None = None  # names `within`
     granted: list[Lease] = field(default_factory=list[Lease])
     error: Exception | None = None
+    gone: bool = False  # its client has left, which another thread may find at any time
 
     @property
     def wanted(self) -> int:
         """Runs that may still be granted."""
-        return 0 if self.error else self.request.max_runs - len(self.granted)
+        return 0 if self.error or self.gone else self.request.max_runs - len(self.granted)
 
     @property
     def free(self) -> Resources:

@@ -60,7 +60,11 @@ class Desk:
         self._bell.ring()
         if self._rounds is None or self._rounds.done():
             self._rounds = asyncio.create_task(self._serve())
-        return await place.answer
+        try:
+            return await place.answer
+        except asyncio.CancelledError:
+            place.bid.gone = True
+            raise
 
     async def _serve(self) -> None:
         with self._state.wakeups.bell(WORK) as self._bell:

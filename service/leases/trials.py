@@ -123,8 +123,9 @@ def _start(
     session.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'"))
     study = lock(session, study_id)
     room = session.scalar(_rooms().where(Study.id == study_id)) or 0
-    if room < len(bids):
-        return [], bids[: max(0, room)]
+    still = [bid for bid in bids if not bid.gone][: max(0, room)]
+    if len(still) < len(bids):
+        return [], still
     suggestions = _adopted(session, sampler, study, spec, drawn)[: len(bids)]
     if not suggestions:
         if not write(session, drawn):

@@ -7,6 +7,7 @@ from sqlalchemy.exc import DBAPIError
 
 from service import db, sampler
 from service.client import Client, ServiceError
+from service.leases import trials
 from service.studies.advance import lock
 from tests.by_hand import Worker
 from tests.conftest import serving
@@ -101,15 +102,14 @@ def test_a_lease_is_as_long_as_it_says_though_its_transaction_was_slow(
     api, submit, worker, monkeypatch
 ):
     submit()
-    ask = api.app.state.sampler.ask
+    write = trials.write
 
-    def slow(*arguments):
-        with api.sessions() as session:
-            session.execute(text("SELECT pg_sleep(1)"))
-        return ask(*arguments)
+    def slow(session, drawn):
+        session.execute(text("SELECT pg_sleep(1)"))
+        return write(session, drawn)
 
-    monkeypatch.setattr(api.app.state.sampler, "ask", slow)
+    monkeypatch.setattr(trials, "write", slow)
     worker.one()
     with api.sessions() as session:
-        left = "SELECT extract(epoch FROM lease_expires_at - started_at) FROM warmscale.runs"
+        left = "SELECT extract(epoch FROM lease_expires_at - created_at) FROM warmscale.runs"
         assert session.scalar(text(left)) >= api.app.state.settings.lease_seconds + 1

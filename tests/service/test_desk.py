@@ -1,0 +1,199 @@
+"""The desk: many requests in one commit, none while nothing happens, nothing for who has left."""
+
+import asyncio
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from sqlalchemy import select, text
+
+from service.drain import Drain
+from service.leases import desk as desks
+from service.leases import store, trials
+from service.leases.desk import Desk
+from service.protocol import LeaseRequest, Resources
+from service.studies.advance import lock
+from service.tables import Event, Run
+from service.wakeups import Wakeups
+from tests.by_hand import Worker
+from tests.conftest import serving, settings_below
+
+OPEN = {"trials": 24, "parallel": 24, "sampler": "tpe", "pruner": "none"}
+LONG = 20.0
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """How many bids each round had."""
+    sizes, serve = [], store.serve
+
+    def counted(*arguments):
+        sizes.append(len(arguments[-1]))
+        return serve(*arguments)
+
+    monkeypatch.setattr(store, "serve", counted)
+    return sizes
+
+
+def request(**more):
+    return LeaseRequest(worker="desk", resources=Resources(cpus=1), **more)
+
+
+def at_the_desk(api, scene):
+    """Run a scene with a desk of its own, on a loop of its own."""
+    state = SimpleNamespace(**api.app.state._state)
+    state.wakeups, state.drain = Wakeups(api.engine.url), Drain()
+
+    async def staged():
+        async with state.wakeups.listening():
+            return await scene(Desk(state))
+
+    return asyncio.run(staged())
+
+
+def test_who_asks_at_once_is_served_by_one_commit(api, submit, rounds):
+    submit(hpo=OPEN)
+
+    async def scene(desk):
+        return await asyncio.gather(*(desk.lease(request()) for _ in range(16)))
+
+    numbers = [lease.trial_number for (lease,) in at_the_desk(api, scene)]
+    assert numbers == list(range(16))  # in the order that they came
+    assert rounds == [16]
+    with api.sessions() as session:
+        leased = session.scalars(select(Event.xid).where(Event.type == "run.leased")).all()
+        params = session.scalars(select(Run.params["lr"].as_float())).all()
+    assert (len(leased), len(set(leased))) == (16, 1)
+    assert len(set(params)) == 16
+
+
+def test_nothing_is_asked_of_the_database_while_nothing_happens(api, submit, rounds):
+    async def scene(desk):
+        waiting = [asyncio.create_task(desk.lease(request(wait_seconds=LONG))) for _ in range(20)]
+        await asyncio.sleep(1)
+        before = len(rounds)
+        await asyncio.sleep(1.5)
+        assert len(rounds) - before <= 1  # the look of every five seconds
+        await asyncio.to_thread(submit, hpo=OPEN)
+        return await asyncio.gather(*waiting)
+
+    begun = time.monotonic()
+    assert sorted(lease.trial_number for (lease,) in at_the_desk(api, scene)) == [*range(20)]
+    assert time.monotonic() - begun < LONG
+
+
+def test_a_retry_is_granted_when_it_is_due_without_a_notice(api, submit, worker, rounds):
+    submit(hpo=OPEN | {"trials": 1})
+    worker.finish(worker.one(), "failed", error="boom")  # again in 1 s
+    (again,) = worker.lease(1, wait_seconds=LONG)
+    assert again.attempt == 2
+    assert len(rounds) <= 6
+
+
+def test_a_request_that_failed_tells_its_own_client_and_no_other(api, submit):
+    submit(hpo=OPEN)
+
+    async def scene(desk):
+        asked = [desk.lease(request(study="typo")), desk.lease(request())]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    typo, served = at_the_desk(api, scene)
+    assert "typo" in str(typo)
+    assert len(served) == 1
+
+
+def test_when_the_database_is_away_everybody_in_the_round_hears_it(api, submit, monkeypatch):
+    def away(*_):
+        raise OSError("away")
+
+    monkeypatch.setattr(store, "expire", away)
+
+    async def scene(desk):
+        asked = [desk.lease(request(wait_seconds=LONG)) for _ in range(3)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    assert [str(error) for error in at_the_desk(api, scene)] == ["away"] * 3
+
+
+def test_who_left_before_its_turn_is_granted_nothing(api, submit, monkeypatch):
+    submit(hpo=OPEN)
+    draw = api.app.state.sampler.draw
+
+    async def scene(desk):
+        def leaves(*arguments):
+            loop.call_soon_threadsafe(gone.cancel)
+            time.sleep(0.2)
+            return draw(*arguments)
+
+        monkeypatch.setattr(api.app.state.sampler, "draw", leaves)
+        loop = asyncio.get_running_loop()
+        gone, stays = (asyncio.create_task(desk.lease(request())) for _ in range(2))
+        return await asyncio.gather(gone, stays, return_exceptions=True)
+
+    gone, stays = at_the_desk(api, scene)
+    assert isinstance(gone, asyncio.CancelledError)
+    assert [lease.trial_number for lease in stays] == [0]
+    with api.sessions() as session:
+        assert session.scalar(text("SELECT count(*) FROM warmscale.runs")) == 1
+
+
+def test_a_waiting_client_that_hangs_up_leaves_the_line(api, submit, worker):
+    body = LeaseRequest(worker="gone", wait_seconds=60).model_dump_json()
+    head = f"POST /v1/leases HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {api.key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    line = api.app.state.desk._line
+    with socket.create_connection(("127.0.0.1", httpx.URL(api.url).port)) as client:
+        client.sendall((head + body).encode())
+        wait_until(lambda: any(p.bid.request.worker == "gone" for p in api.app.state.desk._line))
+    wait_until(lambda: all(p.answer.done() for p in line))
+    submit(hpo=OPEN)
+    assert worker.one().trial_number == 0
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + LONG
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_replica_waits_for_the_row_that_another_holds(api, submit, worker):
+    study = submit(hpo=OPEN)
+    with api.sessions() as other, ThreadPoolExecutor(1) as pool:
+        lock(other, study["id"])
+        asked = pool.submit(worker.lease, 1)
+        time.sleep(0.5)
+        assert not asked.done()
+        other.commit()
+        assert len(asked.result(LONG)) == 1
+
+
+def test_a_replica_does_not_wait_for_ever_and_looks_again(api, submit, worker, monkeypatch):
+    monkeypatch.setattr(trials, "_LOCK_TIMEOUT", "100ms")
+    study = submit(hpo=OPEN)
+    with api.sessions() as other, ThreadPoolExecutor(1) as pool:
+        lock(other, study["id"])
+        assert worker.lease(1) == ()
+        waiting = pool.submit(worker.lease, 1, wait_seconds=LONG)
+        time.sleep(0.5)
+        other.commit()
+        assert len(waiting.result(LONG)) == 1
+
+
+def test_work_that_one_replica_commits_wakes_who_waits_at_another(
+    api, submit, database_url, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(desks, "_LOOK_SECONDS", LONG)
+    with (
+        serving(settings_below(tmp_path), database_url) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(Worker(other.client).lease, 1, wait_seconds=LONG)
+        time.sleep(0.5)
+        begun = time.monotonic()
+        submit(hpo=OPEN)
+        assert len(waiting.result(LONG)) == 1
+        assert time.monotonic() - begun < LONG / 2
