@@ -3,19 +3,27 @@
 import hashlib
 import secrets
 from collections.abc import Callable
-from datetime import datetime
-from typing import Annotated
+from datetime import datetime, timedelta
+from typing import Annotated, Literal
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from sqlalchemy import func, select, update
+from sqlalchemy import case, func, select, update
 from sqlalchemy.orm import Session
 
+from service.caller import Caller
 from service.errors import Problem
-from service.protocol import Scope
-from service.tables import ApiKey
+from service.protocol import PROJECT_PATTERN, Message, Scope
+from service.tables import DEFAULT_PROJECT, ApiKey
 
 _PREFIX = "ws_"
+_Project = Annotated[
+    str | None,
+    Query(
+        pattern=PROJECT_PATTERN,
+        description="the project to work in; a key of one project has no other",
+    ),
+]
 _bearer = HTTPBearer(auto_error=False, description="an API key: `warmscale key create`")
 
 
@@ -25,14 +33,31 @@ def hash_key(key: str) -> str:
 
 
 def create_key(
-    session: Session, name: str, scopes: list[Scope], expires_at: datetime | None = None
+    session: Session,
+    name: str,
+    scopes: list[Scope],
+    *,
+    project: str | None = None,
+    expires_at: datetime | None = None,
 ) -> tuple[str, str]:
-    """Make a key; return its id and the key itself, which is not stored."""
+    """Make a key; return its id and the key itself, which is not stored.
+
+    Without a project it sees every one if it is an admin's, a fleet's (its sole scope is `work`),
+    or `metrics` is its sole scope; and project `default` if not.
+    """
     key = _PREFIX + secrets.token_urlsafe(32)
-    row = ApiKey(name=name, hash=hash_key(key), scopes=list(scopes), expires_at=expires_at)
+    if project is None and not _may_be_everywhere(scopes):
+        project = DEFAULT_PROJECT
+    row = ApiKey(
+        name=name, hash=hash_key(key), scopes=list(scopes), project=project, expires_at=expires_at
+    )
     session.add(row)
     session.flush()
     return row.id, key
+
+
+def _may_be_everywhere(scopes: list[Scope]) -> bool:
+    return "admin" in scopes or set(scopes) in ({"work"}, {"metrics"})
 
 
 def revoke_key(session: Session, key_id: str) -> bool:
@@ -46,39 +71,82 @@ def revoke_key(session: Session, key_id: str) -> bool:
     return revoked.scalar_one_or_none() is not None
 
 
-def scopes_of(session: Session, key: str) -> frozenset[str] | None:
-    """The scopes of a good key; None for an unknown, expired or revoked one."""
-    scopes = session.scalar(
-        select(ApiKey.scopes).where(
-            ApiKey.hash == hash_key(key),
-            ApiKey.revoked_at.is_(None),
-            (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.now()),
-        )
+class KeyView(Message):
+    """A key as it is listed; nothing here lets anybody in."""
+
+    id: str
+    name: str
+    scopes: tuple[str, ...]
+    project: str | None
+    state: Literal["good", "expired", "revoked"]
+    created_at: datetime
+    expires_at: datetime | None
+    last_used_at: datetime | None
+
+
+def list_keys(session: Session) -> tuple[KeyView, ...]:
+    """Every key, newest first."""
+    state = case(
+        (ApiKey.revoked_at.is_not(None), "revoked"),
+        (ApiKey.expires_at <= func.now(), "expired"),
+        else_="good",
     )
-    return None if scopes is None else frozenset(scopes)
+    columns = [getattr(ApiKey, name) for name in KeyView.model_fields if name != "state"]
+    query = select(*columns, state.label("state")).order_by(ApiKey.created_at.desc(), ApiKey.id)
+    return tuple(KeyView.model_validate(dict(row)) for row in session.execute(query).mappings())
 
 
-def check(session: Session, key: str | None, scope: Scope) -> None:
-    """Raise the problem of a key that may not do `scope`; `admin` may do everything."""
+def caller_of(session: Session, key: str) -> Caller | None:
+    """The caller with a good key; None for an unknown, expired or revoked one."""
+    unnoted = func.coalesce(ApiKey.last_used_at < func.now() - timedelta(minutes=1), True)
+    query = select(ApiKey.id, ApiKey.scopes, ApiKey.project, unnoted.label("unnoted")).where(
+        ApiKey.hash == hash_key(key),
+        ApiKey.revoked_at.is_(None),
+        (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.now()),
+    )
+    row = session.execute(query).one_or_none()
+    if row is None:
+        return None
+    if row.unnoted:  # to the minute: a write for every request would be a lock for every request
+        noted = update(ApiKey).where(ApiKey.id == row.id, unnoted).values(last_used_at=func.now())
+        session.execute(noted)
+    return Caller(key_id=row.id, scopes=frozenset(row.scopes), project=row.project)
+
+
+def check(session: Session, key: str | None, scope: Scope) -> Caller:
+    """Give the caller, or raise the problem of a key that may not do `scope`.
+
+    `admin` may do everything.
+    """
     if key is None:
         raise Problem(401, "unauthorized", "send `Authorization: Bearer <API key>`")
-    scopes = scopes_of(session, key)
-    if scopes is None:
+    caller = caller_of(session, key)
+    if caller is None:
         raise Problem(401, "unauthorized", "this API key is unknown, expired or revoked")
-    if not scopes & {scope, "admin"}:
-        held = ", ".join(sorted(scopes)) or "none"
+    if not caller.scopes & {scope, "admin"}:
+        held = ", ".join(sorted(caller.scopes)) or "none"
         raise Problem(403, "forbidden", f"this needs scope {scope!r}; the key holds: {held}")
+    return caller
 
 
-def require(scope: Scope) -> Callable[..., None]:
+def require(scope: Scope) -> Callable[..., Caller]:
     """A dependency that lets a request pass only with a key that holds `scope`."""
 
     def dependency(
         credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
         request: Request,
-    ) -> None:
+        project: _Project = None,
+    ) -> Caller:
         # A session of its own, closed at once: a long-poll must not hold a connection.
-        with request.app.state.sessions() as session:
-            check(session, credentials.credentials if credentials else None, scope)
+        with request.app.state.sessions.begin() as session:
+            caller = check(session, credentials.credentials if credentials else None, scope)
+        return caller.within(project)
 
     return dependency
+
+
+# A route says by its parameter which scope it needs, and passes the caller on to what it reads.
+Reader = Annotated[Caller, Depends(require("read"))]
+Writer = Annotated[Caller, Depends(require("write"))]
+Fleet = Annotated[Caller, Depends(require("work"))]
+Scraper = Annotated[Caller, Depends(require("metrics"))]

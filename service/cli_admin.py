@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,7 +14,7 @@ import typer
 
 from service.cli_common import Exit, Home, Json, fail, settings
 from service.home import DEFAULT
-from service.protocol import Scope
+from service.protocol import PROJECT_PATTERN, Scope
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -70,6 +71,13 @@ def create(
     scope: Annotated[
         list[str], typer.Option(help=f"{', '.join(SCOPES)}; give it once for each scope.")
     ],
+    project: Annotated[
+        str | None,
+        typer.Option(
+            help="The one that it sees. When not given: default; or every one, for a key of "
+            "scope admin, or of work or metrics alone."
+        ),
+    ] = None,
     expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires.")] = None,
     home: Home = DEFAULT,
 ) -> None:
@@ -77,11 +85,36 @@ def create(
     from service import auth  # imports FastAPI
 
     scopes = _scopes(scope)
+    if project is not None and not re.fullmatch(PROJECT_PATTERN, project):
+        fail(Exit.USAGE, f"--project: must match {PROJECT_PATTERN} (got {project!r})")
     expires_at = datetime.now(UTC) + timedelta(days=expires_days) if expires_days else None
     with _session(home) as session:
-        key_id, text = auth.create_key(session, name, scopes, expires_at)
+        key_id, text = auth.create_key(
+            session, name, scopes, project=project, expires_at=expires_at
+        )
     typer.echo(f"{key_id}  {name}  {', '.join(scope)}", err=True)
     typer.echo(text)
+
+
+@key.command(name="list")
+def list_(home: Home = DEFAULT, *, as_json: Json = False) -> None:
+    """List the keys, newest first: what each may do and where, and when it was last used."""
+    from service import auth  # imports FastAPI
+
+    with _session(home) as session:
+        keys = auth.list_keys(session)
+    if as_json:
+        typer.echo(json.dumps([view.model_dump(mode="json") for view in keys]))
+        return
+    for view in keys:
+        project = view.project or "every project"
+        used = f"last used {_minute(view.last_used_at)}" if view.last_used_at else "never used"
+        scopes = ", ".join(view.scopes)
+        typer.echo(f"{view.id}  {view.name}  {scopes}  {project}  {view.state}  {used}")
+
+
+def _minute(when: datetime) -> str:
+    return f"{when.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 @key.command()

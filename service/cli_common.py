@@ -82,9 +82,11 @@ def connected(home: Path, patience_seconds: float = PATIENCE_SECONDS) -> Generat
 
     from service.client import BadAnswerError, Client, ServiceError
 
-    found = access(home)
+    found, project = access(home), os.environ.get("WARMSCALE_PROJECT")
     try:
-        with Client(found.url, found.key, patience_seconds=patience_seconds) as client:
+        with Client(
+            found.url, found.key, project=project, patience_seconds=patience_seconds
+        ) as client:
             yield client
     except ServiceError as error:
         fail(exit_code(error.status), described(error))

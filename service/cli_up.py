@@ -101,7 +101,7 @@ def admit(url: URL, key: str, fleet_key: str) -> None:
     engine = create_engine(url)
     with Session(engine) as session, session.begin():
         session.execute(insert(ApiKey).values(rows).on_conflict_do_nothing())
-        scopes = auth.scopes_of(session, key)
+        caller = auth.caller_of(session, key)
     engine.dispose()
-    if scopes is None:
+    if caller is None:
         raise SystemExit("the key in client.json was revoked; delete that file for a new one")

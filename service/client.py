@@ -67,12 +67,20 @@ class StaleLeaseError(ServiceError):
 class Client:
     """A connection to one service. Safe to share between threads."""
 
-    def __init__(self, base_url: str, api_key: str, *, patience_seconds: float = 60.0) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str,
+        *,
+        project: str | None = None,
+        patience_seconds: float = 60.0,
+    ) -> None:
         self.base_url = base_url.rstrip("/")
         self.patience_seconds = patience_seconds
         self._http = httpx.Client(
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {api_key}"},
+            params=_given({"project": project}),
             timeout=httpx.Timeout(90.0, connect=5.0),
         )
 

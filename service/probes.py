@@ -6,6 +6,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 
 from service import metrics
+from service.auth import Scraper
 from service.deps import DbSession
 from service.errors import Problem
 
@@ -29,6 +30,7 @@ def readyz(session: DbSession) -> dict[str, str]:
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-def read_metrics(session: DbSession) -> Response:
-    """Prometheus metrics."""
+def read_metrics(caller: Scraper, session: DbSession) -> Response:
+    """Prometheus metrics, over all projects: hence a scope of its own."""
+    assert caller
     return Response(metrics.render(session), media_type=metrics.CONTENT_TYPE)

@@ -13,9 +13,10 @@ Decision = Literal["continue", "prune", "cancel"]
 Outcome = Literal["succeeded", "pruned", "diverged", "failed", "released"]
 RunState = Literal["queued", "leased", "succeeded", "pruned", "failed", "cancelled"]
 StudyState = Literal["active", "paused", "completed", "cancelled", "failed"]
-Scope = Literal["read", "write", "work", "admin"]
+Scope = Literal["read", "write", "work", "metrics", "admin"]
 
 LEASE_TOKEN_HEADER = "Lease-Token"  # noqa: S105 - a header's name
+PROJECT_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REQUEST_ID_HEADER = "X-Request-ID"
 

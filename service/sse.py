@@ -11,6 +11,7 @@ from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 
+from service.caller import Caller
 from service.errors import bad_field
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.runs.schemas import EventView
@@ -58,17 +59,17 @@ class Topic:
     over: bool
 
 
-def of_study(session: Session, name_or_id: str) -> Topic:
+def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
     """Every event of a study and of its runs."""
-    study = find(session, name_or_id)
+    study = find(session, caller, name_or_id)
     live = select(Run.id).where(Run.study_id == study.id, Run.state.in_(LIVE_RUN_STATES)).limit(1)
     over = study.state in FINAL_STUDY_STATES and session.scalar(live) is None
     return Topic(where=Event.study_id == study.id, over=over)
 
 
-def of_run(session: Session, run_id: str) -> Topic:
+def of_run(session: Session, caller: Caller, run_id: str) -> Topic:
     """Every event of a run."""
-    run = get(session, run_id)
+    run = get(session, caller, run_id)
     return Topic(where=Event.run_id == run.id, over=run.state in FINAL_RUN_STATES)
 
 

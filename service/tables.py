@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     CheckConstraint,
+    Computed,
     Double,
     ForeignKey,
     Index,
@@ -22,8 +23,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 SCHEMA = "warmscale"
 OPTUNA_SCHEMA = "optuna"
+DEFAULT_PROJECT = "default"
 
 _STUDY_STATES = "'active', 'paused', 'completed', 'cancelled', 'failed'"
+_PROJECT = "project ~ '^[a-z0-9][a-z0-9._-]{0,62}$'"
+_OPTUNA_NAME = "CASE WHEN project = 'default' THEN name ELSE project || '/' || name END"
+# Of a key that sees every project: an admin's, a fleet's, and one that reads metrics alone.
+_EVERYWHERE = "'admin' = ANY (scopes) OR scopes <@ ARRAY['work'] OR scopes <@ ARRAY['metrics']"
 _RUN_STATES = "'queued', 'leased', 'succeeded', 'pruned', 'failed', 'cancelled'"
 
 
@@ -53,14 +59,25 @@ class Study(Base):
     """One search, its targets and its verdict. `spec` is a StudySpec."""
 
     __tablename__ = "studies"
-    __table_args__ = (CheckConstraint(f"state IN ({_STUDY_STATES})", name="state"),)
+    __table_args__ = (
+        CheckConstraint(f"state IN ({_STUDY_STATES})", name="state"),
+        CheckConstraint(_PROJECT, name="project"),
+        UniqueConstraint("name", "project"),
+        UniqueConstraint("idempotency_key", "project"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: f"st_{token_hex(8)}")
-    name: Mapped[str] = mapped_column(unique=True)
+    project: Mapped[str] = mapped_column(server_default=DEFAULT_PROJECT)
+    name: Mapped[str]
+    optuna_name: Mapped[str] = mapped_column(
+        Computed(_OPTUNA_NAME, persisted=True),
+        unique=True,
+        doc="in Optuna, which has no projects; a name of ours has no slash",
+    )
     state: Mapped[str] = mapped_column(default="active")
     reason: Mapped[str | None]
     spec: Mapped[dict[str, Any]]
-    idempotency_key: Mapped[str | None] = mapped_column(unique=True)
+    idempotency_key: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     finished_at: Mapped[datetime | None]
 
@@ -214,11 +231,18 @@ class ApiKey(Base):
     """A key by its SHA-256; the key itself is shown once, when it is made."""
 
     __tablename__ = "api_keys"
+    __table_args__ = (
+        CheckConstraint(
+            f"CASE WHEN project IS NULL THEN {_EVERYWHERE} ELSE {_PROJECT} END", name="project"
+        ),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True, default=lambda: f"key_{token_hex(4)}")
     name: Mapped[str]
     hash: Mapped[str] = mapped_column(unique=True)
     scopes: Mapped[list[str]]
+    project: Mapped[str | None] = mapped_column(doc="None: every project")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None] = mapped_column(doc="to the minute")

@@ -16,7 +16,7 @@ WITH pairs AS (
                 ELSE 'RUNNING' END AS expected
     FROM warmscale.runs r
     JOIN warmscale.studies s ON s.id = r.study_id
-    JOIN optuna.studies o ON o.study_name = s.name
+    JOIN optuna.studies o ON o.study_name = s.optuna_name
     JOIN optuna.trials t ON t.study_id = o.study_id AND t.number = r.trial_number
     LEFT JOIN optuna.trial_values v ON v.trial_id = t.trial_id AND v.objective = 0
     WHERE r.kind = 'trial'
@@ -26,7 +26,7 @@ WITH pairs AS (
 _ORPHANS = """
 SELECT s.id, NULL, format('Optuna holds trial %s as %s; it has no run', t.number, t.state)
 FROM warmscale.studies s
-JOIN optuna.studies o ON o.study_name = s.name
+JOIN optuna.studies o ON o.study_name = s.optuna_name
 JOIN optuna.trials t ON t.study_id = o.study_id
 WHERE NOT EXISTS (
     SELECT FROM warmscale.runs r WHERE r.study_id = s.id AND r.trial_number = t.number
@@ -70,7 +70,7 @@ SELECT r.study_id, r.id, format('trial %s, of which Optuna knows nothing', r.tri
 FROM warmscale.runs r JOIN warmscale.studies s ON s.id = r.study_id
 WHERE r.kind = 'trial' AND NOT EXISTS (
     SELECT FROM optuna.studies o JOIN optuna.trials t ON t.study_id = o.study_id
-    WHERE o.study_name = s.name AND t.number = r.trial_number
+    WHERE o.study_name = s.optuna_name AND t.number = r.trial_number
 )
 """,
     ),
@@ -80,7 +80,7 @@ WHERE r.kind = 'trial' AND NOT EXISTS (
 SELECT s.id, NULL,
     format('Optuna''s %s trials have the numbers %s to %s', count(*), min(t.number), max(t.number))
 FROM warmscale.studies s
-JOIN optuna.studies o ON o.study_name = s.name
+JOIN optuna.studies o ON o.study_name = s.optuna_name
 JOIN optuna.trials t ON t.study_id = o.study_id
 GROUP BY s.id
 HAVING count(DISTINCT t.number) <> count(*) OR min(t.number) <> 0 OR max(t.number) + 1 <> count(*)

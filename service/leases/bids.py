@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import ColumnElement
 
+from service.caller import Caller
 from service.protocol import Lease, LeaseRequest, Resources, RunKind
 
 
@@ -12,6 +13,7 @@ from service.protocol import Lease, LeaseRequest, Resources, RunKind
 class Bid:
     """A request for leases, and what it was given so far."""
 
+    caller: Caller
     request: LeaseRequest
     within: ColumnElement[bool] | None = None  # the studies it takes from; None: not looked up yet
     scope: str | None = None  # names `within`

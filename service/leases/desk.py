@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
+from service.caller import Caller
 from service.leases import store
 from service.leases.bids import Bid
 from service.leases.grants import give_back
@@ -42,7 +43,7 @@ class Desk:
         self._bell = Bell()  # of the rounds that run, or of none
         self._rounds: asyncio.Task[None] | None = None
 
-    async def lease(self, request: LeaseRequest) -> tuple[Lease, ...]:
+    async def lease(self, caller: Caller, request: LeaseRequest) -> tuple[Lease, ...]:
         """Lease runs that fit; wait up to `wait_seconds` for some. Who cancels this gets none.
 
         Raises:
@@ -52,7 +53,7 @@ class Desk:
             return ()
         loop = asyncio.get_running_loop()
         place = _Place(
-            bid=Bid(request=request),
+            bid=Bid(caller=caller, request=request),
             deadline=loop.time() + request.wait_seconds,
             answer=loop.create_future(),
         )
@@ -94,7 +95,7 @@ class Desk:
         bid, answer = place.bid, place.answer
         if answer.done():  # it left while it was served
             if bid.granted:
-                await give_back_to(self._state, tuple(bid.granted))
+                await give_back_to(self._state, bid.caller, tuple(bid.granted))
         elif bid.granted:
             answer.set_result(tuple(bid.granted))
         elif bid.error:
@@ -115,12 +116,12 @@ class Desk:
             wait.cancel()
 
 
-async def give_back_to(state: State, leases: tuple[Lease, ...]) -> None:
+async def give_back_to(state: State, caller: Caller, leases: tuple[Lease, ...]) -> None:
     """Queue again what was granted to a client that is gone; at worst its leases run out."""
 
     def give() -> None:
         with state.sessions.begin() as session:
-            give_back(session, leases)
+            give_back(session, caller, leases)
 
     try:
         await run_in_threadpool(give)

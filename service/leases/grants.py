@@ -7,6 +7,7 @@ from secrets import token_urlsafe
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from service.caller import Caller
 from service.events import record
 from service.protocol import FinishRequest, Lease, LeaseRequest, Resources
 from service.runs.store import finish, kept
@@ -62,10 +63,10 @@ def lease_of(
     )
 
 
-def give_back(session: Session, leases: Iterable[Lease]) -> None:
+def give_back(session: Session, caller: Caller, leases: Iterable[Lease]) -> None:
     """Queue again what was granted to a client that is gone: no harm done, and no failure."""
     for one in leases:
-        finish(session, one.run_id, one.lease_token, FinishRequest(outcome="released"))
+        finish(session, caller, one.run_id, one.lease_token, FinishRequest(outcome="released"))
 
 
 def artifact_uri(settings: Settings, run: Run) -> str:

@@ -64,14 +64,14 @@ def tell_finished(sessions: sessionmaker[Session], sampler: Sampler) -> None:
     """Tell Optuna of every finished trial that it has not heard of. Telling twice is harmless."""
     with sessions() as session:
         query = (
-            select(Run, Study.name)
+            select(Run, Study)
             .join(Study, Study.id == Run.study_id)
             .where(Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES))
         )
         untold = session.execute(query.order_by(Run.finished_at).limit(100)).all()
-    for run, study_name in untold:
+    for run, study in untold:
         assert run.trial_number is not None
         end = "diverged" if run.diverged else run.state
-        sampler.tell(study_name, run.trial_number, end, run.val_loss_nats)
+        sampler.tell(study.optuna_name, run.trial_number, end, run.val_loss_nats)
         with sessions.begin() as session:
             session.execute(update(Run).where(Run.id == run.id).values(told=True))

@@ -2,9 +2,10 @@
 
 import asyncio
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 
-from service.auth import require
+from service.auth import Fleet
+from service.caller import Caller
 from service.errors import may_answer
 from service.leases.desk import give_back_to
 from service.protocol import Lease, LeaseReply, LeaseRequest
@@ -12,26 +13,23 @@ from service.protocol import Lease, LeaseReply, LeaseRequest
 router = APIRouter(tags=["leases"])
 
 
-@router.post(
-    "/leases",
-    dependencies=[Depends(require("work"))],
-    responses=may_answer(404, "There is no such study."),
-)
-async def lease(body: LeaseRequest, request: Request) -> LeaseReply:
+@router.post("/leases", responses=may_answer(404, "There is no such study."))
+async def lease(body: LeaseRequest, caller: Fleet, request: Request) -> LeaseReply:
     """Lease runs that fit; wait up to `wait_seconds` for some, holding no connection."""
-    return LeaseReply(leases=await _unless_gone(body, request))
+    return LeaseReply(leases=await _unless_gone(body, caller, request))
 
 
-async def _unless_gone(body: LeaseRequest, request: Request) -> tuple[Lease, ...]:
+async def _unless_gone(body: LeaseRequest, caller: Caller, request: Request) -> tuple[Lease, ...]:
     """What the desk grants to a client that is still there to take it."""
     state = request.app.state
-    asked, gone = asyncio.create_task(state.desk.lease(body)), asyncio.create_task(_gone(request))
+    asked = asyncio.create_task(state.desk.lease(caller, body))
+    gone = asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({asked, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not gone.done():
             return asked.result()
         if asked.done():
-            await give_back_to(state, asked.result())
+            await give_back_to(state, caller, asked.result())
         return ()
     finally:
         asked.cancel()

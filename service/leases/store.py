@@ -65,11 +65,11 @@ def _look_up(sessions: sessionmaker[Session], bids: Iterable[Bid]) -> None:
             bid.error = problem
 
 
-def _within(session: Session, bid: Bid) -> tuple[ColumnElement[bool], str | None]:
-    """The studies that a bid takes from, and a name for them."""
+def _within(session: Session, bid: Bid) -> tuple[ColumnElement[bool], str]:
+    """The studies that a bid takes from, one or its caller's, and a name for them."""
     if bid.request.study is None:
-        return true(), None
-    study = find(session, bid.request.study)
+        return bid.caller.studies, f"project:{bid.caller.project}"
+    study = find(session, bid.caller, bid.request.study)
     return Study.id == study.id, study.id
 
 

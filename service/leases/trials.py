@@ -86,7 +86,7 @@ def start(
             study = session.get_one(Study, study_id)
             spec = StudySpec.model_validate(study.spec)
         for _ in range(_DRAWS):
-            drawn = sampler.draw(study.name, spec, len(bids)) if bids else None
+            drawn = sampler.draw(study.optuna_name, spec, len(bids)) if bids else None
             if drawn is None:
                 return True
             with sessions.begin() as session:
@@ -150,7 +150,7 @@ def _adopted(
     query = select(Run.trial_number).where(Run.trial_number.in_(drawn.running))
     known = set(session.scalars(query.where(Run.study_id == study.id)))
     lost = [number for number in drawn.running if number not in known]
-    return [sampler.adopt(study.name, spec, number) for number in lost]
+    return [sampler.adopt(study.optuna_name, spec, number) for number in lost]
 
 
 def fail(session: Session, fault: StudyFaultError) -> None:

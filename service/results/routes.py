@@ -1,28 +1,28 @@
 """`/v1/studies/{study}/results` and `/report`."""
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from service.auth import require
+from service.auth import Reader
 from service.deps import DbSession
 from service.results import report, store
 from service.results.schemas import StudyResults
 from service.studies.store import find
 from service.studies.study_spec import StudySpec
 
-router = APIRouter(prefix="/studies", tags=["results"], dependencies=[Depends(require("read"))])
+router = APIRouter(prefix="/studies", tags=["results"])
 
 
 @router.get("/{study}/results")
-def read_results(session: DbSession, study: str) -> StudyResults:
+def read_results(caller: Reader, session: DbSession, study: str) -> StudyResults:
     """Best trial, target runs, costs, and the verdict or what it waits for."""
-    return store.results(session, find(session, study))
+    return store.results(session, find(session, caller, study))
 
 
 @router.get("/{study}/report", response_class=HTMLResponse)
-def read_report(session: DbSession, study: str) -> StreamingResponse:
+def read_report(caller: Reader, session: DbSession, study: str) -> StreamingResponse:
     """The same as one self-contained page with plots."""
-    found = find(session, study)
+    found = find(session, caller, study)
     spec, trials = StudySpec.model_validate(found.spec), store.report_trials(session, found.id)
     page = report.page(store.results(session, found), trials, spec)
     return StreamingResponse(page, media_type="text/html; charset=utf-8")

@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request
+from fastapi import APIRouter, BackgroundTasks, Header, Query, Request
 
 from service import sse
-from service.auth import require
+from service.auth import Fleet, Reader
 from service.deps import DbSession, ThePresence, TheSampler, TheSettings
 from service.errors import may_answer
 from service.leases.grants import artifact_uri
@@ -32,12 +32,11 @@ from service.tables import Run, Study
 
 router = APIRouter(prefix="/runs", tags=["runs"])
 Token = Annotated[str, Header(alias=LEASE_TOKEN_HEADER)]
-read = [Depends(require("read"))]
-work = [Depends(require("work"))]
 
 
-@router.get("", dependencies=read, responses=may_answer(404, "There is no such study."))
+@router.get("", responses=may_answer(404, "There is no such study."))
 def list_runs(
+    caller: Reader,
     session: DbSession,
     study: str | None = None,
     state: RunState | None = None,
@@ -46,47 +45,47 @@ def list_runs(
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> RunPage:
     """Runs, newest first."""
-    filters = [] if study is None else [Run.study_id == studies.find(session, study).id]
+    filters = [] if study is None else [Run.study_id == studies.find(session, caller, study).id]
     filters += [] if state is None else [Run.state == state]
     filters += [] if kind is None else [Run.kind == kind]
-    return store.page(session, filters, cursor, limit)
+    return store.page(session, caller, filters, cursor, limit)
 
 
-@router.get("/{run_id}", dependencies=read)
-def read_run(session: DbSession, run_id: str) -> RunView:
+@router.get("/{run_id}")
+def read_run(caller: Reader, session: DbSession, run_id: str) -> RunView:
     """One run."""
-    run = store.get(session, run_id)
+    run = store.get(session, caller, run_id)
     return store.view(run, session.get_one(Study, run.study_id).name)
 
 
-@router.get("/{run_id}/measurements", dependencies=read)
-def read_measurements(session: DbSession, run_id: str) -> MeasurementList:
+@router.get("/{run_id}/measurements")
+def read_measurements(caller: Reader, session: DbSession, run_id: str) -> MeasurementList:
     """The run's curve, by step."""
-    return MeasurementList(items=store.measurements(session, store.get(session, run_id).id))
+    return MeasurementList(items=store.measurements(session, store.get(session, caller, run_id).id))
 
 
-@router.get("/{run_id}/checkpoints", dependencies=read)
-def read_checkpoints(session: DbSession, run_id: str) -> CheckpointList:
+@router.get("/{run_id}/checkpoints")
+def read_checkpoints(caller: Reader, session: DbSession, run_id: str) -> CheckpointList:
     """The run's checkpoints that are kept, newest first."""
-    return CheckpointList(items=store.checkpoints(session, store.get(session, run_id).id))
+    return CheckpointList(items=store.checkpoints(session, store.get(session, caller, run_id).id))
 
 
 @router.get(
     "/{run_id}/events",
-    dependencies=read,
     response_class=sse.EventSourceResponse,
     responses=sse.ANSWER,
 )
 async def stream_events(
-    request: Request, run_id: str, after: sse.LastEventId = None
+    request: Request, caller: Reader, run_id: str, after: sse.LastEventId = None
 ) -> sse.EventSourceResponse:
     """The run's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await sse.respond(request, lambda session: sse.of_run(session, run_id), after)
+    return await sse.respond(request, lambda session: sse.of_run(session, caller, run_id), after)
 
 
-@router.post("/{run_id}/measurements", dependencies=work)
+@router.post("/{run_id}/measurements")
 def report(
     body: MeasurementBatch,
+    caller: Fleet,
     run_id: str,
     token: Token,
     session: DbSession,
@@ -95,7 +94,7 @@ def report(
     presence: ThePresence,
 ) -> ReportReply:
     """Add points to the run's curve and renew its lease; an empty batch just renews it."""
-    run = store.renew(session, run_id, token, settings.lease_seconds)
+    run = store.renew(session, caller, run_id, token, settings.lease_seconds)
     presence.seen()
     if not isinstance(run, Run):
         return ReportReply(decision=run)
@@ -108,25 +107,33 @@ def _prune(sampler: Sampler, session: DbSession, run: Run, body: MeasurementBatc
     if run.trial_number is None or not heard:
         return False
     study = session.get_one(Study, run.study_id)
-    return sampler.report(study.name, StudySpec.model_validate(study.spec), run.trial_number, heard)
+    return sampler.report(
+        study.optuna_name, StudySpec.model_validate(study.spec), run.trial_number, heard
+    )
 
 
-@router.post("/{run_id}/checkpoints", dependencies=work)
+@router.post("/{run_id}/checkpoints")
 def publish(
-    body: CheckpointReport, run_id: str, token: Token, session: DbSession, settings: TheSettings
+    body: CheckpointReport,
+    caller: Fleet,
+    run_id: str,
+    token: Token,
+    session: DbSession,
+    settings: TheSettings,
 ) -> CheckpointReply:
     """Publish a checkpoint whose files are complete and in place."""
     branches.lock_study(session, run_id, body.step)
-    run = store.renew(session, run_id, token, settings.lease_seconds)
+    run = store.renew(session, caller, run_id, token, settings.lease_seconds)
     if not isinstance(run, Run):
         return CheckpointReply(decision=run)
     store.check_uri(run, body.uri, artifact_uri(settings, run))
     return CheckpointReply(decision="continue", superseded=store.publish(session, run, body))
 
 
-@router.post("/{run_id}/finish", dependencies=work)
+@router.post("/{run_id}/finish")
 def finish(
     body: FinishRequest,
+    caller: Fleet,
     run_id: str,
     token: Token,
     session: DbSession,
@@ -135,6 +142,6 @@ def finish(
     after: BackgroundTasks,
 ) -> FinishReply:
     """End this attempt. Sending the same end twice changes nothing."""
-    state = store.finish(session, run_id, token, body)
+    state = store.finish(session, caller, run_id, token, body)
     after.add_task(tell_finished, request.app.state.sessions, sampler)
     return FinishReply.model_validate({"state": state})

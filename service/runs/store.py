@@ -7,6 +7,7 @@ from sqlalchemy import ColumnElement, func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from service.caller import Caller
 from service.cursor import decode_cursor, encode_cursor
 from service.errors import bad_field, conflict, not_found
 from service.events import record
@@ -29,13 +30,13 @@ from service.tables import Measurement as MeasurementRow
 _KEPT_CHECKPOINTS = 2
 
 
-def get(session: Session, run_id: str) -> Run:
-    """The run of this id.
+def get(session: Session, caller: Caller, run_id: str) -> Run:
+    """The run of this id, as far as this caller can see.
 
     Raises:
         Problem: 404 when there is none.
     """
-    run = session.get(Run, run_id)
+    run = session.scalars(select(Run).where(Run.id == run_id, caller.runs)).one_or_none()
     if run is None:
         raise not_found("run", run_id)
     return run
@@ -48,10 +49,15 @@ def view(run: Run, study_name: str) -> RunView:
 
 
 def page(
-    session: Session, filters: list[ColumnElement[bool]], cursor: str | None, limit: int
+    session: Session,
+    caller: Caller,
+    filters: list[ColumnElement[bool]],
+    cursor: str | None,
+    limit: int,
 ) -> RunPage:
-    """Runs with their study's name, newest first."""
-    query = select(Run, Study.name).join(Study, Study.id == Run.study_id).where(*filters)
+    """The caller's runs with their study's name, newest first."""
+    query = select(Run, Study.name).join(Study, Study.id == Run.study_id)
+    query = query.where(caller.studies, *filters)
     query = query.order_by(Run.created_at.desc(), Run.id.desc()).limit(limit + 1)
     if cursor is not None:
         query = query.where(tuple_(Run.created_at, Run.id) < decode_cursor(cursor))
@@ -85,7 +91,9 @@ def kept(session: Session, run_id: str) -> list[Checkpoint]:
     return list(session.scalars(query.order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc())))
 
 
-def renew(session: Session, run_id: str, token: str, lease_seconds: float) -> Run | Decision:
+def renew(
+    session: Session, caller: Caller, run_id: str, token: str, lease_seconds: float
+) -> Run | Decision:
     """Renew a lease and return its run, locked; "cancel" when the run was cancelled meanwhile.
 
     A lease that has run out but was not taken by anybody else yet is still good.
@@ -95,21 +103,20 @@ def renew(session: Session, run_id: str, token: str, lease_seconds: float) -> Ru
     """
     run = session.scalars(
         update(Run)
-        .where(Run.id == run_id, Run.lease_token == token, Run.state == "leased")
+        .where(Run.id == run_id, Run.lease_token == token, Run.state == "leased", caller.runs)
         # Not now(), which is when this transaction began: it may have waited for the row.
         .values(lease_expires_at=func.clock_timestamp() + timedelta(seconds=lease_seconds))
         .returning(Run)
     ).one_or_none()
     if run is not None:
         return run
-    if _ended(session, run_id, token) == "cancelled":
+    if _ended(get(session, caller, run_id), token) == "cancelled":
         return "cancel"
     raise _stale(run_id)
 
 
-def _ended(session: Session, run_id: str, token: str) -> str | None:
+def _ended(run: Run, token: str) -> str | None:
     """The final state of a run whose last lease was this one; None for a lease that is stale."""
-    run = get(session, run_id)
     mine = run.lease_token == token and run.state in FINAL_RUN_STATES
     return run.state if mine else None
 
@@ -207,7 +214,7 @@ def check_uri(run: Run, uri: str, artifact_uri: str) -> None:
         raise bad_field("uri", uri, f"run {run.id} publishes below {artifact_uri}/")
 
 
-def finish(session: Session, run_id: str, token: str, finish: FinishRequest) -> str:
+def finish(session: Session, caller: Caller, run_id: str, token: str, finish: FinishRequest) -> str:
     """End an attempt, and move its study on. Sending the same end twice changes nothing.
 
     Raises:
@@ -216,11 +223,11 @@ def finish(session: Session, run_id: str, token: str, finish: FinishRequest) -> 
     """
     if finish.outcome == "succeeded" and finish.val_loss_nats is None:
         raise bad_field("val_loss_nats", None, "a succeeded run has a final validation loss")
-    study = lock(session, get(session, run_id).study_id)
+    study = lock(session, get(session, caller, run_id).study_id)
     query = select(Run).where(Run.id == run_id).with_for_update()
     run = session.scalars(query.execution_options(populate_existing=True)).one()
     if run.lease_token != token or run.state != "leased":
-        ended = _ended(session, run_id, token)
+        ended = _ended(run, token)
         if ended is None:
             raise _stale(run_id)
         return ended

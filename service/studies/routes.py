@@ -2,10 +2,10 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 
 from service import sse
-from service.auth import require
+from service.auth import Reader, Writer
 from service.deps import DbSession, TheSampler
 from service.errors import bad_field, may_answer
 from service.protocol import IDEMPOTENCY_HEADER
@@ -26,20 +26,19 @@ from service.studies.study_spec import StudySpec
 from warmcore.spec import DataError
 
 router = APIRouter(prefix="/studies", tags=["studies"])
-read = [Depends(require("read"))]
-write = [Depends(require("write"))]
 
 
-@router.post("", status_code=201, dependencies=write)
+@router.post("", status_code=201)
 def create_study(
     body: StudySpec,
+    caller: Writer,
     session: DbSession,
     sampler: TheSampler,
     key: Annotated[str | None, Header(alias=IDEMPOTENCY_HEADER, max_length=200)] = None,
 ) -> StudyView:
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
-    study = store.create(session, pinned(body), key)
-    sampler.create(study.name)
+    study = store.create(session, caller, pinned(body), key)
+    sampler.create(study.optuna_name)
     return store.view(session, study)
 
 
@@ -63,80 +62,89 @@ def pinned(spec: StudySpec) -> StudySpec:
         raise bad_field(error.path, error.value, str(error)) from None
 
 
-@router.get("", dependencies=read)
+@router.get("")
 def list_studies(
+    caller: Reader,
     session: DbSession,
     cursor: str | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> StudyPage:
     """Studies, newest first."""
-    return store.page(session, cursor, limit)
+    return store.page(session, caller, cursor, limit)
 
 
-@router.get("/{study}", dependencies=read)
-def read_study(session: DbSession, study: str) -> StudyView:
+@router.get("/{study}")
+def read_study(caller: Reader, session: DbSession, study: str) -> StudyView:
     """One study: state, counts by run state, best trial, progress, cost so far."""
-    return store.view(session, store.find(session, study))
+    return store.view(session, store.find(session, caller, study))
 
 
-@router.post("/{study}/pause", dependencies=write)
-def pause_study(session: DbSession, study: str) -> StudyView:
+@router.post("/{study}/pause")
+def pause_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """Lease nothing more; what runs goes on to its end."""
-    return store.view(session, store.change_state(session, store.find(session, study), "paused"))
+    return store.view(
+        session, store.change_state(session, store.find(session, caller, study), "paused")
+    )
 
 
-@router.post("/{study}/resume", dependencies=write)
-def resume_study(session: DbSession, study: str) -> StudyView:
+@router.post("/{study}/resume")
+def resume_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """Lease again."""
-    return store.view(session, store.change_state(session, store.find(session, study), "active"))
+    return store.view(
+        session, store.change_state(session, store.find(session, caller, study), "active")
+    )
 
 
-@router.post("/{study}/cancel", dependencies=write)
-def cancel_study(session: DbSession, study: str) -> StudyView:
+@router.post("/{study}/cancel")
+def cancel_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """End the study; a running worker hears it at its next report."""
-    return store.view(session, store.change_state(session, store.find(session, study), "cancelled"))
+    return store.view(
+        session, store.change_state(session, store.find(session, caller, study), "cancelled")
+    )
 
 
-@router.get("/{study}/trials", dependencies=read)
-def list_trials(session: DbSession, sampler: TheSampler, study: str) -> TrialList:
+@router.get("/{study}/trials")
+def list_trials(caller: Reader, session: DbSession, sampler: TheSampler, study: str) -> TrialList:
     """Every trial with its parameters, value and state, enqueued ones included."""
-    return trials.listing(session, sampler, store.find(session, study))
+    return trials.listing(session, sampler, store.find(session, caller, study))
 
 
-@router.post("/{study}/trials", status_code=201, dependencies=write)
+@router.post("/{study}/trials", status_code=201)
 def enqueue_trial(
-    body: EnqueueRequest, session: DbSession, sampler: TheSampler, study: str
+    body: EnqueueRequest, caller: Writer, session: DbSession, sampler: TheSampler, study: str
 ) -> TrialView:
     """Try given parameters next."""
-    return trials.enqueue(session, sampler, store.find(session, study), body.params)
+    return trials.enqueue(session, sampler, store.find(session, caller, study), body.params)
 
 
 @router.get(
     "/{study}/importance",
-    dependencies=read,
     responses=may_answer(409, "Too few trials have finished."),
 )
-def read_importance(session: DbSession, sampler: TheSampler, study: str) -> Importance:
+def read_importance(
+    caller: Reader, session: DbSession, sampler: TheSampler, study: str
+) -> Importance:
     """How much each parameter decides the loss."""
-    return trials.importance(sampler, store.find(session, study))
+    return trials.importance(sampler, store.find(session, caller, study))
 
 
-@router.post("/{study}/targets", status_code=201, dependencies=write)
-def start_targets(body: TargetRequest, session: DbSession, study: str) -> TargetList:
+@router.post("/{study}/targets", status_code=201)
+def start_targets(
+    body: TargetRequest, caller: Writer, session: DbSession, study: str
+) -> TargetList:
     """Start a warmstart by hand, from a trial or a checkpoint."""
-    found = store.find(session, study)
+    found = store.find(session, caller, study)
     started = targets.start(session, found, body)
     return TargetList(items=tuple(runs.view(run, found.name) for run in started))
 
 
 @router.get(
     "/{study}/events",
-    dependencies=read,
     response_class=sse.EventSourceResponse,
     responses=sse.ANSWER,
 )
 async def stream_events(
-    request: Request, study: str, after: sse.LastEventId = None
+    request: Request, caller: Reader, study: str, after: sse.LastEventId = None
 ) -> sse.EventSourceResponse:
     """The study's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await sse.respond(request, lambda session: sse.of_study(session, study), after)
+    return await sse.respond(request, lambda session: sse.of_study(session, caller, study), after)

@@ -34,6 +34,7 @@ class StudyView(Message):
     """A study as it is read."""
 
     id: str
+    project: str
     name: str
     state: StudyState
     reason: str | None

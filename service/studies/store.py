@@ -6,6 +6,7 @@ from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from service.caller import Caller
 from service.cursor import decode_cursor, encode_cursor
 from service.errors import Problem, bad_field, conflict, not_found
 from service.events import record
@@ -20,32 +21,38 @@ from service.tables import Run, Study
 _ENDED = ("completed", "failed")
 
 
-def create(session: Session, spec: StudySpec, idempotency_key: str | None) -> Study:
-    """Write a study; the same idempotency key gives the same study.
+def create(session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None) -> Study:
+    """Write a study of the caller's project; the same idempotency key gives the same study.
 
     Raises:
         Problem: 409 for a name that is taken, or for a key that was used with another spec.
     """
-    if idempotency_key is not None:
-        again = session.scalar(select(Study).where(Study.idempotency_key == idempotency_key))
-        if again is not None:
-            return _same(again, spec, idempotency_key)
-    values = {"name": spec.name, "spec": spec.model_dump(mode="json")}
+    again = _made_before(session, caller, idempotency_key)
+    if again is not None:
+        return _same(again, spec, idempotency_key)
+    values = {"project": caller.home, "name": spec.name, "spec": spec.model_dump(mode="json")}
     statement = insert(Study).values(**values, idempotency_key=idempotency_key)
     statement = statement.on_conflict_do_nothing().returning(Study)
     study = session.scalars(statement).one_or_none()
     if study is None:
-        return _lost_the_race(session, spec, idempotency_key)
+        return _lost_the_race(session, caller, spec, idempotency_key)
     record(session, "study.created", study_id=study.id, name=study.name)
     return study
 
 
-def _lost_the_race(session: Session, spec: StudySpec, idempotency_key: str | None) -> Study:
-    again = session.scalar(
-        select(Study).where(
-            Study.idempotency_key.is_not(None), Study.idempotency_key == idempotency_key
-        )
+def _made_before(session: Session, caller: Caller, idempotency_key: str | None) -> Study | None:
+    if idempotency_key is None:
+        return None
+    query = select(Study).where(
+        Study.project == caller.home, Study.idempotency_key == idempotency_key
     )
+    return session.scalar(query)
+
+
+def _lost_the_race(
+    session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None
+) -> Study:
+    again = _made_before(session, caller, idempotency_key)
     if again is not None:
         return _same(again, spec, idempotency_key)
     field = bad_field("name", spec.name, "a study of this name exists; choose another name")
@@ -63,22 +70,28 @@ def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
     return study
 
 
-def find(session: Session, name_or_id: str) -> Study:
-    """The study of this id or name.
+def find(session: Session, caller: Caller, name_or_id: str) -> Study:
+    """The study of this id or name, as far as this caller can see.
 
     Raises:
-        Problem: 404 when there is none.
+        Problem: 404 when there is none; 409 for a name that several of the caller's projects have.
     """
-    query = select(Study).where((Study.id == name_or_id) | (Study.name == name_or_id))
-    study = session.scalars(query.order_by(Study.id != name_or_id).limit(1)).one_or_none()
-    if study is None:
+    named = (Study.id == name_or_id) | (Study.name == name_or_id)
+    query = select(Study).where(named, caller.studies)
+    found = session.scalars(query.order_by(Study.id != name_or_id, Study.project)).all()
+    if not found:
         raise not_found("study", name_or_id)
-    return study
+    if len(found) > 1 and found[0].id != name_or_id:
+        projects = ", ".join(study.project for study in found)
+        detail = f"study {name_or_id!r} is in projects {projects}; name one with ?project="
+        raise conflict("ambiguous-name", detail)
+    return found[0]
 
 
-def page(session: Session, cursor: str | None, limit: int) -> StudyPage:
-    """Studies, newest first."""
-    query = select(Study).order_by(Study.created_at.desc(), Study.id.desc()).limit(limit + 1)
+def page(session: Session, caller: Caller, cursor: str | None, limit: int) -> StudyPage:
+    """The caller's studies, newest first."""
+    query = select(Study).where(caller.studies)
+    query = query.order_by(Study.created_at.desc(), Study.id.desc()).limit(limit + 1)
     if cursor is not None:
         query = query.where(tuple_(Study.created_at, Study.id) < decode_cursor(cursor))
     rows = list(session.scalars(query))
@@ -127,6 +140,7 @@ def view(session: Session, study: Study) -> StudyView:
     return StudyView.model_validate(
         {
             "id": study.id,
+            "project": study.project,
             "name": study.name,
             "state": study.state,
             "reason": study.reason,

@@ -23,7 +23,7 @@ def listing(session: Session, sampler: Sampler, study: Study) -> TrialList:
     query = select(Run).where(Run.study_id == study.id, Run.kind == "trial")
     trials = {run.trial_number: _view(run) for run in session.scalars(query)}
     spec = StudySpec.model_validate(study.spec)
-    for number, params in sampler.waiting(study.name).items():
+    for number, params in sampler.waiting(study.optuna_name).items():
         trials.setdefault(number, _waiting(spec, number, params))
     return TrialList(items=tuple(sorted(trials.values(), key=lambda trial: trial.number)))
 
@@ -42,10 +42,10 @@ def enqueue(session: Session, sampler: Sampler, study: Study, params: dict[str, 
     started = session.scalar(
         select(func.count()).where(Run.study_id == study.id, Run.kind == "trial")
     )
-    if (started or 0) + len(sampler.waiting(study.name)) >= spec.hpo.trials:
+    if (started or 0) + len(sampler.waiting(study.optuna_name)) >= spec.hpo.trials:
         detail = f"all {spec.hpo.trials} trials of study {study.name!r} are started or enqueued"
         raise conflict("budget-spent", detail)
-    return _waiting(spec, sampler.enqueue(study.name, params), params)
+    return _waiting(spec, sampler.enqueue(study.optuna_name, params), params)
 
 
 def importance(sampler: Sampler, study: Study) -> Importance:
@@ -54,12 +54,12 @@ def importance(sampler: Sampler, study: Study) -> Importance:
     Raises:
         Problem: 409 while there are too few of them.
     """
-    states = sampler.states(study.name).values()
+    states = sampler.states(study.optuna_name).values()
     complete = sum(state == "COMPLETE" for state, _ in states)
     if complete < _FEWEST_FOR_IMPORTANCE:
         detail = f"{complete} trials have finished; importances need {_FEWEST_FOR_IMPORTANCE}"
         raise conflict("too-few-trials", detail)
-    return Importance(importance=sampler.importance(study.name), trials=complete)
+    return Importance(importance=sampler.importance(study.optuna_name), trials=complete)
 
 
 def _view(run: Run) -> TrialView:

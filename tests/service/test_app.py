@@ -12,7 +12,7 @@ import pytest
 from service import auth
 
 SNAPSHOT = Path(__file__).with_name("openapi.json")
-OPEN = {"/healthz", "/readyz", "/metrics"}
+OPEN = {"/healthz", "/readyz"}
 
 
 def key_of(api, scopes, **more):
@@ -41,7 +41,7 @@ def test_every_call_but_the_probes_needs_a_key(api):
 
 
 def test_every_call_refuses_a_key_of_another_scope(api):
-    keys = {scope: key_of(api, [scope])[1] for scope in ("read", "write", "work")}
+    keys = {scope: key_of(api, [scope])[1] for scope in ("read", "write", "work", "metrics")}
     for method, path in calls(api):
         if path in OPEN:
             continue
@@ -51,7 +51,10 @@ def test_every_call_refuses_a_key_of_another_scope(api):
             ).status_code
             for key in keys.values()
         ]
-        assert sorted(status == 403 for status in answers) == [False, True, True], (method, path)
+        assert sorted(status == 403 for status in answers) == [False, True, True, True], (
+            method,
+            path,
+        )
 
 
 def test_a_key_is_stored_as_its_hash_and_ends_when_revoked_or_expired(api):
@@ -72,13 +75,18 @@ def test_a_key_is_stored_as_its_hash_and_ends_when_revoked_or_expired(api):
 def test_probes_answer_without_a_key(api):
     assert get(api, "/healthz").json() == {"status": "ok"}
     assert get(api, "/readyz").json() == {"status": "ready"}
-    assert "warmscale_request_seconds_bucket" in get(api, "/metrics").text
+
+
+def test_metrics_answer_a_key_of_their_own_scope(api):
+    _, key = key_of(api, ["metrics"])
+    get(api, "/healthz")
+    assert "warmscale_request_seconds_bucket" in get(api, "/metrics", key).text
 
 
 def test_metrics_count_runs_by_state(api, submit, worker):
     submit()
     worker.lease(2)
-    assert 'warmscale_runs{kind="trial",state="leased"} 2.0' in get(api, "/metrics").text
+    assert 'warmscale_runs{kind="trial",state="leased"} 2.0' in get(api, "/metrics", api.key).text
 
 
 @pytest.mark.parametrize("auth_of", [lambda k: ("any", k), None])

@@ -16,6 +16,7 @@ from service.runs import store as runs
 from service.studies import branches
 from service.studies.budgets import flops_with_branches
 from service.studies.study_spec import StudySpec
+from tests.by_hand import EVERYWHERE
 from warmcore.branching import branch_steps, start_step
 from warmcore.flops import num_tokens
 
@@ -217,7 +218,7 @@ def test_a_cancel_during_a_publish_misses_no_branch(study, worker, api):
     cancelled = threading.Thread(target=api.client.post, args=(f"/v1/studies/{name}/cancel",))
     with api.sessions.begin() as session:
         branches.lock_study(session, trunk.run_id, step)
-        run = runs.renew(session, trunk.run_id, trunk.lease_token, 60)
+        run = runs.renew(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
         cancelled.start()
         _wait_for_a_waiting_lock(api)
         runs.publish(session, run, checkpoint(trunk, step))
@@ -236,7 +237,7 @@ def test_a_crash_in_the_middle_of_a_publish_leaves_neither_checkpoint_nor_branch
     step = branch_steps(trunk.spec)[0]
     with pytest.raises(ZeroDivisionError), api.sessions.begin() as session:
         branches.lock_study(session, trunk.run_id, step)
-        run = runs.renew(session, trunk.run_id, trunk.lease_token, 60)
+        run = runs.renew(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
         runs.publish(session, run, checkpoint(trunk, step))
         raise ZeroDivisionError
     assert api.client.get(f"/v1/runs/{trunk.run_id}/checkpoints")["items"] == []

@@ -366,4 +366,4 @@ def test_a_key_s_life_is_create_use_revoke(tmp_path, database_url, api, monkeypa
 def test_an_unknown_scope_is_refused_with_those_that_are(tmp_path):
     refused = runner.invoke(app, ["key", "create", "x", "--scope", "all", "--home", str(tmp_path)])
     assert refused.exit_code == 2
-    assert "read, write, work, admin (got 'all')" in refused.stderr
+    assert "read, write, work, metrics, admin (got 'all')" in refused.stderr

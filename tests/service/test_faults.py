@@ -12,6 +12,7 @@ from service.leases.repair import Presence
 from service.runs import store as runs
 from service.studies import store as studies
 from service.tables import Event, Run, Study
+from tests.by_hand import EVERYWHERE
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
@@ -70,7 +71,7 @@ def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit
     study = submit()
     lease = worker.one()
     with api.sessions.begin() as session:
-        run = runs.renew(session, lease.run_id, lease.lease_token, 5.0)
+        run = runs.renew(session, EVERYWHERE, lease.run_id, lease.lease_token, 5.0)
         cancel = threading.Thread(
             target=lambda: api.client.post(f"/v1/studies/{study['id']}/cancel")
         )
@@ -213,4 +214,4 @@ def test_a_grid_trial_that_is_adopted_keeps_its_point(api, submit, worker):
 def test_studies_are_found_by_id_before_name(api, submit):
     first = submit()
     with api.sessions() as session:
-        assert studies.find(session, first["name"]).id == first["id"]
+        assert studies.find(session, EVERYWHERE, first["name"]).id == first["id"]

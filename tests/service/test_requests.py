@@ -24,7 +24,7 @@ def get(api, path, **headers):
 
 def answers(api, **labels):
     """How many answers were timed under these labels."""
-    families = text_string_to_metric_families(httpx.get(f"{api.url}/metrics").text)
+    families = text_string_to_metric_families(get(api, "/metrics").text)
     return sum(
         sample.value
         for family in families

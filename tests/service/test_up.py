@@ -21,6 +21,6 @@ def test_a_fleet_gets_a_key_that_may_work_and_nothing_else(
     cli_up.admit(database_url, *held)
     engine = create_engine(database_url)
     with Session(engine) as session:
-        assert auth.scopes_of(session, held[0]) == {"admin"}
-        assert auth.scopes_of(session, held[1]) == {"work"}
+        assert auth.caller_of(session, held[0]).scopes == {"admin"}
+        assert auth.caller_of(session, held[1]).scopes == {"work"}
     engine.dispose()

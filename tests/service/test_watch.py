@@ -126,6 +126,7 @@ def view(trials=None, targets=None, cost=0.0, **changes):
     return StudyView.model_validate(
         {
             "id": "st_1",
+            "project": "default",
             "name": "a-study",
             "state": "active",
             "reason": None,
