@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TZ := UTC
 
-.PHONY: demo test fuzz check lint format types imports up bench clean
+.PHONY: demo test fuzz check lint format types imports up bench chaos clean
 
 demo: $(READY)
 	$(BIN)/warmscale demo
@@ -40,6 +40,11 @@ up: $(READY)
 
 bench: $(READY)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+SEED ?= 1
+MINUTES ?= 20
+chaos: $(READY)
+	$(BIN)/python -m benchmarks.chaos --seed $(SEED) --minutes $(MINUTES) --append benchmarks/chaos.md
 
 # torch goes first and pinned: where a small CPU build is provided, that is how pip finds it.
 # A torch that is already there (a GPU machine's own) is kept.

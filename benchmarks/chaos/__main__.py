@@ -1,0 +1,111 @@
+"""`python -m benchmarks.chaos --seed 1 --minutes 20`: faults at random on a whole installation.
+
+Exit 0: no trial was lost or counted twice, and `warmscale db check` has nothing to say. The same
+seed gives the same schedule of (time, kind, victim). Everything it starts, it ends.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from benchmarks.chaos import report
+from benchmarks.chaos.driver import STUDY_SECONDS, Driver
+from benchmarks.chaos.schedule import plan
+from benchmarks.chaos.stack import ChaosError, Stack
+
+_START_SECONDS = 180.0
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    os.environ["TZ"] = "UTC"
+    time.tzset()
+    seconds = args.minutes * 60
+    schedule = plan(args.seed, seconds=seconds, gap_seconds=args.gap)
+    for fault in schedule:
+        print(json.dumps(dataclasses.asdict(fault)), flush=True)
+    if args.plan:
+        return 0
+    signal.signal(signal.SIGALRM, _out_of_time)
+    signal.signal(signal.SIGTERM, _out_of_time)
+    signal.alarm(int(_START_SECONDS + seconds + STUDY_SECONDS))
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    folder.chmod(0o755)
+    stack = Stack(folder=folder, fsync=not args.no_fsync)
+    driver = Driver(
+        stack=stack, schedule=schedule, seconds=seconds, spec=spec(folder, trials=args.trials)
+    )
+    started = time.monotonic()
+    try:
+        stack.open()
+        if not stack.disk.can_fill:
+            print("fill-disk needs root, for a tmpfs: it is left out", flush=True)
+        driver.run()
+    except (ChaosError, KeyboardInterrupt, OSError) as error:
+        driver.errors.append(f"{type(error).__name__}: {error}")
+    try:
+        found = report.summary(driver, seed=args.seed, minutes=(time.monotonic() - started) / 60)
+        if driver.errors:
+            print(driver.dump(), flush=True)
+    finally:
+        signal.alarm(0)
+        stack.close()
+        if not driver.errors or not args.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(found))
+    print(report.row(found))
+    if args.append is not None:
+        report.append(args.append, report.row(found))
+    return 1 if driver.errors else 0
+
+
+def spec(folder: Path, *, trials: int) -> dict[str, Any]:
+    """Trials of a second or so, then a target on two seeds, warm and cold."""
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        lines = [f"document {i} line {j}: {i * j} is {i} times {j}\n" for j in range(40)]
+        (corpus / f"{i:02d}.txt").write_text("".join(lines))
+    return {
+        "data": {"source": str(corpus), "context": 32},
+        "proxy": {"width": 16, "depth": 1, "head_dim": 16},
+        "target": {"width": 32, "train": {"num_tokens": 4 * 32 * 300}},
+        "train": {
+            "batch_size": 4, "num_tokens": 4 * 32 * 200, "evaluations": 4, "eval_tokens": 1024,
+            "log_every": 5,
+        },
+        "search_space": {"lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True}},
+        "hpo": {"trials": trials, "parallel": 4, "sampler": "tpe", "pruner": "median"},
+        "warmstart": {"seeds": 2},
+        "max_attempts": 10,
+    }  # fmt: skip
+
+
+def _out_of_time(number: int, _frame: FrameType | None) -> None:
+    raise ChaosError(f"out of time (signal {number})")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--trials", type=int, default=60, help="of each study")
+    parser.add_argument("--gap", type=float, default=5.0, help="seconds between faults, on average")
+    parser.add_argument("--plan", action="store_true", help="print the schedule, and end")
+    parser.add_argument("--no-fsync", action="store_true", help="the database syncs nothing")
+    parser.add_argument("--keep", action="store_true", help="the folder, where it went wrong")
+    parser.add_argument("--append", type=Path, help="a page that gets the row")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""A PostgreSQL server of our own, whose every process can be killed, to be started again."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import OperationalError
+
+from service import db
+from service.child import die_with_parent
+
+
+class Database:
+    """Upgraded and running once made."""
+
+    def __init__(self, folder: Path, port: int, *, fsync: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.url = make_url(f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres")
+        with db.start_embedded(folder) as server:
+            self._user = server.system_user
+            self._data = server.pgdata
+            binary = server.bin_path / "postgres"
+        self._command = [
+            *(str(binary), "-D", str(self._data), "-k", str(self._data)),
+            *("-h", "127.0.0.1", "-p", str(port), "-c", f"fsync={'on' if fsync else 'off'}"),
+        ]
+        self._log = folder / "postgres.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+        db.upgrade(self.url)
+
+    def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=log,
+                user=self._user,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one C call
+            )
+        self.wait_ready()
+
+    def wait_ready(self, seconds: float = 60.0) -> None:
+        engine = create_engine(self.url, connect_args={"connect_timeout": 2})
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                with engine.connect() as connection:
+                    connection.execute(text("SELECT 1"))
+                break
+            except OperationalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+        engine.dispose()
+
+    def kill(self) -> None:
+        """Every process at once, as a power cut would but for the disk."""
+        assert self._process is not None
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self._process.pid).children(recursive=True)
+            for process in [psutil.Process(self._process.pid), *family]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    os.kill(process.pid, signal.SIGKILL)
+            psutil.wait_procs(family, timeout=10)
+        self._process.wait(10)
+
+    def stop(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()

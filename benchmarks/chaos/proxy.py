@@ -1,0 +1,123 @@
+"""Between fleets and replicas: each request to the next replica, and answers cut off or delayed.
+
+It closes the connection after each answer, so that no client stays with one replica.
+"""
+
+import asyncio
+import contextlib
+import re
+import threading
+from collections import Counter
+from collections.abc import Coroutine
+from typing import Any
+
+_CONNECTION = re.compile(rb"\r\nconnection:[^\r\n]*", re.IGNORECASE)
+_IDLE_SECONDS = 120.0
+
+
+class Proxy:
+    """Listens on a free port of 127.0.0.1, on a thread of its own."""
+
+    def __init__(self, backends: list[int]) -> None:
+        self._backends = backends
+        self._next = 0
+        self._cuts: list[int] = []
+        self.delay_seconds = 0.0
+        self.statuses: Counter[str] = Counter()
+        self.num_cut = 0
+        self.port = 0
+        self._loop = asyncio.new_event_loop()
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        assert self._started.wait(10), "the proxy does not start"
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def cut(self, answers: int, after_bytes: int) -> None:
+        """Break off the next `answers`, each after so many bytes."""
+        self._cuts += [after_bytes] * answers
+
+    @property
+    def refused(self) -> int:
+        """Writes under a lease that were answered with 409."""
+        return sum(n for key, n in self.statuses.items() if key.startswith("/v1/runs 409"))
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
+        self.port = server.sockets[0].getsockname()[1]
+        self._started.set()
+        self._loop.run_forever()
+        server.close()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0.1))
+        self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._relay(reader, writer)
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
+            pass
+        except asyncio.CancelledError:
+            pass
+        finally:
+            writer.transport.abort()
+
+    async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _IDLE_SECONDS)
+        head = _CONNECTION.sub(b"", head).replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+        answers, requests = await self._backend()
+        requests.write(head)
+        upload = asyncio.ensure_future(_quietly(_pump(reader, requests)))
+        try:
+            await self._answer(head, answers, writer)
+        finally:
+            upload.cancel()
+            requests.transport.abort()
+
+    async def _answer(
+        self, head: bytes, answers: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        first = await answers.read(2**16)
+        if not first:
+            return
+        path = "/".join(head.split(b" ", 2)[1].decode().split("?")[0].split("/")[:3])
+        self.statuses[f"{path} {first.split(b' ', 2)[1].decode()}"] += 1
+        await asyncio.sleep(self.delay_seconds)
+        if self._cuts:
+            writer.write(first[: self._cuts.pop()])
+            self.num_cut += 1
+            await writer.drain()
+            return
+        writer.write(first)
+        await _pump(answers, writer)
+        writer.close()
+        await writer.wait_closed()
+
+    async def _backend(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """The next replica that takes a connection."""
+        for _ in self._backends[1:]:
+            with contextlib.suppress(OSError):
+                return await self._connect()
+        return await self._connect()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        self._next = (self._next + 1) % len(self._backends)
+        return await asyncio.open_connection("127.0.0.1", self._backends[self._next])
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(2**16):
+        writer.write(data)
+        await writer.drain()
+
+
+async def _quietly(pumping: Coroutine[Any, Any, None]) -> None:
+    with contextlib.suppress(OSError):
+        await pumping

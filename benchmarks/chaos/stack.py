@@ -1,0 +1,173 @@
+"""Two replicas of the API on one database, and two fleets that reach them through the proxy."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.orm import Session
+
+from benchmarks.chaos.database import Database
+from benchmarks.chaos.disk import Disk
+from benchmarks.chaos.proxy import Proxy
+from service import auth
+from service.child import die_with_parent
+
+NUM_APIS = NUM_FLEETS = 2
+LEASE_SECONDS = 3.0
+_GONE_SECONDS = 20.0
+
+
+class ChaosError(Exception):
+    """Something did not end, or did not come back, within its time."""
+
+
+@dataclass(kw_only=True)
+class Stack:
+    """Everything that runs. Each process is known by its id, and none outlives `close`."""
+
+    folder: Path
+    fsync: bool
+    apis: list[subprocess.Popen[bytes] | None] = field(default_factory=lambda: [None] * NUM_APIS)
+    fleets: list[subprocess.Popen[bytes] | None] = field(
+        default_factory=lambda: [None] * NUM_FLEETS
+    )
+    starts: int = 0
+    seen: list[psutil.Process] = field(default_factory=list)
+
+    def open(self) -> None:
+        self.disk = Disk(self.folder / "artifacts")
+        self.database = Database(self.folder / "db", free_port(), fsync=self.fsync)
+        self.engine: Engine = create_engine(
+            self.database.url, pool_pre_ping=True, connect_args={"connect_timeout": 2}
+        )
+        with Session(self.engine) as session, session.begin():
+            _, self.key = auth.create_key(session, "chaos", ["admin"])
+        self.ports = [free_port() for _ in range(NUM_APIS)]
+        self.proxy = Proxy(self.ports)
+        self.proxy.start()
+        self.url = f"http://127.0.0.1:{self.proxy.port}"
+        for i in range(NUM_APIS):
+            self.start_api(i)
+        for i in range(NUM_APIS):
+            self.wait_api(i)
+        for i in range(NUM_FLEETS):
+            self.start_fleet(i)
+
+    def close(self) -> None:
+        """End every process that was started, and the processes of those."""
+        roots = [p for p in (*self.fleets, *self.apis) if p is not None]
+        families = [*alive(self.seen), *(one for root in roots for one in family(root.pid))]
+        for process in families:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(families, timeout=_GONE_SECONDS)
+        for root in roots:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                root.wait(5)
+        for part in ("proxy", "database"):
+            if hasattr(self, part):
+                getattr(self, part).stop()
+        if hasattr(self, "engine"):
+            self.engine.dispose()
+        if hasattr(self, "disk"):
+            self.disk.close()
+
+    def start_api(self, i: int) -> None:
+        self.apis[i] = self._start(f"api-{i}", "service.cli", "serve", "--port", str(self.ports[i]))
+
+    def wait_api(self, i: int, seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.is_ready(i):
+            if time.monotonic() > deadline:
+                raise ChaosError(
+                    f"replica {i} is not ready within {seconds} s\n{self.tail(f'api-{i}')}"
+                )
+            time.sleep(0.1)
+
+    def is_ready(self, i: int) -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"http://127.0.0.1:{self.ports[i]}/readyz", timeout=2).is_success
+        return False
+
+    def start_fleet(self, i: int) -> None:
+        self.starts += 1
+        self.fleets[i] = self._start(
+            f"fleet-{i}", "service.cli", "fleet", "--url", self.url,
+            "--cpus", "1", "--checkpoint-seconds", "0.2", "--name", f"fleet-{i}.{self.starts}",
+        )  # fmt: skip
+
+    def workers(self, i: int) -> list[psutil.Process]:
+        """Processes of a fleet that are in the middle of a run: Ray names them after their task."""
+        root = self.fleets[i]
+        found = [] if root is None else family(root.pid)
+        return [p for p in found if "ray::run_lease" in _command(p)]
+
+    def _start(self, name: str, *module: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", *module],
+                env=self._environment(),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one C call
+            )
+
+    def _environment(self) -> dict[str, str]:
+        ours = {k: v for k, v in os.environ.items() if not k.startswith(("WARMSCALE_", "RAY_"))}
+        return ours | {
+            "TZ": "UTC",
+            "WARMSCALE_DATABASE_URL": self.database.url.render_as_string(hide_password=False),
+            "WARMSCALE_HOME": str(self.folder / "home"),
+            "WARMSCALE_ARTIFACTS": self.disk.path.as_uri(),
+            "WARMSCALE_LEASE_SECONDS": str(LEASE_SECONDS),
+            "WARMSCALE_API_KEY": self.key,
+            "XDG_CACHE_HOME": str(self.folder / "cache"),
+            "RAY_TMPDIR": str(self.folder),
+        }
+
+    def tail(self, name: str, chars: int = 2000) -> str:
+        path = self.folder / f"{name}.log"
+        return path.read_text(errors="replace")[-chars:] if path.exists() else ""
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and everything below it that is still there."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    return []
+
+
+def kill_alone(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """-9 of the process itself; give those below it, which are to die by themselves."""
+    below = family(process.pid)[1:]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(10)
+    return below
+
+
+def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run; a zombie has no command."""
+    return [p for p in processes if _command(p)]
+
+
+def _command(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
