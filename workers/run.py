@@ -26,6 +26,9 @@ from workers.reporter import Reporter
 
 log = logging.getLogger(__name__)
 
+_STORE_FIRST_SECONDS = 0.5
+_STORE_MAX_SECONDS = 5.0
+
 Ending = Literal["succeeded", "pruned", "diverged", "released", "cancelled", "stale"]
 
 
@@ -34,6 +37,7 @@ class Options:
     """What the worker decides, not the spec."""
 
     checkpoint_seconds: float = 30.0
+    store_patience_seconds: float = 600.0  # as long as for the service: see workers.process
     device: str = "cpu"
     num_threads: int = 1
     ranks: Ranks = ALONE
@@ -68,6 +72,14 @@ def _prepared(lease: Lease, client: Client, reporter: Reporter, options: Options
         return _Attempt(lease, client, reporter, options)
     except ValueError as error:
         raise UnrunnableError(str(error)) from error
+
+
+class _CancelledError(Exception):
+    """The run was cancelled while it waited for the store."""
+
+
+class _DrainedError(Exception):
+    """The fleet drains, and the store takes no checkpoint."""
 
 
 class _Attempt:
@@ -111,6 +123,14 @@ class _Attempt:
             return Training.start(spec, self._corpus, device=device, base=base, ranks=ranks)
 
     def run(self, draining: Callable[[], bool]) -> Ending:
+        try:
+            return self._train(draining)
+        except _DrainedError:
+            return self._finish("released")
+        except _CancelledError:
+            return "cancelled"
+
+    def _train(self, draining: Callable[[], bool]) -> Ending:
         for event in self._training.events():
             if isinstance(event, DivergedEvent):
                 return self._finish("diverged", error=event.reason)
@@ -126,11 +146,15 @@ class _Attempt:
                 continue  # its evaluation is next: a checkpoint between would split the measurement
             if draining():
                 return self._release()
-            late = time.monotonic() - self._saved_at >= self._options.checkpoint_seconds
-            if late or self._training.step in self._branch_steps:
-                self._checkpoint()
-        self._checkpoint(final=True)
+            self._checkpoint_if_due(draining)
+        self._publish(self._saved_patiently(draining), final=True)
         return self._finish("succeeded")
+
+    def _checkpoint_if_due(self, draining: Callable[[], bool]) -> None:
+        if self._training.step in self._branch_steps:
+            self._publish(self._saved_patiently(draining))
+        elif time.monotonic() - self._saved_at >= self._options.checkpoint_seconds:
+            self._insure()
 
     def _note(self, event: StepEvent | EvaluationEvent) -> None:
         if (measurement := self._curve.add(event)) is not None:
@@ -150,11 +174,44 @@ class _Attempt:
 
     def _release(self) -> Ending:
         if self._training.step > self._saved_step:
-            self._checkpoint()
+            self._insure()
         return self._finish("released")
 
-    def _checkpoint(self, *, final: bool = False) -> None:
-        report = self._saved().model_copy(update={"final": final})
+    def _insure(self) -> None:
+        """Checkpoint if the store takes one: without it an interruption only costs more steps."""
+        try:
+            saved = self._saved()
+        except OSError as error:
+            if self._options.ranks.size > 1:
+                raise  # the other processes are in the middle of this save
+            log.warning("the store takes no checkpoint", extra={"error": str(error)})
+            self._saved_at = time.monotonic()
+            return
+        self._publish(saved)
+
+    def _saved_patiently(self, draining: Callable[[], bool]) -> CheckpointReport:
+        """A checkpoint that the run cannot do without: a store that is full or away is waited for.
+
+        It would refuse every other attempt as well, so that failing would soon fail the study.
+        """
+        deadline = time.monotonic() + self._options.store_patience_seconds
+        pause = _STORE_FIRST_SECONDS
+        while True:
+            try:
+                return self._saved()
+            except OSError as error:
+                if self._options.ranks.size > 1 or time.monotonic() > deadline:
+                    raise
+                log.warning("the store takes no checkpoint", extra={"error": str(error)})
+            if self._reporter.check() == "cancel":
+                raise _CancelledError
+            if draining():
+                raise _DrainedError
+            time.sleep(pause)
+            pause = min(2 * pause, _STORE_MAX_SECONDS)
+
+    def _publish(self, saved: CheckpointReport, *, final: bool = False) -> None:
+        report = saved.model_copy(update={"final": final})
         reply = self._client.publish(self._lease, report)
         self._published = report
         self._saved_step, self._saved_at = report.step, time.monotonic()

@@ -276,3 +276,61 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
         found = api.client.get(f"/v1/runs/{branch.run_id}")
         assert (found["state"], found["step"]) == ("succeeded", whole.num_steps)
         assert found["trunk_id"] == trunk.run_id
+
+
+# A store that is full or away. A file in the place of the run's folder refuses everything below it.
+
+
+@pytest.fixture
+def refused(lease):
+    """A lease whose checkpoints the store refuses; `.unlink()` the file to take them again."""
+
+    def refused(**changes):
+        leased = lease(**changes)
+        place = _path(leased.artifact_uri).parent
+        place.parent.mkdir(parents=True)
+        place.touch()
+        return leased, place
+
+    return refused
+
+
+@pytest.mark.parametrize("looks", [5, 22])  # in the middle; when all is trained, and it waits
+def test_a_store_that_is_away_costs_a_run_time_and_nothing_else(api, refused, run, looks):
+    leased, place = refused()
+    is_time = _After(looks)
+
+    def draining():
+        if is_time():
+            place.unlink(missing_ok=True)
+            is_time.looks = 1000
+        return False
+
+    ending, _ = run(leased, checkpoint_seconds=0, draining=draining)
+    assert ending == "succeeded"
+    after = api.client.get(f"/v1/runs/{leased.run_id}")
+    assert (after["state"], after["attempt"], after["failures"]) == ("succeeded", 1, 0)
+    (kept, *_) = api.client.get(f"/v1/runs/{leased.run_id}/checkpoints")["items"]
+    assert (kept["step"], kept["final"]) == (20, True)
+
+
+def test_a_store_that_stays_away_ends_the_attempt_with_the_reason(refused, spy):
+    leased, _ = refused()
+    with pytest.raises(NotADirectoryError):
+        execute(leased, spy(), options=Options(store_patience_seconds=0))
+
+
+def test_a_run_that_is_cancelled_while_it_waits_for_the_store_ends(api, refused, run):
+    leased, _ = refused()
+    cancel = threading.Timer(1.0, lambda: api.client.post(f"/v1/studies/{leased.study_id}/cancel"))
+    cancel.start()
+    assert run(leased)[0] == "cancelled"
+
+
+def test_a_fleet_that_drains_gives_back_what_waits_for_the_store(api, refused, run):
+    leased, _ = refused()
+    started = threading.Event()
+    threading.Timer(1.0, started.set).start()
+    assert run(leased, draining=started.is_set)[0] == "released"
+    after = api.client.get(f"/v1/runs/{leased.run_id}")
+    assert (after["state"], after["failures"]) == ("queued", 0)
