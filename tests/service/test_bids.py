@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from service.leases.bids import Bid, Opening, allot
 from service.protocol import LeaseRequest, Resources
+from tests.by_hand import EVERYWHERE
 
 STUDIES = ("st_a", "st_b", "st_c")
 
@@ -19,6 +20,7 @@ openings = st.dictionaries(
 bids = st.lists(
     st.builds(
         lambda runs, cpus, kinds, scope, gone: Bid(
+            caller=EVERYWHERE,
             request=LeaseRequest(
                 worker="w", max_runs=runs, resources=Resources(cpus=cpus), kinds=kinds
             ),

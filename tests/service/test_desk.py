@@ -18,7 +18,7 @@ from service.protocol import LeaseRequest, Resources
 from service.studies.advance import lock
 from service.tables import Event, Run
 from service.wakeups import Wakeups
-from tests.by_hand import Worker
+from tests.by_hand import EVERYWHERE, Worker
 from tests.conftest import serving, settings_below
 
 OPEN = {"trials": 24, "parallel": 24, "sampler": "tpe", "pruner": "none"}
@@ -58,7 +58,7 @@ def test_who_asks_at_once_is_served_by_one_commit(api, submit, rounds):
     submit(hpo=OPEN)
 
     async def scene(desk):
-        return await asyncio.gather(*(desk.lease(request()) for _ in range(16)))
+        return await asyncio.gather(*(desk.lease(EVERYWHERE, request()) for _ in range(16)))
 
     numbers = [lease.trial_number for (lease,) in at_the_desk(api, scene)]
     assert numbers == list(range(16))  # in the order that they came
@@ -72,7 +72,10 @@ def test_who_asks_at_once_is_served_by_one_commit(api, submit, rounds):
 
 def test_nothing_is_asked_of_the_database_while_nothing_happens(api, submit, rounds):
     async def scene(desk):
-        waiting = [asyncio.create_task(desk.lease(request(wait_seconds=LONG))) for _ in range(20)]
+        waiting = [
+            asyncio.create_task(desk.lease(EVERYWHERE, request(wait_seconds=LONG)))
+            for _ in range(20)
+        ]
         await asyncio.sleep(1)
         before = len(rounds)
         await asyncio.sleep(1.5)
@@ -97,7 +100,7 @@ def test_a_request_that_failed_tells_its_own_client_and_no_other(api, submit):
     submit(hpo=OPEN)
 
     async def scene(desk):
-        asked = [desk.lease(request(study="typo")), desk.lease(request())]
+        asked = [desk.lease(EVERYWHERE, request(study="typo")), desk.lease(EVERYWHERE, request())]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     typo, served = at_the_desk(api, scene)
@@ -112,7 +115,7 @@ def test_when_the_database_is_away_everybody_in_the_round_hears_it(api, submit, 
     monkeypatch.setattr(store, "expire", away)
 
     async def scene(desk):
-        asked = [desk.lease(request(wait_seconds=LONG)) for _ in range(3)]
+        asked = [desk.lease(EVERYWHERE, request(wait_seconds=LONG)) for _ in range(3)]
         return await asyncio.gather(*asked, return_exceptions=True)
 
     assert [str(error) for error in at_the_desk(api, scene)] == ["away"] * 3
@@ -130,7 +133,7 @@ def test_who_left_before_its_turn_is_granted_nothing(api, submit, monkeypatch):
 
         monkeypatch.setattr(api.app.state.sampler, "draw", leaves)
         loop = asyncio.get_running_loop()
-        gone, stays = (asyncio.create_task(desk.lease(request())) for _ in range(2))
+        gone, stays = (asyncio.create_task(desk.lease(EVERYWHERE, request())) for _ in range(2))
         return await asyncio.gather(gone, stays, return_exceptions=True)
 
     gone, stays = at_the_desk(api, scene)
