@@ -3,12 +3,14 @@
 Connection errors and 5xx are retried with exponential backoff and full jitter until
 `patience_seconds` have passed: of reads, of writes under a lease, of writes with an idempotency
 key, and of what the caller says may be sent twice. Any other write is sent again only if it never
-left. Leases that were granted in an answer that got lost expire.
+left, or was refused as one too many. `Retry-After` is waited for first, half a minute at most.
+Leases that were granted in an answer that got lost expire.
 """
 
 import random
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -33,6 +35,7 @@ M = TypeVar("M", bound=BaseModel)
 
 _BACKOFF_FIRST_SECONDS = 0.1
 _BACKOFF_MAX_SECONDS = 5.0
+_RETRY_AFTER_MAX_SECONDS = 30.0
 _RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
 _NEVER_LEFT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -136,14 +139,20 @@ class Client:
         while True:
             try:
                 response = send()
-                again = retry and response.status_code in _RETRIED_STATUS
+                again = _is_refused_unread(response) or (
+                    retry and response.status_code in _RETRIED_STATUS
+                )
                 if not again or time.monotonic() > deadline:
                     return response
+                asked_seconds = _retry_after_seconds(response)
             except httpx.TransportError as error:
                 again = retry or isinstance(error, _NEVER_LEFT)
                 if not again or time.monotonic() > deadline:
                     raise
-            time.sleep(random.uniform(0, ceiling))  # noqa: S311 - jitter
+                asked_seconds = 0.0
+            # On top of what was asked for: else all clients come back at once.
+            wait = asked_seconds + random.uniform(0, ceiling)  # noqa: S311 - jitter
+            time.sleep(max(0.0, min(wait, deadline - time.monotonic())))
             ceiling = min(2 * ceiling, _BACKOFF_MAX_SECONDS)
 
     def get(self, path: str, **params: Any) -> Any:
@@ -186,6 +195,17 @@ class Client:
             "POST", f"/v1/runs/{lease.run_id}/{what}", body=body, headers=headers
         )
         return _read(reply, response)
+
+
+def _is_refused_unread(response: httpx.Response) -> bool:
+    """Whether nothing was done, whatever was asked for: too many requests."""
+    return response.status_code == HTTPStatus.TOO_MANY_REQUESTS
+
+
+def _retry_after_seconds(response: httpx.Response) -> float:
+    """What `Retry-After` asks for, within bounds; 0 where it asks for nothing (or names a date)."""
+    given = response.headers.get("Retry-After", "")
+    return min(float(given), _RETRY_AFTER_MAX_SECONDS) if given.isdecimal() else 0.0
 
 
 def _read(reply: type[M], response: httpx.Response) -> M:

@@ -180,6 +180,11 @@ def install(app: FastAPI, *, away: tuple[type[Exception], ...]) -> None:
             Problem(error.status_code, kind, str(error.detail)), dict(error.headers or {})
         )
 
+    app.add_exception_handler(Exception, _on_bug)
+    _install_database(app, away)
+
+
+def _install_database(app: FastAPI, away: tuple[type[Exception], ...]) -> None:
     def on_away(_: Request, error: Exception) -> JSONResponse:
         _log.warning("database unavailable", extra={"error": str(error).splitlines()[0]})
         problem = Problem(503, "database-unavailable", "the database cannot be reached; try again")
@@ -196,12 +201,12 @@ def install(app: FastAPI, *, away: tuple[type[Exception], ...]) -> None:
     @app.exception_handler(DBAPIError)
     def on_database(request: Request, error: DBAPIError) -> JSONResponse:
         lost = error.connection_invalidated or _sqlstate(error) == _READ_ONLY
-        return on_away(request, error) if lost else on_bug(request, error)
+        return on_away(request, error) if lost else _on_bug(request, error)
 
-    @app.exception_handler(Exception)
-    def on_bug(request: Request, error: Exception) -> JSONResponse:
-        _log.error("fault", extra={"path": request.url.path}, exc_info=error)
-        facts = context.current()
-        headers = {REQUEST_ID_HEADER: facts.request_id} if facts else None
-        problem = Problem(500, "internal", "a fault of the service; its log has the trace")
-        return _response(problem, headers)  # out here no middleware adds the header
+
+def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    _log.error("fault", extra={"path": request.url.path}, exc_info=error)
+    facts = context.current()
+    headers = {REQUEST_ID_HEADER: facts.request_id} if facts else None
+    problem = Problem(500, "internal", "a fault of the service; its log has the trace")
+    return _response(problem, headers)  # out here no middleware adds the header

@@ -62,6 +62,7 @@ R = TypeVar("R")
 TRANSIENT = (OperationalError, PoolTimeoutError, StorageInternalError, BrokenProcessPool)
 
 _TURN_SECONDS = 10.0
+_KEY = "idempotency_key"
 _log = logging.getLogger(__name__)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 optuna.logging.disable_default_handler()
@@ -213,11 +214,22 @@ class Sampler:
         }
 
     @_in_turn
-    def enqueue(self, study: str, params: dict[str, Any]) -> int:
-        """Put parameters at the head of what is asked next; return the trial's number."""
+    def enqueue(self, study: str, params: dict[str, Any], key: str | None = None) -> int:
+        """Put parameters at the head of what is asked next; return the trial's number.
+
+        The key is written with the trial, in Optuna's one transaction: `enqueued` finds it again.
+        """
         before = set(self._waiting(study))
-        self._load(study).enqueue_trial(params)
+        self._load(study).enqueue_trial(params, user_attrs={_KEY: key} if key else None)
         return max(set(self._waiting(study)) - before)
+
+    @_in_turn
+    def enqueued(self, study: str, key: str) -> tuple[int, dict[str, Any]] | None:
+        """Number and given parameters of the trial that was enqueued under this key."""
+        for trial in self._load(study).get_trials(deepcopy=False):
+            if trial.user_attrs.get(_KEY) == key:
+                return trial.number, dict(trial.system_attrs["fixed_params"])
+        return None
 
     @_in_turn
     def report(

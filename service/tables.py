@@ -140,6 +140,9 @@ class Run(Base):
     worker: Mapped[str | None]
     lease_token: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None]
+    graced: Mapped[bool] = mapped_column(
+        server_default=text("false"), doc="the lease got its time again, and no report since"
+    )
     step: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     num_steps: Mapped[int] = mapped_column(BigInteger)
     tokens: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
@@ -161,6 +164,21 @@ class Run(Base):
     def cost_flops(self) -> float:
         """What the run has spent itself: its trunk's tokens are its trunk's cost."""
         return (self.tokens - self.trunk_tokens) * self.flops_per_token
+
+
+class Launch(Base):
+    """Targets started by hand under an idempotency key; `number` is their `Run.launch`."""
+
+    __tablename__ = "launches"
+    __table_args__ = (UniqueConstraint("study_id", "idempotency_key"),)
+
+    study_id: Mapped[str] = mapped_column(
+        ForeignKey("studies.id", ondelete="CASCADE"), primary_key=True
+    )
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    idempotency_key: Mapped[str]
+    request: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Measurement(Base):

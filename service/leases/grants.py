@@ -24,7 +24,7 @@ def clock(session: Session) -> datetime:
 def take(run: Run, request: LeaseRequest, settings: Settings, now: datetime) -> None:
     """Make a run, which this transaction has locked or is about to write, the request's."""
     run.state, run.attempt = "leased", (run.attempt or 0) + 1
-    run.worker, run.lease_token = request.worker, token_urlsafe(24)
+    run.worker, run.lease_token, run.graced = request.worker, token_urlsafe(24), False
     run.lease_expires_at = now + timedelta(seconds=settings.lease_seconds)
     run.started_at = run.started_at or now
 

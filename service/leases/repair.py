@@ -21,33 +21,66 @@ class Presence:
 
     While they were away no worker could renew its lease. After an absence longer than a lease,
     live leases are given their time again instead of being taken back: the absence was ours.
+
+    Every replica knows only of its own absences: one that was merely asked nothing for a while,
+    because others were, gives time too. So a lease is given time once, until its worker reports
+    again (`runs.graced`): the lease of a dead worker ends within twice its length, however many
+    replicas there are and however seldom each is asked.
     """
 
     def __init__(self, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
         self._lock = threading.Lock()
         self._last: float | None = None
+        self._owes = False
 
     def seen(self) -> bool:
-        """Note that a request was served just now; False when the one before is too long ago."""
+        """Note that a request was served just now; False while an absence is not made good.
+
+        The first request after an absence may be a worker's report, which makes nothing good.
+        """
         now = time.clock_gettime(time.CLOCK_BOOTTIME)  # goes on while a laptop sleeps
         with self._lock:
             before, self._last = self._last, now
-        return before is not None and now - before <= self.lease_seconds
+            if before is None or now - before > self.lease_seconds:
+                self._owes = True
+            return not self._owes
+
+    def made_good(self) -> None:
+        """Note that live leases have been given their time again."""
+        with self._lock:
+            self._owes = False
 
 
 def expire(sessions: sessionmaker[Session], presence: Presence) -> None:
     """Take back the runs whose lease has run out, one study and one transaction at a time."""
-    with sessions.begin() as session:
-        studies = list(session.scalars(select(Run.study_id).where(*_EXPIRED).distinct()))
-        if not presence.seen():
-            more = func.clock_timestamp() + timedelta(seconds=presence.lease_seconds)
-            later = func.greatest(Run.lease_expires_at, more)
-            session.execute(update(Run).where(Run.state == "leased").values(lease_expires_at=later))
-            return
-    for study_id in sorted(studies):
+    late = _late_studies(sessions)  # first: while the database is away nothing is served
+    if not presence.seen():
+        _give_time_again(sessions, presence.lease_seconds)
+        presence.made_good()
+        late = _late_studies(sessions)
+    for study_id in late:
         with sessions.begin() as session:
             _expire_in(session, study_id)
+
+
+def _late_studies(sessions: sessionmaker[Session]) -> list[str]:
+    with sessions() as session:
+        return sorted(session.scalars(select(Run.study_id).where(*_EXPIRED).distinct()))
+
+
+def _give_time_again(sessions: sessionmaker[Session], lease_seconds: float) -> None:
+    """Give live leases their whole time, each once; whoever holds one now renews or ends it."""
+    live = select(Run.id).where(Run.state == "leased", ~Run.graced)
+    free = live.with_for_update(skip_locked=True).cte()
+    more = func.clock_timestamp() + timedelta(seconds=lease_seconds)
+    later = func.greatest(Run.lease_expires_at, more)
+    with sessions.begin() as session:
+        session.execute(
+            update(Run)
+            .where(Run.id.in_(select(free.c.id)))
+            .values(lease_expires_at=later, graced=True)
+        )
 
 
 def _expire_in(session: Session, study_id: str) -> None:

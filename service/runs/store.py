@@ -105,7 +105,10 @@ def renew(
         update(Run)
         .where(Run.id == run_id, Run.lease_token == token, Run.state == "leased", caller.runs)
         # Not now(), which is when this transaction began: it may have waited for the row.
-        .values(lease_expires_at=func.clock_timestamp() + timedelta(seconds=lease_seconds))
+        .values(
+            lease_expires_at=func.clock_timestamp() + timedelta(seconds=lease_seconds),
+            graced=False,
+        )
         .returning(Run)
     ).one_or_none()
     if run is not None:

@@ -26,6 +26,7 @@ from service.studies.study_spec import StudySpec
 from warmcore.spec import DataError
 
 router = APIRouter(prefix="/studies", tags=["studies"])
+Key = Annotated[str | None, Header(alias=IDEMPOTENCY_HEADER, max_length=200)]
 
 
 @router.post("", status_code=201)
@@ -34,7 +35,7 @@ def create_study(
     caller: Writer,
     session: DbSession,
     sampler: TheSampler,
-    key: Annotated[str | None, Header(alias=IDEMPOTENCY_HEADER, max_length=200)] = None,
+    key: Key = None,
 ) -> StudyView:
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
     study = store.create(session, caller, pinned(body), key)
@@ -111,10 +112,15 @@ def list_trials(caller: Reader, session: DbSession, sampler: TheSampler, study: 
 
 @router.post("/{study}/trials", status_code=201)
 def enqueue_trial(
-    body: EnqueueRequest, caller: Writer, session: DbSession, sampler: TheSampler, study: str
+    body: EnqueueRequest,
+    caller: Writer,
+    session: DbSession,
+    sampler: TheSampler,
+    study: str,
+    key: Key = None,
 ) -> TrialView:
     """Try given parameters next."""
-    return trials.enqueue(session, sampler, store.find(session, caller, study), body.params)
+    return trials.enqueue(session, sampler, store.find(session, caller, study), body.params, key)
 
 
 @router.get(
@@ -130,11 +136,11 @@ def read_importance(
 
 @router.post("/{study}/targets", status_code=201)
 def start_targets(
-    body: TargetRequest, caller: Writer, session: DbSession, study: str
+    body: TargetRequest, caller: Writer, session: DbSession, study: str, key: Key = None
 ) -> TargetList:
     """Start a warmstart by hand, from a trial or a checkpoint."""
     found = store.find(session, caller, study)
-    started = targets.start(session, found, body)
+    started = targets.start(session, found, body, key)
     return TargetList(items=tuple(runs.view(run, found.name) for run in started))
 
 

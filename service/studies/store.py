@@ -14,7 +14,8 @@ from service.lifecycle import LIVE_RUN_STATES, sources
 from service.protocol import StudyState
 from service.studies.advance import best_trial, cancel_runs, lock
 from service.studies.schemas import BestTrial, RunCounts, StudyPage, StudyView
-from service.studies.space import contains, reason
+from service.studies.sharing import check_batches
+from service.studies.space import FieldError, contains, reason
 from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
 
@@ -208,7 +209,10 @@ def parameters_fit(spec: StudySpec, params: dict[str, Any]) -> None:
             works = f"outside the search space, which spans {list(dimension.bounds)}"
             raise bad_field(f"params.{name}", value, works)
     try:
-        spec.trial_run(0).with_params(params)
+        run = spec.trial_run(0).with_params(params)
+        check_batches("params", spec.resources.trial, {}, run.train)
+    except FieldError as error:
+        raise bad_field("params.batch_size", params.get("batch_size"), str(error)) from None
     except ValueError as error:
         raise bad_field("params", params, reason(error)) from None
     absent = sorted(set(spec.search_space) - set(params))

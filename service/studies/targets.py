@@ -1,6 +1,7 @@
 """Warmstarts that a user starts by hand, beside the one that ends the study."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -22,20 +23,56 @@ from service.studies.study_spec import (
     grown_model,
     overridden_train,
 )
-from service.tables import Checkpoint, Run, Study
+from service.tables import Checkpoint, Launch, Run, Study
 from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
 
 if TYPE_CHECKING:
     from service.protocol import Arm
 
 
-def start(session: Session, study: Study, request: TargetRequest) -> list[Run]:
-    """Enqueue warm runs, and cold ones as control, from the base that is asked for.
+def start(session: Session, study: Study, request: TargetRequest, key: str | None) -> list[Run]:
+    """Enqueue warm runs, and cold ones as control; the same idempotency key gives the same runs.
+
+    Raises:
+        Problem: 409 for a key that was used with another request, or as `_launch` says.
+    """
+    study = lock(session, study.id)
+    asked = request.model_dump(mode="json")
+    if key is not None and (again := _launched(session, study, key)) is not None:
+        return _same(session, again, asked)
+    started = _in_order(_launch(session, study, request))
+    if key is not None:
+        number = started[0].launch
+        row = Launch(study_id=study.id, number=number, idempotency_key=key, request=asked)
+        session.add(row)
+    return started
+
+
+def _launched(session: Session, study: Study, key: str) -> Launch | None:
+    where = (Launch.study_id == study.id, Launch.idempotency_key == key)
+    return session.scalars(select(Launch).where(*where)).one_or_none()
+
+
+def _same(session: Session, launch: Launch, asked: dict[str, Any]) -> list[Run]:
+    if launch.request != asked:
+        key, number = launch.idempotency_key, launch.number
+        detail = f"Idempotency-Key {key!r} was used for launch {number}, which asked for another"
+        raise conflict("idempotency-key-reused", detail)
+    where = (Run.study_id == launch.study_id, Run.launch == launch.number, Run.branch == 0)
+    return _in_order(session.scalars(select(Run).where(*where)))
+
+
+def _in_order(runs: Iterable[Run]) -> list[Run]:
+    """As they are answered, the first time and every other: by seed, the warm one first."""
+    return sorted(runs, key=lambda run: (run.seed, run.arm != "warm"))
+
+
+def _launch(session: Session, study: Study, request: TargetRequest) -> list[Run]:
+    """Enqueue the runs from the base that is asked for, for a study that is locked.
 
     Raises:
         Problem: 404 or 409 for a base that is not there; 422 for a target it cannot grow into.
     """
-    study = lock(session, study.id)
     if study.state in ("cancelled", "failed"):
         raise conflict(
             "wrong-state", f"study {study.name!r} is {study.state}; it starts no targets"

@@ -28,14 +28,23 @@ def listing(session: Session, sampler: Sampler, study: Study) -> TrialList:
     return TrialList(items=tuple(sorted(trials.values(), key=lambda trial: trial.number)))
 
 
-def enqueue(session: Session, sampler: Sampler, study: Study, params: dict[str, Any]) -> TrialView:
-    """Put parameters at the head of the queue.
+def enqueue(
+    session: Session, sampler: Sampler, study: Study, params: dict[str, Any], key: str | None
+) -> TrialView:
+    """Put parameters at the head of the queue; the same idempotency key gives the same trial.
 
     Raises:
-        Problem: 409 when no trial of the budget is left; 422 for parameters off the search space.
+        Problem: 409 when no trial of the budget is left, or for a key that was used with others;
+            422 for parameters off the search space.
     """
     study = lock(session, study.id)
     spec = StudySpec.model_validate(study.spec)
+    if key is not None and (before := sampler.enqueued(study.optuna_name, key)) is not None:
+        number, given = before
+        if given != params:
+            detail = f"Idempotency-Key {key!r} was used for trial {number}, with parameters {given}"
+            raise conflict("idempotency-key-reused", detail)
+        return _as_it_is(session, study, number, given)
     parameters_fit(spec, params)
     if study.state in FINAL_STUDY_STATES:
         raise conflict("wrong-state", f"study {study.name!r} is {study.state}; it starts no trials")
@@ -45,7 +54,14 @@ def enqueue(session: Session, sampler: Sampler, study: Study, params: dict[str, 
     if (started or 0) + len(sampler.waiting(study.optuna_name)) >= spec.hpo.trials:
         detail = f"all {spec.hpo.trials} trials of study {study.name!r} are started or enqueued"
         raise conflict("budget-spent", detail)
-    return _waiting(spec, sampler.enqueue(study.optuna_name, params), params)
+    return _waiting(spec, sampler.enqueue(study.optuna_name, params, key), params)
+
+
+def _as_it_is(session: Session, study: Study, number: int, given: dict[str, Any]) -> TrialView:
+    query = select(Run).where(Run.study_id == study.id, Run.trial_number == number)
+    run = session.scalars(query).one_or_none()
+    spec = StudySpec.model_validate(study.spec)
+    return _waiting(spec, number, given) if run is None else _view(run)
 
 
 def importance(sampler: Sampler, study: Study) -> Importance:

@@ -1,5 +1,7 @@
 """What the client sends again, and what it must not."""
 
+import time
+
 import httpx
 import pytest
 
@@ -61,3 +63,22 @@ def test_what_counts_once_is_sent_until_it_is_answered(client, answering, lost):
     assert client.post("/v1/studies/a/pause", retry=True) == {"done": True}
     answering(lost, lost, DONE)
     assert client.get("/v1/studies") == {"done": True}
+
+
+@pytest.mark.parametrize(("asked", "least"), [("0", 0.0), ("1", 1.0), ("soon", 0.0)])
+def test_what_retry_after_asks_for_is_waited_for_first(client, answering, asked, least):
+    answering(httpx.Response(503, headers={"Retry-After": asked}), DONE)
+    start = time.monotonic()
+    assert client.get("/v1/studies") == {"done": True}
+    assert time.monotonic() - start >= least
+
+
+def test_retry_after_is_waited_for_no_longer_than_patience_lasts(client, answering):
+    client.patience_seconds = 0.2
+    answering(httpx.Response(503, headers={"Retry-After": "86400"}), DONE)
+    assert client.get("/v1/studies") == {"done": True}
+
+
+def test_a_write_that_was_one_request_too_many_is_sent_again(client, answering):
+    answering(httpx.Response(429, headers={"Retry-After": "0"}), DONE)
+    assert client.post("/v1/studies/a/targets") == {"done": True}

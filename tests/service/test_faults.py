@@ -95,11 +95,14 @@ def test_after_an_absence_of_ours_leases_get_their_time_again(api, submit, worke
     assert worker.complete(lease) == "succeeded"
 
 
-def test_a_presence_is_broken_by_a_gap_longer_than_a_lease():
+def test_an_absence_is_not_over_before_it_is_made_good():
     presence = Presence(1000.0)
-    assert [presence.seen(), presence.seen()] == [False, True]
+    assert [presence.seen(), presence.seen()] == [False, False]
+    presence.made_good()
+    assert presence.seen()
     short = Presence(-1.0)
-    assert [short.seen(), short.seen()] == [False, False]
+    short.made_good()
+    assert not short.seen()
 
 
 def test_a_checkpoint_that_a_target_grows_from_is_kept(api, submit, worker):

@@ -28,7 +28,7 @@ def tables(url, schema):
 
 def test_upgrading_an_empty_database_makes_our_tables_and_optunas_and_none_in_public(empty_url):
     db.upgrade(empty_url)
-    ours = {"studies", "runs", "measurements", "checkpoints", "events", "api_keys"}
+    ours = {"studies", "runs", "measurements", "checkpoints", "events", "api_keys", "launches"}
     assert tables(empty_url, "warmscale") == ours | {"alembic_version"}
     assert "trials" in tables(empty_url, "optuna")
     assert tables(empty_url, "public") == set()

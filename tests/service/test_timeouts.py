@@ -1,5 +1,8 @@
 """Nothing hangs: every wait on the database has an end, and its end is a 503 that says when."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import httpx
 import pytest
 from sqlalchemy import text
@@ -9,6 +12,7 @@ from service import db, sampler
 from service.client import Client, ServiceError
 from service.leases import trials
 from service.studies.advance import lock
+from service.tables import Run
 from tests.by_hand import Worker
 from tests.conftest import serving
 
@@ -96,6 +100,21 @@ def test_a_process_that_stands_still_in_a_transaction_holds_nobody_up(hasty, stu
     with pytest.raises(DBAPIError):
         stopped.commit()
     stopped.close()
+
+
+def test_a_renewed_lease_is_as_long_as_it_says_though_its_report_had_to_wait(api, submit, worker):
+    submit()
+    lease = worker.one()
+    with api.sessions.begin() as holder, ThreadPoolExecutor(1) as pool:
+        holder.execute(text("UPDATE warmscale.runs SET step = step"))
+        report = pool.submit(worker.report, lease)
+        time.sleep(1)
+        free_at = holder.scalar(text("SELECT clock_timestamp()"))
+        holder.commit()
+        assert report.result(10) == "continue"
+    with api.sessions() as session:
+        expires_at = session.get(Run, lease.run_id).lease_expires_at
+    assert (expires_at - free_at).total_seconds() >= lease.lease_seconds
 
 
 def test_a_lease_is_as_long_as_it_says_though_its_transaction_was_slow(

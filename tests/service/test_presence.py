@@ -1,0 +1,96 @@
+"""Whose absence it was: leases get their time again after ours, once, and else end in time."""
+
+import time
+
+import pytest
+from sqlalchemy import text, update
+
+from service.leases import repair
+from service.leases.repair import Presence
+from service.tables import Run
+
+ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
+TWO = {"trials": 2, "parallel": 2, "sampler": "random", "pruner": "none"}
+
+
+@pytest.fixture
+def late(api):
+    """Every lease ran out a second ago."""
+
+    def make():
+        with api.sessions.begin() as session:
+            session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 s'")))
+
+    return make
+
+
+def state(api, lease):
+    run = api.client.get(f"/v1/runs/{lease.run_id}")
+    return run["state"], run["failures"]
+
+
+def test_the_first_request_after_an_absence_may_be_a_report(api, submit, worker, late):
+    submit(hpo=TWO)
+    one, other = worker.lease(2)
+    late()
+    api.app.state.presence = Presence(5.0)  # a process that has just started
+    worker.report(one)
+    worker.lease(1)
+    assert state(api, other) == ("leased", 0)
+    assert worker.complete(other) == "succeeded"
+
+
+def test_a_replica_that_is_asked_seldom_gives_a_dead_workers_lease_time_once(
+    api, submit, worker, late
+):
+    submit(hpo=ONE)
+    dead = worker.one()
+    for _ in range(2):  # replicas in turn, each after an absence of its own
+        late()
+        api.app.state.presence = Presence(5.0)
+        worker.lease(1)
+    assert state(api, dead) == ("queued", 1)
+    assert worker.one(wait_seconds=5).attempt == 2
+
+
+def test_a_worker_that_reported_since_gets_its_time_again_at_the_next_absence(
+    api, submit, worker, late
+):
+    submit(hpo=ONE)
+    alive = worker.one()
+    for _ in range(3):
+        late()
+        api.app.state.presence = Presence(5.0)
+        worker.lease(1)
+        assert worker.report(alive) == "continue"
+    assert state(api, alive) == ("leased", 0)
+
+
+def test_a_grace_that_waits_for_a_run_in_use_passes_it_by(api, submit, worker, late):
+    submit(hpo=ONE)
+    lease = worker.one()
+    late()
+    with api.sessions.begin() as session:
+        session.execute(text("SELECT FROM warmscale.runs FOR UPDATE"))
+        repair._give_time_again(api.sessions, 5.0)
+    assert worker.report(lease) == "continue"
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_only_the_databases_clock_decides_about_leases(api, submit, worker, monkeypatch, days):
+    """Workers and replicas whose clocks are a day apart: no lease ends early, and none late."""
+    submit(hpo=ONE | {"trials": 2})
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + days * 86400.0)
+    lease = worker.one()
+    with api.sessions() as session:
+        left = "SELECT extract(epoch FROM lease_expires_at - now()) FROM warmscale.runs"
+        assert 0 < session.scalar(text(left)) <= lease.lease_seconds
+    assert worker.lease(1) == ()
+    assert worker.report(lease) == "continue"
+    with api.sessions.begin() as session:
+        session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 ms'")))
+    assert worker.lease(1) == ()
+    again = worker.one(wait_seconds=5)
+    assert (again.run_id, again.attempt) == (lease.run_id, 2)
+    assert worker.complete(again) == "succeeded"
