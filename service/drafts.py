@@ -49,10 +49,13 @@ class Drawn:
 class DraftStorage:
     """What Optuna needs of a storage to start trials of one study; nothing reaches the database."""
 
-    def __init__(self, backend: BaseStorage, study: str) -> None:
+    def __init__(
+        self, backend: BaseStorage, study_id: int, history: dict[int, FrozenTrial]
+    ) -> None:
         self._backend = backend
-        self._study_id = backend.get_study_id_from_name(study)
-        self._trials = list(backend.get_all_trials(self._study_id, deepcopy=False))
+        self._study_id = study_id
+        self._history = history
+        self._trials = list(history.values())
         self._trials_before = len(self._trials)
         self._running = tuple(t.number for t in self._trials if t.state == TrialState.RUNNING)
         self._started: dict[int, FrozenTrial] = {}
@@ -107,7 +110,7 @@ class DraftStorage:
     def set_trial_state_values(self, trial_id: int, state: TrialState) -> bool:
         """Start an enqueued trial, which is all that an ask does by this."""
         assert state == TrialState.RUNNING
-        trial = copy.deepcopy(self._backend.get_trial(trial_id))
+        trial = copy.deepcopy(self._history[trial_id])
         trial.state = state
         self._start(trial_id, trial)
         return True

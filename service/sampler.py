@@ -1,4 +1,4 @@
-"""Optuna, behind one small face: only this file, drafts.py and tpe.py import it.
+"""Optuna, behind one small face: only here, in drafts.py, history.py and tpe.py.
 
 Optuna owns sampled parameters and trial values. A sampler is made anew for every ask, seeded by
 (study seed, trials so far): replicas and restarts then never repeat each other's draws. Grid and
@@ -50,6 +50,7 @@ from sqlalchemy.orm import Session
 
 from service.db import engine_options
 from service.drafts import DraftStorage, Drawn, write
+from service.history import History
 from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
 from service.studies.study_spec import StudySpec
 from service.tpe import Memory, RememberingTPESampler
@@ -123,8 +124,10 @@ class Sampler:
         )  # adds a cache of finished trials
         self._turns = BoundedSemaphore(pool_size)
         self._gp: ProcessPoolExecutor | None = None
-        self._drawing = Lock()  # of the memories; drawing is one core's work in any case
-        self._memories: dict[str, Memory] = {}
+        self._drawing = (
+            Lock()
+        )  # of what is known of studies; drawing is one core's work in any case
+        self._studies: dict[str, tuple[History, Memory]] = {}
 
     def close(self) -> None:
         """End the connections, and the helper process of GP if there is one."""
@@ -158,8 +161,9 @@ class Sampler:
     def draw_here(self, study: str, spec: StudySpec, count: int) -> Drawn:
         """Draw in this process, whichever the sampler is."""
         with self._drawing:
-            drafts = DraftStorage(self.storage, study)
-            memory = self._memories.setdefault(study, Memory())
+            history, memory = self._known(study)
+            with self.engine.connect() as connection:
+                drafts = DraftStorage(self.storage, history.study_id, history.read(connection))
             for _ in range(count):
                 handle = optuna.Study(
                     study,
@@ -169,6 +173,17 @@ class Sampler:
                 )
                 _suggest_all(handle.ask(), spec)
             return drafts.drawn()
+
+    def _known(self, study: str) -> tuple[History, Memory]:
+        if study not in self._studies:
+            history = History(self.storage.get_study_id_from_name(study))
+            self._studies[study] = history, Memory()
+        return self._studies[study]
+
+    def warm(self, study: str) -> None:
+        """Read what an ask needs of a study's past before the first ask."""
+        with self._drawing, self.engine.connect() as connection:
+            self._known(study)[0].read(connection)
 
     def _draw_elsewhere(self, study: str, spec: StudySpec, count: int) -> Drawn:
         """Optuna's GP needs torch, which this process must not load: a helper process draws."""

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.db import optuna_url
 from service.drafts import write
+from service.history import History
 from service.sampler import Sampler, distribution, make_pruner
 from service.studies.space import grid_points
 from service.studies.study_spec import StudySpec
@@ -115,7 +116,11 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
                 sampler.report(study.name, study, number, {2: loss})
             sampler.tell(study.name, number, state, loss)
             theirs.tell(number, state, loss)
-    ours = sampler.storage.get_all_trials(sampler.storage.get_study_id_from_name(study.name))
+    study_id = sampler.storage.get_study_id_from_name(study.name)
+    ours = sampler.storage.get_all_trials(study_id)
+    with sampler.engine.connect() as connection:
+        assert [*sampler._known(study.name)[0].read(connection).values()] == ours
+        assert [*History(study_id).read(connection).values()] == ours
     for mine, other in zip(ours, theirs.study.trials, strict=True):
         assert list(mine.params.items()) == list(other.params.items())
         assert (mine.distributions, mine.state) == (other.distributions, other.state)

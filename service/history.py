@@ -1,0 +1,96 @@
+"""What a study's trials are, read once: afterwards only what is new, in one statement.
+
+Optuna's cached storage asks eight times for the same, object by object: 8 ms for one new trial and
+seconds for ten thousand in a process that has just started.
+"""
+
+import functools
+import json
+import math
+from typing import Any
+
+from optuna.distributions import json_to_distribution
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, Row, text
+
+
+class History:
+    """A study's trials in this process. One thread at a time; none of them is ever changed."""
+
+    def __init__(self, study_id: int) -> None:
+        self.study_id = study_id
+        self._trials: dict[int, FrozenTrial] = {}  # by id, and so by number
+        self._newest = -1
+        self._unfinished: set[int] = set()
+
+    def read(self, connection: Connection) -> dict[int, FrozenTrial]:
+        """Every trial by its id, in the order of their numbers.
+
+        Ids of one study's trials are drawn under its lock: what comes later has a greater one.
+        """
+        known = {"study": self.study_id, "newest": self._newest, "again": [*self._unfinished]}
+        for row in connection.execute(text(_READ), known):
+            trial = _frozen(row)
+            self._trials[row.trial_id] = trial
+            self._newest = max(self._newest, row.trial_id)
+            if trial.state.is_finished():
+                self._unfinished.discard(row.trial_id)
+            else:
+                self._unfinished.add(row.trial_id)
+        return self._trials
+
+
+def _frozen(row: Row[Any]) -> FrozenTrial:
+    kinds = {name: _distribution(kind) for name, _, kind in row.params}
+    return FrozenTrial(
+        number=row.number,
+        trial_id=row.trial_id,
+        state=TrialState[row.state],
+        value=None,
+        values=[_number(value, kind) for value, kind in row.values] or None,
+        datetime_start=row.datetime_start,
+        datetime_complete=row.datetime_complete,
+        params={name: kinds[name].to_external_repr(value) for name, value, _ in row.params},
+        distributions=kinds,
+        user_attrs={key: json.loads(value) for key, value in row.user_attributes},
+        system_attrs={key: json.loads(value) for key, value in row.system_attributes},
+        intermediate_values={step: _number(v, kind) for step, v, kind in row.intermediate_values},
+    )
+
+
+_distribution = functools.lru_cache(maxsize=10_000)(json_to_distribution)
+
+
+def _number(value: float | None, kind: str) -> float:
+    match kind:
+        case "INF_POS":
+            return math.inf
+        case "INF_NEG":
+            return -math.inf
+        case "NAN":
+            return math.nan
+        case _:
+            assert value is not None
+            return float(value)
+
+
+_READ = """
+SELECT trial_id, number, CAST(state AS text) AS state, datetime_start, datetime_complete,
+  COALESCE((SELECT json_agg(json_build_array(param_name, param_value, distribution_json)
+                            ORDER BY param_id)
+            FROM optuna.trial_params p WHERE p.trial_id = t.trial_id), '[]') AS params,
+  COALESCE((SELECT json_agg(json_build_array(value, value_type) ORDER BY objective)
+            FROM optuna.trial_values v WHERE v.trial_id = t.trial_id), '[]') AS values,
+  COALESCE((SELECT json_agg(json_build_array(key, value_json))
+            FROM optuna.trial_user_attributes u WHERE u.trial_id = t.trial_id), '[]')
+    AS user_attributes,
+  COALESCE((SELECT json_agg(json_build_array(key, value_json))
+            FROM optuna.trial_system_attributes s WHERE s.trial_id = t.trial_id), '[]')
+    AS system_attributes,
+  COALESCE((SELECT json_agg(json_build_array(step, intermediate_value, intermediate_value_type))
+            FROM optuna.trial_intermediate_values i WHERE i.trial_id = t.trial_id), '[]')
+    AS intermediate_values
+FROM optuna.trials t
+WHERE study_id = :study AND (trial_id > :newest OR trial_id = ANY(CAST(:again AS integer[])))
+ORDER BY trial_id
+"""
