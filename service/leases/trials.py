@@ -57,7 +57,7 @@ def openings(session: Session, within: ColumnElement[bool]) -> dict[str, Opening
 
 
 # Live ones are counted by their partial indexes. The newest number bounds how many there are, as
-# numbers have no gaps but trials that lost their runs: to count ten thousand takes ten times as long.
+# numbers have no gaps but trials that lost their runs; counting 10 000 takes ten times as long.
 _trials = select(func.count(Run.trial_number)).where(Run.study_id == Study.id)
 _newest = select(func.max(Run.trial_number)).where(Run.study_id == Study.id)
 _live = sum(_trials.where(Run.state == state).scalar_subquery() for state in LIVE_RUN_STATES)
