@@ -9,11 +9,12 @@ from sqlalchemy.engine import URL
 from sqlalchemy.orm import sessionmaker
 
 from service import __version__, dashboard, errors, openapi, probes
-from service.db import make_engine, optuna_url
+from service.db import each_alone, make_engine, optuna_url
 from service.drain import Drain
 from service.leases.desk import Desk
 from service.leases.repair import Presence
 from service.leases.routes import router as leases
+from service.recent import RecentCallers
 from service.requests import Requests
 from service.results.routes import router as results
 from service.runs.routes import router as runs
@@ -51,8 +52,10 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.state.wakeups = wakeups
     app.state.drain = Drain()
     app.state.desk = Desk(app.state)
+    app.state.recent = RecentCallers()
     app.state.presence = Presence(settings.lease_seconds)
     app.state.sessions = sessionmaker(engine, expire_on_commit=False)
+    app.state.statements = sessionmaker(each_alone(engine), expire_on_commit=False)
     errors.install(app, away=TRANSIENT)
     app.add_middleware(Requests)
     openapi.install(app)

@@ -10,10 +10,12 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy import case, func, select, update
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from service.caller import Caller
 from service.errors import Problem
 from service.protocol import PROJECT_PATTERN, Message, Scope
+from service.recent import RecentCallers  # noqa: TC001 - FastAPI reads annotations
 from service.tables import DEFAULT_PROJECT, ApiKey
 
 _PREFIX = "ws_"
@@ -25,6 +27,7 @@ _Project = Annotated[
     ),
 ]
 _bearer = HTTPBearer(auto_error=False, description="an API key: `warmscale key create`")
+_Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
 def hash_key(key: str) -> str:
@@ -132,21 +135,38 @@ def check(session: Session, key: str | None, scope: Scope) -> Caller:
 def require(scope: Scope) -> Callable[..., Caller]:
     """A dependency that lets a request pass only with a key that holds `scope`."""
 
-    def dependency(
-        credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-        request: Request,
-        project: _Project = None,
-    ) -> Caller:
-        # A session of its own, closed at once: a long-poll must not hold a connection.
-        with request.app.state.sessions.begin() as session:
-            caller = check(session, credentials.credentials if credentials else None, scope)
-        return caller.within(project)
+    def dependency(credentials: _Credentials, request: Request, project: _Project = None) -> Caller:
+        return _look_up(request, _key(credentials), scope).within(project)
 
     return dependency
+
+
+async def _recent_worker(
+    credentials: _Credentials, request: Request, project: _Project = None
+) -> Caller:
+    """As `require("work")`, of a key that may have been looked up a moment ago."""
+    recent: RecentCallers = request.app.state.recent
+    key = _key(credentials)
+    name, now = hash_key(key or ""), recent.now()
+    caller = recent.get(name)
+    if caller is None:
+        caller = await run_in_threadpool(_look_up, request, key, "work")
+        recent.keep(name, caller, now)
+    return caller.within(project)
+
+
+def _key(credentials: HTTPAuthorizationCredentials | None) -> str | None:
+    return credentials.credentials if credentials else None
+
+
+def _look_up(request: Request, key: str | None, scope: Scope) -> Caller:
+    # A session of its own, closed at once: a long-poll must not hold a connection.
+    with request.app.state.sessions.begin() as session:
+        return check(session, key, scope)
 
 
 # A route says by its parameter which scope it needs, and passes the caller on to what it reads.
 Reader = Annotated[Caller, Depends(require("read"))]
 Writer = Annotated[Caller, Depends(require("write"))]
-Fleet = Annotated[Caller, Depends(require("work"))]
+Fleet = Annotated[Caller, Depends(_recent_worker)]
 Scraper = Annotated[Caller, Depends(require("metrics"))]

@@ -106,6 +106,11 @@ def make_engine(url: URL, pool_size: int) -> Engine:
     return create_engine(url, pool_size=pool_size, max_overflow=0, **engine_options(url))
 
 
+def each_alone(engine: Engine) -> Engine:
+    """The same connections, on which each statement is a transaction: no BEGIN, no COMMIT."""
+    return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
 def alembic_config(url: URL) -> Config:
     """Alembic's configuration, wherever the package is installed."""
     beside = Path(__file__).resolve().parent.parent / "alembic"

@@ -43,7 +43,7 @@ from optuna.samplers import (
 )
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
@@ -56,6 +56,8 @@ from service.studies.study_spec import StudySpec
 from service.tpe import Memory, RememberingTPESampler
 from warmcore.spec import derived_seed
 
+# Optuna finds a trial by its number among all of its study.
+_INDEX = "CREATE INDEX IF NOT EXISTS ix_warmscale_number ON optuna.trials (study_id, number)"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -83,6 +85,8 @@ def upgrade(url: str) -> None:
     """Create Optuna's tables, or bring them to the installed version. One caller at a time."""
     storage = RDBStorage(url, skip_compatibility_check=True)
     storage.upgrade()
+    with storage.engine.begin() as connection:
+        connection.execute(text(_INDEX))
     storage.engine.dispose()
 
 
@@ -247,43 +251,12 @@ class Sampler:
         return None
 
     @_in_turn
-    def report(
-        self, study: str, spec: StudySpec, number: int, evaluations: dict[int, float]
-    ) -> bool:
-        """Record validation losses by evaluation number; True when the pruner would stop it."""
-        trial_id = self._trial_id(study, number)
-        trial = self.storage.get_trial(trial_id)
-        for evaluation, loss in sorted(evaluations.items()):
-            if evaluation not in trial.intermediate_values and not trial.state.is_finished():
-                self.storage.set_trial_intermediate_value(trial_id, evaluation, loss)
+    def prunes(self, study: str, spec: StudySpec, number: int) -> bool:
+        """Whether the pruner would stop this trial by what has been heard of it."""
+        trial = self.storage.get_trial(self._trial_id(study, number))
         if trial.state.is_finished():
             return False
-        return make_pruner(spec).prune(self._load(study), self.storage.get_trial(trial_id))
-
-    @_in_turn
-    def tell(self, study: str, number: int, state: str, value: float | None) -> None:
-        """End a trial as succeeded (with its value), pruned, diverged, failed or cancelled.
-
-        A diverged trial counts as pruned at +inf, the worst there is. A trial that is already at
-        its end stays as it is: telling twice changes nothing.
-        """
-        trial_id = self._trial_id(study, number)
-        trial = self.storage.get_trial(trial_id)
-        if trial.state.is_finished():
-            return
-        end = _TELL.get(state, TrialState.FAIL)
-        try:
-            if state == "diverged":
-                self.storage.set_trial_intermediate_value(trial_id, trial.last_step or 1, math.inf)
-            # A plain study: at its end a grid would stop the optimize loop, which we have not.
-            self._load(study).tell(
-                number,
-                value if end is TrialState.COMPLETE else None,
-                state=end,
-                skip_if_finished=True,
-            )
-        except optuna.exceptions.UpdateFinishedTrialError:
-            _log.info("told by another request", extra={"study": study, "trial": number})
+        return make_pruner(spec).prune(self._load(study), trial)
 
     @_in_turn
     def importance(self, study: str) -> dict[str, float]:
@@ -313,13 +286,6 @@ class Sampler:
     def _trial_id(self, study: str, number: int) -> int:
         optuna_id = self.storage.get_study_id_from_name(study)
         return self.storage.get_trial_id_from_study_id_trial_number(optuna_id, number)
-
-
-_TELL = {
-    "succeeded": TrialState.COMPLETE,
-    "pruned": TrialState.PRUNED,
-    "diverged": TrialState.PRUNED,
-}
 
 
 def _draw_in_helper(url: str, study: str, spec_json: str, count: int) -> Drawn:

@@ -1,5 +1,8 @@
 """A worker that trains nothing: it leases, reports and finishes as a test tells it."""
 
+from sqlalchemy.orm import Session
+
+from service import tells
 from service.caller import Caller
 from service.protocol import (
     CheckpointReport,
@@ -62,3 +65,21 @@ class Worker:
     def complete(self, lease, loss=2.0):
         self.publish(lease)
         return self.finish(lease, loss=loss)
+
+
+def tell(sampler, study, number, state, value=None):
+    """End a trial in Optuna as a finish does, with no run of ours."""
+    diverged = state == "diverged"
+    end = tells.end_of(state, diverged=diverged)
+    with Session(sampler.engine) as session, session.begin():
+        return tells.tell(session, study, number, end, value=value, diverged=diverged)
+
+
+def evaluate(sampler, study, number, losses):
+    """Give Optuna validation losses by evaluation number."""
+    storage = sampler.storage
+    trial = storage.get_trial_id_from_study_id_trial_number(
+        storage.get_study_id_from_name(study), number
+    )
+    for evaluation, loss in losses.items():
+        storage.set_trial_intermediate_value(trial, evaluation, loss)

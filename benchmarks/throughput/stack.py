@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg
+from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL
 
-from service import db, sampler
+from service import db
 
 _START_SECONDS = 60.0
 
@@ -49,7 +50,7 @@ def stack(folder: Path, *, replicas: int) -> Generator[Stack]:
         ours = db.normalized(server.get_uri())
         theirs = _second_database(ours)
         db.upgrade(ours)
-        sampler.upgrade(theirs)
+        RDBStorage(theirs).engine.dispose()
         environment = _environment(folder, ours)
         key = _cli(environment, "key", "create", "benchmark", "--scope", "admin")
         ports = tuple(_free_port() for _ in range(replicas))

@@ -8,11 +8,11 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.lifecycle import FINAL_RUN_STATES
-from service.runs.store import end_attempt
-from service.sampler import Sampler
+from service.runs.store import end_attempt, tell_end
 from service.studies.advance import advance, lock
 from service.tables import Run, Study
 
+_TOLD_AT_ONCE = 100
 _EXPIRED = (Run.state == "leased", Run.lease_expires_at < func.now())
 
 
@@ -93,18 +93,19 @@ def _expire_in(session: Session, study_id: str) -> None:
     advance(session, study)
 
 
-def tell_finished(sessions: sessionmaker[Session], sampler: Sampler) -> None:
-    """Tell Optuna of every finished trial that it has not heard of. Telling twice is harmless."""
-    with sessions() as session:
-        query = (
-            select(Run, Study)
-            .join(Study, Study.id == Run.study_id)
-            .where(Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES))
-        )
-        untold = session.execute(query.order_by(Run.finished_at).limit(100)).all()
-    for run, study in untold:
-        assert run.trial_number is not None
-        end = "diverged" if run.diverged else run.state
-        sampler.tell(study.optuna_name, run.trial_number, end, run.val_loss_nats)
-        with sessions.begin() as session:
-            session.execute(update(Run).where(Run.id == run.id).values(told=True))
+def tell_finished(sessions: sessionmaker[Session]) -> None:
+    """Tell Optuna of the finished trials that it has not heard of: cancelled ones, mostly.
+
+    Another request may be telling the same, or be ending the run: what is locked is left to it.
+    """
+    query = (
+        select(Run, Study)
+        .join(Study, Study.id == Run.study_id)
+        .where(Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES))
+        .order_by(Run.id)
+        .limit(_TOLD_AT_ONCE)
+        .with_for_update(of=Run, skip_locked=True)
+    )
+    with sessions.begin() as session:
+        for run, study in session.execute(query).all():
+            tell_end(session, study, run)

@@ -45,7 +45,7 @@ def serve(
     """
     _look_up(sessions, bids)
     expire(sessions, presence)
-    tell_finished(sessions, sampler)
+    tell_finished(sessions)
     _lease_queued(sessions, settings, bids)
     held_up = not _start_trials(sessions, sampler, settings, bids)
     if all(bid.granted or bid.error for bid in bids):

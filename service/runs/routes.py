@@ -2,14 +2,14 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, BackgroundTasks, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request
+from starlette.concurrency import run_in_threadpool
 
 from service import sse
 from service.auth import Fleet, Reader
-from service.deps import DbSession, ThePresence, TheSampler, TheSettings
+from service.deps import DbSession, TheSettings, UnitOfWork
 from service.errors import may_answer
 from service.leases.grants import artifact_uri
-from service.leases.repair import tell_finished
 from service.protocol import (
     LEASE_TOKEN_HEADER,
     CheckpointReply,
@@ -22,12 +22,10 @@ from service.protocol import (
     RunState,
     RunView,
 )
-from service.runs import store
+from service.runs import reports, store
 from service.runs.schemas import CheckpointList, MeasurementList, RunPage
-from service.sampler import Sampler
 from service.studies import branches
 from service.studies import store as studies
-from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
 
 router = APIRouter(prefix="/runs", tags=["runs"])
@@ -83,33 +81,12 @@ async def stream_events(
 
 
 @router.post("/{run_id}/measurements")
-def report(
-    body: MeasurementBatch,
-    caller: Fleet,
-    run_id: str,
-    token: Token,
-    session: DbSession,
-    sampler: TheSampler,
-    settings: TheSettings,
-    presence: ThePresence,
+async def report(
+    body: MeasurementBatch, caller: Fleet, run_id: str, token: Token, request: Request
 ) -> ReportReply:
     """Add points to the run's curve and renew its lease; an empty batch just renews it."""
-    run = store.renew(session, caller, run_id, token, settings.lease_seconds)
-    presence.seen()
-    if not isinstance(run, Run):
-        return ReportReply(decision=run)
-    store.add_measurements(session, run, body.measurements)
-    return ReportReply(decision="prune" if _prune(sampler, session, run, body) else "continue")
-
-
-def _prune(sampler: Sampler, session: DbSession, run: Run, body: MeasurementBatch) -> bool:
-    heard = store.evaluations(body.measurements)
-    if run.trial_number is None or not heard:
-        return False
-    study = session.get_one(Study, run.study_id)
-    return sampler.report(
-        study.optuna_name, StudySpec.model_validate(study.spec), run.trial_number, heard
-    )
+    write = reports.report, request.app.state, caller, run_id, token, body.measurements
+    return ReportReply(decision=await run_in_threadpool(*write))
 
 
 @router.post("/{run_id}/checkpoints")
@@ -131,17 +108,9 @@ def publish(
 
 
 @router.post("/{run_id}/finish")
-def finish(
-    body: FinishRequest,
-    caller: Fleet,
-    run_id: str,
-    token: Token,
-    session: DbSession,
-    sampler: TheSampler,
-    request: Request,
-    after: BackgroundTasks,
+async def finish(
+    body: FinishRequest, caller: Fleet, run_id: str, token: Token, work: UnitOfWork
 ) -> FinishReply:
     """End this attempt. Sending the same end twice changes nothing."""
-    state = store.finish(session, caller, run_id, token, body)
-    after.add_task(tell_finished, request.app.state.sessions, sampler)
+    state = await work(store.finish, caller, run_id, token, body)
     return FinishReply.model_validate({"state": state})

@@ -1,10 +1,8 @@
 """Queries on runs: reading them, and what their worker writes under its lease."""
 
 from datetime import timedelta
-from typing import Any
 
 from sqlalchemy import ColumnElement, func, select, tuple_, update
-from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from service.caller import Caller
@@ -17,15 +15,15 @@ from service.protocol import (
     CheckpointView,
     Decision,
     FinishRequest,
-    Measurement,
     Outcome,
     RunView,
 )
 from service.runs.schemas import MeasurementView, RunPage
 from service.studies import branches
-from service.studies.advance import advance, lock
+from service.studies.advance import advance, locked
 from service.tables import Checkpoint, Run, Study
 from service.tables import Measurement as MeasurementRow
+from service.tells import end_of, tell
 
 _KEPT_CHECKPOINTS = 2
 
@@ -111,8 +109,15 @@ def renew(
         )
         .returning(Run)
     ).one_or_none()
-    if run is not None:
-        return run
+    return after_end(session, caller, run_id, token) if run is None else run
+
+
+def after_end(session: Session, caller: Caller, run_id: str, token: str) -> Decision:
+    """What a worker hears whose lease does not stand: "cancel" when its run was cancelled.
+
+    Raises:
+        Problem: 404 for no such run; 409 for a token that another attempt has replaced.
+    """
     if _ended(get(session, caller, run_id), token) == "cancelled":
         return "cancel"
     raise _stale(run_id)
@@ -126,38 +131,6 @@ def _ended(run: Run, token: str) -> str | None:
 
 def _stale(run_id: str) -> Exception:
     return conflict("stale-lease", f"run {run_id} is no longer leased under this token; stop")
-
-
-def add_measurements(session: Session, run: Run, points: tuple[Measurement, ...]) -> None:
-    """Add points to the run's curve. A step that is there already keeps its first report."""
-    if not points:
-        return
-    rows = [{"run_id": run.id, "attempt": run.attempt, **p.model_dump()} for p in points]
-    session.execute(insert(MeasurementRow).on_conflict_do_nothing(), rows)
-    session.execute(update(Run).where(Run.id == run.id).values(**_latest(run, points)))
-
-
-def _latest(run: Run, points: tuple[Measurement, ...]) -> dict[str, Any]:
-    """What the run shows of itself: the newest step, and the newest of each number."""
-    newest: dict[str, Any] = {"step": run.step, "tokens": run.tokens}
-    for point in sorted(points, key=lambda p: p.step):
-        if point.step < run.step:
-            continue  # a resumed attempt goes over ground that is on record
-        given = point.model_dump(
-            include={"step", "tokens", "loss_nats", "val_loss_nats", "tokens_per_second"},
-            exclude_none=True,
-        )
-        newest |= given
-    return newest
-
-
-def evaluations(points: tuple[Measurement, ...]) -> dict[int, float]:
-    """Validation losses by evaluation number: what the pruner hears."""
-    return {
-        p.evaluation: p.val_loss_nats
-        for p in points
-        if p.evaluation is not None and p.val_loss_nats is not None
-    }
 
 
 def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[str, ...]:
@@ -226,7 +199,7 @@ def finish(session: Session, caller: Caller, run_id: str, token: str, finish: Fi
     """
     if finish.outcome == "succeeded" and finish.val_loss_nats is None:
         raise bad_field("val_loss_nats", None, "a succeeded run has a final validation loss")
-    study = lock(session, get(session, caller, run_id).study_id)
+    study = _locked_study(session, caller, run_id)
     query = select(Run).where(Run.id == run_id).with_for_update()
     run = session.scalars(query.execution_options(populate_existing=True)).one()
     if run.lease_token != token or run.state != "leased":
@@ -243,9 +216,32 @@ def finish(session: Session, caller: Caller, run_id: str, token: str, finish: Fi
     if finish.timing is not None:
         run.timing = finish.timing.model_dump(mode="json")
     end_attempt(session, run, finish.outcome, error=finish.error, retryable=finish.retryable)
+    tell_end(session, study, run)
     session.flush()
     advance(session, study)
     return run.state
+
+
+def _locked_study(session: Session, caller: Caller, run_id: str) -> Study:
+    its = select(Run.study_id).where(Run.id == run_id, caller.runs)
+    study = session.scalars(locked(Study.id == its.scalar_subquery())).one_or_none()
+    if study is None:
+        raise not_found("run", run_id)
+    return study
+
+
+def tell_end(session: Session, study: Study, run: Run) -> None:
+    """Tell Optuna of a trial's end in this transaction, if it has come to one."""
+    if run.trial_number is None or run.state not in FINAL_RUN_STATES:
+        return
+    run.told = tell(
+        session,
+        study.optuna_name,
+        run.trial_number,
+        end_of(run.state, diverged=run.diverged),
+        value=run.val_loss_nats,
+        diverged=run.diverged,
+    )
 
 
 def end_attempt(

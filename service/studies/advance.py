@@ -2,13 +2,14 @@
 
 import logging
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from service.events import record
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
+from service.studies.specs import parsed
 from service.studies.study_spec import StudySpec, TargetSpec, WarmstartSpec
 from service.tables import Checkpoint, Run, Study
 from warmcore.flops import flops_per_token, num_steps, num_tokens
@@ -22,8 +23,13 @@ def lock(session: Session, study_id: str) -> Study:
 
     FOR NO KEY UPDATE: an event's foreign key only asks that the row stays, and must not wait.
     """
-    query = select(Study).where(Study.id == study_id).with_for_update(key_share=True)
-    return session.scalars(query.execution_options(populate_existing=True)).one()
+    return session.scalars(locked(Study.id == study_id)).one()
+
+
+def locked(which: ColumnElement[bool]) -> Select[Study]:
+    """The query that locks a study's row."""
+    query = select(Study).where(which).with_for_update(key_share=True)
+    return query.execution_options(populate_existing=True)
 
 
 def advance(session: Session, study: Study) -> None:
@@ -31,6 +37,8 @@ def advance(session: Session, study: Study) -> None:
 
     A fault in this must not undo the end of the run that led here: it fails the study.
     """
+    if _trials_remain(session, study):
+        return
     try:
         with session.begin_nested():
             _advance(session, study)
@@ -42,7 +50,7 @@ def advance(session: Session, study: Study) -> None:
 
 
 def _advance(session: Session, study: Study) -> None:
-    spec = StudySpec.model_validate(study.spec)
+    spec = parsed(study.spec)
     if study.state in FINAL_STUDY_STATES or _finished_trials(session, study) < spec.hpo.trials:
         return
     step = next_step(
@@ -59,6 +67,15 @@ def _advance(session: Session, study: Study) -> None:
                 _enqueue(session, study, spec, new)
         case None:
             pass
+
+
+def _trials_remain(session: Session, study: Study) -> bool:
+    """Whether trials of the budget have yet to start: one look at an index, not a count.
+
+    Numbers are of one trial each, so there are no more trials than the highest plus one.
+    """
+    highest = session.scalar(select(func.max(Run.trial_number)).where(Run.study_id == study.id))
+    return highest is None or highest + 1 < study.spec["hpo"]["trials"]
 
 
 def best_trial(session: Session, study_id: str) -> Run | None:

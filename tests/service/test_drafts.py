@@ -15,6 +15,7 @@ from service.history import History
 from service.sampler import Sampler, distribution, make_pruner
 from service.studies.space import grid_points
 from service.studies.study_spec import StudySpec
+from tests.by_hand import evaluate, tell
 from warmcore.spec import derived_seed
 
 SPACE = {
@@ -113,8 +114,8 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
             state = chance.choice(["succeeded", "succeeded", "pruned", "failed"])
             loss = chance.random()
             if state == "pruned":
-                sampler.report(study.name, study, number, {2: loss})
-            sampler.tell(study.name, number, state, loss)
+                evaluate(sampler, study.name, number, {2: loss})
+            tell(sampler, study.name, number, state, loss)
             theirs.tell(number, state, loss)
     study_id = sampler.storage.get_study_id_from_name(study.name)
     ours = sampler.storage.get_all_trials(study_id)
@@ -134,7 +135,7 @@ def test_trials_drawn_together_are_those_drawn_one_after_another(sampler, spec):
         sampler.create(study.name)
         for number in range(6):
             sampler.ask(study.name, study)
-            sampler.tell(study.name, number, "succeeded", abs(number - 2.5))
+            tell(sampler, study.name, number, "succeeded", abs(number - 2.5))
     drafts = sampler.draw(together.name, together, 4).drafts
     assert [d.params for d in drafts] == [sampler.ask(apart.name, apart).params for _ in range(4)]
     assert len({d.params["lr"] for d in drafts}) == 4

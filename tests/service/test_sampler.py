@@ -9,6 +9,7 @@ import pytest
 from service.db import optuna_url
 from service.sampler import Sampler
 from service.studies.study_spec import StudySpec
+from tests.by_hand import evaluate, tell
 
 SPACE = {
     "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},
@@ -45,7 +46,7 @@ def search(sampler, spec, n):
     for _ in range(n):
         suggestion = sampler.ask(spec.name, spec)
         loss = abs(math.log(suggestion.params["lr"] / 0.01))
-        sampler.tell(spec.name, suggestion.number, "succeeded", loss)
+        tell(sampler, spec.name, suggestion.number, "succeeded", loss)
         asked.append(suggestion)
     return asked
 
@@ -106,6 +107,7 @@ def test_gp_runs_without_torch_in_the_service(database_url, spec):
     study = spec("gp", trials=4)
     program = """
 import sys
+import optuna
 from service.sampler import Sampler
 from service.studies.study_spec import StudySpec
 if __name__ == "__main__":
@@ -114,7 +116,8 @@ if __name__ == "__main__":
     sampler.create(spec.name)
     for n in range(4):
         s = sampler.ask(spec.name, spec)
-        sampler.tell(spec.name, s.number, "succeeded", s.params["lr"])
+        study = optuna.load_study(study_name=spec.name, storage=sampler.storage)
+        study.tell(s.number, s.params["lr"])
     sampler.close()
     assert "torch" not in sys.modules
     print("no torch")
@@ -132,11 +135,11 @@ def test_every_pruner_stops_the_worst_and_keeps_the_best(make, spec, pruner):
     stopped = {}
     for loss in [*range(24)]:
         number = sampler.ask(study.name, study).number
-        values = {e: float(loss) for e in range(1, study.train.evaluations + 1)}
-        stopped[loss] = any(
-            sampler.report(study.name, study, number, {e: v}) for e, v in values.items()
-        )
-        sampler.tell(study.name, number, "pruned" if stopped[loss] else "succeeded", float(loss))
+        stopped[loss] = False
+        for evaluation in range(1, study.train.evaluations + 1):
+            evaluate(sampler, study.name, number, {evaluation: float(loss)})
+            stopped[loss] |= sampler.prunes(study.name, study, number)
+        tell(sampler, study.name, number, "pruned" if stopped[loss] else "succeeded", float(loss))
     assert not stopped[0]
     assert sum(stopped.values()) >= 6
 
@@ -145,8 +148,8 @@ def test_telling_twice_keeps_the_first_end(make, spec):
     sampler, study = make(), spec()
     sampler.create(study.name)
     number = sampler.ask(study.name, study).number
-    sampler.tell(study.name, number, "succeeded", 2.0)
-    sampler.tell(study.name, number, "failed", None)
+    tell(sampler, study.name, number, "succeeded", 2.0)
+    tell(sampler, study.name, number, "failed", None)
     assert sampler.states(study.name) == {number: ("COMPLETE", 2.0)}
 
 
@@ -154,16 +157,5 @@ def test_a_trial_that_diverged_before_any_report_is_pruned_at_infinity(make, spe
     sampler, study = make(), spec()
     sampler.create(study.name)
     number = sampler.ask(study.name, study).number
-    sampler.tell(study.name, number, "diverged", None)
+    tell(sampler, study.name, number, "diverged", None)
     assert sampler.states(study.name) == {number: ("PRUNED", math.inf)}
-
-
-def test_reporting_twice_keeps_the_first_value(make, spec):
-    sampler, study = make(), spec()
-    sampler.create(study.name)
-    number = sampler.ask(study.name, study).number
-    sampler.report(study.name, study, number, {1: 3.0})
-    sampler.report(study.name, study, number, {1: 9.0, 2: 2.0})
-    sampler.tell(study.name, number, "pruned", None)
-    sampler.report(study.name, study, number, {3: 1.0})
-    assert sampler.states(study.name) == {number: ("PRUNED", 2.0)}
