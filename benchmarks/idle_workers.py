@@ -1,0 +1,166 @@
+"""What waiting workers cost, and how soon they hear of work.
+
+So many workers (200) stand at `POST /v1/leases` of one `warmscale serve`, each on a connection of
+its own. Measured are the CPU of API and PostgreSQL and the connections to the database while
+nothing happens; then, study after study of one trial, the time from its creation's answer to the
+first lease; last, a study with a trial for every worker, and the time until each has its own.
+
+    python benchmarks/idle_workers.py [--workers 200] [--seconds 20] [--studies 10]
+
+It ends by itself, within two minutes, and talks to 127.0.0.1 alone.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from throughput import machine
+from throughput.stack import Stack, stack
+
+WAIT_SECONDS = 20.0
+SETTLE_SECONDS = 3.0
+TRIAL = {"lr": {"type": "float", "low": 5e-4, "high": 3e-2, "log": True}}
+
+
+@dataclass
+class Crowd:
+    """Workers that wait, and when which of them was granted what."""
+
+    port: int
+    key: str
+    granted: asyncio.Queue[tuple[float, str]] = field(default_factory=asyncio.Queue)
+    polls: int = 0
+
+    async def worker(self, name: str) -> None:
+        body = {"worker": name, "resources": {"cpus": 1}, "wait_seconds": WAIT_SECONDS}
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            while True:
+                reply = await call(reader, writer, self.key, "/v1/leases", body)
+                self.polls += 1
+                for lease in reply["leases"]:
+                    self.granted.put_nowait((time.perf_counter(), lease["study_name"]))
+        finally:
+            writer.close()
+
+
+async def call(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, key: str, path: str, body: Any
+) -> Any:
+    """One request on a connection that is kept."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {key}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    writer.write(head.encode() + data)
+    answer = await reader.readuntil(b"\r\n\r\n")
+    fields = dict(line.split(b": ", 1) for line in answer.split(b"\r\n")[1:-2])
+    length = {name.lower(): value for name, value in fields.items()}[b"content-length"]
+    content = await reader.readexactly(int(length))
+    assert answer.split()[1].startswith(b"2"), content
+    return json.loads(content)
+
+
+async def measure(running: Stack, arguments: argparse.Namespace) -> list[str]:
+    crowd = Crowd(port=running.ports[0], key=running.key)
+    workers = [asyncio.create_task(crowd.worker(f"worker-{i}")) for i in range(arguments.workers)]
+    await asyncio.sleep(SETTLE_SECONDS)
+    lines = [await idle(running, arguments)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", crowd.port)
+
+    async def post(path: str, body: Any) -> Any:
+        return await call(reader, writer, crowd.key, path, body)
+
+    first = []
+    for i in range(arguments.studies):
+        study = await post("/v1/studies", spec(running, f"one-{i}", 1))
+        created = time.perf_counter()
+        at, _ = await asyncio.wait_for(crowd.granted.get(), 30)
+        first.append(1000 * (at - created))
+        await post(f"/v1/studies/{study['id']}/cancel", {})
+    lines.append(
+        f"from a study's creation to its lease: {statistics.median(first):.0f} ms, the median of "
+        f"{len(first)} ({min(first):.0f} to {max(first):.0f})"
+    )
+    study = await post("/v1/studies", spec(running, "all", arguments.workers))
+    created = time.perf_counter()
+    took = []
+    for _ in workers:
+        at, _ = await asyncio.wait_for(crowd.granted.get(), 60)
+        took.append(at - created)
+    await post(f"/v1/studies/{study['id']}/cancel", {})
+    lines.append(f"a trial for each of them: {took[0]:.2f} s for the first, {took[-1]:.2f} for all")
+    for task in workers:
+        task.cancel()
+    await asyncio.gather(*workers, return_exceptions=True)
+    writer.close()
+    return lines
+
+
+async def idle(running: Stack, arguments: argparse.Namespace) -> str:
+    """CPU and connections over a while in which nothing happens."""
+    with running.connect("service") as connection:
+
+        def now() -> tuple[float, float]:
+            postgres = machine.cpu_seconds([running.postgres_pid])
+            return machine.cpu_seconds(running.api_pids), postgres
+
+        before, start, most = now(), time.perf_counter(), 0
+        commits = [committed(connection)]
+        while time.perf_counter() - start < arguments.seconds:
+            await asyncio.sleep(0.5)
+            most = max(most, connections(connection))
+        commits.append(committed(connection))
+        spent = time.perf_counter() - start
+    api, postgres = (100 * (b - a) / spent for a, b in zip(before, now(), strict=True))
+    rate = (commits[1] - commits[0]) / spent
+    return (
+        f"{arguments.workers} workers idle for {spent:.0f} s: API {api:.1f} % of a core, "
+        f"PostgreSQL {postgres:.1f} %, {most} connections, {rate:.1f} transactions/s"
+    )
+
+
+def connections(connection: Any) -> int:
+    """Of clients, but this one."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+    return connection.execute(query).fetchone()[0] - 1
+
+
+def committed(connection: Any) -> int:
+    query = "SELECT xact_commit FROM pg_stat_database WHERE datname = current_database()"
+    return connection.execute(query).fetchone()[0]
+
+
+def spec(running: Stack, name: str, trials: int) -> dict[str, Any]:
+    hpo = {"trials": trials, "parallel": trials, "sampler": "random", "pruner": "none"}
+    return {
+        "name": name,
+        "data": {"source": str(running.corpus), "context": 32},
+        "proxy": {"width": 32, "depth": 1, "head_dim": 16},
+        "train": {"batch_size": 8, "num_tokens": 8 * 32 * 20, "evaluations": 4},
+        "search_space": TRIAL,
+        "hpo": hpo,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--studies", type=int, default=10)
+    arguments = parser.parse_args()
+    with (
+        tempfile.TemporaryDirectory(prefix="warmscale-", ignore_cleanup_errors=True) as folder,
+        stack(Path(folder), replicas=1) as running,
+    ):
+        for line in asyncio.run(measure(running, arguments)):
+            print(line)
+
+
+if __name__ == "__main__":
+    main()
