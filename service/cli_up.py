@@ -8,18 +8,20 @@ import uvicorn
 from sqlalchemy import create_engine
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from service import __version__, logs
 from service.child import ChildError, die_with_parent
 from service.cli_common import Exit, fail
-from service.db import database, upgrade, use_utc
+from service.db import database, reach, upgrade, use_utc
 from service.drain import Server, end_on_sigterm
 from service.home import HomeInUseError, access_path
 from service.settings import Settings
 from service.tables import ApiKey
 from service.up import Interrupted, PortTakenError, Stack, log_folder, stack
 
+_DATABASE_PATIENCE_SECONDS = 60.0
 _GRACEFUL_SECONDS = 10  # the supervisor kills after 15, Kubernetes after 30
 
 
@@ -70,6 +72,10 @@ def serve(settings: Settings, *, supervised: bool) -> None:
     if supervised:
         die_with_parent()
     with database(settings) as url:
+        try:
+            reach(url, _DATABASE_PATIENCE_SECONDS)
+        except OperationalError as error:
+            fail(Exit.UNREACHABLE, f"cannot reach the database: {str(error.orig).strip()}")
         if supervised or settings.database_url is None:
             upgrade(url)
         if supervised:

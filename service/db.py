@@ -1,5 +1,6 @@
 """The database: its address, its engine, its schema."""
 
+import logging
 import os
 import time
 import warnings
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy import Engine, NullPool, create_engine, make_url, text
 from sqlalchemy.engine import URL
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.settings import Settings
@@ -34,6 +36,9 @@ _CONNECTION = {
     "keepalives_count": 3,
     "tcp_user_timeout": 25_000,  # milliseconds: of what was sent and never acknowledged
 }
+
+_REACH_PAUSE_SECONDS = 0.5
+_log = logging.getLogger(__name__)
 
 SessionFactory = sessionmaker[Session]
 
@@ -109,6 +114,25 @@ def make_engine(url: URL, pool_size: int) -> Engine:
 def each_alone(engine: Engine) -> Engine:
     """The same connections, on which each statement is a transaction: no BEGIN, no COMMIT."""
     return engine.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def reach(url: URL, patience_seconds: float) -> None:
+    """Wait until the database answers: after an outage it and its service start together.
+
+    Raises:
+        OperationalError: it did not.
+    """
+    engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 5})
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            with engine.connect():
+                return
+        except OperationalError as error:
+            if time.monotonic() > deadline:
+                raise
+            _log.warning("waiting for the database", extra={"error": str(error.orig).strip()})
+            time.sleep(_REACH_PAUSE_SECONDS)
 
 
 def alembic_config(url: URL) -> Config:

@@ -119,8 +119,14 @@ class _Attempt:
         spec, ranks, device = self._lease.spec, self._options.ranks, self._options.device
         if spec.start_checkpoint is None:
             return Training.start(spec, self._corpus, device=device, ranks=ranks)
-        with artifacts.local(spec.start_checkpoint) as base:
-            return Training.start(spec, self._corpus, device=device, base=base, ranks=ranks)
+        try:
+            with artifacts.local(spec.start_checkpoint) as base:
+                return Training.start(spec, self._corpus, device=device, base=base, ranks=ranks)
+        except CheckpointCorruptError as error:  # another attempt may read it from another machine
+            name = "trunk" if spec.trunk else "growth.base"
+            works = "targets can be started by hand from another trial or checkpoint"
+            message = f"{name}: {error}; nothing else is taken in its place: {works}"
+            raise CheckpointCorruptError(message) from error
 
     def run(self, draining: Callable[[], bool]) -> Ending:
         try:

@@ -38,11 +38,15 @@ def main() -> int:
     signal.signal(signal.SIGALRM, _out_of_time)
     signal.signal(signal.SIGTERM, _out_of_time)
     signal.alarm(int(_START_SECONDS + seconds + STUDY_SECONDS))
-    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))  # short: below it Ray has its sockets
+    print(json.dumps({"folder": str(folder)}), flush=True)
     folder.chmod(0o755)
     stack = Stack(folder=folder, fsync=not args.no_fsync)
     driver = Driver(
-        stack=stack, schedule=schedule, seconds=seconds, spec=spec(folder, trials=args.trials)
+        stack=stack,
+        schedule=schedule,
+        seconds=seconds,
+        spec=spec(folder, trials=args.trials, seeds=args.targets),
     )
     started = time.monotonic()
     try:
@@ -68,8 +72,8 @@ def main() -> int:
     return 1 if driver.errors else 0
 
 
-def spec(folder: Path, *, trials: int) -> dict[str, Any]:
-    """Trials of a second or so, then a target on two seeds, warm and cold."""
+def spec(folder: Path, *, trials: int, seeds: int) -> dict[str, Any]:
+    """Trials of a second or so, then a target, warm and cold on each seed."""
     corpus = folder / "corpus"
     corpus.mkdir()
     for i in range(40):
@@ -85,7 +89,7 @@ def spec(folder: Path, *, trials: int) -> dict[str, Any]:
         },
         "search_space": {"lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True}},
         "hpo": {"trials": trials, "parallel": 4, "sampler": "tpe", "pruner": "median"},
-        "warmstart": {"seeds": 2},
+        "warmstart": {"seeds": seeds},
         "max_attempts": 10,
     }  # fmt: skip
 
@@ -99,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--trials", type=int, default=60, help="of each study")
+    parser.add_argument("--targets", type=int, default=2, help="seeds of each study's target")
     parser.add_argument("--gap", type=float, default=5.0, help="seconds between faults, on average")
     parser.add_argument("--plan", action="store_true", help="print the schedule, and end")
     parser.add_argument("--no-fsync", action="store_true", help="the database syncs nothing")

@@ -35,6 +35,10 @@ class Database:
         self.start()
         db.upgrade(self.url)
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -73,7 +77,7 @@ class Database:
         self._process.wait(10)
 
     def stop(self) -> None:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self.is_running:
             return
         self._process.send_signal(signal.SIGINT)  # PostgreSQL's fast shutdown
         try:

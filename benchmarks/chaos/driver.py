@@ -79,6 +79,7 @@ class Driver:
         for repair in [r for r in self._repairs if r[0] <= now]:
             self._repair(repair)
         self._look_for_recoveries()
+        self.stack.must_stand()
         time.sleep(_TICK_SECONDS)
 
     def _strike(self, fault: Fault) -> bool:

@@ -41,9 +41,11 @@ class Faults:
         name = fault.kind.replace("-", "_")
         return getattr(self, f"_{name}")(fault.victim, fault.share)
 
-    def _kill_api(self, i: int, share: float) -> Struck:
+    def _kill_api(self, i: int, share: float) -> Struck | None:
         process = self.stack.apis[i]
-        assert process is not None
+        if process is None:
+            return None
+        self.stack.apis[i] = None
         below = kill_alone(process)
         return Struck(
             repair_after=2 * share,
@@ -52,10 +54,11 @@ class Faults:
             is_gone=lambda: not alive(below),
         )
 
-    def _kill_fleet(self, i: int, share: float) -> Struck:
-        process = self.stack.fleets[i]
-        assert process is not None
-        runs = self._leased(i)
+    def _kill_fleet(self, i: int, share: float) -> Struck | None:
+        process, runs = self.stack.fleets[i], self._leased(i)
+        if process is None:
+            return None
+        self.stack.fleets[i] = None
         below = kill_alone(process)  # its Ray has to find out by itself
         self.stack.seen += below
         return Struck(
@@ -72,7 +75,9 @@ class Faults:
         _signal(victims, signal.SIGKILL)
         return Struck(is_over=lambda: self._moved_on(runs))
 
-    def _kill_database(self, _i: int, share: float) -> Struck:
+    def _kill_database(self, _i: int, share: float) -> Struck | None:
+        if not self.stack.database.is_running:
+            return None
         self.stack.database.kill()
         apis = range(len(self.stack.apis))
         return Struck(

@@ -87,6 +87,7 @@ class Stack:
     def wait_api(self, i: int, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not self.is_ready(i):
+            self.must_stand()
             if time.monotonic() > deadline:
                 raise ChaosError(
                     f"replica {i} is not ready within {seconds} s\n{self.tail(f'api-{i}')}"
@@ -134,6 +135,13 @@ class Stack:
             "XDG_CACHE_HOME": str(self.folder / "cache"),
             "RAY_TMPDIR": str(self.folder),
         }
+
+    def must_stand(self) -> None:
+        """Nothing ends by itself, whatever happens around it."""
+        for name, processes in (("api", self.apis), ("fleet", self.fleets)):
+            for i, process in enumerate(processes):
+                if process is not None and process.poll() is not None:
+                    raise ChaosError(f"{name}-{i} ended by itself with {process.returncode}")
 
     def tail(self, name: str, chars: int = 2000) -> str:
         path = self.folder / f"{name}.log"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.errors import conflict
@@ -48,10 +48,8 @@ def enqueue(
     parameters_fit(spec, params)
     if study.state in FINAL_STUDY_STATES:
         raise conflict("wrong-state", f"study {study.name!r} is {study.state}; it starts no trials")
-    started = session.scalar(
-        select(func.count()).where(Run.study_id == study.id, Run.kind == "trial")
-    )
-    if (started or 0) + len(sampler.waiting(study.optuna_name)) >= spec.hpo.trials:
+    # By Optuna's count: a trial that a crash left without its run will be adopted.
+    if len(sampler.states(study.optuna_name)) >= spec.hpo.trials:
         detail = f"all {spec.hpo.trials} trials of study {study.name!r} are started or enqueued"
         raise conflict("budget-spent", detail)
     return _waiting(spec, sampler.enqueue(study.optuna_name, params, key), params)

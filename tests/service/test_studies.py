@@ -157,6 +157,18 @@ def test_enqueueing_beyond_the_budget_is_refused(api, submit):
     assert problem(api.client.post, path, {"params": {"lr": 0.01}}).status == 409
 
 
+def test_a_trial_that_a_crash_left_without_its_run_leaves_no_room_for_one_too_many(api, submit):
+    import optuna
+
+    study = submit(hpo={"trials": 1, "parallel": 1, "sampler": "random"})
+    storage = api.app.state.sampler.storage
+    optuna.load_study(study_name=study["name"], storage=storage).ask()
+    refused = problem(
+        api.client.post, f"/v1/studies/{study['id']}/trials", {"params": {"lr": 0.02}}
+    )
+    assert refused.type == "urn:warmscale:budget-spent"
+
+
 @pytest.mark.parametrize("params", [{"lr": 1.0}, {"lr": "high"}, {"lr": True}, {"depth": 2}])
 def test_parameters_off_the_search_space_are_refused_by_name_and_value(api, submit, params):
     study = submit()

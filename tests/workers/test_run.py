@@ -9,8 +9,9 @@ import pytest
 from service.client import StaleLeaseError
 from warmcore import data
 from warmcore.branching import branch_of, branch_steps
+from warmcore.checkpoint import CheckpointCorruptError
 from warmcore.train import EvaluationEvent, Training
-from workers.failures import UnrunnableError
+from workers.failures import UnrunnableError, failure
 from workers.run import Options, execute
 
 from .spy import Spy
@@ -179,6 +180,25 @@ def test_a_target_grows_from_its_base_and_says_which(api, lease, run, worker):
     ending, sent = run(target)
     assert ending == "succeeded"
     assert sent.finished.provenance.base_hash == base.checkpoints[-1].hash
+
+
+def test_a_target_whose_base_is_damaged_says_so_and_grows_from_nothing_else(
+    api, lease, run, worker
+):
+    run(lease())
+    warm, cold = sorted(worker.lease(2), key=lambda one: one.arm, reverse=True)
+    assert (warm.arm, cold.arm) == ("warm", "cold")
+    weights = _path(warm.spec.growth.base.uri) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointCorruptError) as raised:
+        run(warm)
+    said = failure(raised.value, draining=False)
+    assert "growth.base: " in said.error
+    assert "model.safetensors is corrupt" in said.error
+    assert "by hand from another trial" in said.error
+    assert said.retryable
+    assert api.client.get(f"/v1/runs/{warm.run_id}")["step"] == 0
+    assert run(cold)[0] == "succeeded"
 
 
 def test_a_pruned_run_stops_at_the_evaluation_and_keeps_its_curve(lease, run, worker):

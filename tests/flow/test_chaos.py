@@ -1,0 +1,140 @@
+"""Chaos, as `make chaos` runs it, for half a minute; and its parts, each of which must bite."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from benchmarks.chaos.faults import flip_bit
+from benchmarks.chaos.proxy import Proxy
+from benchmarks.chaos.report import END_OF_ROWS, append
+from benchmarks.chaos.schedule import KINDS, plan
+
+
+def test_a_study_under_faults_loses_no_trial_and_counts_none_twice():
+    command = ["-m", "benchmarks.chaos", "--seed", "5", "--minutes", "0.3", "--trials", "8"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WARMSCALE_")}
+    done = subprocess.run(
+        [sys.executable, *command, "--gap", "1.5", "--targets", "1", "--no-fsync"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    *_, last, _row = lines = done.stdout.splitlines()
+    found = json.loads(last)
+    assert (found["lost"], found["doubled"], found["violations"]) == (0, 0, [])
+    assert found["trials"] == 8 * found["studies"]
+    assert sum(found["faults"].values()) >= 4
+    (folder,) = [json.loads(line)["folder"] for line in lines if line.startswith('{"folder"')]
+    running = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+    assert not [command for command in running if folder in command]
+    assert not Path(folder).exists()
+
+
+def test_a_seed_gives_one_schedule_with_every_kind_in_each_round():
+    one = plan(1, seconds=600, gap_seconds=5)
+    assert one == plan(1, seconds=600, gap_seconds=5)
+    assert one != plan(2, seconds=600, gap_seconds=5)
+    times = [fault.at_seconds for fault in one]
+    assert times == sorted(times)
+    whole = len(one) // len(KINDS) * len(KINDS)
+    for some in (one[i : i + len(KINDS)] for i in range(0, whole, len(KINDS))):
+        assert {fault.kind for fault in some} == set(KINDS)
+
+
+def test_a_longer_run_begins_as_a_shorter_one():
+    short = plan(3, seconds=60, gap_seconds=5)
+    assert plan(3, seconds=600, gap_seconds=5)[: len(short)] == short
+
+
+@pytest.fixture
+def backends():
+    """Two servers that say who they are, in 1,000 bytes; and their ports."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(409 if "stale" in self.path else 200)
+            body = f"{self.server.server_port}".encode().rjust(1000)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+    threads = [threading.Thread(target=s.serve_forever, args=(0.02,)) for s in servers]
+    for thread in threads:
+        thread.start()
+    yield servers
+    for server, thread in zip(servers, threads, strict=True):
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def proxy(backends):
+    proxy = Proxy([server.server_port for server in backends])
+    proxy.start()
+    yield proxy
+    proxy.stop()
+
+
+@pytest.fixture
+def post(proxy):
+    with httpx.Client(base_url=f"http://127.0.0.1:{proxy.port}") as client:
+        yield lambda path="/": client.post(path, content=b"x" * 100)
+
+
+def test_the_proxy_gives_each_request_to_the_next_replica(post, backends):
+    ports = [int(post().text) for _ in range(6)]
+    assert set(ports) == {server.server_port for server in backends}
+    assert all(a != b for a, b in pairwise(ports))
+
+
+def test_the_proxy_cuts_as_many_answers_as_it_is_told_after_so_many_bytes(post, proxy):
+    proxy.cut(answers=2, after_bytes=60)
+    for _ in range(2):
+        with pytest.raises(httpx.TransportError):
+            post()
+    assert len(post().content) == 1000
+    assert proxy.num_cut == 2
+
+
+def test_the_proxy_goes_to_the_other_replica_where_one_is_gone(post, backends):
+    backends[0].socket.close()
+    assert {int(post().text) for _ in range(4)} == {backends[1].server_port}
+
+
+def test_the_proxy_counts_what_was_refused(post, proxy):
+    post("/v1/runs/run_1/finish?stale")
+    post("/v1/leases?stale")
+    assert proxy.refused == 1
+
+
+def test_a_flipped_bit_is_one_bit(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(100))
+    flip_bit(file, 0.999)
+    assert file.read_bytes() == bytes(99) + b"\x01"
+
+
+def test_a_row_is_put_at_the_end_of_the_table(tmp_path):
+    page = tmp_path / "chaos.md"
+    page.write_text(f"|a|\n{END_OF_ROWS}\nafter\n")
+    append(page, "|b|")
+    append(page, "|c|")
+    assert page.read_text() == f"|a|\n|b|\n|c|\n{END_OF_ROWS}\nafter\n"

@@ -1,0 +1,43 @@
+"""A service that starts before its database waits for it."""
+
+import threading
+
+import pytest
+from sqlalchemy import make_url
+from sqlalchemy.exc import OperationalError
+from typer.testing import CliRunner
+
+from service import cli_up, db
+from service.cli import app
+
+
+@pytest.fixture
+def absent(postgres, home):
+    """The URL of a server that is not there until `link` is called."""
+    link = home / "socket"
+    url = postgres.url.set(query={"host": str(link)})
+    return url, lambda: link.symlink_to(postgres.url.query["host"])
+
+
+def test_a_database_that_comes_is_waited_for(absent):
+    url, link = absent
+    timer = threading.Timer(0.7, link)
+    timer.start()
+    db.reach(url, 60)
+    timer.join()
+
+
+def test_a_database_that_does_not_come_is_an_error_in_the_end(absent):
+    with pytest.raises(OperationalError, match="No such file"):
+        db.reach(absent[0], 0)
+
+
+def test_serve_says_shortly_that_it_cannot_reach_its_database(monkeypatch, home):
+    url = make_url("postgresql://nobody@127.0.0.1:1/nothing")
+    monkeypatch.setenv("WARMSCALE_DATABASE_URL", url.render_as_string(hide_password=False))
+    monkeypatch.setattr(cli_up, "_DATABASE_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(cli_up, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(cli_up.logs, "configure", lambda _: None)
+    said = CliRunner().invoke(app, ["serve", "--home", str(home)])
+    assert said.exit_code == 3
+    assert "error: cannot reach the database: " in said.output
