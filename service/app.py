@@ -8,18 +8,20 @@ from fastapi.routing import APIRoute
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import sessionmaker
 
-from service import __version__, dashboard, errors, openapi, probes
+from service import __version__, dashboard, docs, errors, openapi, probes
 from service.db import each_alone, make_engine, optuna_url
 from service.drain import Drain
 from service.leases.desk import Desk
 from service.leases.repair import Presence
 from service.leases.routes import router as leases
+from service.limits import Limits
 from service.recent import RecentCallers
 from service.requests import Requests
 from service.results.routes import router as results
 from service.runs.routes import router as runs
 from service.sampler import TRANSIENT, Sampler
 from service.settings import Settings
+from service.shield import Shield
 from service.studies.routes import router as studies
 from service.wakeups import Wakeups
 
@@ -46,6 +48,8 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         version=__version__,
         summary="Tune small, grow, train the target, and tell whether growing paid.",
         lifespan=lifespan,
+        docs_url=None,  # pages of FastAPI's load scripts from elsewhere; ours is docs.py
+        redoc_url=None,
         responses={"default": {"model": errors.ProblemBody}},  # a component; see openapi.py
     )
     app.state.settings, app.state.sampler = settings, sampler
@@ -53,10 +57,12 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.state.drain = Drain()
     app.state.desk = Desk(app.state)
     app.state.recent = RecentCallers()
+    app.state.limits = Limits(settings.requests_per_second)
     app.state.presence = Presence(settings.lease_seconds)
     app.state.sessions = sessionmaker(engine, expire_on_commit=False)
     app.state.statements = sessionmaker(each_alone(engine), expire_on_commit=False)
     errors.install(app, away=TRANSIENT)
+    app.add_middleware(Shield, settings=settings)
     app.add_middleware(Requests)
     openapi.install(app)
     v1 = APIRouter(prefix="/v1")
@@ -65,8 +71,9 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     v1.add_api_route("/{path:path}", _no_such_call, methods=_METHODS, include_in_schema=False)
     app.include_router(v1)
     app.include_router(probes.router)
+    app.add_route("/docs", docs.page)
     # Last: the dashboard owns paths at the root.
-    app.mount("/", dashboard.guarded(dashboard.asgi(sampler), app))
+    app.mount("/", dashboard.Dashboard(app))
     return app
 
 

@@ -4,6 +4,7 @@ import hashlib
 import secrets
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from http import HTTPStatus
 from typing import Annotated, Literal
 
 from fastapi import Depends, Query, Request
@@ -116,16 +117,41 @@ def caller_of(session: Session, key: str) -> Caller | None:
     return Caller(key_id=row.id, scopes=frozenset(row.scopes), project=row.project)
 
 
-def check(session: Session, key: str | None, scope: Scope) -> Caller:
+def enter(request: Request, key: str | None, scope: Scope) -> Caller:
+    """Give the caller of a request, whose key may do `scope`.
+
+    Raises:
+        Problem: 401, 403; 429 for too many requests, or too many wrong keys.
+    """
+    if key is None:
+        raise _unauthorized("send `Authorization: Bearer <API key>`")
+    limits, digest = request.app.state.limits, hash_key(key)
+    address = request.client.host if request.client else ""
+    limits.knock(address, digest)
+    try:
+        # A session of its own, closed at once: a long-poll must not hold a connection.
+        with request.app.state.sessions.begin() as session:
+            caller = check(session, key, scope)
+    except Problem as problem:
+        if problem.status == HTTPStatus.UNAUTHORIZED:
+            limits.wrong(address)
+        raise
+    limits.good(digest)
+    return caller
+
+
+def _unauthorized(detail: str) -> Problem:
+    return Problem(401, "unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+def check(session: Session, key: str, scope: Scope) -> Caller:
     """Give the caller, or raise the problem of a key that may not do `scope`.
 
     `admin` may do everything.
     """
-    if key is None:
-        raise Problem(401, "unauthorized", "send `Authorization: Bearer <API key>`")
     caller = caller_of(session, key)
     if caller is None:
-        raise Problem(401, "unauthorized", "this API key is unknown, expired or revoked")
+        raise _unauthorized("this API key is unknown, expired or revoked")
     if not caller.scopes & {scope, "admin"}:
         held = ", ".join(sorted(caller.scopes)) or "none"
         raise Problem(403, "forbidden", f"this needs scope {scope!r}; the key holds: {held}")
@@ -136,7 +162,7 @@ def require(scope: Scope) -> Callable[..., Caller]:
     """A dependency that lets a request pass only with a key that holds `scope`."""
 
     def dependency(credentials: _Credentials, request: Request, project: _Project = None) -> Caller:
-        return _look_up(request, _key(credentials), scope).within(project)
+        return enter(request, _key(credentials), scope).within(project)
 
     return dependency
 
@@ -150,19 +176,15 @@ async def _recent_worker(
     name, now = hash_key(key or ""), recent.now()
     caller = recent.get(name)
     if caller is None:
-        caller = await run_in_threadpool(_look_up, request, key, "work")
+        caller = await run_in_threadpool(enter, request, key, "work")
         recent.keep(name, caller, now)
+    else:
+        request.app.state.limits.good(name)
     return caller.within(project)
 
 
 def _key(credentials: HTTPAuthorizationCredentials | None) -> str | None:
     return credentials.credentials if credentials else None
-
-
-def _look_up(request: Request, key: str | None, scope: Scope) -> Caller:
-    # A session of its own, closed at once: a long-poll must not hold a connection.
-    with request.app.state.sessions.begin() as session:
-        return check(session, key, scope)
 
 
 # A route says by its parameter which scope it needs, and passes the caller on to what it reads.

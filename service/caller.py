@@ -33,6 +33,11 @@ class Caller:
         """The project of what this caller makes."""
         return self.project or DEFAULT_PROJECT
 
+    def sees(self, optuna_name: str) -> bool:
+        """Whether a study is there for this caller, by its name in Optuna (`tables.Study`)."""
+        project, slash, _ = optuna_name.partition("/")
+        return self.project in (None, project if slash else DEFAULT_PROJECT)
+
     @property
     def studies(self) -> ColumnElement[bool]:
         """Which studies there are for this caller."""

@@ -86,6 +86,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
             host=settings.host,
             port=settings.port,
             log_config=None,
+            server_header=False,
             access_log=False,  # `service.requests` writes the line
             timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         )

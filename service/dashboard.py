@@ -1,8 +1,10 @@
-"""Optuna's dashboard, behind our keys and read-only: its write routes would bypass leases."""
+"""Optuna's dashboard, behind keys and projects; read-only: its writes would bypass leases."""
 
 import base64
 import binascii
+import re
 from typing import cast
+from urllib.parse import urlsplit
 
 from a2wsgi import WSGIMiddleware
 from fastapi import FastAPI
@@ -11,47 +13,75 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.auth import check
+from service.auth import enter
+from service.caller import Caller
 from service.errors import Problem
-from service.sampler import Sampler
 
 _READ_METHODS = frozenset({"GET", "HEAD"})
+_NOTE = re.compile(r"/api/studies/\d+(/\d+)?/note")
+# What shows no study, and what shows one, by its number in Optuna. Nothing else is let through:
+# a route that a newer dashboard brings is closed until somebody has looked at it.
+_PAGES = re.compile(r"/|/dashboard(/.*)?|/static/.*|/favicon\.ico|/api/meta/?|/api/studies/?")
+_OF_STUDY = re.compile(r"/(?:api/studies|csv)/(\d+)(?:/.*)?")
+_BASIC = {"WWW-Authenticate": 'Basic realm="warmscale: any user, an API key as password"'}
 
 
-def asgi(sampler: Sampler) -> ASGIApp:
-    """The dashboard, which is a WSGI application, for a server that speaks ASGI."""
-    return cast("ASGIApp", WSGIMiddleware(sampler.dashboard()))  # two spellings of one type
-
-
-def guarded(dashboard: ASGIApp, app: FastAPI) -> ASGIApp:
-    """Let a request through with a key of scope `read`, as Bearer or as the password of Basic.
+class Dashboard:
+    """Lets a request through with a key of scope `read`, as Bearer or as the password of Basic.
 
     Basic is what a browser can send: any user name, the key as password. Notes may be written
-    with scope `write`; nothing else may.
+    with scope `write`; nothing else may. Every project has a dashboard of its own studies.
     """
 
-    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._of_project: dict[str | None, ASGIApp] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or refuse."""
         if scope["type"] != "http":
             return
-        request = Request(scope)
-        refusal = await run_in_threadpool(_refuse, request, app)
-        await (refusal or dashboard)(scope, receive, send)
+        scope["app"] = self._app
+        answer = await run_in_threadpool(self._admit, Request(scope))
+        await answer(scope, receive, send)
 
-    return guard
+    def _admit(self, request: Request) -> ASGIApp:
+        path, reads = request.url.path, request.method in _READ_METHODS
+        if not reads and not _NOTE.fullmatch(path):
+            return PlainTextResponse("The dashboard is read-only here: use /v1.", 403)
+        if not reads and not _is_own_page(request):
+            return PlainTextResponse("This was sent by a page of another site.", 403)
+        try:
+            caller = enter(request, _key(request), "read" if reads else "write")
+        except Problem as problem:
+            headers = _BASIC if problem.status == 401 else problem.headers  # noqa: PLR2004
+            return PlainTextResponse(problem.detail, problem.status, headers=headers)
+        if not self._shows(path, caller):
+            return PlainTextResponse("There is nothing here.", 404)
+        return self._dashboard(caller)
+
+    def _shows(self, path: str, caller: Caller) -> bool:
+        if _PAGES.fullmatch(path):
+            return True
+        study = _OF_STUDY.fullmatch(path)
+        name = self._app.state.sampler.name_of(int(study[1])) if study else None
+        return name is not None and caller.sees(name)
+
+    def _dashboard(self, caller: Caller) -> ASGIApp:
+        known = self._of_project.get(caller.project)
+        if known is None:
+            wsgi = self._app.state.sampler.dashboard(caller.sees)
+            known = cast("ASGIApp", WSGIMiddleware(wsgi))  # two spellings of one type
+            self._of_project[caller.project] = known
+        return known
 
 
-def _refuse(request: Request, app: FastAPI) -> ASGIApp | None:
-    reads = request.method in _READ_METHODS
-    if not reads and not request.url.path.endswith("/note"):
-        return PlainTextResponse("The dashboard is read-only here: use /v1.", 403)
-    try:
-        with app.state.sessions() as session:
-            check(session, _key(request), "read" if reads else "write")
-    except Problem as problem:
-        basic = {"WWW-Authenticate": 'Basic realm="warmscale: any user, an API key as password"'}
-        headers = basic if problem.status == 401 else None  # noqa: PLR2004
-        return PlainTextResponse(problem.detail, problem.status, headers=headers)
-    return None
+def _is_own_page(request: Request) -> bool:
+    """Whether a write comes from our own page: browsers send Basic credentials from any page."""
+    if request.headers.get("Authorization", "").lower().startswith("bearer "):
+        return True  # no browser sends that by itself
+    origin = urlsplit(request.headers.get("Origin", ""))
+    return bool(origin.netloc) and origin.netloc == request.headers.get("Host")
 
 
 def _key(request: Request) -> str | None:

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from service import context
 from service.protocol import REQUEST_ID_HEADER
+from service.shield import SAFE_HEADERS
 from service.studies.space import FieldError
 
 _log = logging.getLogger(__name__)
@@ -35,12 +36,19 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
     """An error to answer with. `type` is stable; `detail` says what would work."""
 
     def __init__(
-        self, status: int, kind: str, detail: str, errors: tuple[FieldProblem, ...] = ()
+        self,
+        status: int,
+        kind: str,
+        detail: str,
+        errors: tuple[FieldProblem, ...] = (),
+        *,
+        headers: dict[str, str] | None = None,
     ) -> None:
         self.status = status
         self.kind = kind
         self.detail = detail
         self.errors = errors
+        self.headers = headers
         super().__init__(detail)
 
 
@@ -160,10 +168,7 @@ def install(app: FastAPI, *, away: tuple[type[Exception], ...]) -> None:
 
     @app.exception_handler(Problem)
     def on_problem(_: Request, problem: Problem) -> JSONResponse:
-        bearer = (
-            {"WWW-Authenticate": "Bearer"} if problem.status == HTTPStatus.UNAUTHORIZED else None
-        )
-        return _response(problem, bearer)
+        return _response(problem, problem.headers)
 
     @app.exception_handler(RequestValidationError)
     def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -207,6 +212,6 @@ def _install_database(app: FastAPI, away: tuple[type[Exception], ...]) -> None:
 def _on_bug(request: Request, error: Exception) -> JSONResponse:
     _log.error("fault", extra={"path": request.url.path}, exc_info=error)
     facts = context.current()
-    headers = {REQUEST_ID_HEADER: facts.request_id} if facts else None
+    headers = SAFE_HEADERS | ({REQUEST_ID_HEADER: facts.request_id} if facts else {})
     problem = Problem(500, "internal", "a fault of the service; its log has the trace")
     return _response(problem, headers)  # out here no middleware adds the header

@@ -19,6 +19,7 @@ _FIRST_ERROR = 400
 _FASTAPIS_OWN = ("HTTPValidationError", "ValidationError")
 _HEADERS: dict[int, dict[str, Any]] = {
     401: {"WWW-Authenticate": {"required": True, "schema": {"type": "string"}}},
+    429: {"Retry-After": {"schema": {"type": "integer", "minimum": 0}}},
     503: {"Retry-After": {"schema": {"type": "integer", "minimum": 0}}},
 }
 
@@ -87,6 +88,8 @@ _PROBLEMS: tuple[tuple[int, str, Callable[[Call], bool]], ...] = (
     (413, "The body is too large.", lambda call: call.has_body),
     (415, "The body is not `application/json`, or is compressed.", lambda call: call.has_body),
     (422, "Invalid: `errors` has the path of each bad field.", lambda call: call.has_input),
+    (408, "The body did not arrive in time.", lambda call: call.has_body),
+    (429, "Too many requests, or wrong keys; `Retry-After` says.", lambda call: call.needs_key),
     (500, "A fault of the service; its log has the trace.", lambda _: True),
     (503, "The database cannot be reached; try again.", lambda call: call.needs_database),
 )

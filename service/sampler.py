@@ -122,7 +122,7 @@ class Sampler:
         rdb = RDBStorage(
             url, engine_kwargs=pool | engine_options(make_url(url)), skip_table_creation=True
         )
-        self.engine = rdb.engine
+        self._rdb, self.engine = rdb, rdb.engine
         self.storage: BaseStorage = optuna.storages.get_storage(
             rdb
         )  # adds a cache of finished trials
@@ -267,9 +267,19 @@ class Sampler:
         )
         return {name: value for name, value in importances.items() if math.isfinite(value)}
 
-    def dashboard(self) -> Callable[..., Any]:
-        """Optuna's dashboard on this storage, as a WSGI application."""
-        return optuna_dashboard.wsgi(self.storage)
+    def dashboard(self, sees: Callable[[str], bool]) -> Callable[..., Any]:
+        """Optuna's dashboard of the studies whose names it `sees`, as a WSGI application."""
+        storage = optuna.storages.get_storage(self._rdb)
+        every = storage.get_all_studies
+        storage.get_all_studies = lambda: [s for s in every() if sees(s.study_name)]
+        return optuna_dashboard.wsgi(storage)
+
+    def name_of(self, optuna_id: int) -> str | None:
+        """The name of the study that has this number in Optuna."""
+        try:
+            return self.storage.get_study_name_from_id(optuna_id)
+        except KeyError:
+            return None
 
     def _load(self, study: str) -> optuna.Study:
         return optuna.load_study(

@@ -31,6 +31,16 @@ class Settings(BaseSettings):
     log_format: Format = Field(
         default="text", description="text: lines of key=value; json: an object a line"
     )
+    max_body_bytes: Annotated[int, Field(ge=1024)] = Field(
+        default=4_000_000, description="of a request; more is a 413"
+    )
+    body_seconds: Annotated[float, Field(gt=0)] = Field(
+        default=30.0, description="until a body has arrived; later is a 408"
+    )
+    requests_per_second: Annotated[float, Field(gt=0)] = Field(
+        default=500.0,
+        description="of one key at one replica, ten seconds' worth at once; more is a 429",
+    )
     pool_size: Annotated[int, Field(ge=1, le=100)] = 10
 
     @property

@@ -7,6 +7,7 @@ from service.auth import Reader
 from service.deps import DbSession
 from service.results import report, store
 from service.results.schemas import StudyResults
+from service.shield import NO_FRAMES
 from service.studies.store import find
 from service.studies.study_spec import StudySpec
 
@@ -25,4 +26,5 @@ def read_report(caller: Reader, session: DbSession, study: str) -> StreamingResp
     found = find(session, caller, study)
     spec, trials = StudySpec.model_validate(found.spec), store.report_trials(session, found.id)
     page = report.page(store.results(session, found), trials, spec)
-    return StreamingResponse(page, media_type="text/html; charset=utf-8")
+    headers = {"Content-Security-Policy": NO_FRAMES}  # the rest stands in the page
+    return StreamingResponse(page, media_type="text/html; charset=utf-8", headers=headers)
