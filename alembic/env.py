@@ -1,12 +1,14 @@
-"""Alembic's environment: our tables, in our schema, on the connection URL that the caller gives."""
+"""Alembic's environment: our tables, in our schema, where the caller says."""
 
 from alembic import context
-from sqlalchemy import create_engine
+from sqlalchemy import Connection
 
+from service.migrations import locking_engine
 from service.tables import SCHEMA, Base
 
-engine = create_engine(context.config.attributes["url"])
-with engine.connect() as connection:
+
+def run(connection: Connection) -> None:
+    """Run what was asked for; a transaction that is open already is left open."""
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
@@ -17,4 +19,12 @@ with engine.connect() as connection:
     )
     with context.begin_transaction():
         context.run_migrations()
-engine.dispose()
+
+
+given = context.config.attributes
+if "connection" in given:
+    run(given["connection"])
+else:
+    engine = locking_engine(given["url"], given["lock_seconds"])
+    with engine.connect() as connection:
+        run(connection)

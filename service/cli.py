@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from service import cli_admin, cli_study
+from service import cli_admin, cli_db, cli_study
 from service.cli_common import EXIT_CODES, Exit, Home, Json, access, settings
 from service.home import DEFAULT
 
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 app.add_typer(cli_study.study, name="study")
 app.add_typer(cli_study.run, name="run")
+for command in (cli_db.current, cli_db.history, cli_db.downgrade, cli_db.backup, cli_db.restore):
+    cli_admin.db.command()(command)
 app.add_typer(cli_admin.db, name="db")
 app.add_typer(cli_admin.key, name="key")
 

@@ -29,11 +29,12 @@ key = typer.Typer(help="API keys.", no_args_is_help=True)
 def upgrade(home: Home = DEFAULT) -> None:
     """Create the tables, or bring them to the newest version. Safe to repeat."""
     from service import db as database  # a second of imports
+    from service import migrations
 
     logging.basicConfig(level=logging.WARNING)
-    with _reached(), database.database(settings(home)) as url:
+    with reached(), database.database(settings(home)) as url:
         database.use_utc()
-        database.upgrade(url)
+        migrations.upgrade(url)
         typer.echo(f"{url.render_as_string(hide_password=True)} is up to date")
 
 
@@ -55,7 +56,7 @@ def check(
     from service import invariants
     from service.db import database
 
-    with _reached(), database(settings(home)) as url:
+    with reached(), database(settings(home)) as url:
         engine = create_engine(url)
         with invariants.snapshot(engine) as session:
             report = invariants.check(session, at_rest=at_rest, with_files=files)
@@ -146,7 +147,7 @@ def _session(home: Path) -> Generator["Session"]:
 
     from service.db import database
 
-    with _reached(), database(settings(home)) as url:
+    with reached(), database(settings(home)) as url:
         engine = create_engine(url)
         with Session(engine) as session, session.begin():
             yield session
@@ -154,9 +155,12 @@ def _session(home: Path) -> Generator["Session"]:
 
 
 @contextmanager
-def _reached() -> Generator[None]:
-    """Say shortly that a database cannot be reached, or that it has no tables yet."""
+def reached() -> Generator[None]:
+    """Say shortly that a database cannot be reached, or is not as this version needs it."""
     from sqlalchemy.exc import OperationalError, ProgrammingError
+
+    from service.migrations import LockBusyError
+    from service.revisions import NewerDatabaseError
 
     try:
         yield
@@ -165,5 +169,7 @@ def _reached() -> Generator[None]:
     except ProgrammingError as error:
         works = "run `warmscale db upgrade` first"
         fail(Exit.CONFLICT, f"{str(error.orig).splitlines()[0]}; {works}")
+    except (LockBusyError, NewerDatabaseError) as error:
+        fail(Exit.CONFLICT, str(error))
     except ValueError as error:
         fail(Exit.USAGE, str(error))

@@ -10,13 +10,16 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
 
 from service import __version__, logs
 from service.child import ChildError, die_with_parent
 from service.cli_common import Exit, fail
-from service.db import database, reach, upgrade, use_utc
+from service.db import database, reach, use_utc
 from service.drain import Server, end_on_sigterm
 from service.home import HomeInUseError, access_path
+from service.migrations import LockBusyError, revisions, upgrade
+from service.revisions import NewerDatabaseError, complaint
 from service.settings import Settings
 from service.tables import ApiKey
 from service.up import Interrupted, PortTakenError, Stack, log_folder, stack
@@ -72,12 +75,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
     if supervised:
         die_with_parent()
     with database(settings) as url:
-        try:
-            reach(url, _DATABASE_PATIENCE_SECONDS)
-        except OperationalError as error:
-            fail(Exit.UNREACHABLE, f"cannot reach the database: {str(error.orig).strip()}")
-        if supervised or settings.database_url is None:
-            upgrade(url)
+        _prepare(url, upgraded=supervised or settings.database_url is None)
         if supervised:
             admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
         app = create_app(settings, url)
@@ -91,6 +89,23 @@ def serve(settings: Settings, *, supervised: bool) -> None:
             timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         )
         Server(config, app.state.drain).run()
+
+
+def _prepare(url: URL, *, upgraded: bool) -> None:
+    """Upgrade the database, or only see that somebody has: one that is not would fail at random."""
+    try:
+        reach(url, _DATABASE_PATIENCE_SECONDS)
+        if upgraded:
+            upgrade(url)
+    except OperationalError as error:
+        fail(Exit.UNREACHABLE, f"cannot reach the database: {str(error.orig).strip()}")
+    except (LockBusyError, NewerDatabaseError) as error:
+        fail(Exit.CONFLICT, str(error))
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as connection:
+        wrong = complaint(revisions(connection))
+    if wrong is not None:
+        fail(Exit.CONFLICT, wrong)
 
 
 def admit(url: URL, key: str, fleet_key: str) -> None:

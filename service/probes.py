@@ -2,13 +2,12 @@
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
-from sqlalchemy import text
-from sqlalchemy.exc import ProgrammingError
 
-from service import metrics
+from service import metrics, migrations
 from service.auth import Scraper
 from service.deps import DbSession
 from service.errors import Problem
+from service.revisions import complaint
 
 router = APIRouter(tags=["probes"])
 
@@ -21,11 +20,10 @@ def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 def readyz(session: DbSession) -> dict[str, str]:
-    """200 when the database answers and has our tables; 503 when it is away."""
-    try:
-        session.execute(text("SELECT FROM warmscale.studies LIMIT 0"))
-    except ProgrammingError:
-        raise Problem(503, "no-tables", "run `warmscale db upgrade`") from None
+    """200 when the database is there, at this version's revisions; 503 when it is not."""
+    wrong = complaint(migrations.revisions(session.connection()))
+    if wrong is not None:
+        raise Problem(503, "needs-upgrade", wrong)
     return {"status": "ready"}
 
 

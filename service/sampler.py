@@ -43,7 +43,7 @@ from optuna.samplers import (
 )
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import make_url, text
+from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
@@ -56,8 +56,6 @@ from service.studies.study_spec import StudySpec
 from service.tpe import Memory, RememberingTPESampler
 from warmcore.spec import derived_seed
 
-# Optuna finds a trial by its number among all of its study.
-_INDEX = "CREATE INDEX IF NOT EXISTS ix_warmscale_number ON optuna.trials (study_id, number)"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -79,15 +77,6 @@ class Suggestion:
 
     number: int
     params: dict[str, Any]
-
-
-def upgrade(url: str) -> None:
-    """Create Optuna's tables, or bring them to the installed version. One caller at a time."""
-    storage = RDBStorage(url, skip_compatibility_check=True)
-    storage.upgrade()
-    with storage.engine.begin() as connection:
-        connection.execute(text(_INDEX))
-    storage.engine.dispose()
 
 
 def _in_turn(

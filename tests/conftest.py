@@ -46,7 +46,7 @@ def postgres():
     """A running server, with a database `template_warmscale` that has every table."""
     from sqlalchemy import create_engine, text
 
-    from service import db
+    from service import db, migrations
 
     db.use_utc()
     with scratch() as folder:
@@ -61,7 +61,7 @@ def postgres():
                 connection.execute(text("ALTER SYSTEM SET fsync = off"))
                 connection.execute(text("SELECT pg_reload_conf()"))
                 connection.execute(text("CREATE DATABASE template_warmscale"))
-            db.upgrade(url.set(database="template_warmscale"))
+            migrations.upgrade(url.set(database="template_warmscale"))
             yield SimpleNamespace(url=url, admin=admin, server=server)
             admin.dispose()
 

@@ -280,6 +280,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Everything goes."""
     op.drop_table("measurements", schema="warmscale")
     op.drop_index("ix_events_study_id_xid_id", table_name="events", schema="warmscale")
     op.drop_index("ix_events_run_id_xid_id", table_name="events", schema="warmscale")

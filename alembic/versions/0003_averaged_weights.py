@@ -19,5 +19,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Losses of averaged weights are lost; the weights' own stay."""
     for name in reversed(_COLUMNS):
         op.drop_column("measurements", name, schema="warmscale")

@@ -40,5 +40,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """The idempotency keys of targets started by hand go, and which leases had time again."""
     op.drop_table("launches", schema="warmscale")
     op.drop_column("runs", "graced", schema="warmscale")

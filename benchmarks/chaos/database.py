@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
-from service import db
+from service import db, migrations
 from service.child import die_with_parent
 
 
@@ -33,7 +33,7 @@ class Database:
         self._log = folder / "postgres.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
-        db.upgrade(self.url)
+        migrations.upgrade(self.url)
 
     @property
     def is_running(self) -> bool:

@@ -15,7 +15,7 @@ import psycopg
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL
 
-from service import db
+from service import db, migrations
 
 _START_SECONDS = 60.0
 
@@ -49,7 +49,7 @@ def stack(folder: Path, *, replicas: int) -> Generator[Stack]:
         server = stop.enter_context(db.start_embedded(folder))
         ours = db.normalized(server.get_uri())
         theirs = _second_database(ours)
-        db.upgrade(ours)
+        migrations.upgrade(ours)
         RDBStorage(theirs).engine.dispose()
         environment = _environment(folder, ours)
         key = _cli(environment, "key", "create", "benchmark", "--scope", "admin")

@@ -1,0 +1,160 @@
+"""`warmscale db current · history · downgrade · backup · restore`."""
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli_admin import reached
+from service.cli_common import Exit, Home, Json, fail, settings
+from service.home import DEFAULT
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+    from service.backup.archive import Manifest
+
+BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup's one file.")]
+
+
+@contextmanager
+def _database(home: Path) -> Generator["URL"]:
+    from service import db
+    from service.backup.archive import BackupError
+    from service.backup.load import InUseError, NotEmptyError
+
+    try:
+        with reached(), db.database(settings(home)) as url:
+            db.use_utc()
+            yield url
+    except (BackupError, InUseError, NotEmptyError) as error:
+        fail(Exit.CONFLICT, str(error))
+
+
+def current(*, home: Home = DEFAULT, as_json: Json = False) -> None:
+    """Print the revision of both schemas; exit code 4 when one is not this version's."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    from service.migrations import revisions
+    from service.revisions import complaint
+
+    with _database(home) as url:
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.connect() as connection:
+            found = revisions(connection)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {r.schema: {"found": r.found, "head": r.head, "is": r.standing} for r in found}
+            )
+        )
+    else:
+        typer.echo("\n".join(map(str, found)))
+    if (wrong := complaint(found)) is not None:
+        fail(Exit.CONFLICT, wrong)
+
+
+def history() -> None:
+    """Print the revisions that this version knows, oldest first."""
+    from service.migrations import scripts
+
+    for script in scripts():
+        typer.echo(f"{script.revision}  {(script.doc or '').splitlines()[0]}")
+
+
+def downgrade(
+    *,
+    to: Annotated[str, typer.Option(help="The earlier revision, as `db history` names it.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Lose what it says will be lost.")] = False,
+    home: Home = DEFAULT,
+) -> None:
+    """Take our tables to an earlier revision, for an earlier version of warmscale."""
+    from sqlalchemy import create_engine
+    from sqlalchemy.pool import NullPool
+
+    from service import migrations
+    from service.revisions import found
+    from service.tables import SCHEMA
+
+    with _database(home) as url:
+        engine = create_engine(url, poolclass=NullPool)
+        with engine.connect() as connection:
+            steps = migrations.losses(found(connection, SCHEMA), to)
+        for revision, lost in steps:
+            typer.echo(f"undo {revision}: {lost}", err=True)
+        if not yes:
+            fail(Exit.USAGE, "make a backup (`warmscale db backup`), then say --yes")
+        migrations.downgrade(url, to)
+    typer.echo(f"schema {SCHEMA} is at {to}")
+
+
+def backup(path: BackupFile, *, home: Home = DEFAULT, as_json: Json = False) -> None:
+    """Write both schemas, as of one moment, to one file that only you can read.
+
+    The service goes on meanwhile. The hashes of API keys are in it; checkpoints' files are not.
+    """
+    from service.backup.dump import backup as write
+
+    with _database(home) as url, _progress(as_json=as_json) as progress:
+        manifest = write(url, path, progress)
+    _say("backed up to", path, manifest, as_json=as_json)
+
+
+def restore(
+    path: BackupFile,
+    *,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Delete everything that the database holds now.")
+    ] = False,
+    home: Home = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Restore a backup into an empty database, in one transaction; stop the service first.
+
+    A backup of an earlier version is upgraded. Its API keys are good again, those made since not.
+    """
+    from service.backup.load import restore as read
+
+    with _database(home) as url, _progress(as_json=as_json) as progress:
+        manifest = read(url, path, progress, replace=replace)
+    _say("restored from", path, manifest, as_json=as_json)
+
+
+@contextmanager
+def _progress(*, as_json: bool) -> Generator[Callable[[str, int], None]]:
+    """How many bytes of which table have gone through, on the terminal."""
+    from rich.console import Console
+    from rich.progress import DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), DownloadColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True), disable=as_json) as bar:
+
+        def heard(name: str, num_bytes: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=None)
+            bar.advance(tasks[name], num_bytes)
+
+        yield heard
+
+
+def _say(done: str, path: Path, manifest: "Manifest", *, as_json: bool) -> None:
+    fields: dict[str, Any] = {
+        "file": str(path),
+        "made_at": manifest.made_at.isoformat(),
+        "rows": manifest.num_rows,
+        "file_bytes": path.stat().st_size,
+        "revisions": manifest.revisions,
+    }
+    if as_json:
+        typer.echo(json.dumps(fields))
+        return
+    at = ", ".join(f"{schema} {revision}" for schema, revision in manifest.revisions.items())
+    typer.echo(
+        f"{done} {path}: {manifest.num_rows} rows ({path.stat().st_size} bytes) of "
+        f"{manifest.made_at:%Y-%m-%d %H:%M:%S} UTC, at {at}"
+    )

@@ -1,0 +1,81 @@
+"""Optuna's tables, created and upgraded by Optuna's own migrations, in schema `optuna`."""
+
+from pathlib import Path
+
+import optuna
+from alembic.config import Config
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext, RevisionStep
+from alembic.script import ScriptDirectory
+from optuna.storages import RDBStorage
+from optuna.storages._rdb import models
+from sqlalchemy import Connection, text
+
+from service.tables import OPTUNA_SCHEMA
+
+# Optuna finds a trial by its number among all of its study.
+_INDEX = "CREATE INDEX IF NOT EXISTS ix_warmscale_number ON optuna.trials (study_id, number)"
+
+
+def upgrade(url: str) -> None:
+    """Create Optuna's tables, or bring them to the installed version. One caller at a time."""
+    storage = RDBStorage(url, skip_compatibility_check=True)
+    storage.upgrade()
+    with storage.engine.begin() as connection:
+        connection.execute(text(_INDEX))
+    storage.engine.dispose()
+
+
+def revisions() -> tuple[str, ...]:
+    """The revisions that the installed Optuna knows, oldest first."""
+    return tuple(script.revision for script in _scripts().walk_revisions())[::-1]
+
+
+def create(connection: Connection, revision: str) -> None:
+    """Create empty tables as they were at `revision`, in the connection's transaction.
+
+    At the newest they are those of a new installation; Optuna's migrations from nothing differ
+    from them in the name of an index.
+    """
+    _in_schema(connection)
+    if revision == revisions()[-1]:
+        models.BaseModel.metadata.create_all(connection)
+        _context(connection).stamp(_scripts(), revision)
+    else:
+        migrate(connection, revision)
+
+
+def migrate(connection: Connection, revision: str) -> None:
+    """Bring the tables up to `revision`, in the connection's transaction."""
+    _in_schema(connection)
+    context = _context(connection, revision)
+    with Operations.context(context):
+        context.run_migrations()
+    if revision == revisions()[-1]:
+        connection.execute(
+            text("UPDATE version_info SET schema_version = :schema, library_version = :library"),
+            {"schema": models.SCHEMA_VERSION, "library": optuna.__version__},
+        )
+        connection.execute(text(_INDEX))
+
+
+def _in_schema(connection: Connection) -> None:
+    """Optuna's migrations name no schema."""
+    connection.execute(text(f"SET LOCAL search_path TO {OPTUNA_SCHEMA}"))
+
+
+def _context(connection: Connection, revision: str = "head") -> MigrationContext:
+    scripts = _scripts()
+
+    def steps(found: str, _: MigrationContext) -> list[RevisionStep]:
+        return scripts._upgrade_revs(revision, found)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - as Alembic's manual does
+
+    opts = {"script": scripts, "version_table_schema": OPTUNA_SCHEMA, "fn": steps}
+    return MigrationContext.configure(connection, opts=opts)
+
+
+def _scripts() -> ScriptDirectory:
+    folder = Path(models.__file__).with_name("alembic")
+    config = Config()
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
+    return ScriptDirectory.from_config(config)

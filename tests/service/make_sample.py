@@ -1,0 +1,53 @@
+"""Makes samples/REVISION.backup: a database as the newest revision has it, with data in it.
+
+    python -m tests.service.make_sample            # from the repository's root
+
+For a revision of the past, play it with that time's code (--play, in a checkout of it) and back it
+up with this one's (--dump).
+"""
+
+import sys
+from pathlib import Path
+
+from tests.by_hand import Worker
+from tests.service.scenario import play
+
+SAMPLES = Path(__file__).with_name("samples")
+
+
+def main(folder, steps):
+    from service import db
+
+    db.use_utc()
+    with db.start_embedded(Path(folder)) as server:
+        url = db.normalized(server.get_uri())
+        if "--play" in steps:
+            played(url, Path(folder))
+        if "--dump" in steps:
+            from service.backup.dump import backup
+            from service.migrations import scripts
+
+            aside = Path(folder) / "new.backup"
+            revision = backup(url, aside, lambda *_: None).revisions["warmscale"]
+            assert revision in {script.revision for script in scripts()}
+            aside.replace(SAMPLES / f"{revision}.backup")
+
+
+def played(url, folder):
+    from tests import conftest
+
+    try:
+        from service.migrations import upgrade
+    except ImportError:
+        from service.db import upgrade
+    upgrade(url)
+    settings = conftest.settings_below(folder).model_copy(update={"artifacts": "s3://bucket/all"})
+    with conftest.serving(settings, url) as api:
+        play(Worker(api.client))
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="warmscale-", ignore_cleanup_errors=True) as folder:
+        main(*(sys.argv[1:2] or [folder]), sys.argv[2:] or ["--play", "--dump"])

@@ -1,0 +1,73 @@
+"""A team's database in small: studies in every state, runs of every kind and state."""
+
+import contextlib
+
+from service.protocol import Measurement
+
+ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
+SPEC = {
+    "data": {"source": "stdlib", "context": 32},
+    "proxy": {"width": 32, "depth": 1, "head_dim": 16},
+    "target": {"width": 64},
+    "train": {"batch_size": 8, "num_tokens": 8 * 32 * 20, "evaluations": 4},
+    "search_space": {
+        "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},
+        "beta2": {"type": "categorical", "choices": [0.95, 0.99]},
+    },
+    "hpo": ONE,
+    "warmstart": {"seeds": 1},
+}
+
+
+def play(worker, **changes):
+    """Drive a service to where every state is there; `changes` are of every study's spec."""
+    client = worker.client
+
+    def submit(name, **more):
+        return client.post("/v1/studies", SPEC | changes | {"name": name} | more)["id"]
+
+    failed = submit("failed", max_attempts=1)
+    worker.finish(worker.one(study=failed), "failed", error="CUDA said no\n\tand \\ more")
+    completed = submit("completed", hpo=ONE | {"trials": 2})
+    for loss in (2.5, 2.0):
+        train(worker, worker.one(study=completed), loss)
+    for target in worker.lease(2, study=completed):
+        train(worker, target, 1.5)
+    launch = {"target": {"width": 96}}
+    client.post(f"/v1/studies/{completed}/targets", launch, idempotency_key="once")
+    cancelled = submit("cancelled")
+    worker.one(study=cancelled)
+    client.post(f"/v1/studies/{cancelled}/cancel")
+    paused = submit("paused")
+    client.post(f"/v1/studies/{paused}/pause")
+    active = submit("active", hpo=ONE | {"trials": 9, "parallel": 3})
+    client.post(f"/v1/studies/{active}/trials", {"params": {"lr": 0.01}})
+    train(worker, worker.one(study=active), 2.25)
+    for outcome in ("pruned", "diverged", "released"):
+        worker.finish(worker.one(study=active), outcome)
+    held = worker.one(study=active)  # the released one again
+    worker.evaluate(held, 1, 3.0)
+    for step in (5, 10, 15):
+        worker.publish(held, step, final=False)
+    with contextlib.suppress(Exception):  # a revision that has no budgets yet
+        budgets(worker, submit)
+
+
+def budgets(worker, submit):
+    """A trunk that has published the first of its two budgets."""
+    study = submit("budgets", target={"width": 64, "budgets": [2, 4]})
+    worker.complete(worker.one(study=study), 2.0)
+    trunk, _ = worker.lease(2, study=study)
+    from warmcore.branching import branch_steps
+
+    worker.publish(trunk, branch_steps(trunk.spec)[0], final=False)
+
+
+def train(worker, lease, loss):
+    averages = {"ema_val_loss_nats", "swa_val_loss_nats"} & set(Measurement.model_fields)
+    for evaluation in (1, 2):
+        step = evaluation * 5
+        point = {"step": step, "tokens": step * 256, "evaluation": evaluation}
+        point |= dict.fromkeys(averages, loss + 0.25)
+        worker.report(lease, point | {"val_loss_nats": loss + 1 / evaluation, "lr": 1e-3 / 3})
+    worker.complete(lease, loss)
