@@ -1,12 +1,8 @@
 """The end of an API process: what is under way is finished, what waits is answered, exit code 0."""
 
-import contextlib
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,35 +17,7 @@ from service.client import Client
 from service.leases import trials
 from service.studies.advance import lock
 from tests.by_hand import Worker
-
-
-class Serving:
-    """`warmscale serve` in a process of its own."""
-
-    def __init__(self, settings, url, log):
-        self.url, self.log = f"http://127.0.0.1:{settings.port}", log
-        with log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "service.cli", "serve"],
-                env=os.environ
-                | {
-                    "WARMSCALE_DATABASE_URL": url.render_as_string(hide_password=False),
-                    "WARMSCALE_HOME": str(settings.home),
-                    "WARMSCALE_PORT": str(settings.port),
-                },
-                stdout=out,
-                stderr=out,
-            )
-
-    def wait_until_ready(self):
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/readyz").is_success:
-                    return self
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+from tests.service.replicas import Serving
 
 
 @pytest.fixture

@@ -1,0 +1,202 @@
+"""Several replicas of the API on one database, and that database killed under one of them."""
+
+import contextlib
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from sqlalchemy import create_engine, func, select, text
+from sqlalchemy.orm import Session
+
+from service import auth, db
+from service.client import ServiceError, StaleLeaseError
+from service.tables import Event, Run
+from tests.by_hand import Worker
+from tests.conftest import free_port, scratch, serving, settings_below, violations
+from tests.service.replicas import Serving, balanced
+
+LISTENER = 1
+
+
+def connections(engine):
+    """Connections to this database but our own."""
+    query = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        " AND backend_type = 'client backend'"
+    )
+    with engine.connect() as connection:
+        return connection.scalar(text(query))
+
+
+@contextlib.contextmanager
+def watched(engine):
+    """The most connections there were at once while inside; empty before."""
+    most, over = [0], threading.Event()
+
+    def watch():
+        while not over.wait(0.02):
+            most[0] = max(most[0], connections(engine))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield most
+    over.set()
+    thread.join()
+
+
+@pytest.fixture
+def engine(database_url):
+    engine = create_engine(database_url, isolation_level="AUTOCOMMIT")
+    yield engine
+    engine.dispose()
+
+
+def train(client, study, stop):
+    """A worker that leases, evaluates and finishes until the study has ended."""
+    worker, busy = Worker(client, threading.current_thread().name), 0
+    while not stop.is_set():
+        for lease in worker.lease(2, study=study, wait_seconds=0.5):
+            busy += 1
+            with contextlib.suppress(StaleLeaseError):
+                worker.evaluate(lease, 1, 2.0)
+                worker.complete(lease, loss=1.0 + (lease.trial_number or 0))
+        if client.get(f"/v1/studies/{study}")["state"] == "completed":
+            return busy
+    return busy
+
+
+def test_a_study_on_two_replicas_of_which_one_is_killed_has_each_step_once(
+    settings, database_url, engine, study_spec, tmp_path
+):
+    with Session(engine) as session, session.begin():
+        _, key = auth.create_key(session, "test", ["admin"])
+    chosen = settings.model_copy(update={"lease_seconds": 2.0, "pool_size": 3})
+    each = [chosen.model_copy(update={"port": free_port()}) for _ in range(2)]
+    replicas = [Serving(one, database_url, tmp_path / f"api-{n}.log") for n, one in enumerate(each)]
+    stop = threading.Event()
+    try:
+        for replica in replicas:
+            replica.wait_until_ready()
+        urls = [replica.url for replica in replicas]
+        hpo = {"trials": 16, "parallel": 8, "sampler": "random", "pruner": "none"}
+        with (
+            balanced(urls, key) as client,
+            ThreadPoolExecutor(6) as pool,
+            watched(engine) as most,
+        ):
+            spec = study_spec(hpo=hpo, max_attempts=20, warmstart={"seeds": 1})
+            study = client.post("/v1/studies", spec, idempotency_key="k")["id"]
+            fleets = [pool.submit(train, client, study, stop) for _ in range(6)]
+            while sum(t["state"] == "succeeded" for t in trials_of(client, study)) < 4:
+                time.sleep(0.02)
+            replicas[0].stop()  # kill -9, in the middle of requests
+            again = Serving(each[0], database_url, tmp_path / "api-0.log")
+            replicas.append(again)
+            try:
+                for fleet in fleets:
+                    fleet.result(120)
+            finally:
+                stop.set()
+            view = client.get(f"/v1/studies/{study}")
+            answers = list(client.answers)
+        assert (view["state"], view["trials"]["succeeded"]) == ("completed", 16)
+        assert view["targets"]["succeeded"] == 2
+        assert not [a for a in answers if a[2] == 500]
+        assert most[0] <= 2 * (3 * chosen.pool_size + LISTENER)
+        check_each_step_once(engine, study)
+        checking = create_engine(database_url)
+        assert violations(checking) == ()
+        checking.dispose()
+    finally:
+        stop.set()
+        for replica in replicas:
+            replica.stop()
+
+
+def trials_of(client, study):
+    return client.get(f"/v1/studies/{study}/trials")["items"]
+
+
+def check_each_step_once(engine, study):
+    """No transition was made twice, whoever asked for it."""
+    with Session(engine) as session:
+        once = ("study.completed", "run.succeeded")
+        query = (
+            select(Event.type, Event.run_id, func.count())
+            .where(Event.study_id == study, Event.type.in_(once))
+            .group_by(Event.type, Event.run_id)
+        )
+        found = list(session.execute(query))
+        assert {count for _, _, count in found} == {1}
+        assert sum(type_ == "study.completed" for type_, _, _ in found) == 1
+        numbers = session.scalars(
+            select(Run.trial_number).where(Run.study_id == study, Run.kind == "trial")
+        )
+        assert sorted(numbers) == list(range(16))
+
+
+def test_sixty_four_clients_at_once_use_no_more_connections_than_are_written_down(
+    settings, database_url, engine, study_spec
+):
+    pool_size = 3
+    with (
+        serving(settings.model_copy(update={"pool_size": pool_size}), database_url) as api,
+        balanced([api.url], api.key) as client,
+        ThreadPoolExecutor(64) as pool,
+        watched(engine) as most,
+    ):
+        hpo = {"trials": 64, "parallel": 64, "sampler": "random", "pruner": "none"}
+        client.post("/v1/studies", study_spec(hpo=hpo, target=None))
+
+        def one_trial(_):
+            worker = Worker(client)
+            lease = worker.one(wait_seconds=20)
+            worker.evaluate(lease, 1, 2.0)
+            return worker.complete(lease)
+
+        assert set(pool.map(one_trial, range(64))) == {"succeeded"}
+        assert not [a for a in client.answers if a[2] == 500]
+    assert 0 < most[0] <= 3 * pool_size + LISTENER
+
+
+def test_an_api_outlives_its_database_and_goes_on_by_itself(study_spec):
+    with warnings.catch_warnings(), scratch() as folder, scratch() as home:
+        warnings.simplefilter("ignore")
+        server = db.start_embedded(folder)
+        url = db.normalized(server.get_uri())
+        db.upgrade(url)
+        with serving(settings_below(home), url) as api:
+            api.client.post("/v1/studies", study_spec())
+            worker = Worker(api.client)
+            lease = worker.one()
+            server.get_postmaster_info().process.kill()  # the postmaster, with kill -9
+            while httpx.get(f"{api.url}/readyz").status_code == 200:
+                time.sleep(0.02)
+            away = httpx.get(f"{api.url}/readyz")
+            assert (away.status_code, away.headers["Retry-After"]) == (503, "1")
+            assert httpx.get(f"{api.url}/healthz").status_code == 200
+            with pytest.raises(ServiceError, match="cannot be reached"):
+                worker.report(lease)
+            while any(p.is_running() for p in _backends(server)):
+                time.sleep(0.05)
+            server.ensure_postgres_running()
+            api.client.patience_seconds = 60
+            assert worker.report(lease) == "continue"
+            assert httpx.get(f"{api.url}/readyz").status_code == 200
+            assert worker.complete(lease) == "succeeded"
+            assert len(worker.lease(2, wait_seconds=5)) == 2
+            assert violations(api.engine) == ()
+        server._cleanup()
+
+
+def _backends(server):
+    import psutil
+
+    for process in psutil.process_iter(["cmdline", "name"]):
+        said = " ".join(process.info["cmdline"] or [])
+        if (process.info["name"] or "").startswith("postgres") and str(server.pgdata) in said:
+            yield process
