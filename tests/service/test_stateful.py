@@ -373,7 +373,7 @@ def _patient(home):
 @pytest.mark.timeout(0 if EXAMPLES else 300)
 def test_no_order_of_events_breaks_the_lease_protocol(replicas, study_spec):
     profile = settings(
-        max_examples=EXAMPLES or 10,
+        max_examples=EXAMPLES or 7,
         stateful_step_count=40 if EXAMPLES else 20,
         derandomize=not EXAMPLES,
         database=None,
