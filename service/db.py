@@ -14,6 +14,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
+from service import pool
 from service.settings import Settings
 from service.tables import OPTUNA_SCHEMA
 
@@ -96,7 +97,7 @@ def engine_options(url: URL) -> dict[str, Any]:
     options = f"{url.query.get('options', '')} {_SESSION_OPTIONS}".strip()
     return {
         "hide_parameters": True,  # errors are logged, and tokens are among the parameters
-        "pool_pre_ping": True,
+        **pool.OPTIONS,
         "pool_timeout": _POOL_TIMEOUT_SECONDS,
         "connect_args": {"options": options, **_CONNECTION},
     }

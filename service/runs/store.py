@@ -207,7 +207,7 @@ def finish(session: Session, caller: Caller, run_id: str, token: str, finish: Fi
         if ended is None:
             raise _stale(run_id)
         return ended
-    if finish.outcome == "succeeded":
+    if finish.outcome == "succeeded" and run.kind == "target":
         branches.check_all_started(session, run)
     if finish.val_loss_nats is not None:
         run.val_loss_nats = finish.val_loss_nats
@@ -215,8 +215,9 @@ def finish(session: Session, caller: Caller, run_id: str, token: str, finish: Fi
         run.provenance = finish.provenance.model_dump(mode="json")
     if finish.timing is not None:
         run.timing = finish.timing.model_dump(mode="json")
-    end_attempt(session, run, finish.outcome, error=finish.error, retryable=finish.retryable)
-    tell_end(session, study, run)
+    with session.no_autoflush:  # one UPDATE of the run, when all is known
+        end_attempt(session, run, finish.outcome, error=finish.error, retryable=finish.retryable)
+        tell_end(session, study, run)
     session.flush()
     advance(session, study)
     return run.state

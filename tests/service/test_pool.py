@@ -1,0 +1,54 @@
+"""A connection that the server has closed costs one request at most, and none after a while."""
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
+
+from service import pool
+from service.db import make_engine
+
+
+@pytest.fixture
+def engine(database_url):
+    engine = make_engine(database_url, 3)
+    yield engine
+    engine.dispose()
+
+
+def ask(engine):
+    with engine.connect() as connection:
+        return connection.scalar(text("SELECT pg_backend_pid()"))
+
+
+def closed_by_the_server(engine, postgres):
+    ids = set()
+    with engine.connect() as one, engine.connect() as other:
+        ids |= {c.scalar(text("SELECT pg_backend_pid()")) for c in (one, other)}
+    with postgres.admin.connect() as admin:
+        for pid in ids:
+            admin.execute(text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
+    return ids
+
+
+def test_after_a_while_closed_connections_are_replaced_unnoticed(engine, postgres, monkeypatch):
+    ids = closed_by_the_server(engine, postgres)
+    monkeypatch.setattr(pool, "IDLE_SECONDS", 0.0)
+    assert ask(engine) not in ids
+    assert ask(engine) not in ids
+
+
+def test_at_once_one_request_fails_and_the_next_has_a_new_pool(engine, postgres, monkeypatch):
+    monkeypatch.setattr(pool, "IDLE_SECONDS", 3600.0)
+    ids = closed_by_the_server(engine, postgres)
+    with pytest.raises(OperationalError):
+        ask(engine)
+    assert ask(engine) not in ids
+    assert ask(engine) not in ids
+
+
+def test_a_connection_in_use_is_not_asked_first_whether_it_is_there(engine, monkeypatch):
+    monkeypatch.setattr(pool, "IDLE_SECONDS", 3600.0)
+    before, statements = ask(engine), []
+    event.listen(engine, "before_cursor_execute", lambda *a: statements.append(a[2]))
+    assert ask(engine) == before
+    assert statements == ["SELECT pg_backend_pid()"]
