@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ _VICTIM_SECONDS = 20.0
 _TICK_SECONDS = 0.2
 _GONE = "processes of a parent that was killed"
 
+_Repair = tuple[float, float, Callable[[], None], str, Check | None]  # due, struck, …
+
 
 @dataclass(kw_only=True)
 class Driver:
@@ -45,7 +48,7 @@ class Driver:
 
     def run(self) -> None:
         self._faults = Faults(stack=self.stack)
-        self._repairs: list[tuple[float, Any, str, Check | None]] = []
+        self._repairs: list[_Repair] = []
         self._awaited: list[tuple[float, str, Check]] = []
         self._due = list(self.schedule)
         self._clock, self._last = 0.0, time.monotonic()
@@ -98,18 +101,18 @@ class Driver:
         if struck.is_gone is not None:
             self._awaited.append((now, _GONE, struck.is_gone))
         if struck.repair is not None:
-            self._repairs.append(
-                (now + struck.repair_after, struck.repair, fault.kind, struck.is_over)
-            )
+            repair = struck.repair, fault.kind, struck.is_over
+            self._repairs.append((now + struck.repair_after, now, *repair))
         elif struck.is_over is not None:
             self._awaited.append((now, fault.kind, struck.is_over))
         return True
 
-    def _repair(self, repair: tuple[float, Any, str, Check | None]) -> None:
+    def _repair(self, repair: _Repair) -> None:
         self._repairs.remove(repair)
-        repair[1]()
-        if repair[3] is not None:
-            self._awaited.append((time.monotonic(), repair[2], repair[3]))
+        _, since, mend, kind, is_over = repair
+        mend()
+        if is_over is not None:
+            self._awaited.append((since, kind, is_over))
 
     def _look_for_recoveries(self) -> None:
         for one in list(self._awaited):
@@ -167,17 +170,12 @@ class Driver:
 
     def _count(self, client: Client, name: str) -> None:
         """By way of the API and of Optuna, not of the checker."""
-        budget = self.spec["hpo"]["trials"]
         trials = client.get(f"/v1/studies/{name}/trials")["items"]
-        ended = [t["number"] for t in trials if t["state"] in ("succeeded", "pruned")]
-        self.lost += budget - len(set(ended) & set(range(budget)))
-        self.doubled += len(trials) - len({t["number"] for t in trials})
         sampler = Sampler(optuna_url(self.stack.database.url), pool_size=1)
         heard = sampler.states(name)
         sampler.close()
-        told = [n for n, (state, _) in heard.items() if state in ("COMPLETE", "PRUNED")]
-        self.lost += budget - len(set(told) & set(range(budget)))
-        self.doubled += max(0, len(told) - budget)
+        lost, doubled = counted(self.spec["hpo"]["trials"], trials, heard)
+        self.lost, self.doubled = self.lost + lost, self.doubled + doubled
 
     def dump(self) -> str:
         """What there is to see when it went wrong."""
@@ -191,3 +189,15 @@ class Driver:
         return "\n".join(
             [*lines, *(f"--- {log.name}\n{self.stack.tail(log.stem)}" for log in logs)]
         )
+
+
+def counted(
+    budget: int, trials: list[dict[str, Any]], heard: dict[int, tuple[str, float | None]]
+) -> tuple[int, int]:
+    """Trials of the budget that came to no end, here or in Optuna, and ends too many."""
+    ended = [t["number"] for t in trials if t["state"] in ("succeeded", "pruned")]
+    told = [number for number, (state, _) in heard.items() if state in ("COMPLETE", "PRUNED")]
+    wanted = set(range(budget))
+    lost = len(wanted - (set(ended) & set(told)))
+    doubled = len(ended) - len(set(ended)) + len((set(ended) | set(told)) - wanted)
+    return lost, doubled

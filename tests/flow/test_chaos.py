@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.chaos.driver import counted
 from benchmarks.chaos.faults import flip_bit
 from benchmarks.chaos.proxy import Proxy
 from benchmarks.chaos.report import END_OF_ROWS, append
@@ -56,6 +57,19 @@ def test_a_seed_gives_one_schedule_with_every_kind_in_each_round():
 def test_a_longer_run_begins_as_a_shorter_one():
     short = plan(3, seconds=60, gap_seconds=5)
     assert plan(3, seconds=600, gap_seconds=5)[: len(short)] == short
+
+
+def test_what_is_lost_or_doubled_is_counted():
+    def trials(*numbers, state="succeeded"):
+        return [{"number": number, "state": state} for number in numbers]
+
+    heard = {0: ("COMPLETE", 1.0), 1: ("PRUNED", None)}
+    assert counted(2, trials(0, 1), heard) == (0, 0)
+    assert counted(3, trials(0, 1), heard) == (1, 0)
+    assert counted(2, trials(0, 1, 1), heard) == (0, 1)
+    assert counted(2, trials(0) + trials(1, state="failed"), heard) == (1, 0)
+    assert counted(2, trials(0, 1), heard | {1: ("RUNNING", None)}) == (1, 0)
+    assert counted(2, trials(0, 1), heard | {2: ("COMPLETE", 1.0)}) == (0, 1)
 
 
 @pytest.fixture
