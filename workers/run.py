@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from service.client import Client, StaleLeaseError
@@ -18,7 +19,7 @@ from warmcore.branching import branch_steps, evaluations_of
 from warmcore.checkpoint import CheckpointCorruptError
 from warmcore.parallel import ALONE, Ranks
 from warmcore.train import DivergedEvent, EvaluationEvent, StepEvent, Training
-from workers import artifacts
+from workers import artifacts, resume
 from workers.curve import Curve
 from workers.failures import UnrunnableError
 from workers.provenance import provenance
@@ -65,6 +66,8 @@ def execute(
         except StaleLeaseError:
             log.warning("stale lease: another attempt has this run")
             return "stale"
+        except _CancelledError:
+            return "cancelled"
 
 
 def _prepared(lease: Lease, client: Client, reporter: Reporter, options: Options) -> "_Attempt":
@@ -101,19 +104,22 @@ class _Attempt:
         return self._training.step
 
     def _resumed(self) -> Training | None:
-        for ref in self._lease.resume_from:
-            try:
-                with artifacts.local(ref) as checkpoint:
-                    return Training.resume(
-                        self._lease.spec,
-                        self._corpus,
-                        checkpoint,
-                        device=self._options.device,
-                        ranks=self._options.ranks,
-                    )
-            except (CheckpointCorruptError, OSError) as error:
-                log.warning("checkpoint unusable", extra={"uri": ref.uri, "error": error})
-        return None
+        options = self._options
+        alone = options.ranks.size == 1  # else the other processes are in the middle of this too
+        return resume.newest(
+            self._lease.resume_from,
+            self._resume_from,
+            waits=self._end_if_cancelled,
+            patience_seconds=options.store_patience_seconds if alone else 0.0,
+        )
+
+    def _resume_from(self, checkpoint: Path) -> Training:
+        spec, ranks, device = self._lease.spec, self._options.ranks, self._options.device
+        return Training.resume(spec, self._corpus, checkpoint, device=device, ranks=ranks)
+
+    def _end_if_cancelled(self) -> None:
+        if self._reporter.check() == "cancel":
+            raise _CancelledError
 
     def _started(self) -> Training:
         spec, ranks, device = self._lease.spec, self._options.ranks, self._options.device
@@ -209,8 +215,7 @@ class _Attempt:
                 if self._options.ranks.size > 1 or time.monotonic() > deadline:
                     raise
                 log.warning("the store takes no checkpoint", extra={"error": str(error)})
-            if self._reporter.check() == "cancel":
-                raise _CancelledError
+            self._end_if_cancelled()
             if draining():
                 raise _DrainedError
             time.sleep(pause)

@@ -27,7 +27,7 @@ from sqlalchemy import func, select, text, update
 
 from service.client import Client, ServiceError, StaleLeaseError
 from service.leases.repair import Presence
-from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, after_attempt
+from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES, after_attempt
 from service.tables import Run
 from tests.by_hand import Worker
 from tests.conftest import fresh_database, scratch, serving, settings_below, violations
@@ -47,8 +47,12 @@ class Held:
     """A lease as the model sees it."""
 
     lease: object
-    ended: bool = False
+    end: str | None = None  # the state that it led to; queued: another attempt has the run
     may_be_taken: bool = False  # its time was moved to its end
+
+    @property
+    def ended(self):
+        return self.end is not None
 
 
 @dataclass
@@ -121,12 +125,12 @@ class Protocol(RuleBasedStateMachine):
         assert lease.lease_token not in {h.lease.lease_token for h in self.held}
         assert all(h.ended or h.may_be_taken for h in before), f"{lease.run_id} leased twice"
         for held in before:
-            held.ended = True
+            held.end = "queued"
         self.held.append(Held(lease))
 
     def learn_end(self, finished):
         if not isinstance(finished.answer, Exception):
-            finished.held.ended = True
+            finished.held.end = finished.answer
 
     def check_ends(self, held, was_live, answers):
         """Ends of one attempt that were sent at once: one of them counted, and the rest agree."""
@@ -135,6 +139,9 @@ class Protocol(RuleBasedStateMachine):
         refused = [a for a in said if isinstance(a.answer, Exception)]
         assert all(isinstance(a.answer, StaleLeaseError) for a in refused)
         assert len(states) <= 1, f"one attempt had several ends: {states}"
+        if held.ended:
+            assert states == {held.end} - {"queued"}, f"ended as {held.end}, and then as {states}"
+            return
         if was_live:
             assert states, "a live lease was refused its end"
         for state in states & {"queued"}:
@@ -238,7 +245,7 @@ class Protocol(RuleBasedStateMachine):
         self.learn(answers)
         assert all(a.status == 409 for a in answers if isinstance(a, ServiceError)), answers
 
-    @rule(which=some, outcome=st.sampled_from(OUTCOMES), really=st.integers(0, 9))
+    @rule(which=some, outcome=st.sampled_from(OUTCOMES), really=st.integers(0, 3))
     def cancel_against_a_finish(self, which, outcome, really):
         if really or (held := self.pick(which)) is None:  # seldom: little can follow
             return
@@ -291,6 +298,8 @@ class Protocol(RuleBasedStateMachine):
                     assert (run.state, now, run.val_loss_nats) == (state, counts, loss)
             self.seen[run.id] = (run.state, now, run.val_loss_nats)
             assert run.state != "leased" or run.lease_token in tokens, "granted, and told nobody"
+        live = [run.id for run in runs if run.state in LIVE_RUN_STATES]
+        assert not (self.cancelled and live), f"{live} outlive their cancelled study"
         trials = [run for run in runs if run.kind == "trial"]
         assert len(trials) <= TRIALS
         assert sum(run.state in ("queued", "leased") for run in trials) <= PARALLEL

@@ -185,7 +185,7 @@ def test_a_target_grows_from_its_base_and_says_which(api, lease, run, worker):
 def test_a_target_whose_base_is_damaged_says_so_and_grows_from_nothing_else(
     api, lease, run, worker
 ):
-    run(lease())
+    run(lease(study={"warmstart": {"seeds": 1}}))
     warm, cold = sorted(worker.lease(2), key=lambda one: one.arm, reverse=True)
     assert (warm.arm, cold.arm) == ("warm", "cold")
     weights = _path(warm.spec.growth.base.uri) / "model.safetensors"

@@ -1,0 +1,127 @@
+"""Which checkpoint an attempt goes on from, on disk and in an object store, whatever befell it."""
+
+from pathlib import Path
+
+import pytest
+
+from warmcore.checkpoint import MANIFEST, load_checkpoint
+from warmcore.data import prepare
+from warmcore.spec import CheckpointRef
+from warmcore.train import Training
+from workers import artifacts, resume
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(params=["file", "memory"])
+def stored(request, tmp_path: Path, make_spec):
+    """Two checkpoints, the newer first, on disk and in an object store."""
+    root = (tmp_path / "run").as_uri() if request.param == "file" else f"memory://{tmp_path.name}"
+    spec = make_spec()
+    training = Training.start(spec, prepare(spec.data))
+    refs = []
+    for name in ("older", "newer"):
+        saved = artifacts.save(training, f"{root}/{name}")
+        refs.insert(0, CheckpointRef(uri=f"{root}/{name}", hash=saved.hash))
+    return refs
+
+
+def went_on_from(refs, *, patience_seconds=0.0, waits=lambda: None, read=None):
+    read = read or (lambda folder: folder.name and load_checkpoint(folder))
+    used = []
+
+    def noted(folder):
+        found = read(folder)
+        used.append(folder)
+        return found
+
+    found = resume.newest(refs, noted, waits=waits, patience_seconds=patience_seconds)
+    return found, used
+
+
+def flip(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+DAMAGES = {
+    "a bit flipped": flip,
+    "cut short": lambda data: data[: len(data) // 2],
+    "emptied": lambda _: b"",
+    "gone": None,
+}
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_has_the_one_before_in_its_place(stored, name, damage):
+    files, root = artifacts._filesystem(stored[0].uri)
+    if damage is None:
+        files.rm(f"{root}/{name}")
+    else:
+        files.pipe_file(f"{root}/{name}", damage(files.cat_file(f"{root}/{name}")))
+    tried = []
+
+    def read(folder):
+        tried.append(folder)
+        return load_checkpoint(folder)
+
+    found, used = went_on_from(stored, read=read)
+    assert found is not None
+    assert len(used) == 1
+    with artifacts.local(stored[1]) as older:
+        same = load_checkpoint(older).weights
+    assert all(found.weights[key].equal(value) for key, value in same.items())
+    artifacts.delete(stored[1].uri)
+    assert went_on_from(stored)[0] is None
+
+
+def test_the_newest_is_taken_where_nothing_is_wrong(stored):
+    artifacts.delete(stored[1].uri)
+    assert went_on_from(stored)[0] is not None
+
+
+class Away:
+    """A store that cannot be reached the first times."""
+
+    def __init__(self, times):
+        self.times, self.waits = times, 0
+
+    def read(self, folder):
+        if self.times:
+            self.times -= 1
+            raise ConnectionResetError("the store is away")
+        return load_checkpoint(folder)
+
+    def wait(self):
+        self.waits += 1
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch):
+    monkeypatch.setattr(resume, "_FIRST_SECONDS", 0.01)
+
+
+def test_a_store_that_is_away_is_waited_for_and_costs_no_step(stored):
+    store = Away(3)
+    found, _ = went_on_from(stored, read=store.read, waits=store.wait, patience_seconds=60)
+    assert found is not None
+    assert store.waits == 3
+
+
+def test_a_store_that_stays_away_ends_the_attempt_and_is_no_reason_to_start_again(stored):
+    with pytest.raises(ConnectionResetError):
+        went_on_from(stored, read=Away(1000).read)
+
+
+def test_a_checkpoint_on_a_bad_disk_has_the_one_before_in_its_place(stored):
+    found, _ = went_on_from(stored, read=Away(1).read)
+    assert found is not None
+
+
+def test_who_waits_for_a_store_can_be_told_to_stop(stored):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        went_on_from(stored, read=Away(1000).read, waits=stop, patience_seconds=60)

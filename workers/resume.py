@@ -1,0 +1,70 @@
+"""Where an attempt goes on: the newest checkpoint that can be read.
+
+One that is damaged or gone has the one before in its place. One that cannot be reached is not lost:
+to start again for a store that was away for a minute would throw away what had been trained.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from warmcore.checkpoint import CheckpointCorruptError
+from warmcore.spec import CheckpointRef
+from workers import artifacts
+
+T = TypeVar("T")
+
+_FIRST_SECONDS = 0.5
+_MAX_SECONDS = 10.0
+# The store answers, and says that nothing is there.
+_GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+log = logging.getLogger(__name__)
+
+
+def newest(
+    refs: Iterable[CheckpointRef],
+    read: Callable[[Path], T],
+    *,
+    waits: Callable[[], object],
+    patience_seconds: float,
+) -> T | None:
+    """What `read` makes of the first of `refs` that can be read; None where all are lost.
+
+    `waits` is called before each wait, and may raise to end it.
+
+    Raises:
+        OSError: none can be read, and at least one may only be out of reach.
+    """
+    deadline, away = time.monotonic() + patience_seconds, None
+    for ref in refs:
+        try:
+            return _patiently(ref, read, waits=waits, deadline=deadline)
+        except (CheckpointCorruptError, *_GONE) as error:
+            log.warning("checkpoint unusable", extra={"uri": ref.uri, "error": error})
+        except OSError as error:
+            log.warning("checkpoint out of reach", extra={"uri": ref.uri, "error": error})
+            away = error
+    if away is not None:
+        raise away
+    return None
+
+
+def _patiently(
+    ref: CheckpointRef, read: Callable[[Path], T], *, waits: Callable[[], object], deadline: float
+) -> T:
+    pause = _FIRST_SECONDS
+    while True:
+        try:
+            with artifacts.local(ref) as checkpoint:
+                return read(checkpoint)
+        except _GONE:
+            raise
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        waits()
+        time.sleep(pause)
+        pause = min(2 * pause, _MAX_SECONDS)
