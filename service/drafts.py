@@ -8,7 +8,7 @@ transaction, beside the runs that they are for: neither is ever there without th
 
 import copy
 import json
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -159,25 +159,32 @@ def _draft(trial_id: int, trial: FrozenTrial) -> Draft:
     )
 
 
-def write(session: Session, drawn: Drawn) -> bool:
-    """Start the drafts' trials in this transaction; False if the study has moved on since.
+class MovedOnError(Exception):
+    """The study is no more as it was when the drafts were drawn."""
+
+
+def write(session: Session, drawn: Drawn) -> None:
+    """Start the drafts' trials in this transaction.
 
     Optuna's study row is locked as Optuna itself does to number a trial, but so that others may
     refer to it meanwhile.
+
+    Raises:
+        MovedOnError: roll back, and draw again.
     """
     at = {"study": drawn.study_id, "now": datetime.now(UTC).replace(tzinfo=None)}
     session.execute(text(_LOCK), at)
-    if session.scalar(text(_COUNT), at) != drawn.trials_before:
-        return False
-    ids = {d.number: d.trial_id for d in drawn.drafts if d.trial_id is not None}
-    if ids and len(session.execute(text(_POP), at | {"ids": [*ids.values()]}).all()) != len(ids):
-        return False
-    new = [d.number for d in drawn.drafts if d.trial_id is None]
-    if new:
-        rows = session.execute(text(_INSERT_TRIALS), at | {"numbers": new})
-        ids |= {row.number: row.trial_id for row in rows}
-    params = [(ids[d.number], *row) for d in drawn.drafts for row in d.rows]
-    session.execute(text(_INSERT_PARAMS), _columns(("trial", "name", "value", "kind"), params))
+    popped = [d.trial_id for d in drawn.drafts if d.trial_id is not None]
+    params = [(d.number, *row) for d in drawn.drafts for row in d.rows]
+    rows = at | {
+        "before": drawn.trials_before,
+        "popped": popped,
+        "new": [d.number for d in drawn.drafts if d.trial_id is None],
+        **_columns(("number", "name", "value", "kind"), params),
+    }
+    ids = {row.number: row.trial_id for row in session.execute(text(_START), rows)}
+    if len(ids) < len(drawn.drafts):
+        raise MovedOnError
     set_ = [
         (ids[d.number], k, json.dumps(v)) for d in drawn.drafts for k, v in d.attributes.items()
     ]
@@ -186,33 +193,36 @@ def write(session: Session, drawn: Drawn) -> bool:
     for name, value in drawn.study_attributes.items():
         row = {"study": drawn.study_id, "name": name, "value": json.dumps(value)}
         session.execute(text(_SET_STUDY_ATTRIBUTE), row)
-    return True
 
 
-def _columns(names: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> dict[str, list[Any]]:
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+def _columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
+    return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
 _LOCK = "SELECT FROM optuna.studies WHERE study_id = :study FOR NO KEY UPDATE"
-_COUNT = "SELECT count(*) FROM optuna.trials WHERE study_id = :study"
-_POP = """
-UPDATE optuna.trials SET state = 'RUNNING', datetime_start = :now
-WHERE trial_id = ANY(:ids) AND study_id = :study AND state = 'WAITING'
-RETURNING trial_id
-"""
-_INSERT_TRIALS = """
-INSERT INTO optuna.trials (study_id, number, state, datetime_start)
-SELECT :study, number, CAST('RUNNING' AS optuna.trialstate), :now
-FROM unnest(CAST(:numbers AS integer[])) AS number ORDER BY number
-RETURNING number, trial_id
-"""
-# In order: Optuna gives a trial's parameters in the order of their ids.
-_INSERT_PARAMS = """
-INSERT INTO optuna.trial_params (trial_id, param_name, param_value, distribution_json)
-SELECT trial, name, value, kind
-FROM unnest(CAST(:trial AS integer[]), CAST(:name AS text[]), CAST(:value AS float8[]),
-            CAST(:kind AS text[])) WITH ORDINALITY AS p (trial, name, value, kind, place)
-ORDER BY place
+# Parameters in order: Optuna gives them in the order of their ids.
+_START = """
+WITH same AS (
+  SELECT (SELECT count(*) FROM optuna.trials WHERE study_id = :study) = :before AS same
+), popped AS (
+  UPDATE optuna.trials SET state = 'RUNNING', datetime_start = :now
+  WHERE trial_id = ANY(CAST(:popped AS integer[])) AND state = 'WAITING' AND (SELECT same FROM same)
+  RETURNING number, trial_id
+), new AS (
+  INSERT INTO optuna.trials (study_id, number, state, datetime_start)
+  SELECT :study, number, CAST('RUNNING' AS optuna.trialstate), :now
+  FROM unnest(CAST(:new AS integer[])) AS number WHERE (SELECT same FROM same) ORDER BY number
+  RETURNING number, trial_id
+), started AS (
+  SELECT * FROM popped UNION ALL SELECT * FROM new
+), written AS (
+  INSERT INTO optuna.trial_params (trial_id, param_name, param_value, distribution_json)
+  SELECT trial_id, name, value, kind
+  FROM unnest(CAST(:number AS integer[]), CAST(:name AS text[]), CAST(:value AS float8[]),
+              CAST(:kind AS text[])) WITH ORDINALITY AS p (number, name, value, kind, place)
+  JOIN started USING (number) ORDER BY place
+)
+SELECT number, trial_id FROM started
 """
 _SET_ATTRIBUTES = """
 INSERT INTO optuna.trial_system_attributes (trial_id, key, value_json)

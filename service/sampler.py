@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import BoundedSemaphore, Lock
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -49,7 +50,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
 from service.db import engine_options
-from service.drafts import DraftStorage, Drawn, write
+from service.drafts import DraftStorage, Drawn, MovedOnError, write
 from service.history import History
 from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
 from service.studies.study_spec import StudySpec
@@ -140,9 +141,9 @@ class Sampler:
         """Start the next trial, in a transaction of its own."""
         while True:
             drawn = self.draw(study, spec)
-            with Session(self.engine) as session, session.begin():
-                if write(session, drawn):
-                    return Suggestion(number=drawn.drafts[0].number, params=drawn.drafts[0].params)
+            with suppress(MovedOnError), Session(self.engine) as session, session.begin():
+                write(session, drawn)
+                return Suggestion(number=drawn.drafts[0].number, params=drawn.drafts[0].params)
 
     @_in_turn
     def draw(self, study: str, spec: StudySpec, count: int = 1) -> Drawn:

@@ -7,6 +7,7 @@ from sqlalchemy import ColumnElement
 
 from service.caller import Caller
 from service.protocol import Lease, LeaseRequest, Resources, RunKind
+from service.tables import Study
 
 
 @dataclass(kw_only=True)
@@ -43,6 +44,7 @@ class Bid:
 class Opening:
     """A study that may start so many trials, and what each of them needs."""
 
+    study: Study
     room: int
     needs: Resources
 

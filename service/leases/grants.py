@@ -8,7 +8,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from service.caller import Caller
-from service.events import record
+from service.events import NewEvent, event
 from service.protocol import FinishRequest, Lease, LeaseRequest, Resources
 from service.runs.store import finish, kept
 from service.settings import Settings
@@ -29,18 +29,21 @@ def take(run: Run, request: LeaseRequest, settings: Settings, now: datetime) -> 
     run.started_at = run.started_at or now
 
 
-def lease_of(
-    session: Session, settings: Settings, run: Run, study: Study, *, needs: Resources
-) -> Lease:
-    """Write the event of a run that was taken, and say what its worker has to know."""
-    record(
-        session,
+def leased(run: Run) -> NewEvent:
+    """The event of a run that was taken."""
+    return event(
         "run.leased",
         study_id=run.study_id,
         run_id=run.id,
         attempt=run.attempt,
         worker=run.worker,
     )
+
+
+def lease_of(
+    session: Session, settings: Settings, run: Run, study: Study, *, needs: Resources
+) -> Lease:
+    """What its worker has to know of a run that was taken."""
     refs = kept(session, run.id) if run.attempt > 1 else ()
     return Lease.model_validate(
         {

@@ -13,7 +13,8 @@ from service.studies.advance import advance, lock
 from service.tables import Run, Study
 
 _TOLD_AT_ONCE = 100
-_EXPIRED = (Run.state == "leased", Run.lease_expires_at < func.now())
+LATE = (Run.state == "leased", Run.lease_expires_at < func.now())
+UNTOLD = (Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES))
 
 
 class Presence:
@@ -66,7 +67,7 @@ def expire(sessions: sessionmaker[Session], presence: Presence) -> None:
 
 def _late_studies(sessions: sessionmaker[Session]) -> list[str]:
     with sessions() as session:
-        return sorted(session.scalars(select(Run.study_id).where(*_EXPIRED).distinct()))
+        return sorted(session.scalars(select(Run.study_id).where(*LATE).distinct()))
 
 
 def _give_time_again(sessions: sessionmaker[Session], lease_seconds: float) -> None:
@@ -85,7 +86,7 @@ def _give_time_again(sessions: sessionmaker[Session], lease_seconds: float) -> N
 
 def _expire_in(session: Session, study_id: str) -> None:
     study = lock(session, study_id)
-    query = select(Run).where(Run.study_id == study_id, *_EXPIRED).order_by(Run.id)
+    query = select(Run).where(Run.study_id == study_id, *LATE).order_by(Run.id)
     for run in session.scalars(query.with_for_update()).all():
         error = f"lease of worker {run.worker!r} expired: no report within its time"
         end_attempt(session, run, "failed", error=error, retryable=True)
@@ -101,7 +102,7 @@ def tell_finished(sessions: sessionmaker[Session]) -> None:
     query = (
         select(Run, Study)
         .join(Study, Study.id == Run.study_id)
-        .where(Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES))
+        .where(*UNTOLD)
         .order_by(Run.id)
         .limit(_TOLD_AT_ONCE)
         .with_for_update(of=Run, skip_locked=True)

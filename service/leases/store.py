@@ -11,10 +11,11 @@ from sqlalchemy import ColumnElement, Select, func, select, true
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.errors import Problem
+from service.events import record_all
 from service.leases import trials
 from service.leases.bids import Bid, allot
-from service.leases.grants import clock, lease_of, take
-from service.leases.repair import Presence, expire, tell_finished
+from service.leases.grants import clock, lease_of, leased, take
+from service.leases.repair import LATE, UNTOLD, Presence, expire, tell_finished
 from service.protocol import Lease
 from service.sampler import Sampler
 from service.settings import Settings
@@ -44,14 +45,28 @@ def serve(
     nobody else could train it. A bid for a study that does not exist gets that error.
     """
     _look_up(sessions, bids)
-    expire(sessions, presence)
-    tell_finished(sessions)
-    _lease_queued(sessions, settings, bids)
+    late, untold, waiting = _look(sessions)
+    if late or not presence.seen():
+        expire(sessions, presence)
+        _, untold, waiting = _look(sessions)
+    if untold:
+        tell_finished(sessions)
+    if waiting:
+        _lease_queued(sessions, settings, bids)
     held_up = not _start_trials(sessions, sampler, settings, bids)
     if all(bid.granted or bid.error for bid in bids):
         return None
     with sessions() as session:
         return _SOON_SECONDS if held_up else _due_seconds(session)
+
+
+def _look(sessions: sessionmaker[Session]) -> tuple[bool, bool, bool]:
+    """Whether leases have run out, Optuna has not heard of ends, and runs wait to be leased."""
+    late, untold = select(Run.id).where(*LATE), select(Run.id).where(*UNTOLD)
+    query = select(late.exists(), untold.exists(), _waiting().exists())
+    with sessions() as session:
+        found = session.execute(query).one()
+    return found[0], found[1], found[2]
 
 
 def _look_up(sessions: sessionmaker[Session], bids: Iterable[Bid]) -> None:
@@ -77,8 +92,6 @@ def _lease_queued(sessions: sessionmaker[Session], settings: Settings, bids: lis
     granted: list[tuple[Bid, Lease]] = []
     nothing_left: set[tuple[object, ...]] = set()
     with sessions.begin() as session:
-        if not session.scalar(select(_waiting().exists())):
-            return
         for bid in bids:
             alike = (bid.scope, bid.request.kinds, bid.request.resources)
             if bid.wanted and alike not in nothing_left:
@@ -116,6 +129,7 @@ def _queued_for(session: Session, settings: Settings, bid: Bid) -> list[Lease]:
         if needs.fits(free):
             take(run, bid.request, settings, now)
             session.flush()
+            record_all(session, [leased(run)])
             granted.append(lease_of(session, settings, run, study, needs=needs))
             free = free.less(needs)
     return granted
@@ -131,9 +145,9 @@ def _start_trials(
             allotted = _allotted(sessions, bids, held_up)
             if not allotted:
                 return not held_up
-            for study_id, takers in allotted.items():
-                if not trials.start(sessions, sampler, settings, study_id, takers):
-                    held_up.add(study_id)
+            for study, takers in allotted:
+                if not trials.start(sessions, sampler, settings, study, takers):
+                    held_up.add(study.id)
         except trials.StudyFaultError as fault:
             with sessions.begin() as session:
                 trials.fail(session, fault)
@@ -141,14 +155,15 @@ def _start_trials(
 
 def _allotted(
     sessions: sessionmaker[Session], bids: list[Bid], held_up: set[str]
-) -> dict[str, list[Bid]]:
+) -> list[tuple[Study, list[Bid]]]:
     takers = [bid for bid in bids if bid.wanted and bid.takes("trial")]
     scopes = {bid.scope: bid.within for bid in takers if bid.within is not None}
     with sessions() as session:
         found = {scope: trials.openings(session, within) for scope, within in scopes.items()}
     openings = {id_: o for of in found.values() for id_, o in of.items() if id_ not in held_up}
     studies = {scope: [id_ for id_ in of if id_ in openings] for scope, of in found.items()}
-    return allot(takers, openings, studies)
+    allotted = allot(takers, openings, studies)
+    return [(openings[id_].study, bids) for id_, bids in allotted.items()]
 
 
 def _due_seconds(session: Session) -> float | None:

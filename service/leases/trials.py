@@ -5,15 +5,17 @@ with their parameters, the runs, the leases and the events, if the study is stil
 """
 
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
 
 from sqlalchemy import ColumnElement, Select, case, func, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.drafts import Drawn, write
-from service.events import record
+from service.drafts import Drawn, MovedOnError, write
+from service.events import NewEvent, event, record_all
 from service.leases.bids import Bid, Opening
-from service.leases.grants import clock, lease_of, take
+from service.leases.grants import clock, lease_of, leased, take
 from service.lifecycle import LIVE_RUN_STATES
 from service.protocol import Lease
 from service.sampler import TRANSIENT, Sampler, Suggestion
@@ -46,13 +48,13 @@ def openings(session: Session, within: ColumnElement[bool]) -> dict[str, Opening
         StudyFaultError: a spec that no check of today lets through.
     """
     found: dict[str, Opening] = {}
-    query = _rooms().add_columns(Study.id, Study.spec["resources"]).where(within, _room > 0)
-    for room, study_id, resources in session.execute(query.order_by(Study.created_at)):
+    query = select(Study, _room).where(Study.state == "active", within, _room > 0)
+    for study, room in session.execute(query.order_by(Study.created_at)):
         try:
-            needs = StudyResources.model_validate(resources).trial
+            needs = StudyResources.model_validate(study.spec["resources"]).trial
         except ValueError as error:
-            raise StudyFaultError(study_id, error) from error
-        found[study_id] = Opening(room=room, needs=needs)
+            raise StudyFaultError(study.id, error) from error
+        found[study.id] = Opening(study=study, room=room, needs=needs)
     return found
 
 
@@ -70,15 +72,11 @@ _room = func.least(
 )
 
 
-def _rooms() -> Select[int]:
-    return select(_room).where(Study.state == "active")
-
-
 def start(
     sessions: sessionmaker[Session],
     sampler: Sampler,
     settings: Settings,
-    study_id: str,
+    study: Study,
     bids: list[Bid],
 ) -> bool:
     """Start a trial for every bid, as many as there is room for; False if others held it up.
@@ -87,25 +85,24 @@ def start(
         StudyFaultError: this study's fault, which must not stop the others.
     """
     try:
-        with sessions() as session:
-            study = session.get_one(Study, study_id)
-            spec = StudySpec.model_validate(study.spec)
+        spec = StudySpec.model_validate(study.spec)
         for _ in range(_DRAWS):
             drawn = sampler.draw(study.optuna_name, spec, len(bids)) if bids else None
+            leases: list[tuple[Bid, Lease]] = []
             if drawn is None:
                 return True
-            with sessions.begin() as session:
+            with suppress(MovedOnError), sessions.begin() as session:
                 leases, bids = _start(
-                    session, sampler, settings, study_id, spec=spec, drawn=drawn, bids=bids
+                    session, sampler, settings, study.id, spec=spec, drawn=drawn, bids=bids
                 )
-            for bid, lease in leases:
+            for bid, lease in leases:  # after the commit
                 bid.granted.append(lease)
     except TRANSIENT as error:
         if isinstance(error, OperationalError) and _code(error) == _LOCK_NOT_AVAILABLE:
             return False
         raise
     except Exception as error:
-        raise StudyFaultError(study_id, error) from error
+        raise StudyFaultError(study.id, error) from error
     return not bids
 
 
@@ -127,14 +124,15 @@ def _start(
     # A replica that commits is waited for, one that hangs is not.
     session.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'"))
     study = lock(session, study_id)
-    room = session.scalar(_rooms().where(Study.id == study_id)) or 0
-    still = [bid for bid in bids if not bid.gone][: max(0, room)]
+    room, known = session.execute(_state_of(study.id, drawn.running)).one()
+    still = [bid for bid in bids if not bid.gone][: max(0, room) if study.state == "active" else 0]
     if len(still) < len(bids):
         return [], still
-    suggestions = _adopted(session, sampler, study, spec, drawn)[: len(bids)]
+    # Trials that run for Optuna but have no run: an older version was killed in between.
+    lost = [number for number in drawn.running if number not in known][: len(bids)]
+    suggestions = [sampler.adopt(study.optuna_name, spec, number) for number in lost]
     if not suggestions:
-        if not write(session, drawn):
-            return [], bids
+        write(session, drawn)
         suggestions = [Suggestion(number=d.number, params=d.params) for d in drawn.drafts]
     runs = [_trial_run(study, spec, suggestion) for suggestion in suggestions]
     now = clock(session)
@@ -142,20 +140,20 @@ def _start(
         take(run, bid.request, settings, now)
     session.add_all(runs)
     session.flush()
-    for run in runs:
-        record(session, "run.queued", study_id=study.id, run_id=run.id, trial=run.trial_number)
+    record_all(session, [event for run in runs for event in (_queued(run), leased(run))])
     leases = [lease_of(session, settings, run, study, needs=spec.resources.trial) for run in runs]
     return list(zip(bids, leases, strict=False)), bids[len(leases) :]
 
 
-def _adopted(
-    session: Session, sampler: Sampler, study: Study, spec: StudySpec, drawn: Drawn
-) -> list[Suggestion]:
-    """Trials that run for Optuna but have no run: an older version was killed in between."""
-    query = select(Run.trial_number).where(Run.trial_number.in_(drawn.running))
-    known = set(session.scalars(query.where(Run.study_id == study.id)))
-    lost = [number for number in drawn.running if number not in known]
-    return [sampler.adopt(study.optuna_name, spec, number) for number in lost]
+def _queued(run: Run) -> NewEvent:
+    return event("run.queued", study_id=run.study_id, run_id=run.id, trial=run.trial_number)
+
+
+def _state_of(study_id: str, running: Sequence[int]) -> Select[int, list[int]]:
+    """A study's room, and those of these trials that have a run."""
+    runs = select(Run.trial_number).where(Run.study_id == Study.id, Run.trial_number.in_(running))
+    known = func.array(runs.scalar_subquery())
+    return select(_room, known).where(Study.id == study_id)
 
 
 def fail(session: Session, fault: StudyFaultError) -> None:

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from service.leases.bids import Bid, Opening, allot
 from service.protocol import LeaseRequest, Resources
+from service.tables import Study
 from tests.by_hand import EVERYWHERE
 
 STUDIES = ("st_a", "st_b", "st_c")
@@ -12,7 +13,7 @@ STUDIES = ("st_a", "st_b", "st_c")
 openings = st.dictionaries(
     st.sampled_from(STUDIES),
     st.builds(
-        lambda room, cpus: Opening(room=room, needs=Resources(cpus=cpus)),
+        lambda room, cpus: Opening(study=Study(), room=room, needs=Resources(cpus=cpus)),
         st.integers(1, 5),
         st.integers(1, 4),
     ),

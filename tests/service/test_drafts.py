@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from service.db import optuna_url
-from service.drafts import write
+from service.drafts import MovedOnError, write
 from service.history import History
 from service.sampler import Sampler, distribution, make_pruner
 from service.studies.space import grid_points
@@ -146,8 +146,8 @@ def test_drafts_of_a_study_that_has_moved_on_are_not_written(sampler, spec):
     sampler.create(study.name)
     stale = sampler.draw(study.name, study)
     sampler.ask(study.name, study)
-    with Session(sampler.engine) as session, session.begin():
-        assert not write(session, stale)
+    with pytest.raises(MovedOnError), Session(sampler.engine) as session, session.begin():
+        write(session, stale)
     assert len(sampler.states(study.name)) == 1
 
 
@@ -157,8 +157,8 @@ def test_an_enqueued_trial_that_another_has_started_is_not_started_again(sampler
     sampler.enqueue(study.name, {"lr": 0.01})
     stale = sampler.draw(study.name, study)
     sampler.ask(study.name, study)
-    with Session(sampler.engine) as session, session.begin():
-        assert not write(session, stale)
+    with pytest.raises(MovedOnError), Session(sampler.engine) as session, session.begin():
+        write(session, stale)
 
 
 def test_what_is_rolled_back_leaves_nothing(sampler, spec):
@@ -166,7 +166,7 @@ def test_what_is_rolled_back_leaves_nothing(sampler, spec):
     sampler.create(study.name)
     drawn = sampler.draw(study.name, study, 3)
     with Session(sampler.engine) as session:
-        assert write(session, drawn)
+        write(session, drawn)
         session.rollback()
         for table in ("trials", "trial_params", "study_system_attributes"):
             count = session.scalar(text(f"SELECT count(*) FROM optuna.{table}"))
