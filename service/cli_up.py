@@ -1,6 +1,7 @@
 """`warmscale up` and `warmscale serve`."""
 
 import json
+import logging
 import os
 
 import typer
@@ -25,6 +26,7 @@ from service.tables import ApiKey
 from service.up import Interrupted, PortTakenError, Stack, log_folder, stack
 
 _DATABASE_PATIENCE_SECONDS = 60.0
+_log = logging.getLogger(__name__)
 _GRACEFUL_SECONDS = 10  # the supervisor kills after 15, Kubernetes after 30
 
 
@@ -72,6 +74,11 @@ def serve(settings: Settings, *, supervised: bool) -> None:
     use_utc()
     # Before any upgrade: Optuna's silences every logger there is if the root has no handler.
     logs.configure(settings.log_format)
+    if not settings.is_loopback:
+        _log.warning(
+            "plain HTTP: keys can be read on the way; put a proxy with TLS in front",
+            extra={"host": settings.host},
+        )
     if supervised:
         die_with_parent()
     with database(settings) as url:

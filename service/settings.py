@@ -1,10 +1,11 @@
 """Settings, from the environment: `WARMSCALE_…`."""
 
+import ipaddress
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.logs import Format
 
@@ -25,6 +26,10 @@ class Settings(BaseSettings):
         default=None,
         description="root URI of checkpoints (file://, s3://, gs://); None: below `home`",
     )
+    data_roots: Annotated[tuple[Path, ...] | None, NoDecode] = Field(
+        default=None,
+        description="folders that studies may read, with colons between; None: see `readable`",
+    )
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8765
     lease_seconds: Annotated[float, Field(gt=0, le=86400)] = 30.0
@@ -42,6 +47,31 @@ class Settings(BaseSettings):
         description="of one key at one replica, ten seconds' worth at once; more is a 429",
     )
     pool_size: Annotated[int, Field(ge=1, le=100)] = 10
+
+    @field_validator("data_roots", mode="before")
+    @classmethod
+    def _split(cls, given: object) -> object:
+        """As PATH is written."""
+        return [part for part in given.split(":") if part] if isinstance(given, str) else given
+
+    @property
+    def readable(self) -> tuple[Path, ...] | None:
+        """Folders that studies may read; None: any, where nobody but this machine's user asks.
+
+        That is so on loopback with the embedded database. Anything else is a deployment, which may
+        stand behind a proxy, and reads no file until it is told which.
+        """
+        if self.data_roots is not None:
+            return self.data_roots
+        return None if self.is_loopback and self.database_url is None else ()
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the API listens to this machine alone."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     @property
     def artifact_root(self) -> str:

@@ -212,7 +212,14 @@ def _api_environment(settings: Settings, url: URL) -> dict[str, str]:
         "WARMSCALE_HOME": str(settings.home.resolve()),
         "WARMSCALE_HOST": settings.host,
         "WARMSCALE_PORT": str(settings.port),
+        "WARMSCALE_DATA_ROOTS": ":".join(map(str, _readable(settings))),
     }
+
+
+def _readable(settings: Settings) -> tuple[Path, ...]:
+    """To be said: for the API alone, which has a database's URL, it is no longer to be seen."""
+    readable = settings.readable
+    return (Path("/"),) if readable is None else readable
 
 
 def _warmscale(*arguments: str) -> list[str]:

@@ -5,6 +5,7 @@ to be uploaded, and a `CheckpointRef` is its hash.
 """
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -16,6 +17,8 @@ import fsspec
 from warmcore.checkpoint import MANIFEST, SavedCheckpoint, read_manifest
 from warmcore.spec import CheckpointRef
 from warmcore.train import Training
+
+_CHECKPOINT = re.compile(r"/attempt-[0-9]+/[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def save(training: Training, uri: str) -> SavedCheckpoint:
@@ -51,13 +54,25 @@ def local(ref: CheckpointRef) -> Generator[Path]:
         yield path
 
 
-def delete(uri: str) -> None:
-    """Delete a checkpoint; one that is not there is deleted."""
+def delete(uri: str, *, of_run: str) -> None:
+    """Delete a checkpoint; one that is not there is deleted.
+
+    Raises:
+        ValueError: it is none of this run's. Whoever answers, a worker deletes nothing else.
+    """
+    path, root = local_path(uri), local_path(of_run)
+    escapes = path is not None and root is not None and not _is_below(path, root)
+    if not uri.startswith(of_run) or not _CHECKPOINT.fullmatch(uri[len(of_run) :]) or escapes:
+        raise ValueError(f"{uri} is no checkpoint below {of_run}; it is not deleted")
     files, root = _filesystem(uri)
     with contextlib.suppress(FileNotFoundError):
         # First the manifest: what a crash leaves half-deleted is no checkpoint any more.
         files.rm(f"{root}/{MANIFEST}")
         files.rm(root, recursive=True)
+
+
+def _is_below(path: Path, root: Path) -> bool:
+    return path.resolve().is_relative_to(root.resolve())
 
 
 def _upload(folder: Path, uri: str) -> None:

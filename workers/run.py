@@ -229,7 +229,7 @@ class _Attempt:
         log.info("checkpoint", extra={"step": report.step, "final": final})
         for superseded in reply.superseded:
             with contextlib.suppress(Exception):  # tidying must not end a run
-                artifacts.delete(superseded)
+                artifacts.delete(superseded, of_run=self._lease.artifact_uri.rpartition("/")[0])
 
     def _saved(self) -> CheckpointReport:
         """This step's checkpoint, in place; the curve up to it accepted. Never written twice."""

@@ -10,6 +10,7 @@ from service.auth import Fleet, Reader
 from service.deps import DbSession, TheSettings, UnitOfWork
 from service.errors import may_answer
 from service.leases.grants import artifact_uri
+from service.places import check_published
 from service.protocol import (
     LEASE_TOKEN_HEADER,
     CheckpointReply,
@@ -103,7 +104,7 @@ def publish(
     run = store.renew(session, caller, run_id, token, settings.lease_seconds)
     if not isinstance(run, Run):
         return CheckpointReply(decision=run)
-    store.check_uri(run, body.uri, artifact_uri(settings, run))
+    check_published(body.uri, artifact_uri(settings, run), run.id)
     return CheckpointReply(decision="continue", superseded=store.publish(session, run, body))
 
 

@@ -184,12 +184,6 @@ def _is_base(session: Session, checkpoint: Checkpoint) -> bool:
     return session.scalar(query) is not None
 
 
-def check_uri(run: Run, uri: str, artifact_uri: str) -> None:
-    """Refuse a checkpoint that does not stand below its attempt's own place."""
-    if not uri.startswith(f"{artifact_uri}/") or "/../" in f"{uri}/":
-        raise bad_field("uri", uri, f"run {run.id} publishes below {artifact_uri}/")
-
-
 def finish(session: Session, caller: Caller, run_id: str, token: str, finish: FinishRequest) -> str:
     """End an attempt, and move its study on. Sending the same end twice changes nothing.
 

@@ -4,9 +4,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 
-from service import sse
+from service import places, sse
 from service.auth import Reader, Writer
-from service.deps import DbSession, TheSampler
+from service.deps import DbSession, TheSampler, TheSettings
 from service.errors import bad_field, may_answer
 from service.protocol import IDEMPOTENCY_HEADER
 from service.runs import store as runs
@@ -35,9 +35,11 @@ def create_study(
     caller: Writer,
     session: DbSession,
     sampler: TheSampler,
+    settings: TheSettings,
     key: Key = None,
 ) -> StudyView:
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
+    places.check_data(body.data, settings.readable)
     study = store.create(session, caller, pinned(body), key)
     sampler.create(study.optuna_name)
     return store.view(session, study)
@@ -136,10 +138,17 @@ def read_importance(
 
 @router.post("/{study}/targets", status_code=201)
 def start_targets(
-    body: TargetRequest, caller: Writer, session: DbSession, study: str, key: Key = None
+    body: TargetRequest,
+    caller: Writer,
+    session: DbSession,
+    settings: TheSettings,
+    study: str,
+    key: Key = None,
 ) -> TargetList:
     """Start a warmstart by hand, from a trial or a checkpoint."""
     found = store.find(session, caller, study)
+    if body.base is not None:
+        places.check_base(session, caller, settings, body.base.uri)
     started = targets.start(session, found, body, key)
     return TargetList(items=tuple(runs.view(run, found.name) for run in started))
 

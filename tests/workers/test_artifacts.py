@@ -59,17 +59,37 @@ def test_the_manifest_is_uploaded_last(training: Training, tmp_path: Path) -> No
 def test_deleting_removes_all_of_it_and_what_is_gone_may_be_deleted(
     training: Training, uri: str
 ) -> None:
+    run = uri.rpartition("/")[0]
+    uri = f"{run}/attempt-001/step-00000000"
     saved = artifacts.save(training, uri)
     files, root = artifacts._filesystem(uri)
     assert files.exists(root)
-    artifacts.delete(uri)
+    artifacts.delete(uri, of_run=run)
     assert not files.exists(root)
-    artifacts.delete(uri)
+    artifacts.delete(uri, of_run=run)
     with (
         pytest.raises(CheckpointCorruptError),
         artifacts.local(CheckpointRef(uri=uri, hash=saved.hash)),
     ):
         pass
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["", "/", "/attempt-001", "/attempt-001/..", "/attempt-001/../../x", "/attempt-001/%2e%2e",
+     "/attempt-001//x", "/attempt-001/link", "2/attempt-001/step", "/else/step"],
+)  # fmt: skip
+def test_nothing_but_a_checkpoint_of_the_run_is_deleted(tmp_path: Path, other: str) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for folder in (run / "attempt-001" / "step", tmp_path / "run2" / "attempt-001", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / MANIFEST).touch()
+    (run / "attempt-001" / "link").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="it is not deleted"):
+        artifacts.delete(f"{run.as_uri()}{other}", of_run=run.as_uri())
+    assert len(list(tmp_path.rglob(MANIFEST))) == 3
+    artifacts.delete(f"{run.as_uri()}/attempt-001/step", of_run=run.as_uri())
+    assert len(list(tmp_path.rglob(MANIFEST))) == 2
 
 
 def test_a_local_checkpoint_is_used_in_place(training: Training, tmp_path: Path) -> None:

@@ -1,0 +1,191 @@
+"""What users name is confined: corpora to the data roots, checkpoints to their run and project."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from service.caller import Caller
+from service.client import ServiceError
+from service.errors import Problem
+from service.places import check_base, check_data, check_published
+from service.settings import Settings
+from warmcore.data_spec import DataSpec
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A root with a corpus, a secret beside it, and links that lead out."""
+    root, secret = tmp_path / "root", tmp_path / "secret"
+    for folder in (root / "corpus", root / "mixed", secret):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text("text\n")
+    (secret / "tokenizer.json").write_text("{}")
+    (root / "out").symlink_to(secret)
+    (root / "mixed" / "b.txt").symlink_to(secret / "a.txt")
+    (root / "in").symlink_to(root / "corpus")
+    return SimpleNamespace(root=root, secret=secret)
+
+
+def refused(roots, **data):
+    with pytest.raises(Problem) as problem:
+        check_data(DataSpec.model_validate(data), roots)
+    return problem.value
+
+
+@pytest.mark.parametrize("inside", ["corpus", "corpus/a.txt", "corpus/*.txt", "c*/a.txt", "in",
+                                    "corpus/../corpus", "*/a.tx[t]"])  # fmt: skip
+def test_what_lies_in_a_root_is_read(tree, inside):
+    if inside == "*/a.tx[t]":
+        (tree.root / "out").unlink()
+    check_data(DataSpec(source=f"{tree.root}/{inside}"), (tree.root,))
+
+
+@pytest.mark.parametrize(
+    "outside",
+    ["../secret", "corpus/../../secret/a.txt", "out", "out/a.txt", "mixed", "mixed/*.txt", "*/a.txt",
+     "*/../../secret/a.txt", "../s*/a.txt", "../nowhere", "corpus/../../nowhere"],
+)  # fmt: skip
+def test_what_leads_out_of_the_roots_is_refused_by_field_value_and_root(tree, outside):
+    source = f"{tree.root}/{outside}"
+    problem = refused((tree.root,), source=source)
+    assert problem.status == 422
+    (field,) = problem.errors
+    assert (field.path, field.value) == ("data.source", source)
+    assert str(tree.root) in field.message
+
+
+@pytest.mark.parametrize("source", ["/etc/passwd", "/etc/nothing", "~/x", "~nosuchuser/x", "hf:./x",
+                                    "hf:/etc",
+                                    "http://10.0.0.1/x", "s3://b/k", "/proc/self/environ"])  # fmt: skip
+def test_a_place_elsewhere_is_refused_alike_whether_or_not_it_is_there(tree, source):
+    problem = refused((tree.root,), source=source)
+    assert problem.detail == refused((tree.root,), source="/nowhere").detail
+
+
+def test_a_tokenizer_is_confined_as_a_corpus_is(tree):
+    outside = f"{tree.root}/out/tokenizer.json"
+    problem = refused((tree.root,), source="stdlib", tokenizer=outside)
+    assert problem.errors[0].path == "data.tokenizer"
+
+
+def test_names_need_no_root(tree):
+    check_data(DataSpec(source="stdlib"), ())
+    check_data(DataSpec(source="hf:owner/name"), ())
+    check_data(DataSpec(source="/etc"), None)
+
+
+@pytest.mark.parametrize(
+    ("given", "readable"),
+    [
+        ({}, None),
+        ({"host": "localhost"}, None),
+        ({"host": "::1"}, None),
+        ({"host": "0.0.0.0"}, ()),  # noqa: S104
+        ({"host": "example.org"}, ()),
+        ({"database_url": "postgresql://db/x"}, ()),
+        ({"data_roots": ""}, ()),
+    ],
+)
+def test_files_are_read_anywhere_only_where_nobody_else_can_ask(given, readable):
+    assert Settings(**given).readable == readable
+
+
+def test_roots_are_written_as_path_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("WARMSCALE_DATA_ROOTS", f"/data:{tmp_path}")
+    assert [str(p) for p in Settings().readable] == ["/data", str(tmp_path)]
+
+
+def test_a_service_with_roots_takes_no_study_from_outside(api, study_spec, tmp_path):
+    settings = api.app.state.settings
+    api.app.state.settings = settings.model_copy(update={"data_roots": (tmp_path / "else",)})
+    with pytest.raises(ServiceError, match="WARMSCALE_DATA_ROOTS"):
+        api.client.post("/v1/studies", study_spec())
+    assert api.client.get("/v1/studies")["items"] == []
+
+
+PLACES = ("file:///root/st_1/run_1/attempt-001", "s3://bucket/root/st_1/run_1/attempt-001")
+ESCAPES = ["", "/", "/../x", "/a/../../x", "/%2e%2e/x", "/..%2fx", "//x", "/a//b", "/.hidden",
+           "/a?b", "/a#b", "/a\\b", "/a b", "/\u2025/x", "x", "/a\n"]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("escape", ESCAPES)
+def test_a_checkpoint_is_published_below_its_attempt_by_plain_names_alone(place, escape):
+    with pytest.raises(Problem, match="publishes below"):
+        check_published(place + escape, place, "run_1")
+    check_published(f"{place}/step-00000001", place, "run_1")
+
+
+def test_another_scheme_host_or_attempt_is_another_place():
+    file, s3 = PLACES
+    for uri in (s3, f"file://host{file[7:]}/x", f"{file[:-1]}2/x", f"http{file[4:]}/x", "/x"):
+        with pytest.raises(Problem, match="publishes below"):
+            check_published(f"{uri}/step", file, "run_1")
+
+
+def test_a_link_in_an_attempts_place_leads_nowhere(tmp_path):
+    (tmp_path / "attempt-001").mkdir()
+    (tmp_path / "attempt-001" / "step").symlink_to("/etc")
+    with pytest.raises(Problem, match="publishes below"):
+        check_published(
+            f"file://{tmp_path}/attempt-001/step", f"file://{tmp_path}/attempt-001", "run_1"
+        )
+
+
+def everybody(project):
+    return Caller(key_id="key", scopes=frozenset(), project=project)
+
+
+@pytest.fixture
+def study(shared_api, study_spec):
+    body = study_spec()
+    path = {"params": {"project": "b"}}
+    made = shared_api.client.request("POST", "/v1/studies", body=body, **path).json()
+    yield made["id"]
+    shared_api.client.request("POST", f"/v1/studies/{made['id']}/cancel", **path)
+
+
+@pytest.mark.parametrize("spelled", ["{root}/{study}/run_1/a", "{path}/{study}/run_1/a",
+                                     "{path}/x/../{study}/a", "{path}/link/run_1/a"])  # fmt: skip
+def test_a_checkpoint_of_another_projects_run_is_no_base_however_it_is_spelled(
+    shared_api, study, spelled
+):
+    settings = shared_api.app.state.settings
+    path = settings.home.resolve() / "artifacts"
+    path.mkdir(exist_ok=True)
+    link = path / "link"
+    link.unlink(missing_ok=True)
+    link.symlink_to(path / study)
+    uri = spelled.format(root=settings.artifact_root, path=path, study=study)
+    with shared_api.sessions() as session:
+        check_base(session, everybody("b"), settings, uri)
+        check_base(session, everybody(None), settings, uri)
+        with pytest.raises(Problem) as refusal:
+            check_base(session, everybody("a"), settings, uri)
+    assert (refusal.value.status, "no checkpoint" in refusal.value.detail) == (404, True)
+
+
+def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path):
+    local = shared_api.app.state.settings.model_copy(update={"data_roots": (tmp_path,)})
+    cloud = local.model_copy(update={"artifacts": "s3://bucket/root"})
+    with shared_api.sessions() as session:
+        for settings, good in (
+            (local, f"{local.artifact_root}/imported/llama"),
+            (local, f"{tmp_path}/llama"),
+            (local, f"file://{tmp_path}/llama"),
+            (cloud, "s3://bucket/root/imported/llama"),
+        ):
+            check_base(session, everybody("a"), settings, good)
+        for settings, bad in (
+            (local, "/etc"),
+            (local, f"{tmp_path}/../x"),
+            (local, "http://169.254.169.254/latest"),
+            (local, "s3://bucket/root/x"),
+            (cloud, "s3://bucket/root/../x"),
+            (cloud, "s3://bucket/rooted/x"),
+            (cloud, "s3://bucket/root/%2e%2e/x"),
+            (cloud, "ftp://host/x"),
+        ):
+            with pytest.raises(Problem) as refusal:
+                check_base(session, everybody("a"), settings, bad)
+            assert refusal.value.errors[0].path == "base.uri", bad
