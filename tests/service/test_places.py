@@ -42,7 +42,8 @@ def test_what_lies_in_a_root_is_read(tree, inside):
 
 @pytest.mark.parametrize(
     "outside",
-    ["../secret", "corpus/../../secret/a.txt", "out", "out/a.txt", "mixed", "mixed/*.txt", "*/a.txt",
+    ["../secret", "corpus/../../secret/a.txt", "out", "out/a.txt", "mixed", "mixed/*.txt",
+     "*/a.txt",
      "*/../../secret/a.txt", "../s*/a.txt", "../nowhere", "corpus/../../nowhere"],
 )  # fmt: skip
 def test_what_leads_out_of_the_roots_is_refused_by_field_value_and_root(tree, outside):
@@ -55,8 +56,8 @@ def test_what_leads_out_of_the_roots_is_refused_by_field_value_and_root(tree, ou
 
 
 @pytest.mark.parametrize("source", ["/etc/passwd", "/etc/nothing", "~/x", "~nosuchuser/x", "hf:./x",
-                                    "hf:/etc",
-                                    "http://10.0.0.1/x", "s3://b/k", "/proc/self/environ"])  # fmt: skip
+                                    "hf:/etc", "http://10.0.0.1/x", "s3://b/k",
+                                    "/proc/1/environ"])  # fmt: skip
 def test_a_place_elsewhere_is_refused_alike_whether_or_not_it_is_there(tree, source):
     problem = refused((tree.root,), source=source)
     assert problem.detail == refused((tree.root,), source="/nowhere").detail
