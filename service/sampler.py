@@ -174,11 +174,6 @@ class Sampler:
             self._studies[study] = history, Memory()
         return self._studies[study]
 
-    def warm(self, study: str) -> None:
-        """Read what an ask needs of a study's past before the first ask."""
-        with self._drawing, self.engine.connect() as connection:
-            self._known(study)[0].read(connection)
-
     def _draw_elsewhere(self, study: str, spec: StudySpec, count: int) -> Drawn:
         """Optuna's GP needs torch, which this process must not load: a helper process draws."""
         if self._gp is None:
