@@ -82,6 +82,7 @@ def _environment(folder: Path, url: URL) -> dict[str, str]:
         "TZ": "UTC",
         "PYTHONPATH": str(here),
         "WARMSCALE_HOME": str(folder),
+        "WARMSCALE_DATA_ROOTS": str(folder),
         "WARMSCALE_DATABASE_URL": url.render_as_string(hide_password=False),
     }
 

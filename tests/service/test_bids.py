@@ -1,6 +1,6 @@
 """Who gets a trial of which study: first come first served, and nobody beyond what there is."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.leases.bids import Bid, Opening, allot
@@ -50,6 +50,7 @@ def fits(bid, needs, taken):
     return sum(n.cpus for n in taken) + needs.cpus <= bid.request.resources.cpus
 
 
+@settings(deadline=None)
 @given(bids, openings)
 def test_no_study_gives_more_than_its_room_and_no_bid_takes_more_than_it_asked_for(bids, openings):
     allotted = allot(bids, openings, studies_of(openings))
@@ -65,6 +66,7 @@ def test_no_study_gives_more_than_its_room_and_no_bid_takes_more_than_it_asked_f
             assert bid.request.kinds != ("target",)
 
 
+@settings(deadline=None)
 @given(bids, openings)
 def test_what_stays_open_fits_nobody_who_wants_more(bids, openings):
     allotted = allot(bids, openings, studies_of(openings))
@@ -79,6 +81,7 @@ def test_what_stays_open_fits_nobody_who_wants_more(bids, openings):
             assert not left or full or not fits(bid, openings[study].needs, needs)
 
 
+@settings(deadline=None)
 @given(bids, openings)
 def test_who_comes_first_is_served_as_if_nobody_came_after(bids, openings):
     allotted = allot(bids, openings, studies_of(openings))

@@ -59,7 +59,7 @@ def draw(study, sampler):
     return drawn
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.lists(st.integers(0, 60), min_size=1, max_size=4), st.booleans())
 def test_every_draw_is_optunas_to_the_bit(seed, growth, constrained):
     chance = random.Random(seed)  # noqa: S311 - a scene, no secret
