@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from service import cli_admin, cli_db, cli_study
+from service import cli_admin, cli_checkpoints, cli_db, cli_study
 from service.cli_common import EXIT_CODES, Exit, Home, Json, access, settings
 from service.home import DEFAULT
 
@@ -26,6 +26,7 @@ for command in (cli_db.current, cli_db.history, cli_db.downgrade, cli_db.backup,
     cli_admin.db.command()(command)
 app.add_typer(cli_admin.db, name="db")
 app.add_typer(cli_admin.key, name="key")
+app.add_typer(cli_checkpoints.checkpoints, name="checkpoints")
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 Port = Annotated[int | None, typer.Option(help="Port of the API; 0 takes any free one.")]

@@ -9,14 +9,14 @@ import re
 import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
 
-import fsspec
-
+from warmcore import places
 from warmcore.checkpoint import MANIFEST, SavedCheckpoint, read_manifest
+from warmcore.places import filesystem, local_path
 from warmcore.spec import CheckpointRef
 from warmcore.train import Training
+
+__all__ = ["delete", "local", "local_path", "save", "store"]
 
 _CHECKPOINT = re.compile(r"/attempt-[0-9]+/[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -64,11 +64,7 @@ def delete(uri: str, *, of_run: str) -> None:
     escapes = path is not None and root is not None and not _is_below(path, root)
     if not uri.startswith(of_run) or not _CHECKPOINT.fullmatch(uri[len(of_run) :]) or escapes:
         raise ValueError(f"{uri} is no checkpoint below {of_run}; it is not deleted")
-    files, root = _filesystem(uri)
-    with contextlib.suppress(FileNotFoundError):
-        # First the manifest: what a crash leaves half-deleted is no checkpoint any more.
-        files.rm(f"{root}/{MANIFEST}")
-        files.rm(root, recursive=True)
+    places.delete(uri)
 
 
 def _is_below(path: Path, root: Path) -> bool:
@@ -76,7 +72,7 @@ def _is_below(path: Path, root: Path) -> bool:
 
 
 def _upload(folder: Path, uri: str) -> None:
-    files, root = _filesystem(uri)
+    files, root = filesystem(uri)
     files.makedirs(root, exist_ok=True)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in sorted(paths, key=lambda path: path.name == MANIFEST):
@@ -84,20 +80,6 @@ def _upload(folder: Path, uri: str) -> None:
 
 
 def _download(uri: str, folder: Path) -> None:
-    files, root = _filesystem(uri)
+    files, root = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):  # reading the manifest tells
         files.get(root, str(folder), recursive=True)
-
-
-def _filesystem(uri: str) -> tuple[Any, str]:
-    files, root = fsspec.core.url_to_fs(local_path(uri) or uri)
-    return files, str(root).rstrip("/")
-
-
-def local_path(uri: str) -> Path | None:
-    """Path of a plain path or a file:// URI; None for what is elsewhere."""
-    # As `Path.as_uri` writes them: fsspec takes "%20" in a file URI for three characters.
-    parts = urlsplit(uri)
-    if parts.scheme == "file":
-        return Path(unquote(parts.path))
-    return None if parts.scheme else Path(uri)

@@ -95,7 +95,7 @@ def best_growable(session: Session, study_id: str) -> Run | None:
         select(Run)
         .join(Checkpoint, Checkpoint.run_id == Run.id)
         .where(Run.study_id == study_id, Run.kind == "trial", Run.state == "succeeded")
-        .where(Checkpoint.final)
+        .where(Checkpoint.final, ~Checkpoint.superseded)
         .order_by(Run.val_loss_nats, Run.trial_number)
         .limit(1)
     )
@@ -111,7 +111,7 @@ def base_of(session: Session, run: Run) -> Base | None:
     """The run's final checkpoint as a base; None when it published none."""
     query = (
         select(Checkpoint)
-        .where(Checkpoint.run_id == run.id, Checkpoint.final)
+        .where(Checkpoint.run_id == run.id, Checkpoint.final, ~Checkpoint.superseded)
         .order_by(Checkpoint.attempt.desc())
         .limit(1)
     )

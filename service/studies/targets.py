@@ -155,7 +155,14 @@ def _base(session: Session, study: Study, request: TargetRequest) -> tuple[Run |
 
 
 def _imported(session: Session, study: Study, base: ImportedBase) -> Base:
-    """To be trained with the best trial's parameters; without one yet, as the spec says."""
+    """To be trained with the best trial's parameters; without one yet, as the spec says.
+
+    One of ours, of any study, is held while this transaction lasts: it is not collected meanwhile.
+    """
+    same = (Checkpoint.uri == base.uri) | (Checkpoint.hash == base.hash)
+    held = session.scalars(select(Checkpoint).where(same).with_for_update(read=True)).all()
+    if any(row.superseded for row in held if row.uri == base.uri):
+        raise bad_field("base.uri", base.uri, "this checkpoint was deleted; choose another")
     best = best_trial(session, study.id)
     params = {} if best is None else tuned_params(best.params)
     ref = CheckpointRef(uri=base.uri, hash=base.hash)

@@ -3,6 +3,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from warmcore import places
 from warmcore.checkpoint import MANIFEST, CheckpointCorruptError, load_checkpoint
 from warmcore.data import prepare
 from warmcore.spec import CheckpointRef
@@ -40,7 +41,7 @@ def test_a_checkpoint_that_is_not_there_is_corrupt(uri: str) -> None:
 
 def test_another_checkpoint_in_its_place_is_refused(training: Training, uri: str) -> None:
     saved = artifacts.save(training, uri)
-    files, root = artifacts._filesystem(uri)
+    files, root = places.filesystem(uri)
     manifest = files.cat_file(f"{root}/{MANIFEST}")
     files.pipe_file(f"{root}/{MANIFEST}", manifest + b" ")
     ref = CheckpointRef(uri=uri, hash=saved.hash)
@@ -62,7 +63,7 @@ def test_deleting_removes_all_of_it_and_what_is_gone_may_be_deleted(
     run = uri.rpartition("/")[0]
     uri = f"{run}/attempt-001/step-00000000"
     saved = artifacts.save(training, uri)
-    files, root = artifacts._filesystem(uri)
+    files, root = places.filesystem(uri)
     assert files.exists(root)
     artifacts.delete(uri, of_run=run)
     assert not files.exists(root)
@@ -106,3 +107,11 @@ def test_a_copy_lasts_as_long_as_its_context(training: Training, tmp_path: Path)
     with artifacts.local(CheckpointRef(uri=uri, hash=saved.hash)) as path:
         assert path.is_dir()
     assert not path.exists()
+
+
+def test_what_a_crash_left_half_deleted_is_deleted_by_the_next(training: Training, uri: str):
+    artifacts.save(training, uri)
+    files, root = places.filesystem(uri)
+    files.rm(f"{root}/{MANIFEST}")
+    places.delete(uri)
+    assert not files.exists(root)

@@ -1,0 +1,91 @@
+"""Queries on checkpoints for their collection. The session comes first; nothing here commits."""
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from service.checkpoints.policy import Decision, Fact, decide
+from service.events import record
+from service.studies.advance import best_growable, lock
+from service.tables import Checkpoint, Run
+
+_DAY_SECONDS = 86400.0
+
+
+def decided(session: Session, study_id: str, older_than_days: float) -> tuple[Decision, ...]:
+    """Decide on a study's checkpoints, under locks that hold off whoever would start from one.
+
+    A target is enqueued under the study's lock. One of another study that names a checkpoint by
+    its URI has that row locked, and is seen here: it is asked for after the rows are.
+    """
+    study = lock(session, study_id)
+    facts = _facts(session, study_id)
+    best = best_growable(session, study.id)
+    return decide(
+        facts,
+        best_run=best.id if best else None,
+        used_by=_used_by(session, facts),
+        older_than_days=older_than_days,
+    )
+
+
+def _facts(session: Session, study_id: str) -> tuple[Fact, ...]:
+    age = func.extract("epoch", func.now() - Checkpoint.created_at) / _DAY_SECONDS
+    query = (
+        select(Checkpoint, Run.kind, Run.state, age)
+        .join(Run, Run.id == Checkpoint.run_id)
+        .where(Run.study_id == study_id, ~Checkpoint.superseded)
+        .order_by(Checkpoint.id)
+        .with_for_update(of=Checkpoint)
+    )
+    return tuple(
+        Fact(
+            id=row.id,
+            run_id=row.run_id,
+            uri=row.uri,
+            hash=row.hash,
+            num_bytes=row.num_bytes,
+            final=row.final,
+            age_days=float(days),
+            kind="trial" if kind == "trial" else "target",
+            state=state,  # pyright: ignore[reportArgumentType] - checked by the database
+        )
+        for row, kind, state, days in session.execute(query)
+    )
+
+
+def _used_by(session: Session, facts: tuple[Fact, ...]) -> dict[int, str]:
+    """A run that starts from each, of any study: by its number, its URI or its hash."""
+    named = {name: fact.id for fact in facts for name in (fact.uri, fact.hash)}
+    base, trunk = Run.spec["growth"]["base"], Run.spec["trunk"]
+    names = [ref[key].as_string() for ref in (base, trunk) for key in ("uri", "hash")]
+    query = select(Run.id, Run.base_checkpoint_id, *names).where(Run.kind == "target")
+    used: dict[int, str] = {}
+    for run_id, checkpoint_id, *given in session.execute(query):
+        for found in (checkpoint_id, *(named.get(name) for name in given)):
+            if found is not None:
+                used.setdefault(found, run_id)
+    return used
+
+
+def give_up(session: Session, study_id: str, decisions: tuple[Decision, ...]) -> None:
+    """Take back what was decided against: from here on nothing resumes or grows from it."""
+    doomed = [one.fact for one in decisions if not one.keep]
+    for run_id in sorted({fact.run_id for fact in doomed}):
+        ids = [fact.id for fact in doomed if fact.run_id == run_id]
+        session.execute(update(Checkpoint).where(Checkpoint.id.in_(ids)).values(superseded=True))
+        record(
+            session, "run.checkpoints-dropped", study_id=study_id, run_id=run_id, checkpoints=ids
+        )
+
+
+def rows(session: Session, study_id: str) -> list[tuple[Checkpoint, str]]:
+    """Every checkpoint of a study, given up or not, with its run's state."""
+    query = select(Checkpoint, Run.state).join(Run, Run.id == Checkpoint.run_id)
+    found = session.execute(query.where(Run.study_id == study_id).order_by(Checkpoint.id))
+    return [(checkpoint, state) for checkpoint, state in found]
+
+
+def run_states(session: Session, study_id: str) -> dict[str, str]:
+    """The state of every run of a study."""
+    query = select(Run.id, Run.state).where(Run.study_id == study_id)
+    return {run_id: state for run_id, state in session.execute(query)}  # noqa: C416 - rows are no pairs to pyright

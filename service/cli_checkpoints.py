@@ -1,0 +1,104 @@
+"""`warmscale checkpoints gc`: on the database and the artifacts themselves."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli_admin import reached
+from service.cli_common import Exit, Home, Json, fail, settings
+from service.home import DEFAULT
+
+if TYPE_CHECKING:
+    from service.checkpoints.collect import Collected, Options
+
+checkpoints = typer.Typer(help="Checkpoints.", no_args_is_help=True)
+
+
+@checkpoints.callback()
+def _group() -> None:
+    """Checkpoints."""
+
+
+@checkpoints.command()
+def gc(
+    *,
+    study: Annotated[str | None, typer.Option(help="Its id or name; all when not given.")] = None,
+    older_than_days: Annotated[
+        float, typer.Option(min=0, help="Younger ones are kept; no less than backups are apart.")
+    ] = 7.0,
+    orphans_older_than_hours: Annotated[
+        float, typer.Option(min=1, help="For folders that were never published.")
+    ] = 24.0,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete; without it, only say what would be.")
+    ] = False,
+    home: Home = DEFAULT,
+    as_json: Json = False,
+) -> None:
+    """Say, or delete, which checkpoints no run can need any more, and why the others are kept."""
+    from service.checkpoints.collect import Options
+
+    options = Options(
+        older_than_days=older_than_days,
+        orphans_older_than_hours=orphans_older_than_hours,
+        delete=delete,
+    )
+    found = _collect(home, study, options)
+    if as_json:
+        typer.echo(json.dumps([_view(one) for one in found]))
+    else:
+        _print(found, options)
+    if any(one.left for one in found):
+        raise typer.Exit(Exit.FAILED)
+
+
+def _collect(home: Path, study: str | None, options: "Options") -> "list[Collected]":
+    from sqlalchemy import NullPool, create_engine, select
+    from sqlalchemy.orm import sessionmaker
+
+    from service import db
+    from service.checkpoints.collect import collect
+    from service.tables import Study
+
+    chosen = settings(home)
+    with reached(), db.database(chosen) as url:
+        sessions = sessionmaker(create_engine(url, poolclass=NullPool), expire_on_commit=False)
+        query = select(Study.id).order_by(Study.created_at)
+        if study is not None:
+            query = query.where((Study.id == study) | (Study.name == study))
+        with sessions() as session:
+            ids = list(session.scalars(query))
+        if study is not None and not ids:
+            fail(Exit.CONFLICT, f"there is no study {study!r}")
+        return [collect(sessions, one, chosen.artifact_root, options) for one in ids]
+
+
+def _view(one: "Collected") -> dict[str, Any]:
+    rows = [
+        {"uri": d.fact.uri, "bytes": d.fact.num_bytes, "keep": d.keep, "reason": d.reason}
+        for d in one.decisions
+    ]
+    rows += [
+        {
+            "uri": r.folder.uri,
+            "bytes": r.folder.num_bytes,
+            "keep": not r.delete,
+            "reason": r.reason,
+        }
+        for r in one.remains
+    ]
+    return {"study": one.study_id, "bytes": one.num_bytes, "folders": rows, "left": one.left}
+
+
+def _print(found: "list[Collected]", options: "Options") -> None:
+    verb = "deleted" if options.delete else "would delete"
+    for one in found:
+        for row in _view(one)["folders"]:
+            did = "keep" if row["keep"] else verb
+            typer.echo(f"{did:12}  {row['bytes']:>14,}  {row['uri']}  ({row['reason']})")
+        for line in one.left:
+            typer.echo(f"left alone: {line}", err=True)
+    total = sum(one.num_bytes for one in found)
+    typer.echo(f"{verb} {total:,} bytes" + ("" if options.delete else "; say --delete to do so"))

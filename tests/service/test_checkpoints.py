@@ -1,0 +1,286 @@
+"""Collecting checkpoints: whatever a run may need stays, and nothing else is touched."""
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import text
+from typer.testing import CliRunner
+
+from service.checkpoints import folders, store
+from service.checkpoints.collect import Options, collect
+from service.checkpoints.policy import Fact, decide
+from service.cli import app
+from service.client import ServiceError
+from service.lifecycle import LIVE_RUN_STATES
+from service.tables import Checkpoint
+
+runner = CliRunner()
+ALL = Options(older_than_days=0.0, orphans_older_than_hours=1.0, delete=True)
+TRIALS = {"trials": 3, "parallel": 2, "sampler": "random", "pruner": "none"}
+
+facts = st.builds(
+    Fact,
+    id=st.integers(1, 30),
+    run_id=st.sampled_from(["run_a", "run_b", "run_c"]),
+    uri=st.just("file:///x"),
+    hash=st.just("0"),
+    num_bytes=st.just(1),
+    final=st.booleans(),
+    age_days=st.floats(0, 30),
+    kind=st.sampled_from(["trial", "target"]),
+    state=st.sampled_from(["queued", "leased", "succeeded", "pruned", "failed", "cancelled"]),
+)
+
+
+@given(
+    st.lists(facts, unique_by=lambda f: f.id),
+    st.sampled_from([None, "run_a", "run_b"]),
+    st.dictionaries(st.integers(1, 30), st.just("run_z")),
+    st.floats(0, 40),
+)
+def test_nothing_that_is_needed_is_ever_decided_against(found, best, used, days):
+    decisions = decide(found, best_run=best, used_by=used, older_than_days=days)
+    assert [d.fact for d in decisions] == found
+    for one in decisions:
+        f = one.fact
+        needed = (
+            f.state in LIVE_RUN_STATES
+            or f.id in used
+            or (f.final and f.run_id == best)
+            or (f.final and (f.kind, f.state) == ("target", "succeeded"))
+        )
+        assert one.keep == (needed or f.age_days < days)
+        assert one.reason
+
+
+def write(uri, *, old=True):
+    """A checkpoint's files, written long ago."""
+    files, root = fsspec.core.url_to_fs(uri)
+    files.makedirs(root, exist_ok=True)
+    for name in ("checkpoint.json", "model.safetensors"):
+        files.pipe_file(f"{root}/{name}", b"some bytes")
+        if old and uri.startswith("file:"):
+            os.utime(f"{root}/{name}", (time.time() - 10**6,) * 2)
+
+
+def there(uri):
+    files, root = fsspec.core.url_to_fs(uri)
+    return files.exists(f"{root}/checkpoint.json")
+
+
+@pytest.fixture
+def saved(worker):
+    """Publish under a lease, with files; give the URI."""
+
+    def save(lease, step=20, *, final=True):
+        uri = f"{lease.artifact_uri}/step-{step:08d}"
+        write(uri)
+        worker.publish(lease, step, final)
+        return uri
+
+    return save
+
+
+@pytest.fixture
+def study(submit, worker, saved):
+    """Three trials that succeeded, the second best; their final checkpoints' URIs."""
+
+    def study(**more):
+        created = submit(hpo=TRIALS, target=None, **more)
+        uris = []
+        for loss in (3.0, 1.0, 2.0):
+            lease = worker.one(study=created["id"])
+            uris.append(saved(lease))
+            worker.finish(lease, loss=loss)
+        return created["id"], uris
+
+    return study
+
+
+@pytest.fixture
+def gc(api, settings):
+    def gc(study, options=ALL):
+        return collect(api.sessions, study, settings.artifact_root, options)
+
+    return gc
+
+
+def test_the_best_trial_s_checkpoint_stays_and_the_others_go(study, gc, api, worker):
+    name, uris = study()
+    told = gc(name, Options(older_than_days=0.0, orphans_older_than_hours=1.0, delete=False))
+    assert all(map(there, uris))
+    assert told.num_bytes > 0
+    assert gc(name).num_bytes == told.num_bytes
+    assert [there(uri) for uri in uris] == [False, True, False]
+    assert gc(name).num_bytes == 0
+    path = f"/v1/studies/{name}/targets"
+    with pytest.raises(ServiceError, match="no final checkpoint"):
+        api.client.post(path, {"trial": 0, "target": {"width": 64}})
+    api.client.post(path, {"target": {"width": 64}})
+    bases = {lease.spec.growth.base.uri for lease in worker.lease(4) if lease.arm == "warm"}
+    assert bases == {uris[1]}
+
+
+def test_what_is_younger_stays(study, gc):
+    name, uris = study()
+    options = Options(older_than_days=1.0, orphans_older_than_hours=1.0, delete=True)
+    assert {d.reason for d in gc(name, options).decisions} >= {"younger than 1 days"}
+    assert all(map(there, uris))
+
+
+def test_every_run_can_go_on_after_a_collection_in_the_middle(submit, worker, saved, gc, api):
+    created = submit(hpo=TRIALS)
+    leased = worker.one(study=created["id"])
+    on_the_way = [saved(leased, step, final=False) for step in (5, 10)]
+    orphan = f"{leased.artifact_uri}/.step-00000015-abc"
+    write(orphan)
+    gc(created["id"])
+    assert all(map(there, [*on_the_way, orphan]))
+    worker.finish(leased, "released")
+    again = worker.one(study=created["id"])
+    assert [ref.uri for ref in again.resume_from] == on_the_way[::-1]
+    assert all(there(ref.uri) for ref in again.resume_from)
+
+
+def test_what_a_target_grew_from_and_its_own_end_stay(study, gc, api, worker, saved):
+    name, uris = study()
+    path = f"/v1/studies/{name}/targets"
+    api.client.post(path, {"trial": 0, "target": {"width": 64}, "warmstart": {"seeds": 1}})
+    ends = []
+    for lease in worker.lease(2):
+        ends.append(saved(lease))
+        worker.finish(lease, loss=0.5)
+    gc(name)
+    assert [there(uri) for uri in [*uris, *ends]] == [True, True, False, True, True]
+
+
+def test_a_crash_between_rows_and_files_is_finished_by_the_next(study, gc, monkeypatch):
+    name, uris = study()
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folders, "delete", crash)
+        with pytest.raises(KeyboardInterrupt):
+            gc(name)
+    assert all(map(there, uris))
+    again = gc(name)
+    assert [r.reason for r in again.remains] == ["given up before"] * 2
+    assert [there(uri) for uri in uris] == [False, True, False]
+
+
+def test_orphans_of_ended_runs_go_when_they_are_old_and_of_unknown_runs_never(study, gc):
+    name, uris = study()
+    attempt = uris[1].rsplit("/", 1)[0]
+    old, young = f"{attempt}/.step-00000005-abc", f"{attempt}/.step-00000006-abc"
+    unknown = f"{attempt.replace('run_', 'run_not')}/step-00000001"
+    for uri in (old, young, unknown):
+        write(uri, old=uri != young)
+    gc(name)
+    assert [there(uri) for uri in (old, young, unknown, uris[1])] == [False, True, True, True]
+
+
+def test_nothing_outside_the_root_is_touched(study, gc, settings, tmp_path, api):
+    name, uris = study()
+    outside = (tmp_path / "mine").as_uri()
+    write(outside)
+    attempt = Path(fsspec.core.url_to_fs(uris[0])[1]).parent
+    away = attempt.rename(tmp_path / "moved")
+    attempt.symlink_to(away)
+    with api.sessions.begin() as session:
+        session.execute(text("UPDATE warmscale.checkpoints SET uri = :u WHERE uri = :was"),
+                        {"u": outside, "was": uris[2]})  # fmt: skip
+    collected = gc(name)
+    assert any("leads to" in line for line in collected.left)
+    assert any("not below" in line for line in collected.left)
+    assert there(outside)
+    assert (away / "step-00000020" / "checkpoint.json").exists()
+    assert there(uris[1])
+    with api.sessions.begin() as session:
+        session.execute(text("UPDATE warmscale.checkpoints SET uri = :was WHERE uri = :u"),
+                        {"u": outside, "was": uris[2]})  # fmt: skip
+
+
+def test_an_older_root_is_collected_too(study, gc, settings, api):
+    name, uris = study()
+    collect(api.sessions, name, "memory://elsewhere", ALL)
+    assert [there(uri) for uri in uris] == [False, True, False]
+
+
+def test_object_stores_are_collected_by_the_same_code():
+    root = f"memory://gc-{os.getpid()}"
+    uri = f"{root}/st_1/run_1/attempt-001/step-00000001"
+    write(uri)
+    (folder,) = folders.listed(root, "st_1")
+    assert (folder.uri, folder.num_bytes, folder.age_hours < 1) == (uri, 20, True)
+    folders.delete(uri, root)
+    assert folders.listed(root, "st_1") == []
+
+
+def imported(api, uri):
+    with api.sessions() as session:
+        row = session.query(Checkpoint).filter_by(uri=uri).one()
+        run = api.client.get(f"/v1/runs/{row.run_id}")
+    model = run["spec"]["model"]
+    base = {"uri": uri, "hash": row.hash, "model": model}
+    return {"base": base, "target": {"width": 64}, "warmstart": {"seeds": 1}}
+
+
+def test_a_target_of_another_study_never_points_to_what_is_collected(study, gc, api):
+    """Whoever comes first: the target's row is seen by the collection, or it is refused."""
+    name, uris = study()
+    other, _ = study()
+    request = imported(api, uris[0])
+    with api.sessions() as session:  # a start that has its lock and has not committed
+        held = session.query(Checkpoint).filter_by(uri=uris[0]).with_for_update(read=True)
+        assert held.one()
+        collecting = threading.Thread(target=gc, args=(name,))
+        collecting.start()
+        collecting.join(0.3)
+        assert collecting.is_alive()
+        api.client.post(f"/v1/studies/{other}/targets", request)
+    collecting.join(10)
+    assert [there(uri) for uri in uris] == [True, True, False]
+    with pytest.raises(ServiceError, match="was deleted"):
+        api.client.post(f"/v1/studies/{other}/targets", imported(api, uris[2]))
+
+
+def test_a_collection_waits_for_who_moves_the_study_on(study, gc, api):
+    name, uris = study()
+    with api.sessions() as session:
+        store.lock(session, name)
+        collecting = threading.Thread(target=gc, args=(name,))
+        collecting.start()
+        collecting.join(0.3)
+        assert collecting.is_alive()
+        assert all(map(there, uris))
+    collecting.join(10)
+    assert [there(uri) for uri in uris] == [False, True, False]
+
+
+def test_the_command_line_tells_first_and_deletes_when_told(
+    study, api, settings, database_url, monkeypatch
+):
+    name, uris = study()
+    url = database_url.render_as_string(hide_password=False)
+    monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
+    command = ["checkpoints", "gc", "--older-than-days", "0", "--home", str(settings.home)]
+    told = runner.invoke(app, command)
+    assert told.exit_code == 0, told.output
+    assert "the final one of the best trial" in told.stdout
+    assert "say --delete" in told.stdout
+    assert all(map(there, uris))
+    done = runner.invoke(app, [*command, "--study", name, "--delete", "--json"])
+    assert done.exit_code == 0, done.output
+    (one,) = json.loads(done.stdout)
+    assert {f["uri"]: f["keep"] for f in one["folders"]} == {uri: uri == uris[1] for uri in uris}
+    assert [there(uri) for uri in uris] == [False, True, False]
+    assert runner.invoke(app, [*command, "--study", "none"]).exit_code == 4
