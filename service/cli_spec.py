@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
+from warmcore import plain_yaml
 
 _HUB = "hf:"
 
@@ -20,30 +20,17 @@ def load(path: Path, folder: Path) -> dict[str, Any]:
         SpecError: it cannot be read, is no YAML, is no mapping, or holds what JSON cannot say.
     """
     try:
-        spec = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 - safe
-        json.dumps(spec, allow_nan=False)
-    except OSError as error:
-        raise SpecError(f"{path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise SpecError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"{path}: {error}") from None
+        spec = plain_yaml.read(path)
+    except ValueError as error:
+        raise SpecError(str(error)) from None
+    try:
+        json.dumps(spec, allow_nan=False, ensure_ascii=False).encode()
+    except ValueError as error:
+        raise SpecError(f"{path}: {error}; finite numbers and whole characters work") from None
     if not isinstance(spec, dict):
         kind = type(spec).__name__
         raise SpecError(f"{path}: a spec is a mapping of name, data, proxy, …, not a {kind}")
     return anchored(spec, folder)
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, for which a key given twice is an error and not a silent choice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002 - PyYAML's signature
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise SpecError(f"key {key!r} is given twice in the mapping at line {line}")
-        return super().construct_mapping(node, deep=deep)
 
 
 def anchored(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -67,7 +54,10 @@ def _tokenizer(name: str, folder: Path) -> str:
 
 
 def _below(path: str, folder: Path) -> str:
-    return str(folder / Path(path).expanduser())
+    try:
+        return str(folder / Path(path).expanduser())
+    except RuntimeError:
+        raise SpecError(f"data: {path!r}: there is no such user; a whole path works") from None
 
 
 def is_name(source: str) -> bool:

@@ -12,6 +12,7 @@ from typing import get_args
 
 import torch
 
+from warmcore.checkpoint import CheckpointCorruptError
 from warmcore.coord_check import Setup, check_axis
 from warmcore.coordinates import KINDS, TOLERANCE, AxisCheck, CoordCheck
 from warmcore.data import prepare
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str]) -> int:
         torch.set_num_threads(options.threads)
     try:
         check = checked(read_spec(options.spec), options)
-    except ValueError as error:
+    except (ValueError, CheckpointCorruptError) as error:
         log.error("%s", error)  # noqa: TRY400 - a message for the user, not a traceback
         return BAD_SPEC
     content = check.model_dump_json(indent=2)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from warmcore import plain_yaml
 from warmcore.checkpoint import read_manifest
 from warmcore.spec import CheckpointRef, RunSpec
 
@@ -18,10 +18,7 @@ def read_spec(path: Path) -> RunSpec:
     Raises:
         ValueError: a line per wrong field: its name, its value and what works.
     """
-    try:
-        fields: Any = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    fields = plain_yaml.read(path)
     try:
         return RunSpec.model_validate(_with_hashes(fields))
     except ValidationError as error:
@@ -48,10 +45,15 @@ def reference(uri: str, field: str) -> CheckpointRef:
 
 def local_path(uri: str, field: str) -> Path:
     """Path of a plain path or a file:// URI in `field`."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+        path = Path(unquote(parts.path) if parts.scheme else uri).expanduser()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{field}.uri {uri!r} is no path: {error}") from None
     if parts.scheme not in ("", "file"):
         raise ValueError(f"{field}.uri {uri} is not local; a path or a file:// URI works here")
-    return Path(unquote(parts.path) if parts.scheme else uri).expanduser()
+    return path
 
 
 def _explain(problem: Mapping[str, Any]) -> str:

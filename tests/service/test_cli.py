@@ -277,7 +277,9 @@ def test_a_fleet_of_the_home_s_service_needs_no_key_beside_it(warmscale, started
         ("a: [", "no YAML"),
         ("- a\n- b\n", "a spec is a mapping"),
         ("name: a\nname: b\n", "'name' is given twice"),
-        ("when: 2020-01-01\n", "not JSON serializable"),
+        ("when: !!timestamp 2020-01-01\n", "line 1: tag !!timestamp"),
+        ('name: "\\ud800"\n', "whole characters"),
+        ("data: {source: ~nosuchuser/x}\n", "no such user"),
         ("lr: .inf\n", "JSON"),
     ],
 )
@@ -289,7 +291,7 @@ def test_a_file_that_is_no_spec_says_why(tmp_path, text, said):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(SpecError, match=r"nowhere\.yaml: No such file"):
+    with pytest.raises(SpecError, match=r"nowhere\.yaml cannot be read: No such file"):
         load(tmp_path / "nowhere.yaml", tmp_path)
 
 
