@@ -80,7 +80,7 @@ def _environment(folder: Path, url: URL) -> dict[str, str]:
     here = Path(__file__).resolve().parents[2]
     return os.environ | {
         "TZ": "UTC",
-        "PYTHONPATH": str(here),
+        "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")]),
         "WARMSCALE_HOME": str(folder),
         "WARMSCALE_DATA_ROOTS": str(folder),
         "WARMSCALE_DATABASE_URL": url.render_as_string(hide_password=False),
