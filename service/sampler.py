@@ -238,10 +238,10 @@ class Sampler:
     @_in_turn
     def prunes(self, study: str, spec: StudySpec, number: int) -> bool:
         """Whether the pruner would stop this trial by what has been heard of it."""
-        trial = self.storage.get_trial(self._trial_id(study, number))
-        if trial.state.is_finished():
-            return False
-        return make_pruner(spec).prune(self._load(study), trial)
+        handle = self._load(study)
+        # One reading of what has changed, where a trial by its number is eight queries.
+        trial = next(t for t in handle.get_trials(deepcopy=False) if t.number == number)
+        return not trial.state.is_finished() and make_pruner(spec).prune(handle, trial)
 
     @_in_turn
     def importance(self, study: str) -> dict[str, float]:
