@@ -4,7 +4,6 @@ import ast
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = frozenset(
@@ -38,18 +37,8 @@ def _of_call(call):
         yield "torch.load without weights_only=True"
     if "allow_pickle" in given and not _is(given["allow_pickle"], value=False):
         yield "allow_pickle"
-    if name in ("yaml.unsafe_load", "yaml.full_load"):
+    if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
         yield name
-    if name == "yaml.load" and not _is_safe(given.get("Loader")):
-        yield name
-
-
-def _is_safe(loader):
-    """PyYAML's safe one, or ours, which is made of it."""
-    from service.cli_spec import _UniqueKeys
-
-    assert issubclass(_UniqueKeys, yaml.SafeLoader)
-    return loader is not None and ast.unparse(loader) in ("yaml.SafeLoader", "_UniqueKeys")
 
 
 def _is(node, *, value):

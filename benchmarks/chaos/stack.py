@@ -131,6 +131,7 @@ class Stack:
             "WARMSCALE_HOME": str(self.folder / "home"),
             "WARMSCALE_ARTIFACTS": self.disk.path.as_uri(),
             "WARMSCALE_LEASE_SECONDS": str(LEASE_SECONDS),
+            "WARMSCALE_DATA_ROOTS": "/",
             "WARMSCALE_API_KEY": self.key,
             "XDG_CACHE_HOME": str(self.folder / "cache"),
             "RAY_TMPDIR": str(self.folder),

@@ -30,6 +30,7 @@ class Processes:
             "WARMSCALE_HOME": str(self.settings.home),
             "WARMSCALE_PORT": str(self.settings.port),
             "WARMSCALE_LEASE_SECONDS": "3",
+            "WARMSCALE_DATA_ROOTS": "/",
             "WARMSCALE_API_KEY": self.key,
             "XDG_CACHE_HOME": str(self.folder / "cache"),
         }

@@ -25,6 +25,7 @@ class Serving:
                     "TZ": "UTC",
                     "WARMSCALE_LEASE_SECONDS": str(settings.lease_seconds),
                     "WARMSCALE_POOL_SIZE": str(settings.pool_size),
+                    "WARMSCALE_DATA_ROOTS": "/",
                     "WARMSCALE_DATABASE_URL": url.render_as_string(hide_password=False),
                     "WARMSCALE_HOME": str(settings.home),
                     "WARMSCALE_PORT": str(settings.port),
