@@ -88,11 +88,16 @@ def test_nothing_is_asked_of_the_database_while_nothing_happens(api, submit, rou
     assert time.monotonic() - begun < LONG
 
 
-def test_a_retry_is_granted_when_it_is_due_without_a_notice(api, submit, worker, rounds):
+def test_a_retry_is_granted_when_it_is_due_without_a_notice(
+    api, submit, worker, rounds, monkeypatch
+):
+    monkeypatch.setattr(desks, "_LOOK_SECONDS", LONG)
     submit(hpo=OPEN | {"trials": 1})
     worker.finish(worker.one(), "failed", error="boom")  # again in 1 s
+    begun = time.monotonic()
     (again,) = worker.lease(1, wait_seconds=LONG)
     assert again.attempt == 2
+    assert time.monotonic() - begun < LONG / 2
     assert len(rounds) <= 6
 
 

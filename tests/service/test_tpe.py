@@ -21,6 +21,7 @@ KINDS = {
     "kind": CategoricalDistribution((1, 2, 4)),
 }
 ENDS = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL]
+MOSTLY_PRUNED = [TrialState.PRUNED] * 40 + [TrialState.COMPLETE]  # so that pruned ones rank too
 
 
 def value_in(kind, chance):
@@ -36,9 +37,9 @@ def value_in(kind, chance):
     )
 
 
-def trial(chance, *, constrained):
+def trial(chance, ends, *, constrained):
     """A trial of any end; losses and scores repeat, as ties must be broken alike."""
-    state = chance.choice([*ENDS, TrialState.RUNNING])
+    state = chance.choice([*ends, TrialState.RUNNING])
     names = [n for n in KINDS if state != TrialState.RUNNING or chance.random() < 0.9]
     heard = {s: chance.choice([1.0, 2.0, math.inf, math.nan]) for s in range(chance.randrange(4))}
     return create_trial(
@@ -64,12 +65,13 @@ def draw(study, sampler):
 def test_every_draw_is_optunas_to_the_bit(seed, growth, constrained):
     chance = random.Random(seed)  # noqa: S311 - a scene, no secret
     study, memory = optuna.create_study(), Memory()
+    ends = chance.choice([ENDS, MOSTLY_PRUNED])
     running = []
     for more in growth:
         for trial_id in running:  # what ran has ended meanwhile
             study._storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [chance.random()])
         before = len(study.get_trials(deepcopy=False))
-        study.add_trials([trial(chance, constrained=constrained) for _ in range(more)])
+        study.add_trials([trial(chance, ends, constrained=constrained) for _ in range(more)])
         new = study.get_trials(deepcopy=False)[before:]
         running = [t._trial_id for t in new if t.state == TrialState.RUNNING]
         plain = draw(study, TPESampler(n_startup_trials=3, seed=seed))
