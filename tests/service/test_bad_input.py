@@ -338,3 +338,59 @@ def test_numbers_beyond_the_database_are_refused(api, submit, worker):
     error = {"outcome": "failed", "error": "a\0b"}
     finish = f"{api.url}/v1/runs/{lease.run_id}/finish"
     assert httpx.post(finish, json=error, headers=headers).status_code == 422
+
+
+CURSORS = [
+    "",
+    "x",
+    "====",
+    "'; DROP TABLE runs; --",
+    "MjAyNg==",
+    "MjAyNi0wMS0wMQphAA==",
+    "\u202e",
+    "9" * 4000,
+]
+
+
+@pytest.mark.parametrize("cursor", CURSORS)
+def test_a_forged_cursor_or_event_id_is_refused(api, submit, cursor):
+    study = submit()
+    key = {"Authorization": f"Bearer {api.key}"}
+    for path in ("studies", "runs"):
+        found = httpx.get(f"{api.url}/v1/{path}", params={"cursor": cursor}, headers=key)
+        assert found.status_code in (200, 422)
+    if cursor:
+        events = f"{api.url}/v1/studies/{study['id']}/events"
+        header = {"Last-Event-ID": cursor.encode()}
+        assert httpx.get(events, headers=key | header).status_code == 422
+
+
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [DEEP, b'{"name":' + DEEP, b'{"a":' * 50_000, b'{"name": 1' + b"0" * 100_000 + b"}"],
+    ids=["list", "field", "mapping", "number"],
+)
+def test_a_body_too_deep_or_too_long_for_the_parser_is_a_4xx_problem(api, body):
+    for path in ("/v1/studies", "/v1/leases"):
+        response = send(api, "POST", path, body)
+        assert 400 <= response.status_code < 500
+        assert response.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("name", ["..%2f..", "%2e%2e", "a%2fb", "%0d%0aX: 1", "%ff", "a" * 5000])
+def test_a_path_that_names_nothing_is_a_404_problem(api, name):
+    for path in (f"/v1/studies/{name}", f"/v1/runs/{name}", f"/v1/studies/{name}/report"):
+        response = send(api, "GET", path)
+        assert response.status_code in (404, 405, 422), (path, response.text)
+        assert response.headers["content-type"] == "application/problem+json"
+        assert "X" not in response.headers
+
+
+def test_a_tokenizer_of_no_user_is_refused_by_its_field(api, study_spec):
+    spec = study_spec(data={"source": "stdlib", "tokenizer": "~nosuchuser/tokenizer.json"})
+    response = send(api, "POST", "/v1/studies", spec)
+    assert response.status_code == 422, response.text
+    assert response.json()["errors"][0]["path"] == "data.tokenizer"
