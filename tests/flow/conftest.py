@@ -118,6 +118,17 @@ def check(url):
 
 
 @pytest.fixture
+def home(home):
+    """A folder of a local stack; what one has trained there is checked at the end."""
+    from service import db
+
+    yield home
+    if (home / "artifacts").exists():
+        with db.start_embedded(home) as server:
+            check(db.normalized(server.get_uri()))
+
+
+@pytest.fixture
 def client(processes):
     from service.client import Client
 
