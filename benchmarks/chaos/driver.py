@@ -31,7 +31,7 @@ _Repair = tuple[float, float, Callable[[], None], str, Check | None]  # due, str
 
 @dataclass(kw_only=True)
 class Driver:
-    """The loop. Its clock stands still while a study is checked, so that the schedule holds."""
+    """The loop. The schedule's clock stands still while a study is checked or a victim awaited."""
 
     stack: Stack
     schedule: list[Fault]
@@ -51,9 +51,11 @@ class Driver:
         self._repairs: list[_Repair] = []
         self._awaited: list[tuple[float, str, Check]] = []
         self._due = list(self.schedule)
-        self._clock, self._last = 0.0, time.monotonic()
+        self._clock = self._elapsed = 0.0
+        self._waits_since: float | None = None
+        self._last = time.monotonic()
         with Client(self.stack.url, self.stack.key, patience_seconds=120) as client:
-            while self._clock < self.seconds and not self.errors:
+            while self._elapsed < self.seconds and not self.errors:
                 self._study(client)
 
     def _study(self, client: Client) -> None:
@@ -61,9 +63,9 @@ class Driver:
         client.post("/v1/studies", self.spec | {"name": name}, idempotency_key=name)
         self.studies.append(name)
         self._last = time.monotonic()
-        started = self._clock
+        started = self._elapsed
         while (state := self._state(name)) in (None, "active"):
-            if self._clock - started > STUDY_SECONDS:
+            if self._elapsed - started > STUDY_SECONDS:
                 raise ChaosError(f"study {name} did not end in {STUDY_SECONDS} s")
             self._tick()
         if state != "completed":
@@ -72,13 +74,17 @@ class Driver:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self._clock, self._last = self._clock + now - self._last, now
+        self._elapsed += now - self._last
+        if self._waits_since is None:
+            self._clock += now - self._last
+        self._last = now
+        if self._elapsed > self.seconds:
+            self._due.clear()
         while self._due and self._due[0].at_seconds <= self._clock:
-            fault = self._due[0]
-            if fault.at_seconds > self.seconds or self._strike(fault):
-                self._due.pop(0)
-            else:
+            if not self._strike(self._due[0]):
                 break  # no victim just now
+            self._due.pop(0)
+            self._waits_since = None
         for repair in [r for r in self._repairs if r[0] <= now]:
             self._repair(repair)
         self._look_for_recoveries()
@@ -92,7 +98,8 @@ class Driver:
         except DBAPIError:
             struck = None
         if struck is None:
-            if self._clock < fault.at_seconds + _VICTIM_SECONDS and self.stack.disk.can_fill:
+            self._waits_since = self._waits_since or self._last
+            if self._last - self._waits_since < _VICTIM_SECONDS:
                 return False
             self.missed[fault.kind] += 1
             return True

@@ -130,6 +130,7 @@ class Stack:
             "WARMSCALE_DATABASE_URL": self.database.url.render_as_string(hide_password=False),
             "WARMSCALE_HOME": str(self.folder / "home"),
             "WARMSCALE_ARTIFACTS": self.disk.path.as_uri(),
+            "WARMSCALE_DATA_ROOTS": str(self.folder / "corpus"),
             "WARMSCALE_LEASE_SECONDS": str(LEASE_SECONDS),
             "WARMSCALE_DATA_ROOTS": "/",
             "WARMSCALE_API_KEY": self.key,

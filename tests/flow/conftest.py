@@ -123,9 +123,10 @@ def home(home):
     from service import db
 
     yield home
-    if (home / "artifacts").exists():
-        with db.start_embedded(home) as server:
-            check(db.normalized(server.get_uri()))
+    for stack in (home, home / ".warmscale"):  # of `up`, of `demo`
+        if (stack / "artifacts").exists():
+            with db.start_embedded(stack) as server:
+                check(db.normalized(server.get_uri()))
 
 
 @pytest.fixture
