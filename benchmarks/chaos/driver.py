@@ -62,6 +62,7 @@ class Driver:
         name = f"chaos-{len(self.studies)}"
         client.post("/v1/studies", self.spec | {"name": name}, idempotency_key=name)
         self.studies.append(name)
+        self._wait_for_work()
         self._last = time.monotonic()
         started = self._elapsed
         while (state := self._state(name)) in (None, "active"):
@@ -71,6 +72,18 @@ class Driver:
         if state != "completed":
             self.errors.append(f"study {name} is {state}")
         self._settle(client, name)
+
+    def _wait_for_work(self) -> None:
+        """The time counts from when a fleet trains: on a busy machine that takes a while."""
+        query = text("SELECT count(*) FROM warmscale.runs WHERE attempt > 0")
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while time.monotonic() < deadline:
+            with self.stack.engine.connect() as connection:
+                if connection.execute(query).scalar_one():
+                    return
+            self.stack.must_stand()
+            time.sleep(_TICK_SECONDS)
+        raise ChaosError(f"no fleet trains after {_SETTLE_SECONDS} s")
 
     def _tick(self) -> None:
         now = time.monotonic()
