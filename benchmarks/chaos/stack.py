@@ -132,7 +132,6 @@ class Stack:
             "WARMSCALE_ARTIFACTS": self.disk.path.as_uri(),
             "WARMSCALE_DATA_ROOTS": str(self.folder / "corpus"),
             "WARMSCALE_LEASE_SECONDS": str(LEASE_SECONDS),
-            "WARMSCALE_DATA_ROOTS": "/",
             "WARMSCALE_API_KEY": self.key,
             "XDG_CACHE_HOME": str(self.folder / "cache"),
             "RAY_TMPDIR": str(self.folder),
