@@ -13,6 +13,7 @@ NEED_A_HISTORY = {
     f"{call.replace(' ', ' /v1/studies/{study}/')}"
     for call in ("GET importance", "POST targets", "POST trials", "POST pause", "POST resume")
 }
+NEED_A_HISTORY.add("POST /v1/runs/{run_id}/checkpoints")  # a lease that nothing has ended
 QUICK = ("--phases", "fuzzing,stateful", "--max-examples", "6", "--no-shrink")
 
 
