@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.orm import Session
 
-from service import auth, db
+from service import auth, db, migrations
 from service.client import ServiceError, StaleLeaseError
 from service.tables import Event, Run
 from tests.by_hand import Worker
@@ -168,7 +168,7 @@ def test_an_api_outlives_its_database_and_goes_on_by_itself(study_spec):
         warnings.simplefilter("ignore")
         server = db.start_embedded(folder)
         url = db.normalized(server.get_uri())
-        db.upgrade(url)
+        migrations.upgrade(url)
         with serving(settings_below(home), url) as api:
             api.client.post("/v1/studies", study_spec())
             worker = Worker(api.client)
