@@ -54,7 +54,7 @@ def main() -> int:
         if not stack.disk.can_fill:
             print("fill-disk needs root, for a tmpfs: it is left out", flush=True)
         driver.run()
-    except (ChaosError, KeyboardInterrupt, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it was, all is ended
         driver.errors.append(f"{type(error).__name__}: {error}")
     try:
         found = report.summary(driver, seed=args.seed, minutes=(time.monotonic() - started) / 60)
