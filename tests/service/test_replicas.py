@@ -142,6 +142,7 @@ def check_each_step_once(engine, study):
 def test_sixty_four_clients_at_once_use_no_more_connections_than_are_written_down(
     settings, database_url, engine, study_spec
 ):
+    """And none meets "has already finished and can not be updated" (optuna #5582)."""
     pool_size = 3
     with (
         serving(settings.model_copy(update={"pool_size": pool_size}), database_url) as api,
