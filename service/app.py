@@ -8,7 +8,7 @@ from fastapi.routing import APIRoute
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import sessionmaker
 
-from service import __version__, dashboard, docs, errors, openapi, probes
+from service import __version__, dashboard, docs, errors, events, openapi, probes
 from service.db import each_alone, make_engine, optuna_url
 from service.drain import Drain
 from service.leases.desk import Desk
@@ -24,6 +24,7 @@ from service.settings import Settings
 from service.shield import Shield
 from service.studies.routes import router as studies
 from service.wakeups import Wakeups
+from service.webhooks.outbox import Outbox
 
 _V1 = (studies, runs, leases, results)
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
@@ -33,12 +34,14 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     """The application on one database, which must be upgraded already."""
     engine = make_engine(url, settings.pool_size)
     sampler = Sampler(optuna_url(url), pool_size=settings.pool_size)
-
+    sessions = sessionmaker(engine, expire_on_commit=False)
+    events.install(sessions)
     wakeups = Wakeups(url)
+    outbox = Outbox(sessions, allow_private=settings.webhook_allow_private)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        async with wakeups.listening():
+        async with wakeups.listening(), outbox.emptied(wakeups):
             yield
         sampler.close()
         engine.dispose()
@@ -59,7 +62,8 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.state.recent = RecentCallers()
     app.state.limits = Limits(settings.requests_per_second)
     app.state.presence = Presence(settings.lease_seconds)
-    app.state.sessions = sessionmaker(engine, expire_on_commit=False)
+    app.state.sessions = sessions
+    app.state.engines = {"service": engine, "optuna": sampler.engine}
     app.state.statements = sessionmaker(each_alone(engine), expire_on_commit=False)
     errors.install(app, away=TRANSIENT)
     app.add_middleware(Shield, settings=settings)

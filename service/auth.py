@@ -13,8 +13,10 @@ from sqlalchemy import case, func, select, update
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from service import context
 from service.caller import Caller
 from service.errors import Problem
+from service.events import record
 from service.protocol import PROJECT_PATTERN, Message, Scope
 from service.recent import RecentCallers  # noqa: TC001 - FastAPI reads annotations
 from service.tables import DEFAULT_PROJECT, ApiKey
@@ -57,6 +59,15 @@ def create_key(
     )
     session.add(row)
     session.flush()
+    record(
+        session,
+        "key.created",
+        study_id=None,
+        key=row.id,
+        name=name,
+        scopes=list(scopes),
+        project=project,
+    )
     return row.id, key
 
 
@@ -72,7 +83,10 @@ def revoke_key(session: Session, key_id: str) -> bool:
         .values(revoked_at=func.now())
         .returning(ApiKey.id)
     )
-    return revoked.scalar_one_or_none() is not None
+    is_revoked = revoked.scalar_one_or_none() is not None
+    if is_revoked:
+        record(session, "key.revoked", study_id=None, key=key_id)
+    return is_revoked
 
 
 class KeyView(Message):
@@ -114,6 +128,7 @@ def caller_of(session: Session, key: str) -> Caller | None:
     if row.unnoted:  # to the minute: a write for every request would be a lock for every request
         noted = update(ApiKey).where(ApiKey.id == row.id, unnoted).values(last_used_at=func.now())
         session.execute(noted)
+    context.note(key_id=row.id)
     return Caller(key_id=row.id, scopes=frozenset(row.scopes), project=row.project)
 
 
@@ -180,6 +195,7 @@ async def _recent_worker(
         recent.keep(name, caller, now)
     else:
         request.app.state.limits.good(name)
+        context.note(key_id=caller.key_id)
     return caller.within(project)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from service import cli_admin, cli_checkpoints, cli_db, cli_study
+from service import cli_admin, cli_checkpoints, cli_db, cli_study, cli_webhook
 from service.cli_common import EXIT_CODES, Exit, Home, Json, access, settings
 from service.home import DEFAULT
 
@@ -27,6 +27,7 @@ for command in (cli_db.current, cli_db.history, cli_db.downgrade, cli_db.backup,
 app.add_typer(cli_admin.db, name="db")
 app.add_typer(cli_admin.key, name="key")
 app.add_typer(cli_checkpoints.checkpoints, name="checkpoints")
+app.add_typer(cli_webhook.webhook, name="webhook")
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 Port = Annotated[int | None, typer.Option(help="Port of the API; 0 takes any free one.")]

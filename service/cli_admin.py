@@ -89,7 +89,7 @@ def create(
     if project is not None and not re.fullmatch(PROJECT_PATTERN, project):
         fail(Exit.USAGE, f"--project: must match {PROJECT_PATTERN} (got {project!r})")
     expires_at = datetime.now(UTC) + timedelta(days=expires_days) if expires_days else None
-    with _session(home) as session:
+    with on_database(home) as session:
         key_id, text = auth.create_key(
             session, name, scopes, project=project, expires_at=expires_at
         )
@@ -102,7 +102,7 @@ def list_(home: Home = DEFAULT, *, as_json: Json = False) -> None:
     """List the keys, newest first: what each may do and where, and when it was last used."""
     from service import auth  # imports FastAPI
 
-    with _session(home) as session:
+    with on_database(home) as session:
         keys = auth.list_keys(session)
     if as_json:
         typer.echo(json.dumps([view.model_dump(mode="json") for view in keys]))
@@ -125,7 +125,7 @@ def revoke(
     """Revoke a key for good."""
     from service import auth  # imports FastAPI
 
-    with _session(home) as session:
+    with on_database(home) as session:
         revoked = auth.revoke_key(session, key_id)
     if not revoked:
         fail(Exit.CONFLICT, f"there is no key {key_id!r} that is still good")
@@ -140,7 +140,7 @@ def _scopes(given: list[str]) -> list[Scope]:
 
 
 @contextmanager
-def _session(home: Path) -> Generator["Session"]:
+def on_database(home: Path) -> Generator["Session"]:
     """One transaction on the database, embedded or not."""
     from sqlalchemy import create_engine
     from sqlalchemy.orm import Session

@@ -6,7 +6,8 @@ request, is in one object, so that the line written at its end has what was lear
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +39,7 @@ class Facts:
         return {name: value for name, value in known.items() if value is not None}
 
 
+_acting: ContextVar[str | None] = ContextVar("acting", default=None)
 _current: ContextVar[Facts | None] = ContextVar("facts", default=None)
 
 
@@ -70,3 +72,19 @@ def note(
     facts.study_id = study_id or facts.study_id
     facts.run_id = run_id or facts.run_id
     facts.attempt = attempt or facts.attempt
+
+
+def actor() -> str:
+    """Who does what is done now: the request's key; without a request, who has the database."""
+    facts = _current.get()
+    return _acting.get() or (facts.key_id if facts and facts.key_id else "operator")
+
+
+@contextmanager
+def acting(name: str) -> Generator[None]:
+    """What is done inside nobody asked for: it is `name`'s doing."""
+    token = _acting.set(name)
+    try:
+        yield
+    finally:
+        _acting.reset(token)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 
-from service import context
+from service import context, metrics
 from service.protocol import REQUEST_ID_HEADER
 from service.shield import SAFE_HEADERS
 from service.studies.space import FieldError
@@ -101,6 +101,7 @@ class ProblemResponse(JSONResponse):
 
 
 def _response(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
+    metrics.count_problem(problem.kind)
     facts = context.current()
     body = ProblemBody(
         type=f"urn:warmscale:{problem.kind}",

@@ -1,13 +1,21 @@
-"""Every transition leaves a row, in the transaction that made it."""
+"""Every transition leaves a row, in the transaction that made it: the audit log.
 
+What else there is to tell, a line in the log and a count, is told once the transaction has
+committed: a rolled back transition did not happen.
+"""
+
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import case, func, insert, literal
-from sqlalchemy.orm import Session
+from sqlalchemy import any_, case, func, insert, literal, or_, select
+from sqlalchemy import event as hooks
+from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
-from service.tables import Event
-from service.wakeups import CHANNEL, WORK
+from service import context, metrics
+from service.tables import Delivery, Event, Study, Webhook
+from service.wakeups import CHANNEL, WEBHOOKS, WORK
 
 # After these a run may be leasable: one waits, or there is room for one more trial.
 _MAKES_WORK = frozenset(
@@ -21,34 +29,59 @@ _MAKES_WORK = frozenset(
         "run.cancelled",
     }
 )
-
+# What a webhook may be told.
+NOTIFIED = frozenset(
+    {
+        "study.completed",
+        "study.failed",
+        "study.cancelled",
+        "run.succeeded",
+        "run.pruned",
+        "run.failed",
+        "run.cancelled",
+    }
+)
+_LOGGED = ("worker", "kind", "trial", "arm", "outcome", "reason", "error", "key")
+_LONGEST = 300
+_UNTOLD = "untold events"  # in a session's own `info`
+_log = logging.getLogger(__name__)
 
 NewEvent = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Untold:
+    events: Sequence[NewEvent]
+    within: SessionTransaction | None
+
+
 # A trial is queued to be leased in the same transaction.
 _work = case(
     (Event.type.in_(_MAKES_WORK) & ~Event.payload.has_key("trial"), WORK), else_=literal(None)
 )
-_notify = func.pg_notify(CHANNEL, func.concat_ws(" ", Event.study_id, Event.run_id, _work))
+_hook = case((Event.type.in_(NOTIFIED), WEBHOOKS), else_=literal(None))
+_notify = func.pg_notify(CHANNEL, func.concat_ws(" ", Event.study_id, Event.run_id, _work, _hook))
 
 
 def event(
     type_: str,
     *,
-    study_id: str,
+    study_id: str | None,
     run_id: str | None = None,
     attempt: int | None = None,
+    actor: str | None = None,
     **payload: Any,
 ) -> NewEvent:
-    """An event to be written, e.g. `run.leased`."""
+    """An event to be written, e.g. `run.leased`; the doing of whoever asks, unless said."""
     row = {"study_id": study_id, "run_id": run_id, "type": type_, "attempt": attempt}
-    return row | {"payload": payload}
+    return row | {"actor": actor or context.actor(), "payload": payload}
 
 
 def record(
     session: Session,
     type_: str,
     *,
-    study_id: str,
+    study_id: str | None,
     run_id: str | None = None,
     attempt: int | None = None,
     **payload: Any,
@@ -60,4 +93,52 @@ def record(
 
 def record_all(session: Session, events: Sequence[NewEvent]) -> None:
     """Write events in this order, and wake with the commit who waits for such."""
-    session.execute(insert(Event).values(events).returning(_notify))
+    written = insert(Event).values(events).returning(Event.id, _notify)
+    ids = [row.id for row in session.execute(written)]
+    if any(one["type"] in NOTIFIED for one in events):
+        _post(session, ids)
+    untold = _Untold(events=events, within=session.get_nested_transaction())
+    session.info.setdefault(_UNTOLD, []).append(untold)
+
+
+def _post(session: Session, event_ids: Sequence[int]) -> None:
+    """Put these events into the outbox of every webhook that wants them."""
+    wanted = (
+        select(Event.id, Webhook.id)
+        .join(Study, Study.id == Event.study_id)
+        .join(Webhook, Event.type == any_(Webhook.events))
+        .where(
+            Event.id.in_(event_ids),
+            Event.type.in_(NOTIFIED),
+            or_(Webhook.project.is_(None), Webhook.project == Study.project),
+        )
+    )
+    session.execute(insert(Delivery).from_select(["event_id", "webhook_id"], wanted))
+
+
+def install(sessions: sessionmaker[Session]) -> None:
+    """Tell of the events of these sessions when they have committed."""
+
+    @hooks.listens_for(sessions, "after_commit")
+    def committed(session: Session) -> None:
+        if session.in_nested_transaction():
+            return  # a savepoint: what is around it may still roll back
+        for untold in session.info.pop(_UNTOLD, ()):
+            for one in untold.events:
+                _tell(one)
+
+    @hooks.listens_for(sessions, "after_soft_rollback")
+    def rolled_back(session: Session, previous: SessionTransaction) -> None:
+        left = session.info.pop(_UNTOLD, [])
+        if previous.nested:
+            session.info[_UNTOLD] = [one for one in left if one.within is not previous]
+
+
+def _tell(one: NewEvent) -> None:
+    payload: dict[str, Any] = one["payload"]
+    metrics.count_event(one["type"], payload)
+    if _log.isEnabledFor(logging.INFO):
+        more = {name: payload.get(name) for name in _LOGGED}
+        short = {name: v[:_LONGEST] if isinstance(v, str) else v for name, v in more.items()}
+        about = {"study": "study_id", "run": "run_id", "attempt": "attempt", "actor": "actor"}
+        _log.info(one["type"], extra={name: one[key] for name, key in about.items()} | short)

@@ -1,6 +1,6 @@
 """Probes: is the process up, and can it do its work."""
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
 from service import metrics, migrations
@@ -28,7 +28,8 @@ def readyz(session: DbSession) -> dict[str, str]:
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-def read_metrics(caller: Scraper, session: DbSession) -> Response:
+def read_metrics(caller: Scraper, session: DbSession, request: Request) -> Response:
     """Prometheus metrics, over all projects: hence a scope of its own."""
     assert caller
-    return Response(metrics.render(session), media_type=metrics.CONTENT_TYPE)
+    text = metrics.render(session, request.app.state.engines)
+    return Response(text, media_type=metrics.CONTENT_TYPE)

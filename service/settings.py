@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8765
     lease_seconds: Annotated[float, Field(gt=0, le=86400)] = 30.0
+    webhook_allow_private: bool = Field(
+        default=False, description="send webhooks to addresses of private networks too"
+    )
     log_format: Format = Field(
         default="text", description="text: lines of key=value; json: an object a line"
     )

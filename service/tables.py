@@ -223,7 +223,7 @@ class Checkpoint(Base):
 
 
 class Event(Base):
-    """A transition, written in the transaction that made it."""
+    """A transition, written in the transaction that made it. Append-only: a trigger sees to it."""
 
     __tablename__ = "events"
     __table_args__ = (
@@ -232,8 +232,13 @@ class Event(Base):
     )
 
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
-    study_id: Mapped[str] = mapped_column(ForeignKey("studies.id", ondelete="CASCADE"))
+    study_id: Mapped[str | None] = mapped_column(
+        ForeignKey("studies.id", ondelete="CASCADE"), doc="None: of no study, such as a key's"
+    )
     run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
+    actor: Mapped[str | None] = mapped_column(
+        doc="who did it: a key's id; `operator`, on the database itself; `service`, by itself"
+    )
     xid: Mapped[int] = mapped_column(
         BigInteger,
         server_default=text("(pg_current_xact_id()::text)::bigint"),
@@ -264,3 +269,38 @@ class ApiKey(Base):
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
     last_used_at: Mapped[datetime | None] = mapped_column(doc="to the minute")
+
+
+class Webhook(Base):
+    """Where events of these types go. The secret is kept as it is: signing needs it."""
+
+    __tablename__ = "webhooks"
+
+    id: Mapped[str] = mapped_column(primary_key=True, default=lambda: f"wh_{token_hex(4)}")
+    url: Mapped[str]
+    events: Mapped[list[str]]
+    project: Mapped[str | None] = mapped_column(doc="None: every project")
+    secret: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class Delivery(Base):
+    """An event that a webhook is to be told: the outbox. A claim moves `next_at` on."""
+
+    __tablename__ = "deliveries"
+    __table_args__ = (
+        CheckConstraint("state IN ('waiting', 'delivered', 'dead')", name="state"),
+        Index("ix_deliveries_waiting", "next_at", postgresql_where=text("state = 'waiting'")),
+    )
+
+    event_id: Mapped[int] = mapped_column(
+        BigInteger, ForeignKey("events.id", ondelete="CASCADE"), primary_key=True
+    )
+    webhook_id: Mapped[str] = mapped_column(
+        ForeignKey("webhooks.id", ondelete="CASCADE"), primary_key=True, index=True
+    )
+    state: Mapped[str] = mapped_column(server_default="waiting")
+    attempts: Mapped[int] = mapped_column(server_default=text("0"))
+    next_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    error: Mapped[str | None]
+    ended_at: Mapped[datetime | None]

@@ -17,6 +17,7 @@ import psycopg
 from sqlalchemy.engine import URL
 
 CHANNEL = "warmscale"
+WEBHOOKS = "webhooks"  # the topic of events that webhooks may be told
 WORK = "work"  # the topic of what may have made a run leasable
 
 _RECONNECT_SECONDS = 1.0

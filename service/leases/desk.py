@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
+from service import context
 from service.caller import Caller
 from service.leases import store
 from service.leases.bids import Bid
@@ -68,7 +69,8 @@ class Desk:
             raise
 
     async def _serve(self) -> None:
-        with self._state.wakeups.bell(WORK) as self._bell:
+        # What a round mends is no doing of the request that happened to start it.
+        with context.acting("service"), self._state.wakeups.bell(WORK) as self._bell:
             while self._line:
                 served = [place for place in self._line if not place.answer.done()]
                 pause = 0.0 if self._state.drain.begun else await self._round(served)

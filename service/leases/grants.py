@@ -29,14 +29,16 @@ def take(run: Run, request: LeaseRequest, settings: Settings, now: datetime) -> 
     run.started_at = run.started_at or now
 
 
-def leased(run: Run) -> NewEvent:
-    """The event of a run that was taken."""
+def leased(run: Run, caller: Caller) -> NewEvent:
+    """The event of a run that was taken by this caller."""
     return event(
         "run.leased",
         study_id=run.study_id,
         run_id=run.id,
         attempt=run.attempt,
+        actor=caller.key_id,
         worker=run.worker,
+        kind=run.kind,
     )
 
 

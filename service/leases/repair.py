@@ -7,6 +7,7 @@ from datetime import timedelta
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.events import record
 from service.lifecycle import FINAL_RUN_STATES
 from service.runs.store import end_attempt, tell_end
 from service.studies.advance import advance, lock
@@ -88,6 +89,8 @@ def _expire_in(session: Session, study_id: str) -> None:
     study = lock(session, study_id)
     query = select(Run).where(Run.study_id == study_id, *LATE).order_by(Run.id)
     for run in session.scalars(query.with_for_update()).all():
+        about = {"study_id": study_id, "run_id": run.id, "attempt": run.attempt}
+        record(session, "lease.expired", **about, worker=run.worker)
         error = f"lease of worker {run.worker!r} expired: no report within its time"
         end_attempt(session, run, "failed", error=error, retryable=True)
     session.flush()

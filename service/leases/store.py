@@ -129,7 +129,7 @@ def _queued_for(session: Session, settings: Settings, bid: Bid) -> list[Lease]:
         if needs.fits(free):
             take(run, bid.request, settings, now)
             session.flush()
-            record_all(session, [leased(run)])
+            record_all(session, [leased(run, bid.caller)])
             granted.append(lease_of(session, settings, run, study, needs=needs))
             free = free.less(needs)
     return granted

@@ -12,6 +12,7 @@ from sqlalchemy import ColumnElement, Select, case, func, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
+from service.caller import Caller
 from service.drafts import Drawn, MovedOnError, write
 from service.events import NewEvent, event, record_all
 from service.leases.bids import Bid, Opening
@@ -140,13 +141,19 @@ def _start(
         take(run, bid.request, settings, now)
     session.add_all(runs)
     session.flush()
-    record_all(session, [event for run in runs for event in (_queued(run), leased(run))])
+    events = [
+        one
+        for bid, run in zip(bids, runs, strict=False)
+        for one in (_queued(run, bid.caller), leased(run, bid.caller))
+    ]
+    record_all(session, events)
     leases = [lease_of(session, settings, run, study, needs=spec.resources.trial) for run in runs]
     return list(zip(bids, leases, strict=False)), bids[len(leases) :]
 
 
-def _queued(run: Run) -> NewEvent:
-    return event("run.queued", study_id=run.study_id, run_id=run.id, trial=run.trial_number)
+def _queued(run: Run, caller: Caller) -> NewEvent:
+    about = {"study_id": run.study_id, "run_id": run.id, "actor": caller.key_id}
+    return event("run.queued", **about, trial=run.trial_number)
 
 
 def _state_of(study_id: str, running: Sequence[int]) -> Select[int, list[int]]:

@@ -3,6 +3,8 @@
 from datetime import datetime
 from typing import Any
 
+from pydantic import Field
+
 from service.protocol import CheckpointView, Measurement, Message, RunView
 
 
@@ -35,9 +37,12 @@ class EventView(Message):
     """A transition."""
 
     id: int
-    study_id: str
+    study_id: str | None
     run_id: str | None
     type: str
+    actor: str | None = Field(
+        description="who did it: a key's id; `operator`, on the database itself; `service`"
+    )
     attempt: int | None
     payload: dict[str, Any]
     created_at: datetime

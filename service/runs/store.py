@@ -264,4 +264,5 @@ def end_attempt(
         outcome=outcome,
         error=error,
         val_loss_nats=run.val_loss_nats,
+        worker=run.worker,
     )

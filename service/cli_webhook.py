@@ -1,0 +1,125 @@
+"""`warmscale webhook`: on the database itself, with or without a running service."""
+
+import asyncio
+import json
+import re
+from typing import Annotated
+
+import typer
+
+from service.cli_admin import on_database
+from service.cli_common import Exit, Home, Json, fail, settings
+from service.home import DEFAULT
+
+webhook = typer.Typer(
+    help="Tell other programs when a study or a run has ended.", no_args_is_help=True
+)
+Id = Annotated[str, typer.Argument(metavar="ID", help="The webhook's id, wh_….")]
+
+
+@webhook.command()
+def add(
+    url: Annotated[str, typer.Argument(help="http:// or https://.")],
+    *,
+    events: Annotated[
+        str, typer.Option(help="Types of events, with commas between; all by default.")
+    ] = "",
+    project: Annotated[
+        str | None, typer.Option(help="Only its studies'; every project's when not given.")
+    ] = None,
+    home: Home = DEFAULT,
+) -> None:
+    """Add a webhook and print its secret: this is the only time that it is shown."""
+    from service.events import NOTIFIED
+    from service.protocol import PROJECT_PATTERN
+    from service.webhooks import addresses, store
+
+    types = [name.strip() for name in events.split(",") if name.strip()] or sorted(NOTIFIED)
+    if unknown := [name for name in types if name not in NOTIFIED]:
+        fail(Exit.USAGE, f"--events: no {unknown[0]!r}; there are {', '.join(sorted(NOTIFIED))}")
+    if project is not None and not re.fullmatch(PROJECT_PATTERN, project):
+        fail(Exit.USAGE, f"--project: must match {PROJECT_PATTERN} (got {project!r})")
+    try:
+        addresses.parsed(url)
+    except addresses.ForbiddenURLError as error:
+        fail(Exit.USAGE, str(error))
+    with on_database(home) as session:
+        row, secret = store.add(session, url, types, project)
+        webhook_id = row.id
+    typer.echo(f"{webhook_id}  {url}  {', '.join(types)}", err=True)
+    typer.echo(secret)
+
+
+@webhook.command(name="list")
+def list_(home: Home = DEFAULT, *, as_json: Json = False) -> None:
+    """List webhooks: what waits, what was delivered in the last week, what was given up."""
+    from service.webhooks import store
+
+    with on_database(home) as session:
+        found = store.listing(session)
+    if as_json:
+        typer.echo(json.dumps([one.model_dump(mode="json") for one in found]))
+        return
+    for one in found:
+        counts = f"waiting {one.waiting}, delivered {one.delivered}, dead {one.dead}"
+        where = one.project or "every project"
+        typer.echo(f"{one.id}  {one.url}  {', '.join(one.events)}  {where}  {counts}")
+        if one.last_error:
+            typer.echo(f"  last failure: {one.last_error}")
+
+
+@webhook.command()
+def remove(webhook_id: Id, home: Home = DEFAULT) -> None:
+    """Remove a webhook, and what waits for it."""
+    from service.webhooks import store
+
+    with on_database(home) as session:
+        removed = store.remove(session, webhook_id)
+    if not removed:
+        fail(Exit.CONFLICT, f"there is no webhook {webhook_id!r}")
+    typer.echo(f"{webhook_id} is removed")
+
+
+@webhook.command()
+def retry(webhook_id: Id, home: Home = DEFAULT) -> None:
+    """Try anew what was given up."""
+    from service.webhooks import store
+
+    with on_database(home) as session:
+        revived = store.revive(session, webhook_id)
+    typer.echo(f"{revived} deliveries wait again")
+
+
+@webhook.command(name="test")
+def try_(webhook_id: Id, home: Home = DEFAULT) -> None:
+    """Send a signed message of type `webhook.test` from here, now, once."""
+    from service.tables import Webhook
+
+    with on_database(home) as session:
+        row = session.get(Webhook, webhook_id)
+        if row is None:
+            fail(Exit.CONFLICT, f"there is no webhook {webhook_id!r}")
+        url, secret = row.url, row.secret
+    error = asyncio.run(_ping(url, secret, allow_private=settings(home).webhook_allow_private))
+    if error is not None:
+        fail(Exit.FAILED, f"{url}: {error}")
+    typer.echo(f"{url} took it")
+
+
+async def _ping(url: str, secret: str, *, allow_private: bool) -> str | None:
+    from datetime import UTC, datetime
+    from secrets import token_hex
+
+    from service.webhooks import sending
+
+    now = datetime.now(UTC).isoformat()
+    body = sending.encoded({"type": "webhook.test", "timestamp": now, "data": {}})
+    async with sending.client() as http:
+        return await sending.send(
+            http,
+            url,
+            secret=secret,
+            message_id=f"msg_test_{token_hex(8)}",
+            body=body,
+            allow_private=allow_private,
+        )

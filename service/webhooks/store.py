@@ -1,0 +1,206 @@
+"""Queries on webhooks and their outbox. The session comes first; nothing here commits."""
+
+import random
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import delete, func, select, tuple_, update
+from sqlalchemy.orm import Session, aliased
+
+from service.events import record
+from service.protocol import Message
+from service.tables import Delivery, Event, Run, Study, Webhook
+from service.webhooks.signing import new_secret
+
+MAX_ATTEMPTS = 10
+CLAIM_SECONDS = 60.0  # far more than an attempt may take: then whoever claimed it is gone
+KEPT_DAYS = 7
+_FIRST_SECONDS = 5.0
+_FACTOR = 3.0
+_JITTER = 0.2
+
+
+class WebhookView(Message):
+    """A webhook as it is listed."""
+
+    id: str
+    url: str
+    events: tuple[str, ...]
+    project: str | None
+    created_at: datetime
+    waiting: int
+    delivered: int
+    dead: int
+    last_error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claimed:
+    """A delivery that is this process's to try for the next minute."""
+
+    event_id: int
+    webhook_id: str
+    url: str
+    secret: str = field(repr=False)
+    attempts: int
+    body: dict[str, Any]
+
+    @property
+    def message_id(self) -> str:
+        """The same at every attempt: the receiver drops what it has had."""
+        return f"msg_{self.event_id}_{self.webhook_id}"
+
+
+def add(session: Session, url: str, events: list[str], project: str | None) -> tuple[Webhook, str]:
+    """Write a webhook; return it and its secret, which is not shown again."""
+    secret = new_secret()
+    row = Webhook(url=url, events=sorted(set(events)), project=project, secret=secret)
+    session.add(row)
+    session.flush()
+    record(session, "webhook.added", study_id=None, webhook=row.id, url=url, events=row.events)
+    return row, secret
+
+
+def remove(session: Session, webhook_id: str) -> bool:
+    """Delete a webhook and what waits for it; False when there is none of that id."""
+    removed = session.execute(
+        delete(Webhook).where(Webhook.id == webhook_id).returning(Webhook.url)
+    ).one_or_none()
+    if removed is not None:
+        record(session, "webhook.removed", study_id=None, webhook=webhook_id, url=removed.url)
+    return removed is not None
+
+
+def listing(session: Session) -> tuple[WebhookView, ...]:
+    """Every webhook, how its deliveries stand, and what the newest failure said."""
+    counts = [
+        func.count().filter(Delivery.state == state).label(state)
+        for state in ("waiting", "delivered", "dead")
+    ]
+    failed = aliased(Delivery)
+    last_error = (
+        select(failed.error)
+        .where(failed.webhook_id == Webhook.id, failed.error.is_not(None))
+        .order_by(failed.event_id.desc())
+        .limit(1)
+        .scalar_subquery()
+        .label("last_error")
+    )
+    own = (Webhook.id, Webhook.url, Webhook.events, Webhook.project, Webhook.created_at)
+    query = (
+        select(*own, *counts, last_error)
+        .outerjoin(Delivery, Delivery.webhook_id == Webhook.id)
+        .group_by(Webhook.id)
+        .order_by(Webhook.created_at)
+    )
+    return tuple(WebhookView.model_validate(dict(row)) for row in session.execute(query).mappings())
+
+
+def revive(session: Session, webhook_id: str) -> int:
+    """Have given up deliveries tried anew; return how many."""
+    again = {"state": "waiting", "attempts": 0, "next_at": func.now(), "ended_at": None}
+    revived = session.execute(
+        update(Delivery)
+        .where(Delivery.webhook_id == webhook_id, Delivery.state == "dead")
+        .values(**again)
+        .returning(Delivery.event_id)
+    )
+    return len(revived.all())
+
+
+def claim(session: Session, limit: int) -> list[Claimed]:
+    """Take deliveries that are due and that nobody else has.
+
+    An attempt is counted when it begins: what ends the process that tries it is tried no more
+    often than anything else.
+    """
+    due = (
+        select(Delivery.event_id, Delivery.webhook_id)
+        .where(Delivery.state == "waiting", Delivery.next_at <= func.now())
+        .order_by(Delivery.next_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    keys = [tuple(row) for row in session.execute(due)]
+    if not keys:
+        return []
+    claimed = (
+        update(Delivery)
+        .where(tuple_(Delivery.event_id, Delivery.webhook_id).in_(keys))
+        .values(
+            attempts=Delivery.attempts + 1, next_at=func.now() + timedelta(seconds=CLAIM_SECONDS)
+        )
+        .returning(Delivery.event_id, Delivery.webhook_id, Delivery.attempts)
+        .cte()
+    )
+    query = (
+        select(claimed.c.attempts, Event, Webhook, Study.name, Study.project, Run)
+        .join(Event, Event.id == claimed.c.event_id)
+        .join(Webhook, Webhook.id == claimed.c.webhook_id)
+        .join(Study, Study.id == Event.study_id)
+        .outerjoin(Run, Run.id == Event.run_id)
+        .add_cte(claimed)
+        .order_by(Event.id)
+    )
+    return [
+        Claimed(
+            event_id=event.id,
+            webhook_id=webhook.id,
+            url=webhook.url,
+            secret=webhook.secret,
+            attempts=attempts,
+            body=_body(event, study, project, run),
+        )
+        for attempts, event, webhook, study, project, run in session.execute(query)
+    ]
+
+
+def _body(event: Event, study: str, project: str, run: Run | None) -> dict[str, Any]:
+    """The message: of facts that do not change, so that every attempt says the same."""
+    data: dict[str, Any] = {
+        "event_id": event.id,
+        "project": project,
+        "study_id": event.study_id,
+        "study": study,
+        "actor": event.actor,
+        **event.payload,
+    }
+    if run is not None:
+        data |= {"run_id": run.id, "attempt": event.attempt, "kind": run.kind}
+        data |= {"trial_number": run.trial_number, "arm": run.arm, "rung": run.rung}
+    return {"type": event.type, "timestamp": event.created_at.isoformat(), "data": data}
+
+
+def settle(session: Session, one: Claimed, error: str | None) -> str:
+    """Note how an attempt went: `delivered`, `failed`, or `dead` where it was the last.
+
+    A failure that another process's later attempt has overtaken is not noted.
+    """
+    mine = update(Delivery).where(
+        Delivery.event_id == one.event_id,
+        Delivery.webhook_id == one.webhook_id,
+        Delivery.state == "waiting",
+    )
+    if error is None:  # whoever else has begun another attempt meanwhile
+        session.execute(mine.values(state="delivered", error=None, ended_at=func.now()))
+        return "delivered"
+    mine = mine.where(Delivery.attempts == one.attempts).values(error=error)
+    if one.attempts >= MAX_ATTEMPTS:
+        session.execute(mine.values(state="dead", ended_at=func.now()))
+        return "dead"
+    later = func.now() + timedelta(seconds=delay_seconds(one.attempts))
+    session.execute(mine.values(next_at=later))
+    return "failed"
+
+
+def delay_seconds(attempts: int) -> float:
+    """Until the next attempt: 5 s after the first, three times as long after each, give or take."""
+    base = _FIRST_SECONDS * _FACTOR ** (attempts - 1)
+    return base * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - jitter
+
+
+def tidy(session: Session) -> None:
+    """Forget what was delivered long ago."""
+    old = func.now() - timedelta(days=KEPT_DAYS)
+    session.execute(delete(Delivery).where(Delivery.state == "delivered", Delivery.ended_at < old))
