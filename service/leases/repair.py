@@ -89,8 +89,14 @@ def _expire_in(session: Session, study_id: str) -> None:
     study = lock(session, study_id)
     query = select(Run).where(Run.study_id == study_id, *LATE).order_by(Run.id)
     for run in session.scalars(query.with_for_update()).all():
-        about = {"study_id": study_id, "run_id": run.id, "attempt": run.attempt}
-        record(session, "lease.expired", **about, worker=run.worker)
+        record(
+            session,
+            "lease.expired",
+            study_id=study_id,
+            run_id=run.id,
+            attempt=run.attempt,
+            worker=run.worker,
+        )
         error = f"lease of worker {run.worker!r} expired: no report within its time"
         end_attempt(session, run, "failed", error=error, retryable=True)
     session.flush()

@@ -152,8 +152,13 @@ def _start(
 
 
 def _queued(run: Run, caller: Caller) -> NewEvent:
-    about = {"study_id": run.study_id, "run_id": run.id, "actor": caller.key_id}
-    return event("run.queued", **about, trial=run.trial_number)
+    return event(
+        "run.queued",
+        study_id=run.study_id,
+        run_id=run.id,
+        actor=caller.key_id,
+        trial=run.trial_number,
+    )
 
 
 def _state_of(study_id: str, running: Sequence[int]) -> Select[int, list[int]]:
