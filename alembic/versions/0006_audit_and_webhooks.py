@@ -99,6 +99,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Webhooks go with what waits for them, who did what goes, and the events of no study."""
     op.drop_table("deliveries", schema="warmscale")
     op.drop_table("webhooks", schema="warmscale")
     op.execute("DROP TRIGGER append_only ON warmscale.events")

