@@ -131,7 +131,14 @@ def install(sessions: sessionmaker[Session]) -> None:
     def rolled_back(session: Session, previous: SessionTransaction) -> None:
         left = session.info.pop(_UNTOLD, [])
         if previous.nested:
-            session.info[_UNTOLD] = [one for one in left if one.within is not previous]
+            session.info[_UNTOLD] = [one for one in left if not _is_inside(one.within, previous)]
+
+
+def _is_inside(savepoint: SessionTransaction | None, other: SessionTransaction) -> bool:
+    """Whether it is the other, or was released into it."""
+    while savepoint is not None and savepoint is not other:
+        savepoint = savepoint.parent
+    return savepoint is not None
 
 
 def _tell(one: NewEvent) -> None:

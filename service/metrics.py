@@ -8,7 +8,14 @@ import platform
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from sqlalchemy import Engine, QueuePool, Select, func, select
@@ -18,6 +25,7 @@ from service import __version__
 from service.tables import Delivery, Run, Study
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+disable_created_metrics()  # a series more for every counter, which nobody reads
 _registry = CollectorRegistry()
 _latency = Histogram(
     "warmscale_request_seconds",

@@ -1,0 +1,183 @@
+"""Events as an audit log: each says who did it, and none is ever changed."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from sqlalchemy import func, select, text, update
+from sqlalchemy.exc import DBAPIError
+from typer.testing import CliRunner
+
+from service import auth, cli
+from service.caller import Caller
+from service.client import Client
+from service.drain import Drain
+from service.leases.desk import Desk
+from service.protocol import LeaseRequest, Resources
+from service.tables import ApiKey, Event, Run
+from service.wakeups import Wakeups
+from tests.by_hand import Worker
+
+ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
+
+
+@pytest.fixture
+def key_of(api):
+    """A client with a key of its own, and the key's id."""
+    clients = []
+
+    def make(*scopes):
+        with api.sessions.begin() as session:
+            id_, key = auth.create_key(session, "-".join(scopes), list(scopes), project="default")
+        clients.append(Client(api.url, key, patience_seconds=2))
+        return id_, clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def log(api, **of):
+    """Types and actors, in order."""
+    with api.sessions() as session:
+        query = select(Event.type, Event.actor).where(Event.study_id.is_not(None)).filter_by(**of)
+        return [tuple(row) for row in session.execute(query.order_by(Event.id))]
+
+
+def test_every_event_of_a_study_says_which_key_did_it(api, key_of, study_spec):
+    ana, client = key_of("write", "read")
+    bob, other = key_of("write")
+    fleet, work = key_of("work")
+    study = client.post("/v1/studies", study_spec(hpo=ONE | {"trials": 2}))["id"]
+    other.post(f"/v1/studies/{study}/pause")
+    client.post(f"/v1/studies/{study}/resume")
+    other.post(f"/v1/studies/{study}/trials", {"params": {"lr": 0.01}})
+    worker = Worker(work)
+    worker.complete(worker.one())
+    other.post(f"/v1/studies/{study}/cancel")
+    assert log(api) == [
+        ("study.created", ana),
+        ("study.paused", bob),
+        ("study.active", ana),
+        ("run.queued", fleet),
+        ("run.leased", fleet),
+        ("run.checkpoint", fleet),
+        ("run.succeeded", fleet),
+        ("study.cancelled", bob),
+    ]
+
+
+def test_targets_are_of_the_key_whose_finish_or_request_started_them(api, key_of, study_spec):
+    ana, client = key_of("write")
+    fleet, work = key_of("work")
+    study = client.post("/v1/studies", study_spec(hpo=ONE))["id"]
+    worker = Worker(work)
+    worker.complete(worker.one())
+    own = log(api, type="run.queued")[1:]
+    assert own
+    assert {actor for _, actor in own} == {fleet}
+    client.post(f"/v1/studies/{study}/targets", {"target": {"width": 96}}, idempotency_key="1")
+    assert {actor for _, actor in log(api, type="run.queued")[1 + len(own) :]} == {ana}
+
+
+def test_who_is_served_in_one_round_is_told_apart(api, submit):
+    """The desk's round runs in the context of whoever came first."""
+    submit(hpo=ONE | {"trials": 6, "parallel": 6})
+    state = SimpleNamespace(**api.app.state._state)
+    state.wakeups, state.drain = Wakeups(api.engine.url), Drain()
+    request = LeaseRequest(worker="w", resources=Resources(cpus=1))
+
+    async def scene():
+        desk = Desk(state)
+        callers = [
+            Caller(key_id=f"key_{n}", scopes=frozenset({"work"}), project=None) for n in range(6)
+        ]
+        async with state.wakeups.listening():
+            await asyncio.gather(*(desk.lease(caller, request) for caller in callers))
+
+    asyncio.run(scene())
+    assert {actor for _, actor in log(api, type="run.leased")} == {f"key_{n}" for n in range(6)}
+    with api.sessions() as session:
+        assert len(set(session.scalars(select(Event.xid).where(Event.type == "run.leased")))) == 1
+
+
+def test_what_a_round_mends_is_the_services_own_doing(api, submit, worker):
+    submit(hpo=ONE)
+    worker.one()
+    with api.sessions.begin() as session:
+        session.execute(update(Run).values(lease_expires_at=func.now() - text("interval '1 s'")))
+    worker.lease(1)
+    assert log(api)[-2:] == [("lease.expired", "service"), ("run.queued", "service")]
+
+
+def test_what_is_done_on_the_database_itself_is_the_operators(
+    api, database_url, settings, monkeypatch
+):
+    url = database_url.render_as_string(hide_password=False)
+    monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
+
+    def run(*arguments):
+        result = CliRunner().invoke(cli.app, [*arguments, "--home", str(settings.home)])
+        assert result.exit_code == 0, result.output
+        return result.stdout.strip()
+
+    key = run("key", "create", "ci", "--scope", "read")
+    with api.sessions() as session:
+        id_ = session.scalars(select(ApiKey.id).where(ApiKey.name == "ci")).one()
+    run("key", "revoke", id_)
+    with api.sessions() as session:
+        rows = session.execute(
+            select(Event.type, Event.actor, Event.payload).where(
+                Event.payload["key"].as_string() == id_
+            )
+        ).all()
+    assert [(type_, actor) for type_, actor, _ in rows] == [
+        ("key.created", "operator"),
+        ("key.revoked", "operator"),
+    ]
+    assert rows[0].payload == {"key": id_, "name": "ci", "scopes": ["read"], "project": "default"}
+    assert key not in str(rows)
+
+
+def test_a_stream_shows_who(api, submit):
+    study = submit(target=None)
+    api.client.post(f"/v1/studies/{study['id']}/cancel")
+    answer = api.client.request("GET", f"/v1/studies/{study['id']}/events").text
+    with api.sessions() as session:
+        mine = session.scalars(select(ApiKey.id).where(ApiKey.name == "tests")).one()
+    assert answer.count(f'"actor":"{mine}"') == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE warmscale.events SET actor = 'nobody'",
+        "UPDATE warmscale.events SET payload = '{}' WHERE type = 'run.leased'",
+        "DELETE FROM warmscale.events WHERE type = 'run.leased'",
+        "DELETE FROM warmscale.events WHERE study_id IS NULL",
+        "DELETE FROM warmscale.events",
+    ],
+)
+def test_an_event_is_never_changed_or_deleted(api, submit, worker, change):
+    submit(hpo=ONE)
+    worker.one()
+    before = log(api)
+    with pytest.raises(DBAPIError, match="append-only"), api.engine.begin() as connection:
+        connection.execute(text(change))
+    assert log(api) == before
+
+
+@pytest.mark.tampers
+def test_the_events_of_a_study_or_run_go_with_it_and_no_others(api, submit, worker):
+    gone, stays = submit(hpo=ONE), submit(hpo=ONE)
+    worker.one(study=gone["id"])
+    run = worker.one(study=stays["id"])
+    with api.sessions.begin() as session:
+        session.execute(text("DELETE FROM warmscale.studies WHERE id = :id"), {"id": gone["id"]})
+    assert log(api, study_id=gone["id"]) == []
+    assert len(log(api, study_id=stays["id"])) == 3
+    with api.sessions.begin() as session:
+        session.execute(text("DELETE FROM warmscale.runs WHERE id = :id"), {"id": run.run_id})
+    assert [type_ for type_, _ in log(api)] == ["study.created"]
+    with api.sessions() as session:
+        assert session.scalar(select(func.count()).where(Event.type == "key.created")) >= 1
