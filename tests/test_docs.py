@@ -1,8 +1,15 @@
 """What the documents name is there."""
 
 import re
+import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
+
+from sqlalchemy import create_engine
+
+from service import metrics
+from service.webhooks import signing
 
 ROOT = Path(__file__).parent.parent
 NAME = re.compile(r"`((?:warmcore|service|workers)(?:\.\w+)+)`")
@@ -27,3 +34,43 @@ def test_a_name_that_is_not_there_is_seen():
     assert found("warmcore.mup.factors")
     assert not found("warmcore.mup.factor")
     assert not found("warmcore.mupp.factors")
+
+
+def test_the_list_of_metrics_is_that_of_the_exposition():
+    rows = re.findall(
+        r"^\| `(warmscale_\w+)` \| (\w+)(?:, database)? \| (.*?) \|",
+        (ROOT / "docs" / "observability.md").read_text(),
+        re.MULTILINE,
+    )
+    listed = {name: (kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    assert listed == {name: (kind, labels) for name, kind, labels in exposed()}
+    assert len(listed) > 12
+
+
+def exposed():
+    """Name, type and labels of everything that /metrics can say."""
+    for collector in metrics._registry._collector_to_names:
+        for family in collector.describe():
+            total = "_total" if family.type == "counter" else ""
+            yield family.name + total, family.type, collector._labelnames
+    session = SimpleNamespace(execute=lambda _: [])
+    engine = create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none")
+    for family in (*metrics._of_database(session), *metrics._of_pools({"service": engine})):
+        yield family.name, family.type, tuple(family._labelnames)
+
+
+def test_the_example_for_receivers_of_webhooks_verifies_ours_and_no_others():
+    text = (ROOT / "docs" / "observability.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    example = {}
+    exec(code, example)  # noqa: S102 - the example as it is printed
+    secret, body, now = signing.new_secret(), b'{"type": "run.failed"}', int(time.time())
+    headers = signing.headers(secret, "msg_1", now, body)
+    verify = example["verify"]
+    assert verify(secret, headers, body)
+    both = headers["webhook-signature"] + " v1,b3RoZXI="
+    assert verify(secret, headers | {"webhook-signature": both}, body)
+    assert not verify(secret, headers, body + b" ")
+    assert not verify(signing.new_secret(), headers, body)
+    assert not verify(secret, headers | {"webhook-id": "msg_2"}, body)
+    assert not verify(secret, signing.headers(secret, "msg_1", now - 600, body), body)
