@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 _SIZE = "1g"  # of memory, and only what is used of it
+_TRIES = 50
 
 
 class Disk:
@@ -20,17 +21,22 @@ class Disk:
 
     def fill(self) -> None:
         """Leave no room at all, by making the disk as large as what is on it."""
-        used = shutil.disk_usage(self.path).used
-        self._remount(str(max(used, 4096)))
+        for _ in range(_TRIES):
+            used = shutil.disk_usage(self.path).used
+            if self._remount(str(max(used, 4096))):
+                return
+        raise OSError(f"{self.path} cannot be filled: it grows faster than it is measured")
 
     def free(self) -> None:
-        self._remount(_SIZE)
+        if not self._remount(_SIZE):
+            raise OSError(f"{self.path} cannot be given its size again")
 
     def close(self) -> None:
         if self.can_fill:
             subprocess.run(["umount", "-l", str(self.path)], check=False, timeout=20)
 
-    def _remount(self, size: str) -> None:
-        subprocess.run(
-            ["mount", "-o", f"remount,size={size}", str(self.path)], check=True, timeout=20
-        )
+    def _remount(self, size: str) -> bool:
+        """Whether the disk is of this size now: none may be smaller than what is on it."""
+        command = ["mount", "-o", f"remount,size={size}", str(self.path)]
+        found = subprocess.run(command, check=False, capture_output=True, timeout=20)
+        return found.returncode == 0
