@@ -22,6 +22,7 @@ from service.runs.routes import router as runs
 from service.sampler import TRANSIENT, Sampler
 from service.settings import Settings
 from service.shield import Shield
+from service.sse import Streams
 from service.studies.routes import router as studies
 from service.wakeups import Wakeups
 from service.webhooks.outbox import Outbox
@@ -62,6 +63,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.state.recent = RecentCallers()
     app.state.limits = Limits(settings.requests_per_second)
     app.state.presence = Presence(settings.lease_seconds)
+    app.state.streams = Streams(settings.max_event_streams)
     app.state.sessions = sessions
     app.state.engines = {"service": engine, "optuna": sampler.engine}
     app.state.statements = sessionmaker(each_alone(engine), expire_on_commit=False)

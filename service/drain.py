@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import signal
 import socket
+from collections.abc import Coroutine
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
@@ -29,6 +31,15 @@ class Drain:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._begun.wait()
+
+    async def cut_short(self, wait: Coroutine[Any, Any, object]) -> None:
+        """Wait for this, but not past the beginning of the end."""
+        waits = [asyncio.create_task(wait), asyncio.create_task(self._begun.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
 
 
 class Server(uvicorn.Server):

@@ -1,6 +1,11 @@
-"""Events as Server-Sent Events: rows of `events`, followed by their id."""
+"""Events as Server-Sent Events: rows of `events`, followed by their id.
 
-from collections.abc import AsyncGenerator, Callable
+A stream sleeps until its subject's bell rings (`service.wakeups`), and looks by itself at times.
+"""
+
+import random
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -10,16 +15,20 @@ from sqlalchemy.orm import Session
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
+from service import metrics
 from service.caller import Caller
-from service.errors import bad_field
+from service.errors import Problem, bad_field
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.runs.schemas import EventView
 from service.runs.store import get
 from service.studies.store import find
 from service.tables import Event, Run
 
-_POLL_SECONDS = 0.5
+_LOOK_SECONDS = 5.0  # a notice may be lost with the connection that it would have come by
+_SPACING_SECONDS = 0.25  # between two looks: a busy study has many events a second
+_RETRY_MILLISECONDS = 1000, 5000  # not all streams of a replica that ends come back at once
 _GRACE_SECONDS = 5.0  # else the library cuts the stream off: this one ends by itself
 _BATCH = 500
 _LONGEST_ID = 38  # two bigints
@@ -48,15 +57,69 @@ LastEventId = Annotated[
     str | None,
     Header(alias="Last-Event-ID", description="go on after this event", examples=["740-17"]),
 ]
-Batch = tuple[list[tuple[Cursor, EventView]], bool]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topic:
-    """What is followed: a filter on events, and whether nothing more will come."""
+    """What is followed: an id, its filter on events, and whether nothing more will come."""
 
+    id: str
     where: ColumnElement[bool]
     over: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What came, and how it goes on: with more at once, soon without a bell, or not at all."""
+
+    topic: str
+    rows: list[tuple[Cursor, EventView]]
+    over: bool
+    soon: bool
+
+    @property
+    def full(self) -> bool:
+        """Whether there may be more already."""
+        return len(self.rows) >= _BATCH
+
+
+class Streams:
+    """How many streams a replica has open, and may have."""
+
+    def __init__(self, at_most: int) -> None:
+        self._at_most, self._open = at_most, 0
+
+    @contextmanager
+    def one(self) -> Generator[None]:
+        """A stream, open while inside. On the event loop alone.
+
+        Raises:
+            Problem: 503 when there are as many as there may be.
+        """
+        if self._open >= self._at_most:
+            detail = f"this replica has {self._open} event streams open, its most; try again later"
+            raise Problem(503, "too-many-streams", detail, headers={"Retry-After": "5"})
+        self._open += 1
+        metrics.streams.inc()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            metrics.streams.dec()
+
+
+class _Stream(EventSourceResponse):
+    """A response that counts as a stream from its first byte to its last, however it ends."""
+
+    def __init__(
+        self, follow: AsyncGenerator[ServerSentEvent], streams: Streams, ping: float
+    ) -> None:
+        super().__init__(follow, ping=ping, shutdown_grace_period=_GRACE_SECONDS)
+        self._streams = streams
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._streams.one():
+            await super().__call__(scope, receive, send)
 
 
 def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
@@ -64,13 +127,13 @@ def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
     study = find(session, caller, name_or_id)
     live = select(Run.id).where(Run.study_id == study.id, Run.state.in_(LIVE_RUN_STATES)).limit(1)
     over = study.state in FINAL_STUDY_STATES and session.scalar(live) is None
-    return Topic(where=Event.study_id == study.id, over=over)
+    return Topic(id=study.id, where=Event.study_id == study.id, over=over)
 
 
 def of_run(session: Session, caller: Caller, run_id: str) -> Topic:
     """Every event of a run."""
     run = get(session, caller, run_id)
-    return Topic(where=Event.run_id == run.id, over=run.state in FINAL_RUN_STATES)
+    return Topic(id=run.id, where=Event.run_id == run.id, over=run.state in FINAL_RUN_STATES)
 
 
 async def respond(
@@ -80,7 +143,8 @@ async def respond(
     last = _cursor(after or "0-0")
     batch = await run_in_threadpool(_read, request, topic, last)
     follow = _follow(request, topic, batch, last)
-    return EventSourceResponse(follow, ping=15, shutdown_grace_period=_GRACE_SECONDS)
+    state = request.app.state
+    return _Stream(follow, state.streams, state.settings.event_heartbeat_seconds)
 
 
 def _cursor(given: str) -> Cursor:
@@ -112,18 +176,27 @@ def _read(request: Request, topic: Callable[[Session], Topic], last: Cursor) -> 
         ahead = session.scalar(
             select(Event.id).where(subject.where, Event.xid >= _SETTLED).limit(1)
         )
-        return rows, subject.over and len(rows) < _BATCH and ahead is None
+        over = subject.over and len(rows) < _BATCH and ahead is None
+        return Batch(topic=subject.id, rows=rows, over=over, soon=ahead is not None)
 
 
 async def _follow(
     request: Request, topic: Callable[[Session], Topic], batch: Batch, last: Cursor
 ) -> AsyncGenerator[ServerSentEvent]:
-    while True:
-        rows, over = batch
-        for last, row in rows:  # noqa: PLR1704 - the stream goes on after its newest row
-            yield ServerSentEvent(row.model_dump_json(), event=row.type, id=f"{last[0]}-{last[1]}")
-        drain = request.app.state.drain
-        if over or drain.begun or await request.is_disconnected():
-            return
-        await drain.pause(_POLL_SECONDS)
-        batch = await run_in_threadpool(_read, request, topic, last)
+    retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - jitter
+    yield ServerSentEvent(comment="warmscale", retry=retry)
+    drain = request.app.state.drain
+    with request.app.state.wakeups.bell(batch.topic) as bell:
+        bell.ring()  # for what came since the first look
+        while True:
+            for last, row in batch.rows:  # noqa: PLR1704 - the stream goes on after its newest row
+                yield ServerSentEvent(
+                    row.model_dump_json(), event=row.type, id=f"{last[0]}-{last[1]}"
+                )
+            if batch.over or drain.begun:
+                return
+            if not batch.full:
+                await drain.pause(_SPACING_SECONDS)
+                # What waits for another transaction to end hears no bell of its own.
+                await drain.cut_short(bell.heard(0 if batch.soon else _LOOK_SECONDS))
+            batch = await run_in_threadpool(_read, request, topic, last)

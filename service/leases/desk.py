@@ -109,13 +109,7 @@ class Desk:
         """Until the bell, the first deadline, the end of this process, or so many seconds."""
         now = asyncio.get_running_loop().time()
         seconds = max(0.0, min(seconds, *(place.deadline - now for place in self._line)))
-        waits = [
-            asyncio.create_task(self._bell.heard(seconds)),
-            asyncio.create_task(self._state.drain.pause(seconds)),
-        ]
-        _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in pending:
-            wait.cancel()
+        await self._state.drain.cut_short(self._bell.heard(seconds))
 
 
 async def give_back_to(state: State, caller: Caller, leases: tuple[Lease, ...]) -> None:

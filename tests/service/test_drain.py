@@ -81,9 +81,10 @@ def test_sigterm_finishes_what_runs_answers_what_waits_and_exits_with_0(
 
 def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker, monkeypatch):
     submit()
-    gone, lease_of = threading.Event(), trials.lease_of
+    reached, gone, lease_of = threading.Event(), threading.Event(), trials.lease_of
 
     def slow(*arguments, **more):  # too late to grant nothing
+        reached.set()
         assert gone.wait(20)
         time.sleep(0.2)  # the server's loop hears of it
         return lease_of(*arguments, **more)
@@ -96,7 +97,7 @@ def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker,
     )
     with socket.create_connection(("127.0.0.1", httpx.URL(api.url).port)) as client:
         client.sendall(request.encode())
-        time.sleep(0.2)
+        assert reached.wait(20)
     gone.set()
 
     def given_back():

@@ -1,0 +1,193 @@
+"""Event streams: nothing lost or repeated over reconnects, no queries while nothing happens."""
+
+import contextlib
+import itertools
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from sqlalchemy import func, select, text
+
+from service import events, metrics, sse
+from service.tables import Event
+from tests.conftest import serving
+
+LONG = 30.0
+
+
+@pytest.fixture
+def settings(settings):
+    return settings.model_copy(update={"event_heartbeat_seconds": 0.2, "max_event_streams": 2})
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """When the database was looked at for a stream; a look that nothing caused comes late."""
+    times, read = [], sse._read
+
+    def counted(*arguments):
+        times.append(time.monotonic())
+        return read(*arguments)
+
+    monkeypatch.setattr(sse, "_read", counted)
+    monkeypatch.setattr(sse, "_LOOK_SECONDS", LONG)
+    return times
+
+
+@contextlib.contextmanager
+def following(api, study, after=None):
+    """Lines of a study's stream."""
+    headers = {"Authorization": f"Bearer {api.key}"}
+    if after is not None:
+        headers["Last-Event-ID"] = after
+    url = f"{api.url}/v1/studies/{study['id']}/events"
+    with httpx.stream("GET", url, headers=headers, timeout=LONG) as response:
+        yield response.iter_lines() if response.is_success else response
+
+
+def field(lines, name):
+    """The next value of a field; None at the stream's end."""
+    return next((line.partition(": ")[2] for line in lines if line.startswith(f"{name}: ")), None)
+
+
+def say(api, study, type_, *, pause=0.0, commit=True):
+    with api.sessions() as session:
+        events.record(session, type_, study_id=study["id"])
+        time.sleep(pause)
+        (session.commit if commit else session.rollback)()
+
+
+def written(api, study):
+    with api.sessions() as session:
+        query = select(Event.xid, Event.id).where(Event.study_id == study["id"])
+        return sorted(f"{xid}-{id_}" for xid, id_ in session.execute(query))
+
+
+@contextlib.contextmanager
+def writing(api, study, seeds):
+    """Writers whose transactions take a while, and of which some are rolled back."""
+
+    def write(seed):
+        rng = random.Random(seed)  # noqa: S311 - a test's
+        for _ in range(12):
+            say(api, study, "test", pause=rng.uniform(0, 0.05), commit=rng.random() < 0.8)
+
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        done = [pool.submit(write, seed) for seed in seeds]
+        yield
+        for one in done:
+            one.result()
+
+
+def take(api, study, seen, n):
+    """Connect, read at most `n` ids and leave; whether the stream ended instead."""
+    with following(api, study, seen[-1] if seen else None) as lines:
+        for _ in range(n):
+            given = field(lines, "id")
+            if given is None:
+                return True
+            seen.append(given)
+    return False
+
+
+@pytest.mark.parametrize("is_settled", [True, False])
+def test_nothing_is_lost_or_repeated_while_others_write_and_the_stream_reconnects(
+    api, submit, monkeypatch, is_settled
+):
+    """The control reads what is committed without waiting for what may still be."""
+    if not is_settled:
+        monkeypatch.setattr(sse, "_SETTLED", text("9223372036854775807"))
+    study, seen, n = submit(), [], itertools.cycle([1, 4, 2, 6, 3])
+    with api.sessions() as early:  # begins first, ends after others were read
+        events.record(early, "test.early", study_id=study["id"])
+        with writing(api, study, [1, 2, 3]):
+            take(api, study, seen, 1 if is_settled else 5)
+        early.commit()
+    with writing(api, study, [4, 5, 6]):
+        for _ in range(6):
+            take(api, study, seen, next(n))
+    api.client.post(f"/v1/studies/{study['id']}/cancel")
+    while not take(api, study, seen, next(n)):
+        pass
+    assert len(set(seen)) == len(seen) > 40
+    assert (sorted(seen) == written(api, study)) == is_settled
+
+
+def test_a_stream_begins_with_when_to_come_back_and_shows_that_it_lives(api, submit):
+    study = submit()
+    with following(api, study) as lines:
+        assert next(lines) == ": warmscale"
+        assert 1000 <= int(field(lines, "retry")) <= 5000
+        assert field(lines, "event") == "study.created"
+        assert field(lines, "") is not None  # comments: nothing else happens
+        assert field(lines, "") is not None
+
+
+def test_nothing_is_asked_of_the_database_while_nothing_happens_and_then_at_once(
+    api, submit, reads
+):
+    study = submit()
+    with following(api, study) as lines:
+        assert field(lines, "event") == "study.created"
+        for _ in range(8):
+            assert field(lines, "")  # 1.6 s of heartbeats
+        before = len(reads)
+        assert before <= 2  # when it was opened, and for what came since
+        say(api, study, "test.rolled-back", commit=False)
+        say(api, study, "test.done")
+        begun = time.monotonic()
+        assert field(lines, "event") == "test.done"
+    assert time.monotonic() - begun < LONG / 2
+    assert len(reads) - before <= 2
+
+
+def test_what_waits_for_another_transaction_comes_when_that_ends_without_a_notice(
+    api, submit, reads
+):
+    study = submit()
+    with following(api, study) as lines:
+        assert field(lines, "event") == "study.created"
+        with api.sessions() as other:
+            other.execute(select(func.pg_current_xact_id()))
+            say(api, study, "test.done")
+            for _ in range(4):
+                assert field(lines, "")
+            other.rollback()
+            begun = time.monotonic()
+            assert field(lines, "event") == "test.done"
+    assert time.monotonic() - begun < LONG / 2
+
+
+def streams():
+    return metrics.streams._value.get()
+
+
+def test_a_replica_has_so_many_streams_and_refuses_one_more_until_one_is_gone(api, submit):
+    study, before = submit(), streams()
+    with following(api, study) as first, following(api, study) as second:
+        assert [field(lines, "event") for lines in (first, second)] == ["study.created"] * 2
+        assert streams() == before + 2
+        with following(api, study) as refused:
+            refused.read()
+        problem = refused.json()
+        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+        assert problem["type"] == "urn:warmscale:too-many-streams"
+        assert "2 event streams" in problem["detail"]
+    deadline = time.monotonic() + LONG
+    while streams() > before:  # both clients left without a word
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with following(api, study) as lines:
+        assert field(lines, "event") == "study.created"
+
+
+def test_a_stream_goes_on_at_another_replica(api, submit, settings, database_url):
+    study = submit()
+    other = settings.model_copy(update={"port": settings.port + 1})
+    with following(api, study) as lines:
+        last = field(lines, "id")
+    with serving(other, database_url) as replica, following(replica, study, last) as lines:
+        say(api, study, "test.done")
+        assert field(lines, "event") == "test.done"
