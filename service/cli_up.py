@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import typer
 import uvicorn
@@ -13,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
-from service import __version__, logs
+from service import __version__, logs, tracing
 from service.child import ChildError, die_with_parent
 from service.cli_common import Exit, fail
 from service.db import database, reach, use_utc
@@ -81,7 +83,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
         )
     if supervised:
         die_with_parent()
-    with database(settings) as url:
+    with traced(), database(settings) as url:
         _prepare(url, upgraded=supervised or settings.database_url is None)
         if supervised:
             admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
@@ -96,6 +98,16 @@ def serve(settings: Settings, *, supervised: bool) -> None:
             timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         )
         Server(config, app.state.drain).run()
+
+
+@contextmanager
+def traced() -> Generator[None]:
+    """Send traces while inside, if the environment asks for them; exit where that cannot be."""
+    try:
+        with tracing.exporting(os.environ):
+            yield
+    except tracing.TracesMissingError as error:
+        fail(Exit.USAGE, str(error))
 
 
 def _prepare(url: URL, *, upgraded: bool) -> None:

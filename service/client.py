@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from service.protocol import (
     IDEMPOTENCY_HEADER,
     LEASE_TOKEN_HEADER,
+    TRACE_HEADER,
     CheckpointReply,
     CheckpointReport,
     FinishReply,
@@ -29,6 +30,7 @@ from service.protocol import (
     LeaseRequest,
     MeasurementBatch,
     ReportReply,
+    traceparent,
 )
 
 M = TypeVar("M", bound=BaseModel)
@@ -190,7 +192,10 @@ class Client:
         return self._under_lease(lease, "finish", finish, FinishReply)
 
     def _under_lease(self, lease: Lease, what: str, body: BaseModel, reply: type[M]) -> M:
-        headers = {LEASE_TOKEN_HEADER: lease.lease_token}
+        headers = {
+            LEASE_TOKEN_HEADER: lease.lease_token,
+            TRACE_HEADER: traceparent(lease.run_id),
+        }
         response = self.request(
             "POST", f"/v1/runs/{lease.run_id}/{what}", body=body, headers=headers
         )

@@ -13,7 +13,7 @@ from sqlalchemy import any_, case, func, insert, literal, or_, select
 from sqlalchemy import event as hooks
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
-from service import context, metrics
+from service import context, metrics, tracing
 from service.tables import Delivery, Event, Study, Webhook
 from service.wakeups import CHANNEL, WEBHOOKS, WORK
 
@@ -144,6 +144,7 @@ def _is_inside(savepoint: SessionTransaction | None, other: SessionTransaction) 
 def _tell(one: NewEvent) -> None:
     payload: dict[str, Any] = one["payload"]
     metrics.count_event(one["type"], payload)
+    tracing.tell(one["type"], one["run_id"], one["attempt"], one["actor"])
     if _log.isEnabledFor(logging.INFO):
         more = {name: payload.get(name) for name in _LOGGED}
         short = {name: v[:_LONGEST] if isinstance(v, str) else v for name, v in more.items()}

@@ -1,5 +1,6 @@
 """The wire messages between workers and the service (v1); neither FastAPI nor SQLAlchemy here."""
 
+import hashlib
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ StudyState = Literal["active", "paused", "completed", "cancelled", "failed"]
 Scope = Literal["read", "write", "work", "metrics", "admin"]
 
 LEASE_TOKEN_HEADER = "Lease-Token"  # noqa: S105 - a header's name
+TRACE_HEADER = "traceparent"
 PROJECT_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REQUEST_ID_HEADER = "X-Request-ID"
@@ -33,6 +35,12 @@ Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 # Up to where every reader of JSON is exact.
 Count = Annotated[int, Field(ge=0, le=2**53), Number]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+
+
+def traceparent(run_id: str) -> str:
+    """The trace of a run as W3C Trace Context has it: the same from whoever tells of the run."""
+    digest = hashlib.sha256(run_id.encode()).hexdigest()
+    return f"00-{digest[:32]}-{digest[32:48]}-01"
 
 
 class Message(BaseModel):

@@ -11,8 +11,8 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import context, metrics
-from service.protocol import REQUEST_ID_HEADER
+from service import context, metrics, tracing
+from service.protocol import REQUEST_ID_HEADER, TRACE_HEADER
 
 _log = logging.getLogger("service.access")
 _NO_ANSWER = 499  # nginx's code for a client that went away
@@ -42,7 +42,12 @@ class Requests:
             await send(message)
 
         try:
-            await self._app(scope, receive, sending)
+            within = Headers(scope=scope).get(TRACE_HEADER)
+            with tracing.span(scope["method"], within=within, request=facts.request_id) as span:
+                await self._app(scope, receive, sending)
+                if span is not None:
+                    span.update_name(f"{scope['method']} {route_of(scope)}")
+                    span.set_attribute("http.response.status_code", status)
         except Exception:  # answered further out
             if status == _NO_ANSWER:
                 status = 500

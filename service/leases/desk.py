@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import State
 
-from service import context
+from service import context, tracing
 from service.caller import Caller
 from service.leases import store
 from service.leases.bids import Bid
@@ -50,6 +50,10 @@ class Desk:
         Raises:
             Problem: 404 for a study that does not exist.
         """
+        with tracing.span("lease", worker=request.worker, most=request.max_runs):
+            return await self._lease(caller, request)
+
+    async def _lease(self, caller: Caller, request: LeaseRequest) -> tuple[Lease, ...]:
         if self._state.drain.begun:
             return ()
         loop = asyncio.get_running_loop()

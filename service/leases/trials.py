@@ -12,6 +12,7 @@ from sqlalchemy import ColumnElement, Select, case, func, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
+from service import tracing
 from service.caller import Caller
 from service.drafts import Drawn, MovedOnError, write
 from service.events import NewEvent, event, record_all
@@ -88,7 +89,8 @@ def start(
     try:
         spec = StudySpec.model_validate(study.spec)
         for _ in range(_DRAWS):
-            drawn = sampler.draw(study.optuna_name, spec, len(bids)) if bids else None
+            with tracing.span("ask", study=study.id, trials=len(bids)):
+                drawn = sampler.draw(study.optuna_name, spec, len(bids)) if bids else None
             leases: list[tuple[Bid, Lease]] = []
             if drawn is None:
                 return True

@@ -6,6 +6,7 @@ from sqlalchemy import ColumnElement, Select, func, select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from service import tracing
 from service.events import record
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
@@ -40,7 +41,7 @@ def advance(session: Session, study: Study) -> None:
     if _trials_remain(session, study):
         return
     try:
-        with session.begin_nested():
+        with tracing.span("advance", study=study.id), session.begin_nested():
             _advance(session, study)
     except OperationalError:
         raise  # the database went away: nothing is done, and it is tried again
