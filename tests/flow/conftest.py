@@ -124,7 +124,7 @@ def home(home):
 
     yield home
     for stack in (home, home / ".warmscale"):  # of `up`, of `demo`
-        if (stack / "artifacts").exists():
+        if (stack / "artifacts").exists() and (stack / "postgres").exists():
             with db.start_embedded(stack) as server:
                 check(db.normalized(server.get_uri()))
 

@@ -129,7 +129,8 @@ def test_the_proxy_cuts_as_many_answers_as_it_is_told_after_so_many_bytes(post, 
 
 
 def test_the_proxy_goes_to_the_other_replica_where_one_is_gone(post, backends):
-    backends[0].socket.close()
+    backends[0].shutdown()
+    backends[0].server_close()
     assert {int(post().text) for _ in range(4)} == {backends[1].server_port}
 
 

@@ -17,7 +17,7 @@ from tests.conftest import free_port
 @pytest.fixture
 def settings(home):
     return Settings(
-        home=home, port=free_port(), max_body_bytes=4096, body_seconds=0.5, requests_per_second=5.0
+        home=home, port=free_port(), max_body_bytes=4096, body_seconds=3.0, requests_per_second=5.0
     )
 
 

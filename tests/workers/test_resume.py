@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from warmcore import places
 from warmcore.checkpoint import MANIFEST, load_checkpoint
 from warmcore.data import prepare
 from warmcore.spec import CheckpointRef
@@ -55,7 +56,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_has_the_one_before_in_its_place(stored, name, damage):
-    files, root = artifacts._filesystem(stored[0].uri)
+    files, root = places.filesystem(stored[0].uri)
     if damage is None:
         files.rm(f"{root}/{name}")
     else:
@@ -72,12 +73,12 @@ def test_a_damaged_checkpoint_has_the_one_before_in_its_place(stored, name, dama
     with artifacts.local(stored[1]) as older:
         same = load_checkpoint(older).weights
     assert all(found.weights[key].equal(value) for key, value in same.items())
-    artifacts.delete(stored[1].uri)
+    places.delete(stored[1].uri)
     assert went_on_from(stored)[0] is None
 
 
 def test_the_newest_is_taken_where_nothing_is_wrong(stored):
-    artifacts.delete(stored[1].uri)
+    places.delete(stored[1].uri)
     assert went_on_from(stored)[0] is not None
 
 
