@@ -7,22 +7,18 @@ its end, and the one checker of what must always hold finds nothing.
 A long run: WARMSCALE_STATEFUL_EXAMPLES=300 pytest tests/service/test_stateful.py
 """
 
+import functools
 import itertools
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, settings, stateful
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, run_state_machine_as_test
 from sqlalchemy import func, select, text, update
 
 from service.client import Client, ServiceError, StaleLeaseError
@@ -40,6 +36,24 @@ _names = itertools.count()
 some = st.integers(0, 7)  # which of the leases: modulo how many there are
 threads = st.integers(1, 6)
 ends = st.lists(st.sampled_from(OUTCOMES), min_size=1, max_size=4)
+
+
+def noted(step):
+    """Keeps what a step of the machine fails by: threads may do otherwise when it is replayed."""
+
+    @functools.wraps(step)
+    def run(self, *arguments, **options):
+        try:
+            return step(self, *arguments, **options)
+        except Exception as error:
+            self.failures.append(error)
+            raise
+
+    return run
+
+
+def rule(**strategies):
+    return lambda step: stateful.rule(**strategies)(noted(step))
 
 
 @dataclass
@@ -65,8 +79,9 @@ class Finished:
 
 
 class Protocol(RuleBasedStateMachine):
-    def __init__(self, replicas, study_spec):
+    def __init__(self, replicas, study_spec, failures):
         super().__init__()
+        self.failures = failures
         self.replicas, self.turn = replicas, itertools.cycle(replicas)
         self.pool = ThreadPoolExecutor(8)
         self.held: list[Held] = []
@@ -83,8 +98,9 @@ class Protocol(RuleBasedStateMachine):
     def sessions(self):
         return self.replicas[0].api.sessions
 
-    @initialize()
-    def submit(self):
+    @initialize(is_cancelled_at_the_end=st.booleans())
+    def submit(self, is_cancelled_at_the_end):
+        self.is_cancelled_at_the_end = is_cancelled_at_the_end
         study = next(self.turn).client.post("/v1/studies", self.spec)
         self.study, self.path = study["id"], f"/v1/studies/{study['id']}"
 
@@ -201,6 +217,50 @@ class Protocol(RuleBasedStateMachine):
     def a_lease_runs_out(self, which):
         self.expire(which)
 
+    @rule(which=some, askers=threads, outcome=st.sampled_from(OUTCOMES))
+    def a_worker_wakes_up_after_its_run_was_given_to_another(self, which, askers, outcome):
+        self.ask(1, 1)
+        if self.expire(which) is None:
+            return
+        self.ask(1, 1)  # takes it back
+        self.every_retry_is_due()
+        self.ask_while_what_is_queued_is_locked(1 + askers)
+        self.ask(2, 1)
+        for held in [h for h in self.held if self.is_superseded(h)]:
+            self.refuse_every_write(held, outcome)
+
+    def ask_while_what_is_queued_is_locked(self, askers):
+        """Who reads a run without its lock has decided by the time that it can be written."""
+        queued = select(Run.id).where(Run.study_id == self.study, Run.state == "queued")
+        with self.sessions.begin() as session:
+            session.execute(queued.with_for_update()).all()
+            asked = [self.pool.submit(_refusable, self.lease_call()) for _ in range(askers)]
+            time.sleep(0.1)
+        self.learn([one.result() for one in asked])
+
+    def is_superseded(self, held):
+        mine = held.lease
+        return any(
+            (h.lease.run_id, h.lease.attempt) == (mine.run_id, mine.attempt + 1) for h in self.held
+        )
+
+    def refuse_every_write(self, held, outcome):
+        """Nothing that a superseded attempt sends is taken, and nothing changes by it."""
+        before, worker = self.on_record(held.lease.run_id), next(self.turn).worker
+        finished = self.finish_call(held, outcome)().answer
+        published = _refusable(lambda: worker.publish(held.lease, step=19, final=True))
+        reported = _refusable(self.report_call(held, 19))
+        for answer in (finished, published, reported):
+            assert isinstance(answer, StaleLeaseError), f"a stale token was good for {answer}"
+        assert self.on_record(held.lease.run_id) == before
+
+    def on_record(self, run_id):
+        client, path = self.replicas[0].client, f"/v1/runs/{run_id}"
+        rows = [client.get(f"{path}/{what}") for what in ("measurements", "checkpoints")]
+        with self.sessions() as session:
+            run = session.get_one(Run, run_id)
+            return client.get(path), rows, (run.lease_token, run.lease_expires_at)
+
     @rule()
     def every_retry_is_due(self):
         with self.sessions.begin() as session:
@@ -281,7 +341,8 @@ class Protocol(RuleBasedStateMachine):
 
     # What holds after every step
 
-    @invariant()
+    @stateful.invariant()
+    @noted
     def what_is_over_stays_and_what_counts_only_grows(self):
         if not hasattr(self, "study"):
             return
@@ -308,11 +369,33 @@ class Protocol(RuleBasedStateMachine):
         by_hand = {r.launch for r in runs if r.launch}
         assert len(by_hand) <= 1, "targets that were asked for with one key started twice"
 
+    @noted
     def teardown(self):
         if hasattr(self, "study"):
+            if self.is_cancelled_at_the_end:
+                self.cancel_what_is_leased()
             self.bring_to_its_end()
             assert violations(self.replicas[0].api.engine) == ()
         self.pool.shutdown()
+
+    def cancel_what_is_leased(self):
+        """Every worker hears it, whatever it sends, and nothing is leased again."""
+        _refusable(self.steer_call("resume"))
+        self.ask(1, 2)
+        live = [held for held in self.held if not (held.ended or held.may_be_taken)]
+        answer = _refusable(self.steer_call("cancel"))
+        if isinstance(answer, Exception):
+            assert answer.status == HTTPStatus.CONFLICT
+            return  # it has ended
+        self.cancelled = self.cancelled or answer["state"] == "cancelled"
+        self.what_is_over_stays_and_what_counts_only_grows()
+        for held in live:
+            worker = next(self.turn).worker
+            assert self.report_call(held, 3)() == "cancel"
+            assert worker.publish(held.lease, step=3, final=False).decision == "cancel"
+            assert self.finish_call(held, "succeeded")().answer == "cancelled"
+            held.end = "cancelled"
+        assert self.lease_call(8)() == ()
 
     def bring_to_its_end(self):
         client, worker = self.replicas[0].client, self.replicas[1].worker
@@ -390,4 +473,10 @@ def test_no_order_of_events_breaks_the_lease_protocol(replicas, study_spec):
         phases=(Phase.generate,),  # threads do not repeat themselves: shrinking would chase luck
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(lambda: Protocol(replicas, study_spec), settings=profile)
+    failures = []
+    try:
+        run_state_machine_as_test(
+            lambda: Protocol(replicas, study_spec, failures), settings=profile
+        )
+    except Exception as error:
+        raise (failures or [error])[0] from error
