@@ -35,6 +35,7 @@ _AWAY_FIRST_SECONDS = 1.0
 _AWAY_MAX_SECONDS = 15.0
 _TICK_SECONDS = 0.2
 _KILLED_SECONDS = 10.0
+_QUEUED_SHARE = 1 / 2  # of a lease: a process may have to start, and there must be time to tell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class Dispatcher:
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._nodes = Nodes()
         self._running: dict[str, _Running] = {}
+        self._due: dict[str, float] = {}  # by when runs that were submitted must have begun
         self._is_asking = False
         self._away_seconds = _AWAY_FIRST_SECONDS
         self._ask_at = self._busy_at = time.monotonic()
@@ -100,6 +102,7 @@ class Dispatcher:
     def _step(self) -> None:
         if self._should_ask():
             self._ask()
+        self._give_back_what_waits()
         try:
             self._events.get(timeout=_TICK_SECONDS)()
         except queue.Empty:
@@ -179,6 +182,7 @@ class Dispatcher:
         now = time.monotonic()
         self._nodes.place(token, Placement(node=node, resources=lease.resources), now=now)
         self._running[token] = _Running(lease=lease, handle=handle, started=now)
+        self._due[token] = now + _QUEUED_SHARE * lease.lease_seconds
         needs = {"cpus": lease.resources.cpus, "gpus": lease.resources.gpus}
         what = {"kind": lease.kind, "trial": lease.trial_number, "arm": lease.arm}
         log.info("lease", extra=subject(lease) | {"name_of_study": lease.study_name} | what | needs)
@@ -188,6 +192,7 @@ class Dispatcher:
 
     def _ended(self, token: str, future: Future[str]) -> None:
         running = self._running.pop(token)
+        self._due.pop(token, None)
         self._nodes.remove(token)
         self._ask_at = self._busy_at = time.monotonic()
         error = future.exception()
@@ -198,6 +203,16 @@ class Dispatcher:
         seconds = round(time.monotonic() - running.started, 2)
         how = {"outcome": future.result(), "seconds": seconds}
         log.info("end", extra=subject(running.lease) | how)
+
+    def _give_back_what_waits(self) -> None:
+        """Another fleet of this Ray was faster, and in Ray's queue nobody renews a lease."""
+        now = time.monotonic()
+        for token in [token for token, due in self._due.items() if now >= due]:
+            del self._due[token]
+            running = self._running[token]
+            if not self._engine.has_begun(running.handle):
+                log.info("queued", extra=subject(running.lease))
+                running.handle.drain()
 
     def _free_groups(self, failed: Lease) -> None:
         leases = [failed, *(running.lease for running in self._running.values())]

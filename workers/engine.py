@@ -22,7 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.protocol import Lease, Resources
-from workers import group, nodes, process, telling
+from workers import begun, group, nodes, process, telling
 from workers.failures import UnrunnableError
 from workers.nodes import Placement
 from workers.stop import exit_unless_done
@@ -45,6 +45,7 @@ class Handle:
 
     ref: Any
     future: Future[Any]
+    mark: str | None = None  # by which it says that it has begun; None: it begins at once
 
     def drain(self) -> None:
         """Ask the run to publish a checkpoint and end; one that has not begun never will."""
@@ -108,9 +109,19 @@ class Engine:
         except ValueError as error:
             raise UnrunnableError(str(error)) from error
         times = {"checkpoint_seconds": checkpoint_seconds, "leased_at": time.time()}
-        where = {"node": node} if is_shared else {}
-        ref = run.remote(lease, connection, **times, **where)
-        return Handle(ref=ref, future=ref.future())
+        mark = f"{lease.run_id}/{lease.attempt}" if self._is_shared and not is_shared else None
+        more = {"node": node} if is_shared else {"mark": mark}
+        ref = run.remote(lease, connection, **times, **more)
+        return Handle(ref=ref, future=ref.future(), mark=mark)
+
+    def has_begun(self, handle: Handle) -> bool:
+        """Whether a run is out of Ray's queue; on our own Ray nobody takes its place before it.
+
+        Raises:
+            RayLostError: nobody answers.
+        """
+        mark = handle.mark
+        return mark is None or self._answer(lambda: begun.is_said(mark))
 
     def free_groups(self) -> None:
         """Free what processes hold whose leading task was killed; for when no group runs.

@@ -17,7 +17,7 @@ import ray
 
 from service.client import Client
 from service.protocol import Lease
-from workers import telling
+from workers import begun, telling
 
 if TYPE_CHECKING:
     from workers.run import Ending
@@ -57,9 +57,21 @@ def warm_up(*, device: str | None = None) -> int:
 
 
 def run_lease(
-    lease: Lease, connection: Connection, *, checkpoint_seconds: float, leased_at: float
+    lease: Lease,
+    connection: Connection,
+    *,
+    checkpoint_seconds: float,
+    leased_at: float,
+    mark: str | None = None,
 ) -> "Ending":
-    """Run a lease in this process, on CPUs of its own."""
+    """Run a lease in this process; `mark` says to the fleet that this has begun."""
+    with begun.said(mark):  # before torch is imported, which may take longer than a lease
+        return _run_pinned(lease, connection, checkpoint_seconds, leased_at)
+
+
+def _run_pinned(
+    lease: Lease, connection: Connection, checkpoint_seconds: float, leased_at: float
+) -> "Ending":
     from workers import cpus
     from workers.run import Options, execute
 

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from unittest.mock import Mock
 
 import pytest
-from ray.exceptions import RaySystemError, WorkerCrashedError
+from ray.exceptions import RaySystemError, TaskCancelledError, WorkerCrashedError
 
 from service.client import Client
 from service.protocol import Resources
@@ -20,9 +20,12 @@ class _Handle:
     def __init__(self) -> None:
         self.future: Future[str] = Future()
         self.drained = False
+        self.is_queued = False
 
     def drain(self) -> None:
         self.drained = True
+        if self.is_queued:
+            self.future.set_exception(TaskCancelledError())
 
     def kill(self) -> None:
         if not self.future.done():
@@ -34,6 +37,10 @@ class _Engine:
         self.submitted: dict[str, _Handle] = {}
         self.refusal: Exception | None = None
         self.num_freed = 0
+        self.is_full = False
+
+    def has_begun(self, handle: _Handle) -> bool:
+        return not handle.is_queued
 
     def free_groups(self) -> None:
         self.num_freed += 1
@@ -48,6 +55,7 @@ class _Engine:
         if self.refusal is not None:
             raise self.refusal
         self.submitted[lease.run_id] = _Handle()
+        self.submitted[lease.run_id].is_queued = self.is_full
         return self.submitted[lease.run_id]
 
 
@@ -174,6 +182,26 @@ def test_a_run_that_does_not_drain_is_killed_and_given_back(fake, engine, start,
     result.result(timeout=10)
     assert engine.submitted[run.id].drained
     assert run.finish.outcome == "released"
+
+
+def test_a_run_that_waits_in_ray_is_given_back_before_its_lease_runs_out(
+    fake, engine, start, make_spec
+) -> None:
+    engine.is_full = True
+    run = fake.offer(make_spec(), lease_seconds=3.0)
+    start(exit_when_idle_seconds=60)
+    fake.wait_for(lambda: run.finish, seconds=20)
+    assert (run.finish.outcome, run.failures) == ("released", 0)
+    engine.is_full = False
+    fake.wait_for(lambda: run.attempt > 1, seconds=5)
+
+
+def test_a_run_that_has_begun_is_left_alone(fake, engine, start, make_spec) -> None:
+    run = fake.offer(make_spec(), lease_seconds=0.3)
+    start(exit_when_idle_seconds=60)
+    fake.wait_for(lambda: run.leased_at, seconds=5)
+    time.sleep(1)
+    assert not engine.submitted[run.id].drained
 
 
 def test_what_a_failed_group_holds_is_freed_once_no_other_group_runs(

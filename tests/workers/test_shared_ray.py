@@ -1,0 +1,57 @@
+"""Two fleets of one Ray cluster."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import free_port
+
+_LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 50}
+
+
+@pytest.fixture
+def cluster(monkeypatch, tmp_path):
+    """The address of a Ray with one CPU."""
+    for name, value in {"MODE": "token", "TOKEN": "a" * 64}.items():
+        monkeypatch.setenv(f"RAY_AUTH_{name}", value)
+    address = f"127.0.0.1:{free_port()}"
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"]
+    options = ["--num-cpus=1", "--include-dashboard=false", "--disable-usage-stats"]
+    options += [f"--port={address.rpartition(':')[2]}", "--object-store-memory=80000000"]
+    with (tmp_path / "ray.log").open("w") as log:
+        ray = subprocess.Popen(
+            [*start, *options], stdout=log, stderr=log, start_new_session=True, env=os.environ
+        )
+    yield address
+    ray.terminate()  # `--block` ends the cluster with itself
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        ray.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(ray.pid, signal.SIGKILL)
+    ray.wait()
+
+
+def test_a_run_whose_place_another_fleet_took_waits_for_its_turn_and_fails_nothing(
+    cluster, fake, url, start_fleet, make_spec
+) -> None:
+    fleets = [start_fleet(url, "--ray-address", cluster, "--name", name) for name in "ab"]
+    for fleet in fleets:
+        fleet.wait_until_ready()
+    fake.wait_for(lambda: {"a", "b"} <= {request.worker for request in fake.requests})
+    with fake.changed:  # both fleets ask for the one CPU
+        runs = [fake.offer(make_spec(**_LONG), lease_seconds=12.0) for _ in range(2)]
+    fake.wait_for(lambda: all(run.leased_at for run in runs))
+    fake.wait_for(lambda: any(run.finish for run in runs), seconds=60)
+    (waited,) = [run for run in runs if run.finish]
+    (trained,) = [run for run in runs if not run.finish]
+    assert (waited.finish.outcome, waited.failures) == ("released", 0)
+    assert not waited.curve
+    fake.wait_for(lambda: trained.curve, seconds=60)
+    fake.cancel(trained)
+    fake.wait_for(lambda: waited.curve, seconds=60)
+    assert (waited.failures, trained.attempt) == (0, 1)
+    fake.cancel(waited)
