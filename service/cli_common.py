@@ -25,6 +25,10 @@ Home = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Project = Annotated[
+    str | None,
+    typer.Option(envvar="WARMSCALE_PROJECT", help="The project to work in, for keys of several."),
+]
 StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name or id.")]
 
 EXIT_CODES = """Exit codes:
@@ -76,13 +80,15 @@ def access(home: Path, *, url: str | None = None) -> homes.Access:
 
 
 @contextmanager
-def connected(home: Path, patience_seconds: float = PATIENCE_SECONDS) -> Generator["Client"]:
+def connected(
+    home: Path, project: str | None = None, patience_seconds: float = PATIENCE_SECONDS
+) -> Generator["Client"]:
     """A client of the service; whatever it answers badly ends the command with a short message."""
     from httpx import InvalidURL, TransportError  # `--help` need not wait for it
 
     from service.client import BadAnswerError, Client, ServiceError
 
-    found, project = access(home), os.environ.get("WARMSCALE_PROJECT")
+    found, project = access(home), project or os.environ.get("WARMSCALE_PROJECT")
     try:
         with Client(
             found.url, found.key, project=project, patience_seconds=patience_seconds
@@ -120,6 +126,13 @@ def _field(field: dict[str, Any]) -> str:
     value = field.get("value")
     got = "" if value is None else f" (got {value!r})"
     return f"{field.get('path') or 'spec'}: {field.get('message')}{got}"
+
+
+def quoted(name: str) -> str:
+    """A name as one segment of a path."""
+    from urllib.parse import quote
+
+    return quote(name, safe="")
 
 
 def settings(home: Path, **given: Any) -> "Settings":

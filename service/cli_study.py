@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli_common import Exit, Home, Json, StudyName, connected, fail
+from service import cli_start
+from service.cli_common import Exit, Home, Json, Project, StudyName, connected, fail, quoted
 from service.home import DEFAULT
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 study = typer.Typer(help="Studies: submit, follow, read, steer.", no_args_is_help=True)
 run = typer.Typer(help="Runs: one training each.", no_args_is_help=True)
+study.command()(cli_start.enqueue)
+study.command()(cli_start.targets)
 
 _PAGE = 200
 
@@ -24,6 +27,7 @@ def create(
     *,
     spec: Annotated[Path, typer.Option("--file", "-f", help="The study's spec, YAML or JSON.")],
     name: Annotated[str | None, typer.Option(help="Instead of the name in the file.")] = None,
+    project: Project = None,
     home: Home = DEFAULT,
     as_json: Json = False,
 ) -> None:
@@ -34,7 +38,7 @@ def create(
         body = load(spec, Path.cwd())
     except SpecError as error:
         fail(Exit.USAGE, str(error))
-    with connected(home) as client:
+    with connected(home, project) as client:
         created = submit(client, body | ({"name": name} if name else {}))
     for warning in created["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
@@ -50,6 +54,7 @@ def submit(client: "Client", spec: dict[str, Any]) -> dict[str, Any]:
 def list_studies(
     *,
     limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
+    project: Project = None,
     home: Home = DEFAULT,
     as_json: Json = False,
 ) -> None:
@@ -57,7 +62,7 @@ def list_studies(
     from service import cli_tables
     from service.studies.schemas import StudyView
 
-    with connected(home) as client:
+    with connected(home, project) as client:
         studies = _pages(client, "/v1/studies", limit)
     if as_json:
         typer.echo(json.dumps(studies))
@@ -78,14 +83,16 @@ def _pages(client: "Client", path: str, limit: int) -> list[dict[str, Any]]:
 
 
 @study.command()
-def show(name: StudyName, *, home: Home = DEFAULT, as_json: Json = False) -> None:
+def show(
+    name: StudyName, *, project: Project = None, home: Home = DEFAULT, as_json: Json = False
+) -> None:
     """Show a study: state, counts, best trial, progress, cost so far."""
     from service import cli_tables
     from service.studies.schemas import StudyView, TrialView
 
-    with connected(home) as client:
-        found = client.get(f"/v1/studies/{_quoted(name)}")
-        trials = client.get(f"/v1/studies/{_quoted(name)}/trials")["items"]
+    with connected(home, project) as client:
+        found = client.get(f"/v1/studies/{quoted(name)}")
+        trials = client.get(f"/v1/studies/{quoted(name)}/trials")["items"]
     if as_json:
         typer.echo(json.dumps(found | {"trial_list": trials}))
         return
@@ -94,14 +101,16 @@ def show(name: StudyName, *, home: Home = DEFAULT, as_json: Json = False) -> Non
 
 
 @study.command()
-def watch(name: StudyName, *, home: Home = DEFAULT, as_json: Json = False) -> None:
+def watch(
+    name: StudyName, *, project: Project = None, home: Home = DEFAULT, as_json: Json = False
+) -> None:
     """Follow a study until it ends. Ctrl-C leaves the study as it is."""
     from service import watch as watching
 
     try:
-        with connected(home, patience_seconds=0) as client:
+        with connected(home, project, patience_seconds=0) as client:
             style = watching.style(as_json=as_json)
-            ended = watching.watch(client, _quoted(name), style)
+            ended = watching.watch(client, quoted(name), style)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if ended.state != "completed":
@@ -113,6 +122,7 @@ def results(
     *,
     name: StudyName,
     html: Annotated[Path | None, typer.Option(help="Save the report, one HTML page, here.")] = None,
+    project: Project = None,
     home: Home = DEFAULT,
     as_json: Json = False,
 ) -> None:
@@ -120,9 +130,9 @@ def results(
     from service import cli_tables
     from service.results.schemas import StudyResults
 
-    with connected(home) as client:
-        found = client.get(f"/v1/studies/{_quoted(name)}/results")
-        page = client.request("GET", f"/v1/studies/{_quoted(name)}/report").text if html else ""
+    with connected(home, project) as client:
+        found = client.get(f"/v1/studies/{quoted(name)}/results")
+        page = client.request("GET", f"/v1/studies/{quoted(name)}/report").text if html else ""
     if html:
         _save(html, page)
     if as_json:
@@ -142,26 +152,26 @@ def _save(path: Path, text: str) -> None:
 
 
 @study.command()
-def pause(name: StudyName, *, home: Home = DEFAULT) -> None:
+def pause(name: StudyName, *, project: Project = None, home: Home = DEFAULT) -> None:
     """Lease nothing more of a study; what runs goes on to its end."""
-    _steer(home, name, "pause")
+    _steer(home, project, name, "pause")
 
 
 @study.command()
-def resume(name: StudyName, *, home: Home = DEFAULT) -> None:
+def resume(name: StudyName, *, project: Project = None, home: Home = DEFAULT) -> None:
     """Lease again."""
-    _steer(home, name, "resume")
+    _steer(home, project, name, "resume")
 
 
 @study.command()
-def cancel(name: StudyName, *, home: Home = DEFAULT) -> None:
+def cancel(name: StudyName, *, project: Project = None, home: Home = DEFAULT) -> None:
     """End a study; a running worker hears it at its next report."""
-    _steer(home, name, "cancel")
+    _steer(home, project, name, "cancel")
 
 
-def _steer(home: Path, name: str, verb: str) -> None:
-    with connected(home) as client:
-        changed = client.post(f"/v1/studies/{_quoted(name)}/{verb}", retry=True)
+def _steer(home: Path, project: str | None, name: str, verb: str) -> None:
+    with connected(home, project) as client:
+        changed = client.post(f"/v1/studies/{quoted(name)}/{verb}", retry=True)
     typer.echo(f"{changed['name']} is {changed['state']}")
 
 
@@ -169,6 +179,7 @@ def _steer(home: Path, name: str, verb: str) -> None:
 def show_run(
     *,
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, run_….")],
+    project: Project = None,
     home: Home = DEFAULT,
     as_json: Json = False,
 ) -> None:
@@ -176,18 +187,11 @@ def show_run(
     from service import cli_tables
     from service.protocol import CheckpointView, RunView
 
-    with connected(home) as client:
-        found = client.get(f"/v1/runs/{_quoted(run_id)}")
-        checkpoints = client.get(f"/v1/runs/{_quoted(run_id)}/checkpoints")["items"]
+    with connected(home, project) as client:
+        found = client.get(f"/v1/runs/{quoted(run_id)}")
+        checkpoints = client.get(f"/v1/runs/{quoted(run_id)}/checkpoints")["items"]
     if as_json:
         typer.echo(json.dumps(found | {"checkpoints": checkpoints}))
         return
     views = [CheckpointView.model_validate(checkpoint) for checkpoint in checkpoints]
     cli_tables.show(*cli_tables.run(RunView.model_validate(found), views))
-
-
-def _quoted(name: str) -> str:
-    """A name as one segment of a path."""
-    from urllib.parse import quote
-
-    return quote(name, safe="")
