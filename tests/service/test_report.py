@@ -1,6 +1,9 @@
+import base64
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 
@@ -158,6 +161,74 @@ def test_nothing_a_user_wrote_becomes_markup(judged):
     tags = [tag for tag, _ in Page(evil).elements]
     assert (tags.count("script"), tags.count("img")) == (3, 0)
     assert any(EVIL in text for text in Page(evil).texts)
+
+
+MARKS = "<script>alert(1)</script> </script><script>x \"><b onload='x'> '-x-' <!-- <img src=x>"
+
+
+class Scripts(HTMLParser):
+    """The text of every script element, as a browser parses it."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.found, self.inside = [], False
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag == "script"
+        if self.inside:
+            self.found.append((dict(attrs), ""))
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag != "script"
+
+    def handle_data(self, data):
+        if self.inside:
+            attributes, text = self.found[-1]
+            self.found[-1] = (attributes, text + data)
+
+
+def test_the_page_runs_its_own_scripts_by_their_hashes_and_allows_no_other(judged):
+    html = page(judged, [trial()], SPEC)
+    (policy,) = [a["content"] for t, a in Page(html).elements if t == "meta" and "http-equiv" in a]
+    (allowed,) = [part.split()[1:] for part in policy.split("; ") if part.startswith("script-src")]
+    run = [text for attributes, text in Scripts(html).found if "type" not in attributes]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run]
+    assert len(run) == 2
+    assert allowed == [f"'sha256-{digest}'" for digest in digests]
+
+
+@pytest.mark.parametrize("place", ["name", "reason", "pending", "error", "value", "arm", "best"])
+def test_a_mark_in_any_text_of_a_user_changes_no_element_of_the_page(judged, place, monkeypatch):
+    monkeypatch.setattr(report, "_plotly", lambda: iter([b""]))  # 5 MB to read through
+    monkeypatch.setattr(report, "_own_scripts", lambda: "")
+    choices = {"lr": {"type": "categorical", "choices": [0.01]}}
+    spec = StudySpec.model_validate(SPEC.model_dump() | {"search_space": choices})
+
+    def made(text):
+        best = {
+            "number": 0,
+            "run_id": text,
+            "val_loss_nats": 2.0,
+            "params": {"lr": text},
+            "checkpoint": SimpleNamespace(uri=text, hash="0" * 64),
+        }
+        changes = {
+            "name": ({"study_name": text}, {}),
+            "reason": ({"reason": text}, {}),
+            "pending": ({"verdict": None, "pending": text}, {}),
+            "error": ({}, {"error": text}),
+            "value": ({}, {"params": {"lr": text}}),
+            "arm": ({"targets": [judged.targets[0].model_copy(update={"error": text})]}, {}),
+            "best": ({"best_trial": SimpleNamespace(**best)}, {}),
+        }
+        results, one = changes[place]
+        return page(judged.model_copy(update=results), [trial(**one)], spec)
+
+    plain, marked = made("plain"), made(MARKS)
+    assert Page(marked).elements == Page(plain).elements
+    assert len(Scripts(marked).found) == 3
+    drawn(marked)  # is whole
 
 
 def test_hover_texts_hold_no_markup_of_a_user():
