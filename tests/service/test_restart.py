@@ -1,0 +1,53 @@
+"""APIs that end and start again under a client that waits for work."""
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+
+from service import auth
+from service.client import Client
+from tests.by_hand import Worker
+from tests.conftest import violations
+from tests.service.replicas import Serving
+
+
+def asked_until_there_is_work(worker):
+    """As a fleet asks; an API that is told to end answers with nothing."""
+    while not (leases := worker.lease(1, wait_seconds=30)):
+        pass
+    return leases
+
+
+def test_a_client_that_waits_is_given_work_by_the_api_that_was_started_again(
+    settings, database_url, study_spec, tmp_path
+):
+    engine = create_engine(database_url)
+    with Session(engine) as session, session.begin():
+        _, key = auth.create_key(session, "test", ["admin"])
+    serving = Serving(settings, database_url, tmp_path / "api.log")
+    try:
+        serving.wait_until_ready()
+        with (
+            Client(serving.url, key, patience_seconds=90) as client,
+            Client(serving.url, key, patience_seconds=90) as other,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            for ends in (signal.SIGKILL, signal.SIGTERM):
+                waits = pool.submit(asked_until_there_is_work, Worker(client))
+                other.get("/v1/studies")
+                serving.process.send_signal(ends)
+                serving.process.wait(30)
+                assert not waits.done()
+                serving = Serving(settings, database_url, tmp_path / "api.log")
+                serving.wait_until_ready()
+                study = other.post("/v1/studies", study_spec(), idempotency_key=str(ends))
+                (lease,) = waits.result(90)
+                assert (lease.study_id, lease.attempt) == (study["id"], 1)
+                assert Worker(other).complete(lease) == "succeeded"
+                other.post(f"/v1/studies/{study['id']}/cancel")
+        assert violations(engine) == ()
+    finally:
+        serving.stop()
+        engine.dispose()
