@@ -25,6 +25,7 @@ def summary(driver: Driver, *, seed: int, minutes: float) -> dict[str, Any]:
         "lost": driver.lost,
         "doubled": driver.doubled,
         "violations": driver.violations,
+        "fleets_fallen": driver.stack.fallen,
         "refused_409": driver.stack.proxy.refused,
         "cut": driver.stack.proxy.num_cut,
         "recovery_seconds": {
