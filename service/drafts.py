@@ -172,8 +172,8 @@ def write(session: Session, drawn: Drawn) -> None:
     Raises:
         MovedOnError: roll back, and draw again.
     """
+    session.execute(_LOCK, {"study": drawn.study_id})
     at = {"study": drawn.study_id, "now": datetime.now(UTC).replace(tzinfo=None)}
-    session.execute(text(_LOCK), at)
     popped = [d.trial_id for d in drawn.drafts if d.trial_id is not None]
     params = [(d.number, *row) for d in drawn.drafts for row in d.rows]
     rows = at | {
@@ -182,26 +182,26 @@ def write(session: Session, drawn: Drawn) -> None:
         "new": [d.number for d in drawn.drafts if d.trial_id is None],
         **_columns(("number", "name", "value", "kind"), params),
     }
-    ids = {row.number: row.trial_id for row in session.execute(text(_START), rows)}
+    ids = {row.number: row.trial_id for row in session.execute(_START, rows)}
     if len(ids) < len(drawn.drafts):
         raise MovedOnError
     set_ = [
         (ids[d.number], k, json.dumps(v)) for d in drawn.drafts for k, v in d.attributes.items()
     ]
     if set_:
-        session.execute(text(_SET_ATTRIBUTES), _columns(("trial", "name", "value"), set_))
+        session.execute(_SET_ATTRIBUTES, _columns(("trial", "name", "value"), set_))
     for name, value in drawn.study_attributes.items():
         row = {"study": drawn.study_id, "name": name, "value": json.dumps(value)}
-        session.execute(text(_SET_STUDY_ATTRIBUTE), row)
+        session.execute(_SET_STUDY_ATTRIBUTE, row)
 
 
 def _columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-_LOCK = "SELECT FROM optuna.studies WHERE study_id = :study FOR NO KEY UPDATE"
+_LOCK = text("SELECT FROM optuna.studies WHERE study_id = :study FOR NO KEY UPDATE")
 # Parameters in order: Optuna gives them in the order of their ids.
-_START = """
+_START = text("""
 WITH same AS (
   SELECT (SELECT count(*) FROM optuna.trials WHERE study_id = :study) = :before AS same
 ), popped AS (
@@ -224,14 +224,14 @@ WITH same AS (
   JOIN started USING (number) ORDER BY place
 )
 SELECT number, trial_id FROM started
-"""
-_SET_ATTRIBUTES = """
+""")
+_SET_ATTRIBUTES = text("""
 INSERT INTO optuna.trial_system_attributes (trial_id, key, value_json)
 SELECT * FROM unnest(CAST(:trial AS integer[]), CAST(:name AS text[]), CAST(:value AS text[]))
 ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
-"""
-_SET_STUDY_ATTRIBUTE = """
+""")
+_SET_STUDY_ATTRIBUTE = text("""
 INSERT INTO optuna.study_system_attributes (study_id, key, value_json)
 VALUES (:study, :name, :value)
 ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json
-"""
+""")

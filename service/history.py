@@ -29,7 +29,7 @@ class History:
         Ids of one study's trials are drawn under its lock: what comes later has a greater one.
         """
         known = {"study": self.study_id, "newest": self._newest, "again": [*self._unfinished]}
-        for row in connection.execute(text(_READ), known):
+        for row in connection.execute(_READ, known):
             trial = _frozen(row)
             self._trials[row.trial_id] = trial
             self._newest = max(self._newest, row.trial_id)
@@ -74,7 +74,7 @@ def _number(value: float | None, kind: str) -> float:
             return float(value)
 
 
-_READ = """
+_READ = text("""
 SELECT trial_id, number, CAST(state AS text) AS state, datetime_start, datetime_complete,
   COALESCE((SELECT json_agg(json_build_array(param_name, param_value, distribution_json)
                             ORDER BY param_id)
@@ -93,4 +93,4 @@ SELECT trial_id, number, CAST(state AS text) AS state, datetime_start, datetime_
 FROM optuna.trials t
 WHERE study_id = :study AND (trial_id > :newest OR trial_id = ANY(CAST(:again AS integer[])))
 ORDER BY trial_id
-"""
+""")

@@ -49,7 +49,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
 
-from service.db import engine_options
+from service.db import each_alone, engine_options
 from service.drafts import DraftStorage, Drawn, MovedOnError, write
 from service.history import History
 from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
@@ -113,6 +113,7 @@ class Sampler:
             url, engine_kwargs=pool | engine_options(make_url(url)), skip_table_creation=True
         )
         self._rdb, self.engine = rdb, rdb.engine
+        self._statements = each_alone(rdb.engine)
         self.storage: BaseStorage = optuna.storages.get_storage(
             rdb
         )  # adds a cache of finished trials
@@ -156,7 +157,7 @@ class Sampler:
         """Draw in this process, whichever the sampler is."""
         with self._drawing:
             history, memory = self._known(study)
-            with self.engine.connect() as connection:
+            with self._statements.connect() as connection:
                 drafts = DraftStorage(self.storage, history.study_id, history.read(connection))
             for _ in range(count):
                 handle = optuna.Study(

@@ -86,12 +86,10 @@ class Desk:
 
     async def _round(self, served: list[_Place]) -> float:
         """Serve who stands in line; give the seconds until the next round has reason to be."""
-        state, due = self._state, None
+        due = None
         bids = [place.bid for place in served]
         try:
-            due = await run_in_threadpool(
-                store.serve, state.sessions, state.sampler, state.settings, state.presence, bids
-            )
+            due = await run_in_threadpool(store.serve, self._state, bids)
         except Exception as error:  # noqa: BLE001 - each that was not served is told
             for bid in bids:
                 bid.error = bid.error or error

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from sqlalchemy import ColumnElement, Select, func, select, true
 from sqlalchemy.orm import Session, sessionmaker
+from starlette.datastructures import State
 
 from service.errors import Problem
 from service.events import record_all
@@ -29,13 +30,7 @@ _LEASED_FROM = ("active", "completed", "failed")
 _SOON_SECONDS = 0.1
 
 
-def serve(
-    sessions: sessionmaker[Session],
-    sampler: Sampler,
-    settings: Settings,
-    presence: Presence,
-    bids: list[Bid],
-) -> float | None:
+def serve(state: State, bids: list[Bid]) -> float | None:
     """Grant every bid in its turn up to `max_runs` runs that fit together, as far as there are any.
 
     Returns the seconds until there may be more; None if the clock alone will bring none.
@@ -43,38 +38,42 @@ def serve(
     Runs that wait come before new trials. Expired leases are taken back first, and finished trials
     that Optuna has not heard of are told. What has been granted stands, whatever fails after it:
     nobody else could train it. A bid for a study that does not exist gets that error.
+    Whatever only reads is one of `statements`, which need no BEGIN and no ROLLBACK.
     """
-    _look_up(sessions, bids)
-    late, untold, waiting = _look(sessions)
+    sessions: sessionmaker[Session] = state.sessions
+    statements: sessionmaker[Session] = state.statements
+    presence: Presence = state.presence
+    _look_up(statements, bids)
+    late, untold, waiting = _look(statements)
     if late or not presence.seen():
         expire(sessions, presence)
-        _, untold, waiting = _look(sessions)
+        _, untold, waiting = _look(statements)
     if untold:
         tell_finished(sessions)
     if waiting:
-        _lease_queued(sessions, settings, bids)
-    held_up = not _start_trials(sessions, sampler, settings, bids)
+        _lease_queued(sessions, state.settings, bids)
+    held_up = not _start_trials(sessions, statements, state.sampler, state.settings, bids)
     if all(bid.granted or bid.error for bid in bids):
         return None
-    with sessions() as session:
+    with statements() as session:
         return _SOON_SECONDS if held_up else _due_seconds(session)
 
 
-def _look(sessions: sessionmaker[Session]) -> tuple[bool, bool, bool]:
+def _look(statements: sessionmaker[Session]) -> tuple[bool, bool, bool]:
     """Whether leases have run out, Optuna has not heard of ends, and runs wait to be leased."""
     late, untold = select(Run.id).where(*LATE), select(Run.id).where(*UNTOLD)
     query = select(late.exists(), untold.exists(), _waiting().exists())
-    with sessions() as session:
+    with statements() as session:
         found = session.execute(query).one()
     return found[0], found[1], found[2]
 
 
-def _look_up(sessions: sessionmaker[Session], bids: Iterable[Bid]) -> None:
+def _look_up(statements: sessionmaker[Session], bids: Iterable[Bid]) -> None:
     for bid in bids:
         if bid.within is not None:
             continue
         try:
-            with sessions() as session:
+            with statements() as session:
                 bid.within, bid.scope = _within(session, bid)
         except Problem as problem:
             bid.error = problem
@@ -136,13 +135,17 @@ def _queued_for(session: Session, settings: Settings, bid: Bid) -> list[Lease]:
 
 
 def _start_trials(
-    sessions: sessionmaker[Session], sampler: Sampler, settings: Settings, bids: list[Bid]
+    sessions: sessionmaker[Session],
+    statements: sessionmaker[Session],
+    sampler: Sampler,
+    settings: Settings,
+    bids: list[Bid],
 ) -> bool:
     """Start trials until the bids are served or no study has room; False if some are held up."""
     held_up: set[str] = set()
     while True:
         try:
-            allotted = _allotted(sessions, bids, held_up)
+            allotted = _allotted(statements, bids, held_up)
             if not allotted:
                 return not held_up
             for study, takers in allotted:
@@ -154,11 +157,11 @@ def _start_trials(
 
 
 def _allotted(
-    sessions: sessionmaker[Session], bids: list[Bid], held_up: set[str]
+    statements: sessionmaker[Session], bids: list[Bid], held_up: set[str]
 ) -> list[tuple[Study, list[Bid]]]:
     takers = [bid for bid in bids if bid.wanted and bid.takes("trial")]
     scopes = {bid.scope: bid.within for bid in takers if bid.within is not None}
-    with sessions() as session:
+    with statements() as session:
         found = {scope: trials.openings(session, within) for scope, within in scopes.items()}
     openings = {id_: o for of in found.values() for id_, o in of.items() if id_ not in held_up}
     studies = {scope: [id_ for id_ in of if id_ in openings] for scope, of in found.items()}

@@ -23,6 +23,7 @@ from service.protocol import Lease
 from service.sampler import TRANSIENT, Sampler, Suggestion
 from service.settings import Settings
 from service.studies.advance import end, lock, new_run
+from service.studies.specs import parsed
 from service.studies.study_spec import StudyResources, StudySpec
 from service.tables import Run, Study
 from warmcore.spec import derived_seed
@@ -87,7 +88,7 @@ def start(
         StudyFaultError: this study's fault, which must not stop the others.
     """
     try:
-        spec = StudySpec.model_validate(study.spec)
+        spec = parsed(study.spec)
         for _ in range(_DRAWS):
             with tracing.span("ask", study=study.id, trials=len(bids)):
                 drawn = sampler.draw(study.optuna_name, spec, len(bids)) if bids else None
