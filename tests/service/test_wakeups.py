@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from service import wakeups
 from service.events import record
 from service.tables import Study
-from service.wakeups import WORK, Wakeups
+from service.wakeups import WEBHOOKS, WORK, Wakeups
+from service.webhooks import store
 
 LONG = 20.0  # never waited for in full by what passes
 SHORT = 0.3
@@ -63,6 +64,23 @@ def test_what_is_rolled_back_or_makes_no_work_wakes_nobody(database_url, say):
             assert not await work.heard(SHORT)
             await asyncio.to_thread(say, "run.queued")
             assert await work.heard(LONG)
+
+    asyncio.run(scene())
+
+
+def test_the_outbox_is_woken_only_for_what_a_webhook_wants(database_url, say):
+    async def scene():
+        async with replica(database_url, WEBHOOKS) as [outbox]:
+            await asyncio.to_thread(say, "study.completed")
+            assert not await outbox.heard(SHORT)
+            engine = create_engine(database_url)
+            with Session(engine) as session, session.begin():
+                store.add(session, "http://127.0.0.1/", ["study.failed"], project=None)
+            engine.dispose()
+            await asyncio.to_thread(say, "study.completed")
+            assert not await outbox.heard(SHORT)
+            await asyncio.to_thread(say, "study.failed")
+            assert await outbox.heard(LONG)
 
     asyncio.run(scene())
 
