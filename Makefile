@@ -14,7 +14,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# schemathesis on a live service, CASES of them for each call and phase: 200 take some ten minutes.
+# schemathesis on a live service, CASES of them for each call and phase: 200 take 7 to 15 minutes.
 CASES ?= 200
 fuzz: $(READY)
 	WARMSCALE_FUZZ_EXAMPLES=$(CASES) $(BIN)/python -m pytest -q -s tests/service/test_openapi.py -k does_not_say

@@ -14,12 +14,11 @@ from service.home import DEFAULT
 if TYPE_CHECKING:
     from service.client import Client
 
+_PAGE = 200
 study = typer.Typer(help="Studies: submit, follow, read, steer.", no_args_is_help=True)
 run = typer.Typer(help="Runs: one training each.", no_args_is_help=True)
 study.command()(cli_start.enqueue)
 study.command()(cli_start.targets)
-
-_PAGE = 200
 
 
 @study.command()
@@ -63,23 +62,11 @@ def list_studies(
     from service.studies.schemas import StudyView
 
     with connected(home, project) as client:
-        studies = _pages(client, "/v1/studies", limit)
+        studies = client.pages("/v1/studies", first=limit, limit=min(limit, _PAGE))
     if as_json:
         typer.echo(json.dumps(studies))
     else:
         cli_tables.show(cli_tables.studies([StudyView.model_validate(s) for s in studies]))
-
-
-def _pages(client: "Client", path: str, limit: int) -> list[dict[str, Any]]:
-    items: list[dict[str, Any]] = []
-    cursor: str | None = None
-    while len(items) < limit:
-        page = client.get(path, cursor=cursor, limit=min(_PAGE, limit - len(items)))
-        items += page["items"]
-        cursor = page["next_cursor"]
-        if cursor is None:
-            break
-    return items
 
 
 @study.command()
@@ -92,7 +79,7 @@ def show(
 
     with connected(home, project) as client:
         found = client.get(f"/v1/studies/{quoted(name)}")
-        trials = client.get(f"/v1/studies/{quoted(name)}/trials")["items"]
+        trials = client.pages(f"/v1/studies/{quoted(name)}/trials")
     if as_json:
         typer.echo(json.dumps(found | {"trial_list": trials}))
         return

@@ -161,6 +161,18 @@ class Client:
         """GET `path` and return its JSON."""
         return _json(self.request("GET", path, params=_given(params)))
 
+    def pages(self, path: str, *, first: int | None = None, **params: Any) -> list[Any]:
+        """The items of every page of a list, or the first so many of them."""
+        items: list[Any] = []
+        cursor: str | None = None
+        while first is None or len(items) < first:
+            page = self.get(path, **params, cursor=cursor)
+            items += page["items"]
+            cursor = page["next_cursor"]
+            if cursor is None:
+                break
+        return items[:first]
+
     def post(
         self,
         path: str,

@@ -23,8 +23,6 @@ from service.studies.schemas import TrialView
 from service.up import Interrupted, PortTakenError, stack
 from service.watch import style, watch
 
-_RUNS_PAGE = 200
-
 
 def run(folder: Path, *, cpus: int, as_json: bool) -> None:
     """Start a stack, run the study of `folder`/spec.yaml, print and save what it found, stop.
@@ -62,8 +60,8 @@ def run(folder: Path, *, cpus: int, as_json: bool) -> None:
 def _saved(client: Client, name: str, folder: Path, slots: int) -> dict[str, Any]:
     """Write the two files; give what is in results.json."""
     found = client.get(f"/v1/studies/{name}/results")
-    trials = client.get(f"/v1/studies/{name}/trials")["items"]
-    items = client.get("/v1/runs", study=name, limit=_RUNS_PAGE)["items"]
+    trials = client.pages(f"/v1/studies/{name}/trials")
+    items = client.pages("/v1/runs", study=name)
     runs = [RunView.model_validate(item) for item in items]
     report = client.request("GET", f"/v1/studies/{name}/report").text
     (folder / "report.html").write_text(report, encoding="utf-8")

@@ -6,6 +6,7 @@ QMC need one seed for a whole study, and keep their place in the storage.
 """
 
 import functools
+import json
 import logging
 import math
 import multiprocessing
@@ -44,7 +45,7 @@ from optuna.samplers import (
 )
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy import make_url
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session
@@ -213,10 +214,9 @@ class Sampler:
     @_in_turn
     def states(self, study: str) -> dict[int, tuple[str, float | None]]:
         """State and value of every trial, by number: Optuna's view."""
-        return {
-            t.number: (t.state.name, t.values[0] if t.values else None)
-            for t in self._load(study).get_trials(deepcopy=False)
-        }
+        with self.engine.connect() as connection:
+            rows = connection.execute(text(_STATES), {"study": study})
+            return {row.number: (row.state, row.value) for row in rows}
 
     @_in_turn
     def enqueue(self, study: str, params: dict[str, Any], key: str | None = None) -> int:
@@ -248,9 +248,12 @@ class Sampler:
     def importance(self, study: str) -> dict[str, float]:
         """Share of each parameter in the variance of the loss among the best trials (PED-ANOVA)."""
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        importances = optuna.importance.get_param_importances(
-            self._load(study), evaluator=evaluator
-        )
+        with self._drawing, self.engine.connect() as connection:
+            history, _ = self._known(study)
+            found = history.read(connection)
+            read = DraftStorage(self.storage, history.study_id, found)
+        handle = optuna.Study(study, cast("BaseStorage", read))
+        importances = optuna.importance.get_param_importances(handle, evaluator=evaluator)
         return {name: value for name, value in importances.items() if math.isfinite(value)}
 
     def dashboard(self, sees: Callable[[str], bool]) -> Callable[..., Any]:
@@ -273,8 +276,10 @@ class Sampler:
         )
 
     def _waiting(self, study: str) -> dict[int, dict[str, Any]]:
-        trials = self._trials(study, TrialState.WAITING)
-        return {t.number: dict(t.system_attrs.get("fixed_params", {})) for t in trials}
+        """One statement: Optuna would read every trial of the study, seconds for ten thousand."""
+        with self.engine.connect() as connection:
+            rows = connection.execute(text(_WAITING), {"study": study})
+            return {row.number: json.loads(row.given) for row in rows}
 
     def _trials(self, study: str, state: TrialState) -> Iterator[FrozenTrial]:
         yield from self._load(study).get_trials(deepcopy=False, states=(state,))
@@ -282,6 +287,22 @@ class Sampler:
     def _trial_id(self, study: str, number: int) -> int:
         optuna_id = self.storage.get_study_id_from_name(study)
         return self.storage.get_trial_id_from_study_id_trial_number(optuna_id, number)
+
+
+_STATES = """
+SELECT t.number, CAST(t.state AS text) AS state,
+    CASE CAST(v.value_type AS text) WHEN 'INF_POS' THEN CAST('Infinity' AS float8)
+        WHEN 'INF_NEG' THEN CAST('-Infinity' AS float8) ELSE v.value END AS value
+FROM optuna.trials t JOIN optuna.studies s USING (study_id)
+LEFT JOIN optuna.trial_values v ON v.trial_id = t.trial_id AND v.objective = 0
+WHERE s.study_name = :study ORDER BY t.number
+"""
+_WAITING = """
+SELECT t.number, COALESCE(a.value_json, '{}') AS given
+FROM optuna.trials t JOIN optuna.studies s USING (study_id)
+LEFT JOIN optuna.trial_system_attributes a ON a.trial_id = t.trial_id AND a.key = 'fixed_params'
+WHERE s.study_name = :study AND t.state = 'WAITING' ORDER BY t.number
+"""
 
 
 def _draw_in_helper(url: str, study: str, spec_json: str, count: int) -> Drawn:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from service.results.figures import COLD, WARM, Figure
 from service.results.markup import Column, plot, section, table
+from service.results.numbers import bounded
 from service.results.schemas import BudgetResult, Verdict
 from service.results.words import flops, headline, signed, span, times, tokens
 
@@ -68,7 +69,10 @@ def _seeds(judged: Sequence[tuple[float, Verdict]]) -> Figure:
 
 
 def _means(judged: Sequence[tuple[float, Verdict]]) -> Figure:
-    halves = [v.interval_nats.high - v.difference_nats if v.interval_nats else 0 for _, v in judged]
+    halves = [
+        bounded(v.interval_nats.high - v.difference_nats) if v.interval_nats else 0
+        for _, v in judged
+    ]
     return {
         "type": "scatter",
         "mode": "lines+markers",

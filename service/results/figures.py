@@ -6,13 +6,14 @@ Plotly reads text as its own markup, so whatever a user may have written is esca
 from collections.abc import Callable, Sequence
 from html import escape
 from itertools import accumulate
-from math import ceil, floor, log10
+from math import ceil, floor, inf, log10
 from typing import Any
 
 from service.protocol import Arm
+from service.results.numbers import bounded, thinned
 from service.results.schemas import ReportTrial, StudyResults, TargetRun, Verdict
 from service.results.verdict import last_rung
-from service.results.words import arm_name, spelled
+from service.results.words import arm_name, nats, spelled
 from service.studies.study_spec import StudySpec
 
 Figure = dict[str, Any]
@@ -32,6 +33,8 @@ STATE_COLOURS = {
     "cancelled": "#6d7380",
 }
 MAX_DIMENSIONS = 6
+MAX_TABLE_TRIALS = 500
+MAX_DRAWN_TRIALS = 2000
 
 
 def shown_state(trial: ReportTrial | TargetRun) -> str:
@@ -44,16 +47,35 @@ def figures(
 ) -> dict[str, Figure]:
     """Every figure that there is something to draw in, by the id of its place on the page."""
     own = last_rung([t for t in results.targets if t.launch == 0])
+    shown = few(trials)
     drawn = {
         "arms": arm_curves(own),
         "differences": differences(results.verdict),
-        "trials": trial_losses(trials),
+        "trials": trial_losses(shown, trials),
         "learning": learning_curves(trials),
     }
     for name in dimensions(spec):
         log = getattr(spec.search_space[name], "log", False)
-        drawn[f"dimension-{name}"] = loss_against(trials, name, log=log)
+        drawn[f"dimension-{name}"] = loss_against(shown, name, log=log)
     return {place: figure for place, figure in drawn.items() if figure["data"]}
+
+
+def best_first(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
+    """The succeeded ones by loss, then the others."""
+
+    def rank(trial: ReportTrial) -> tuple[bool, float, int]:
+        loss = trial.val_loss_nats
+        return trial.state != "succeeded", inf if loss is None else loss, trial.number
+
+    return sorted(trials, key=rank)
+
+
+def few(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
+    """What can be drawn: the best ones that are listed, and others evenly by number."""
+    best = {trial.number for trial in best_first(trials)[:MAX_TABLE_TRIALS]}
+    others = [trial for trial in trials if trial.number not in best]
+    among = {trial.number for trial in thinned(others, MAX_DRAWN_TRIALS - MAX_TABLE_TRIALS)}
+    return [trial for trial in trials if trial.number in best | among]
 
 
 def dimensions(spec: StudySpec) -> list[str]:
@@ -87,7 +109,7 @@ def _arm_curve(run: TargetRun) -> Figure:
 
 
 def _average_curve(run: TargetRun, name: str) -> Figure:
-    losses = [(p.tokens, getattr(p, f"{name}_val_loss_nats")) for p in run.curve]
+    losses = [(p.tokens, getattr(p, f"{name}_val_loss_nats")) for p in run.curve if p.tokens]
     points = [(tokens, loss) for tokens, loss in losses if loss is not None]
     trace = _line(points, f"{run.arm}, seed {run.seed_number}, {name.upper()}")
     color = {"color": _ARM_COLOURS[run.arm], "width": 1}
@@ -110,7 +132,7 @@ def differences(verdict: Verdict | None) -> Figure:
         return {"data": [], "layout": {}}
     half = 0.0
     if verdict.interval_nats is not None:
-        half = verdict.interval_nats.high - verdict.difference_nats
+        half = bounded(verdict.interval_nats.high - verdict.difference_nats)
     seeds = {
         "type": "scatter",
         "mode": "markers",
@@ -140,9 +162,9 @@ def differences(verdict: Verdict | None) -> Figure:
     return {"data": [seeds, seeds | mean], "layout": layout}
 
 
-def trial_losses(trials: Sequence[ReportTrial]) -> Figure:
-    """Final loss by trial number, coloured by state, and the best so far as a line."""
-    data = [*_by_state(trials, lambda trial: trial.number), _best_so_far(trials)]
+def trial_losses(shown: Sequence[ReportTrial], trials: Sequence[ReportTrial]) -> Figure:
+    """Final loss by trial number, coloured by state, and the best so far, of all, as a line."""
+    data = [*_by_state(shown, lambda trial: trial.number), _best_so_far(trials)]
     return _with_axes([trace for trace in data if trace["x"]], "trial")
 
 
@@ -183,7 +205,7 @@ def _by_state(
 
 
 def _hover(trial: ReportTrial) -> str:
-    loss = "" if trial.val_loss_nats is None else f"{trial.val_loss_nats:.4f} nats"
+    loss = "" if trial.val_loss_nats is None else f"{nats(trial.val_loss_nats)} nats"
     params = [f"{escape(k)} = {escape(spelled(v))}" for k, v in sorted(trial.params.items())]
     return "<br>".join([f"<b>trial {trial.number}</b> ({shown_state(trial)})", loss, *params])
 
@@ -194,12 +216,14 @@ def _best_so_far(trials: Sequence[ReportTrial]) -> Figure:
         for trial in trials
         if trial.state == "succeeded" and trial.val_loss_nats is not None
     ]
+    best = list(accumulate((loss for _, loss in found), min))
+    steps = [i for i, loss in enumerate(best) if i in (0, len(best) - 1) or loss < best[i - 1]]
     return {
         "type": "scatter",
         "mode": "lines",
         "name": "best so far",
-        "x": [number for number, _ in found],
-        "y": list(accumulate((loss for _, loss in found), min)),
+        "x": [found[i][0] for i in steps],
+        "y": [best[i] for i in steps],
         "line": {"color": STATE_COLOURS["succeeded"], "width": 1.5, "shape": "hv", "dash": "dot"},
         "hoverinfo": "skip",
     }
@@ -211,8 +235,9 @@ def learning_curves(trials: Sequence[ReportTrial]) -> Figure:
     losses = [p.val_loss_nats for t in shown if not t.diverged for p in t.curve if p.tokens]
     figure = _with_axes([_learning_curve(t) for t in shown], "tokens", log_x=True, showlegend=False)
     if losses:
-        pad = 0.05 * (max(losses) - min(losses))
-        figure["layout"]["yaxis"]["range"] = [min(losses) - pad, max(losses) + pad]
+        pad = 0.05 * bounded(max(losses) - min(losses))
+        reach = [bounded(min(losses) - pad), bounded(max(losses) + pad)]
+        figure["layout"]["yaxis"]["range"] = reach
     return figure
 
 
@@ -240,7 +265,8 @@ def _with_axes(data: list[Figure], x: str, *, log_x: bool = False, **layout: Any
 def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten from below `low` to above `high`."""
     decades = range(floor(log10(low)), ceil(log10(high)) + 1)
-    return [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
+    return [tick for tick in ticks if 0 < tick < inf]
 
 
 def _tick(value: float) -> str:

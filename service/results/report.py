@@ -12,7 +12,15 @@ from string import Template
 from typing import Any
 
 from service.results.budget_views import budget_figures, budget_section
-from service.results.figures import Figure, dimensions, figures, shown_state
+from service.results.figures import (
+    MAX_DRAWN_TRIALS,
+    MAX_TABLE_TRIALS,
+    Figure,
+    best_first,
+    dimensions,
+    figures,
+    shown_state,
+)
 from service.results.markup import Column, cards, plot, section, table
 from service.results.schemas import (
     BestTrialResult,
@@ -27,17 +35,18 @@ from service.results.words import (
     arm_name,
     at_budget,
     direction,
+    ends,
     flops,
     headline,
     nats,
     shared,
+    signed,
     spelled,
     times,
     tokens,
 )
 from service.studies.study_spec import StudySpec
 
-MAX_TABLE_TRIALS = 500
 _PIECE_BYTES = 2**18
 
 
@@ -125,10 +134,10 @@ def _figures_of(results: StudyResults) -> list[tuple[str, str]]:
 
 def _verdict_figures(verdict: Verdict) -> list[tuple[str, str]]:
     interval, growth = verdict.interval_nats, verdict.growth
-    spread = f"95 % {interval.low:+.4f} to {interval.high:+.4f}" if interval else "no interval"
+    spread = f"95 % {ends(interval)}" if interval else "no interval"
     others = f"width {growth.g_width:g}x, non-embedding {growth.g_nonembedding:.2f}x"
     return [
-        (f"{verdict.difference_nats:+.4f}", f"warm - cold, nats/token ({spread})"),
+        (signed(verdict), f"warm - cold, nats/token ({spread})"),
         *_speed_figures(verdict),
         (f"{growth.g_total:.2f}x", f"growth in parameters ({others})"),
     ]
@@ -241,10 +250,12 @@ def _trials(
     titles = {"trials": "Loss by trial", "learning": "Learning curves"}
     titles |= {f"dimension-{name}": f"Loss against {name}" for name in dimensions(spec)}
     plots = "".join(plot(place, title) for place, title in titles.items() if place in drawn)
-    shown = _best_first(trials)
+    shown = best_first(trials)[:MAX_TABLE_TRIALS]
     note = f"{len(trials)} of {results.trials_budget} trials, best first."
     if len(trials) > len(shown):
         note = f"The best {len(shown)} of {len(trials)} trials."
+    if len(trials) > MAX_DRAWN_TRIALS:
+        note += " Drawn are these and others, evenly by number."
     return section(
         "Trials",
         note if trials else "",
@@ -265,14 +276,6 @@ def _best(best: BestTrialResult | None) -> str:
     )
     text = f"The best is trial {best.number} with {params}.{source}"
     return f'<p class="note">{escape(text)}</p>'
-
-
-def _best_first(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
-    def rank(trial: ReportTrial) -> tuple[bool, float, int]:
-        loss = trial.val_loss_nats
-        return trial.state != "succeeded", float("inf") if loss is None else loss, trial.number
-
-    return sorted(trials, key=rank)[:MAX_TABLE_TRIALS]
 
 
 def _trial_columns(spec: StudySpec, trials: Sequence[ReportTrial]) -> list[Column[ReportTrial]]:

@@ -43,7 +43,9 @@ class TargetRun(Message):
     trunk_tokens: int = Field(default=0, description="of its tokens, those that its trunk trained")
     trunk_flops: float = Field(default=0.0, description="what those cost its trunk")
     error: str | None = None
-    curve: tuple[Evaluation, ...] = Field(default=(), description="a branch's with its trunk's")
+    curve: tuple[Evaluation, ...] = Field(
+        default=(), description="evenly thinned to 1000 points at most; a branch's with its trunk's"
+    )
 
     @property
     def alone_flops(self) -> float:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from service.protocol import RunState
 from service.results.budgets import CostsOf, at_branch, by_budget
 from service.results.costs import costs_of
+from service.results.numbers import thinned
 from service.results.schemas import (
     BestTrialResult,
     Costs,
@@ -30,6 +31,10 @@ from service.tables import Measurement, Run, Study
 from warmcore.flops import growth_factors
 
 MAX_TRIAL_CURVES = 100
+MAX_TRIAL_POINTS = 200
+# As many evaluations as a run may have: nothing that was numbered as one is left out of a verdict.
+MAX_JUDGED_POINTS = 10_000
+MAX_SHOWN_POINTS = 1000
 
 
 def results(session: Session, study: Study) -> StudyResults:
@@ -60,12 +65,16 @@ def results(session: Session, study: Study) -> StudyResults:
         trials_budget=spec.hpo.trials,
         trials=trials,
         best_trial=best,
-        targets=targets,
+        targets=tuple(_shown(target) for target in targets),
         costs=costs(len(spec.budgets)),
         verdict=judged if isinstance(judged, Verdict) else None,
         pending=judged.why if isinstance(judged, Pending) else None,
         budgets=budgets,
     )
+
+
+def _shown(target: TargetRun) -> TargetRun:
+    return target.model_copy(update={"curve": tuple(thinned(target.curve, MAX_SHOWN_POINTS))})
 
 
 def _growth(spec: StudySpec) -> Growth:
@@ -124,7 +133,7 @@ def _best(session: Session, study_id: str) -> BestTrialResult | None:
 def _targets(session: Session, study_id: str) -> tuple[TargetRun, ...]:
     query = select(Run).where(Run.study_id == study_id, Run.kind == "target").order_by(Run.id)
     runs = session.scalars(query).all()
-    curves = _curves(session, [run.id for run in runs])
+    curves = _curves(session, [run.id for run in runs], MAX_JUDGED_POINTS)
     seeds = {run.launch: sorted({r.seed for r in runs if r.launch == run.launch}) for run in runs}
     targets = [_target(run, _whole(run, curves), seeds[run.launch].index(run.seed)) for run in runs]
     return tuple(sorted(targets, key=lambda t: (t.launch, t.rung, t.branch, t.seed_number, t.arm)))
@@ -153,14 +162,23 @@ def _target(run: Run, curve: tuple[Evaluation, ...], seed_number: int) -> Target
     )
 
 
-def _curves(session: Session, run_ids: list[str]) -> defaultdict[str, tuple[Evaluation, ...]]:
-    """The evaluations of these runs, each in order of steps."""
-    query = (
+def _curves(
+    session: Session, run_ids: list[str], most: int
+) -> defaultdict[str, tuple[Evaluation, ...]]:
+    """The evaluations of these runs by step; `most` of each run, evenly, with its last one."""
+    to_end = func.row_number().over(
+        partition_by=Measurement.run_id, order_by=Measurement.step.desc()
+    )
+    size = func.count().over(partition_by=Measurement.run_id)
+    found = (
         select(Measurement.run_id, Measurement.step, Measurement.tokens, Measurement.val_loss_nats)
         .add_columns(Measurement.ema_val_loss_nats, Measurement.swa_val_loss_nats)
+        .add_columns(to_end.label("to_end"), ((size + most - 1) // most).label("stride"))
         .where(Measurement.run_id.in_(run_ids), Measurement.val_loss_nats.is_not(None))
-        .order_by(Measurement.run_id, Measurement.step)
+        .subquery()
     )
+    query = select(found).where((found.c.to_end - 1) % found.c.stride == 0)
+    query = query.order_by(found.c.run_id, found.c.step)
     points: defaultdict[str, list[Evaluation]] = defaultdict(list)
     for row in session.execute(query):
         point = Evaluation.model_validate(row, from_attributes=True)
@@ -179,7 +197,8 @@ def report_trials(session: Session, study_id: str) -> tuple[ReportTrial, ...]:
     )
     rows = session.execute(query).mappings().all()
     by_loss = sorted(rows, key=lambda r: (r["val_loss_nats"] is None, r["val_loss_nats"]))
-    curves = _curves(session, [row["run_id"] for row in by_loss[:MAX_TRIAL_CURVES]])
+    best = [row["run_id"] for row in by_loss[:MAX_TRIAL_CURVES]]
+    curves = _curves(session, best, MAX_TRIAL_POINTS)
     return tuple(
         ReportTrial.model_validate({**row, "curve": curves[row["run_id"]]}) for row in rows
     )

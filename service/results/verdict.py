@@ -8,12 +8,12 @@ mid-curve.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import fsum, sqrt
-from statistics import fmean, stdev
+from math import fsum
 
 from scipy.special import stdtrit
 
 from service.lifecycle import LIVE_RUN_STATES
+from service.results.numbers import bounded, mean, share, standard_error
 from service.results.schemas import (
     Costs,
     Evaluation,
@@ -86,7 +86,7 @@ def _verdict(
         grow=interval is not None and interval.high < 0 and not warm_diverged,
         sentence="",
         seeds=len(pairs),
-        difference_nats=fmean(differences),
+        difference_nats=mean(differences),
         interval_nats=interval,
         speedup=token_speedup(pairs),
         speedup_base_counted=base_counted_speedup(pairs, costs),
@@ -126,7 +126,7 @@ def _pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
         cold_run_id=cold.run_id,
         warm_loss_nats=warm.val_loss_nats,
         cold_loss_nats=cold.val_loss_nats,
-        difference_nats=warm.val_loss_nats - cold.val_loss_nats,
+        difference_nats=bounded(warm.val_loss_nats - cold.val_loss_nats),
         tokens_to_cold_loss=reached,
         speedup=None if reached is None else cold.tokens / reached,
     )
@@ -169,8 +169,7 @@ def tokens_to_reach(curve: Sequence[Evaluation], goal_nats: float) -> float | No
 
 
 def _crossing(before: Evaluation, here: Evaluation, goal_nats: float) -> float:
-    drop = before.val_loss_nats - here.val_loss_nats
-    fraction = (before.val_loss_nats - goal_nats) / drop
+    fraction = share(before.val_loss_nats, goal_nats, here.val_loss_nats)
     return before.tokens + fraction * (here.tokens - before.tokens)
 
 
@@ -179,9 +178,10 @@ def student_interval(differences: Sequence[float]) -> Interval | None:
     n = len(differences)
     if n < 2:  # noqa: PLR2004 - one seed has no degree of freedom
         return None
-    mean = fmean(differences)
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * stdev(differences) / sqrt(n)
-    return Interval(low=mean - half, high=mean + half, confidence=CONFIDENCE)
+    middle = mean(differences)
+    half = bounded(float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * standard_error(differences))
+    low, high = bounded(middle - half), bounded(middle + half)
+    return Interval(low=low, high=high, confidence=CONFIDENCE)
 
 
 def token_speedup(pairs: Sequence[SeedPair]) -> float | None:

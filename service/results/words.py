@@ -6,6 +6,8 @@ from service.results.schemas import Costs, Interval, SeedPair, StudyResults, Tar
 from service.studies.schemas import RunCounts
 from service.studies.study_spec import StudySpec
 
+_LARGE = 1e6
+
 
 def say(verdict: Verdict, costs: Costs, warm_diverged: tuple[int, ...] = ()) -> str:
     """What was found, how sure it is, how fast, at what cost, and what is left out."""
@@ -33,7 +35,12 @@ def _finding(verdict: Verdict, warm_diverged: tuple[int, ...]) -> str:
 
 def nats(loss: float | None) -> str:
     """A loss, or a dash."""
-    return "-" if loss is None else f"{loss:.4f}"
+    return "-" if loss is None else digits(loss)
+
+
+def digits(value: float, sign: str = "") -> str:
+    """Four decimals; of a number too large for those to matter, four digits."""
+    return f"{value:{sign}.4f}" if abs(value) < _LARGE else f"{value:{sign}.4g}"
 
 
 def flops(count: float | None) -> str:
@@ -58,14 +65,14 @@ def times(value: float | None) -> str:
 
 def signed(verdict: Verdict | None) -> str:
     """Warm - cold with its sign, or a dash."""
-    return "-" if verdict is None else f"{verdict.difference_nats:+.4f}"
+    return "-" if verdict is None else digits(verdict.difference_nats, "+")
 
 
 def span(verdict: Verdict | None) -> str:
     """The interval of warm - cold, or a dash."""
     if verdict is None or verdict.interval_nats is None:
         return "-"
-    return f"{verdict.interval_nats.low:+.4f} to {verdict.interval_nats.high:+.4f}"
+    return ends(verdict.interval_nats)
 
 
 def arm_name(run: TargetRun) -> str:
@@ -114,7 +121,12 @@ def headline(verdict: Verdict | None) -> str:
 
 def direction(difference_nats: float) -> str:
     """A signed difference in words: `0.0123 nats lower`."""
-    return f"{abs(difference_nats):.4f} nats {'lower' if difference_nats < 0 else 'higher'}"
+    return f"{digits(abs(difference_nats))} nats {'lower' if difference_nats < 0 else 'higher'}"
+
+
+def ends(interval: Interval) -> str:
+    """An interval by its ends."""
+    return f"{digits(interval.low, '+')} to {digits(interval.high, '+')}"
 
 
 def count_seeds(seeds: int) -> str:
@@ -123,7 +135,7 @@ def count_seeds(seeds: int) -> str:
 
 
 def _span(interval: Interval) -> str:
-    return f"{interval.confidence:.0%} interval {interval.low:+.4f} to {interval.high:+.4f} nats"
+    return f"{interval.confidence:.0%} interval {ends(interval)} nats"
 
 
 def _speed(pairs: tuple[SeedPair, ...], speedup: float | None) -> str:

@@ -24,7 +24,7 @@ from service.protocol import (
     RunView,
 )
 from service.runs import reports, store
-from service.runs.schemas import CheckpointList, MeasurementList, RunPage
+from service.runs.schemas import CheckpointList, MeasurementPage, RunPage
 from service.studies import branches
 from service.studies import store as studies
 from service.tables import Run, Study
@@ -58,9 +58,16 @@ def read_run(caller: Reader, session: DbSession, run_id: str) -> RunView:
 
 
 @router.get("/{run_id}/measurements")
-def read_measurements(caller: Reader, session: DbSession, run_id: str) -> MeasurementList:
-    """The run's curve, by step."""
-    return MeasurementList(items=store.measurements(session, store.get(session, caller, run_id).id))
+def read_measurements(
+    caller: Reader,
+    session: DbSession,
+    run_id: str,
+    cursor: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=5000)] = 1000,
+) -> MeasurementPage:
+    """The run's curve, by step; nothing of it is left out."""
+    run = store.get(session, caller, run_id)
+    return store.measurements(session, run.id, cursor, limit)
 
 
 @router.get("/{run_id}/checkpoints")

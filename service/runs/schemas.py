@@ -21,10 +21,11 @@ class MeasurementView(Measurement):
     attempt: int
 
 
-class MeasurementList(Message):
-    """A run's curve, by step."""
+class MeasurementPage(Message):
+    """A page of a run's curve, by step; pass `next_cursor` as `cursor` for the next."""
 
     items: tuple[MeasurementView, ...]
+    next_cursor: str | None
 
 
 class CheckpointList(Message):

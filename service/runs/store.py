@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from service.caller import Caller
-from service.cursor import decode_cursor, encode_cursor
+from service.cursor import decode_cursor, decode_number, encode_cursor, encode_number
 from service.errors import bad_field, conflict, not_found
 from service.events import record
 from service.lifecycle import FINAL_RUN_STATES, after_attempt, retry_delay_seconds
@@ -18,7 +18,7 @@ from service.protocol import (
     Outcome,
     RunView,
 )
-from service.runs.schemas import MeasurementView, RunPage
+from service.runs.schemas import MeasurementPage, MeasurementView, RunPage
 from service.studies import branches
 from service.studies.advance import advance, locked
 from service.tables import Checkpoint, Run, Study
@@ -67,12 +67,18 @@ def page(
     )
 
 
-def measurements(session: Session, run_id: str) -> tuple[MeasurementView, ...]:
+def measurements(session: Session, run_id: str, cursor: str | None, limit: int) -> MeasurementPage:
     """The run's curve, by step."""
-    query = select(MeasurementRow).where(MeasurementRow.run_id == run_id)
-    rows = session.scalars(query.order_by(MeasurementRow.step))
     fields = tuple(MeasurementView.model_fields)
-    return tuple(MeasurementView(**{f: getattr(row, f) for f in fields}) for row in rows)
+    query = select(*(getattr(MeasurementRow, field) for field in fields))
+    query = query.where(MeasurementRow.run_id == run_id)
+    if cursor is not None:
+        query = query.where(MeasurementRow.step > decode_number(cursor))
+    rows = session.execute(query.order_by(MeasurementRow.step).limit(limit + 1)).mappings().all()
+    return MeasurementPage(
+        items=tuple(MeasurementView(**row) for row in rows[:limit]),
+        next_cursor=encode_number(rows[limit - 1]["step"]) if len(rows) > limit else None,
+    )
 
 
 def checkpoints(session: Session, run_id: str) -> tuple[CheckpointView, ...]:

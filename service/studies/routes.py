@@ -18,7 +18,7 @@ from service.studies.schemas import (
     StudyView,
     TargetList,
     TargetRequest,
-    TrialList,
+    TrialPage,
     TrialView,
 )
 from service.studies.space import FieldError
@@ -107,9 +107,16 @@ def cancel_study(caller: Writer, session: DbSession, study: str) -> StudyView:
 
 
 @router.get("/{study}/trials")
-def list_trials(caller: Reader, session: DbSession, sampler: TheSampler, study: str) -> TrialList:
-    """Every trial with its parameters, value and state, enqueued ones included."""
-    return trials.listing(session, sampler, store.find(session, caller, study))
+def list_trials(
+    caller: Reader,
+    session: DbSession,
+    sampler: TheSampler,
+    study: str,
+    cursor: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 500,
+) -> TrialPage:
+    """Trials by number with parameters, value and state, enqueued ones included."""
+    return trials.page(session, sampler, store.find(session, caller, study), cursor, limit)
 
 
 @router.post("/{study}/trials", status_code=201)

@@ -104,10 +104,11 @@ class TargetRequest(Message):
     warmstart: WarmstartSpec | None = Field(default=None, description="None: the study's")
 
 
-class TrialList(Message):
-    """Trials by number."""
+class TrialPage(Message):
+    """A page of trials by number; pass `next_cursor` as `cursor` for the next."""
 
     items: tuple[TrialView, ...]
+    next_cursor: str | None
 
 
 class TargetList(Message):

@@ -5,11 +5,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from service.cursor import decode_number, encode_number
 from service.errors import conflict
 from service.lifecycle import FINAL_STUDY_STATES
 from service.sampler import Sampler
 from service.studies.advance import lock
-from service.studies.schemas import Importance, TrialList, TrialView
+from service.studies.schemas import Importance, TrialPage, TrialView
 from service.studies.store import parameters_fit
 from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
@@ -18,14 +19,23 @@ from warmcore.flops import num_steps
 _FEWEST_FOR_IMPORTANCE = 4
 
 
-def listing(session: Session, sampler: Sampler, study: Study) -> TrialList:
+def page(
+    session: Session, sampler: Sampler, study: Study, cursor: str | None, limit: int
+) -> TrialPage:
     """Trials by number: those with a run, and those still waiting to be asked for."""
-    query = select(Run).where(Run.study_id == study.id, Run.kind == "trial")
-    trials = {run.trial_number: _view(run) for run in session.scalars(query)}
+    after = -1 if cursor is None else decode_number(cursor)
     spec = StudySpec.model_validate(study.spec)
-    for number, params in sampler.waiting(study.optuna_name).items():
-        trials.setdefault(number, _waiting(spec, number, params))
-    return TrialList(items=tuple(sorted(trials.values(), key=lambda trial: trial.number)))
+    # First those that wait: one that is started in between then has its run.
+    waiting = sampler.waiting(study.optuna_name)
+    trials = {n: _waiting(spec, n, params) for n, params in waiting.items() if n > after}
+    query = select(Run).where(Run.study_id == study.id, Run.trial_number > after)
+    for run in session.scalars(query.order_by(Run.trial_number).limit(limit + 1)):
+        trial = _view(run)
+        trials[trial.number] = trial
+    items = sorted(trials.values(), key=lambda trial: trial.number)
+    more = len(items) > limit
+    next_cursor = encode_number(items[limit - 1].number) if more else None
+    return TrialPage(items=tuple(items[:limit]), next_cursor=next_cursor)
 
 
 def enqueue(

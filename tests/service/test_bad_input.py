@@ -318,10 +318,21 @@ def test_sizes_and_types_that_no_run_could_have_are_refused_at_submission(api, s
     ],
 )
 def test_text_that_cannot_be_stored_is_no_fault_of_ours(api, submit, method, path, body):
-    submit()
+    study = submit()
     response = send(api, method, path, body)
     assert 400 <= response.status_code < 500, response.text
     assert response.headers["content-type"] == "application/problem+json"
+    after = api.client.get(f"/v1/studies/{study['id']}")
+    assert (after["state"], after["trials"]["leased"]) == ("active", 0)
+
+
+def test_a_bad_lease_fails_no_study_and_is_named_by_its_field(api, submit, worker):
+    study = submit()
+    for bad in ("a\0b", "\ud800", "", "w" * 201):
+        response = send(api, "POST", "/v1/leases", {"worker": bad})
+        assert (response.status_code, response.json()["errors"][0]["path"]) == (422, "worker")
+    assert worker.one(study=study["id"])
+    assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "active"
 
 
 def test_numbers_beyond_the_database_are_refused(api, submit, worker):

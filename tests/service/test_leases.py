@@ -110,7 +110,7 @@ def test_a_write_under_a_stale_lease_is_refused_and_changes_nothing(api, submit,
             write()
         assert refused.value.status == 409
     assert api.client.get(f"/v1/runs/{stale.run_id}") == run
-    assert api.client.get(f"/v1/runs/{stale.run_id}/measurements") == {"items": []}
+    assert api.client.get(f"/v1/runs/{stale.run_id}/measurements")["items"] == []
     assert api.client.get(f"/v1/runs/{stale.run_id}/checkpoints") == {"items": []}
 
 

@@ -1,16 +1,18 @@
 import base64
 import hashlib
+import itertools
 import json
 import re
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from service.results import report
 from service.results.costs import costs_of
-from service.results.figures import log_ticks, loss_against
-from service.results.report import MAX_TABLE_TRIALS
+from service.results.figures import MAX_DRAWN_TRIALS, MAX_TABLE_TRIALS, log_ticks, loss_against
 from service.results.schemas import (
     Costs,
     Evaluation,
@@ -42,6 +44,7 @@ COSTS = Costs(
     cold_flops=4e9,
     total_flops=24e9,
 )
+GROWTH = Growth(g_width=2, g_nonembedding=4, g_total=2.5)
 
 
 def page(*arguments):
@@ -105,8 +108,7 @@ def results(targets=(), **changes):
 @pytest.fixture
 def judged():
     targets = [target(a, s, f) for s in (0, 1) for a, f in (("warm", 1.9), ("cold", 2.0))]
-    growth = Growth(g_width=2, g_nonembedding=4, g_total=2.5)
-    verdict = judge(targets, growth=growth, costs=COSTS)
+    verdict = judge(targets, growth=GROWTH, costs=COSTS)
     assert isinstance(verdict, Verdict)
     return results(targets, state="completed", verdict=verdict, pending=None)
 
@@ -312,3 +314,54 @@ def test_runs_that_failed_are_no_measure_of_cost():
     costs = costs_of(search_flops=9e9, best_flops=None, targets=targets, total_flops=9e9)
     assert costs.warm_flops is None
     assert costs.warm_base_counted_flops is None
+
+
+EXTREME = st.sampled_from([None, 0.0, 1e-300, 5e-324, 2.0, 1e300, 1.7e308, -1.7e308]) | st.floats(
+    allow_nan=False, allow_infinity=False
+)
+curves = st.lists(EXTREME.filter(lambda loss: loss is not None), max_size=4).map(
+    lambda losses: tuple(
+        Evaluation(step=i, tokens=i * 250, val_loss_nats=loss, ema_val_loss_nats=loss)
+        for i, loss in enumerate(losses)
+    )
+)
+
+
+@st.composite
+def finished(draw):
+    """A study's trials and targets, ended in any way with any loss."""
+    ends = ["succeeded", "pruned", "failed", "cancelled"]
+    changes = {"val_loss_nats": EXTREME, "curve": curves, "state": st.sampled_from(ends)}
+    lr = st.fixed_dictionaries({"lr": st.sampled_from([5e-324, 1e-3, 1.7e308])})
+    trials = [
+        trial(n, diverged=diverged, **draw(st.fixed_dictionaries(changes | {"params": lr})))
+        for n, diverged in enumerate(draw(st.lists(st.booleans(), max_size=5)))
+    ]
+    targets = [
+        target(arm, seed, 2.0, **draw(st.fixed_dictionaries(changes)))
+        for seed in range(draw(st.integers(0, 3)))
+        for arm in ("warm", "cold")
+    ]
+    return trials, targets
+
+
+@given(finished())
+@settings(max_examples=60)
+def test_any_finished_study_has_results_and_a_report_in_finite_numbers(study):
+    trials, targets = study
+    judged = judge(targets, growth=GROWTH, costs=COSTS)
+    found = {"verdict": judged} if isinstance(judged, Verdict) else {"pending": judged.why}
+    whole = results(targets).model_copy(update=found)
+    json.dumps(whole.model_dump(mode="json"), allow_nan=False)
+    head = b"".join(itertools.islice(report.page(whole, trials, SPEC), 1)).decode()
+    assert "nan" not in head.split("</script>")[0].split("application/json")[-1].lower()
+
+
+def test_of_very_many_trials_the_best_are_drawn_and_the_record_is_whole():
+    trials = [trial(n, curve=(), val_loss_nats=5000.0 - n if n % 2 else 9e3) for n in range(4001)]
+    figures = drawn(page(results(), trials, SPEC))
+    *points, record = figures["trials"]["data"]
+    shown = [number for trace in points for number in trace["x"]]
+    assert MAX_TABLE_TRIALS < len(shown) <= MAX_DRAWN_TRIALS
+    assert 3999 in shown
+    assert (record["y"][-1], len(record["y"])) == (1001.0, 2002)

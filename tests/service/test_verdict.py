@@ -1,7 +1,9 @@
+import json
 from math import sqrt
+from statistics import fmean
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from service.results.schemas import Costs, Evaluation, Growth, TargetRun, Verdict
@@ -273,3 +275,27 @@ def test_a_diverged_warm_run_is_never_a_gain():
     v = verdict(runs)
     assert not v.grow
     assert "warm run of seed 2 diverged" in v.sentence
+
+
+EXTREME = st.sampled_from([0.0, 1e-300, -1e-300, 5e-324, 2.0, 1e300, -1e300, 1.7e308, -1.7e308])
+extreme_curves = st.lists(EXTREME | st.floats(allow_nan=False, allow_infinity=False), min_size=1,
+                          max_size=5)  # fmt: skip
+
+
+@given(st.lists(st.tuples(extreme_curves, extreme_curves), min_size=1, max_size=4))
+@example([([1.7e308], [-1.7e308]), ([-1.7e308], [1.7e308])])  # no sum, no square is finite
+@example([([0.0, -1e300], [-1.7e308]), ([1.7e308, -1.7e308], [1e-300])])
+@example([([5e-324, 0.0], [0.0])])  # half of which is 0
+def test_losses_of_any_size_have_a_verdict_in_finite_numbers(pairs):
+    v = verdict(target(pairs))
+    json.dumps(v.model_dump(), allow_nan=False)
+    assert len(v.sentence) < 1000
+    if v.interval_nats:
+        assert v.interval_nats.low <= v.difference_nats <= v.interval_nats.high
+
+
+@given(arms.filter(lambda pairs: len(pairs) > 1))
+def test_scaling_changes_no_bit_of_a_verdict_on_real_losses(pairs):
+    v = verdict(target(pairs))
+    differences = [p.difference_nats for p in v.pairs]
+    assert v.difference_nats == fmean(differences)
