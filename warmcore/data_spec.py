@@ -31,7 +31,7 @@ class DataSpec(Spec):
     `tokenizer_hash` is the same for a tokenizer.json.
     """
 
-    source: str = Field(min_length=1)
+    source: str = Field(min_length=1, max_length=4096)
     tokenizer: str = Field(
         default="byte",
         description="byte, bpe:N, a tokenizer.json, or none for token files of `vocab_size` ids",

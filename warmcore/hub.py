@@ -10,13 +10,15 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 PREFIX = "hf:"
 SPLIT = "train"
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", re.ASCII)
+_PART = r"(?!\.+(?:[/:]|$))[\w.-]+"  # no `.` and no `..`
+_NAME = re.compile(f"{_PART}(/{_PART})?(:{_PART})?", re.ASCII)
 _SECONDS = 120
 _LOOK_UP = """
 import json, sys
@@ -63,20 +65,22 @@ def _saved(folder: Path) -> list[Path]:
 @lru_cache(maxsize=8)
 def _cached(name: str) -> tuple[str, ...]:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    # -P, and a folder that holds no data: a file here must not pass for a module or a data set.
     command = [sys.executable, "-P", "-c", _LOOK_UP, name, SPLIT]
-    try:
-        found = subprocess.run(  # noqa: S603 - our code, and a name that is checked
-            command,
-            env=os.environ | offline,
-            cwd="/",
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"source hf:{name} was not found in {_SECONDS} s") from None
+    # -P, and an empty folder: a file or folder here must not pass for a module or a data set, which
+    # `datasets` would take before a name of its cache.
+    with tempfile.TemporaryDirectory(prefix="warmscale-") as nowhere:
+        try:
+            found = subprocess.run(  # noqa: S603 - our code, and a name that is checked
+                command,
+                env=os.environ | offline,
+                cwd=nowhere,
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"source hf:{name} was not found in {_SECONDS} s") from None
     if found.returncode == 0:
         return tuple(json.loads(found.stdout.splitlines()[-1]))
     reason = (found.stderr.strip().splitlines() or ["no message"])[-1]

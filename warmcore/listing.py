@@ -94,6 +94,7 @@ def _paths(source: str) -> Iterator[Path]:
     elif path.exists():
         yield path
     elif glob.has_magic(source):
+        _check_pattern(source)
         matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - absolute patterns, too
         if not matches:
             raise ValueError(f"source {source} matches no files in {Path.cwd()}")
@@ -102,6 +103,13 @@ def _paths(source: str) -> Iterator[Path]:
         raise ValueError(
             f"source {source} does not exist; give 'stdlib', a file, a folder, a glob or hf:NAME"
         )
+
+
+def _check_pattern(source: str) -> None:
+    """Each `**` multiplies what is walked by all the folders below; a second one finds no more."""
+    times = source.split("/").count("**")
+    if times > 1:
+        raise ValueError(f"source {source} has {times} **, and 1 would work: folder/**/*.txt")
 
 
 def _walk(root: Path, skipped: frozenset[str]) -> Iterator[Path]:

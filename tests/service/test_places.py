@@ -69,6 +69,21 @@ def test_a_tokenizer_is_confined_as_a_corpus_is(tree):
     assert problem.errors[0].path == "data.tokenizer"
 
 
+def test_a_source_has_no_more_characters_than_a_path():
+    DataSpec(source="/" * 4096)
+    with pytest.raises(ValueError, match="at most 4096 characters"):
+        DataSpec(source="/" * 4097)
+
+
+@pytest.mark.parametrize("source", ["/etc/**/**/*.conf", "hf:etc/.."])
+def test_what_no_source_can_be_is_refused_by_field_and_value(api, study_spec, source):
+    data = study_spec()["data"] | {"source": source}
+    with pytest.raises(ServiceError, match="would work|hf:NAME") as refused:
+        api.client.post("/v1/studies", study_spec() | {"data": data})
+    (error,) = refused.value.problem["errors"]
+    assert (refused.value.status, error["path"], error["value"]) == (422, "data.source", source)
+
+
 def test_names_need_no_root(tree):
     check_data(DataSpec(source="stdlib"), ())
     check_data(DataSpec(source="hf:owner/name"), ())

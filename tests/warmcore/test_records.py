@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore import hub, records
+from warmcore import hub, listing, records
 from warmcore.corpus import inspect, split_corpus
 from warmcore.data import prepare
 from warmcore.listing import list_files
@@ -201,8 +203,29 @@ def test_a_cached_data_set_is_found_by_name_and_no_other_is_looked_for(tmp_path,
         list_files("hf:acme/tiny:other")
 
 
-@pytest.mark.parametrize("name", ["hf:", "hf:a b", "hf:a/b/c", "hf:--help x", "hf:a;b"])
+@pytest.mark.parametrize("name", ["hf:", "hf:a b", "hf:a/b/c", "hf:--help x", "hf:a;b", "hf:a/..", "hf:a/.",
+                                  "hf:a:..", "hf:a/..:b"])  # fmt: skip
 def test_what_is_no_name_is_refused_before_anything_runs(name, monkeypatch):
     monkeypatch.setattr(hub.subprocess, "run", None)
     with pytest.raises(ValueError, match="hf:NAME"):
         list_files(name)
+
+
+def test_a_name_never_means_a_folder_of_this_machine(tmp_path, monkeypatch):
+    """`datasets` takes an existing folder before a name, and `hf:json` whatever lies around it."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    hub._cached.cache_clear()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder, "secret.jsonl").write_text('{"text": "secret"}\n')
+        with pytest.raises(ValueError, match="not in this machine's cache"):
+            list_files(f"hf:{folder.removeprefix('/')}")
+
+
+def test_a_pattern_goes_down_any_number_of_folders_once(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x.txt").write_text("text")
+    assert [file.path.name for file in list_files(f"{tmp_path}/**/*.txt")] == ["x.txt"]
+    monkeypatch.setattr(listing.glob, "glob", None)
+    source = f"{tmp_path}/**/**/*.txt"
+    with pytest.raises(ValueError, match=r"has 2 \*\*, and 1 would work"):
+        list_files(source)
