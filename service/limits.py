@@ -14,7 +14,7 @@ from service.errors import Problem
 
 _BURST_SECONDS = 10.0
 _WRONG_KEYS_PER_SECOND, _WRONG_KEYS_AT_ONCE = 1.0, 60
-_GOOD_FOR_SECONDS = 300.0
+_GOOD_FOR_SECONDS = 86_400.0  # a guesser must not shut out who comes by once a day
 _FORGET_ABOVE = 10_000
 
 

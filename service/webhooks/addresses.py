@@ -38,7 +38,18 @@ def parsed(url: str) -> SplitResult:
         )
     if port == 0 or any(c.isspace() or not c.isprintable() for c in url):
         raise ForbiddenURLError(f"{url!r} is no URL that can be called")
-    return parts
+    return parts._replace(netloc=_netloc(parts.hostname, port))
+
+
+def _netloc(host: str, port: int | None) -> str:
+    """Host and port in ASCII, as a resolver, a `Host` header and a certificate have them."""
+    try:
+        name = f"[{host}]" if ":" in host else host.encode("idna").decode()
+        name.encode("ascii")
+    except UnicodeError as error:
+        works = "labels of 1 to 63 letters, digits and - would work"
+        raise ForbiddenURLError(f"{host!r} is no host name ({error}); {works}") from None
+    return name if port is None else f"{name}:{port}"
 
 
 async def checked(parts: SplitResult, *, allow_private: bool) -> tuple[str, int]:

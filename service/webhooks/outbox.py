@@ -56,6 +56,9 @@ class Outbox:
         except SQLAlchemyError as error:
             _log.warning("webhooks wait", extra={"error": type(error).__name__})
             found = 0
+        except Exception:  # noqa: BLE001 - nobody would begin this task again
+            _log.exception("webhooks wait")
+            found = 0
         if found < _AT_ONCE:
             await bell.heard(_LOOK_SECONDS)
 

@@ -42,7 +42,7 @@ async def send(
         return f"refused: {error}"
     except TimeoutError:
         return f"no answer within {timeout_seconds:g} s"
-    except (httpx.HTTPError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - one URL of a user's must not end all deliveries
         return f"not reached: {type(error).__name__}"
     if HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
         return None

@@ -151,6 +151,19 @@ def test_a_guesser_shuts_out_strangers_of_its_network_and_nobody_else(limits, no
     limits.knock("2001:db8::1", "unknown")
 
 
+def test_a_key_that_was_good_within_a_day_passes_a_guesser(limits, now):
+    limits.good("known")
+    now[0] = 86_000.0
+    for _ in range(61):
+        limits.wrong("192.0.2.1")
+    limits.knock("192.0.2.1", "known")
+    now[0] = 86_500.0
+    for _ in range(61):
+        limits.wrong("192.0.2.1")
+    with pytest.raises(Problem, match="wrong API keys"):
+        limits.knock("192.0.2.1", "known")
+
+
 @given(st.floats(0.1, 100.0), st.integers(1, 50), st.lists(st.floats(0.0, 5.0), min_size=1))
 def test_no_more_pass_than_the_burst_and_what_has_flowed_in_since(per_second, at_once, pauses):
     clock = [0.0]

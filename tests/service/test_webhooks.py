@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from service import cli, events
 from service.tables import Delivery
+from service.wakeups import Wakeups
 from service.webhooks import addresses, outbox, sending, signing, store
 from tests.service.receiver import Receiver, is_signed
 
@@ -237,11 +238,53 @@ def test_an_address_of_the_internet_is_public(address):
 @pytest.mark.parametrize(
     "url",
     ["ftp://a/b", "file:///etc/passwd", "http://", "http://u:p@a/", "http://a:x/", "http://a:0/",
-     "//a/b", "", "http://a/ b", "http://[::1", "gopher://a"],
+     "//a/b", "", "http://a/ b", "http://[::1", "gopher://a", f"http://{'a' * 64}.example/",
+     "http://a..b/", "http://[fe80::ü]/"],
 )  # fmt: skip
 def test_what_is_no_plain_web_url_is_refused(url):
     with pytest.raises(addresses.ForbiddenURLError):
         addresses.parsed(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "netloc"),
+    [("https://bücher.example/x", "xn--bcher-kva.example"), ("http://ü.de:81/", "xn--tda.de:81"),
+     ("http://[::1]:8/", "[::1]:8"), ("http://a.example", "a.example")],
+)  # fmt: skip
+def test_a_host_is_written_as_resolvers_and_certificates_have_it(url, netloc):
+    assert addresses.parsed(url).netloc == netloc
+
+
+def test_whatever_goes_wrong_on_the_way_is_that_delivery_s_failure(receiver, monkeypatch):
+    async def broken(*_, **__):
+        raise KeyError(receiver.url)
+
+    monkeypatch.setattr(sending, "checked", broken)
+    assert send(receiver.url) == "not reached: KeyError"
+
+
+def test_the_outbox_goes_on_after_any_exception(sessions, receiver, monkeypatch, caplog):
+    """Control: `deliver` itself raises."""
+    own, healthy = outbox.Outbox(sessions, allow_private=True), outbox.send
+    outbox_of(sessions, 1, receiver.url)
+
+    async def broken(*_, **__):
+        monkeypatch.setattr(outbox, "send", healthy)
+        raise KeyError("unforeseen")
+
+    async def until_delivered():
+        monkeypatch.setattr(outbox, "send", broken)
+        with pytest.raises(KeyError):
+            async with sending.client() as http:
+                await own.deliver(http)
+        monkeypatch.setattr(outbox, "send", broken)
+        async with own.emptied(Wakeups(sessions.kw["bind"].url)):
+            await asyncio.to_thread(receiver.wait, 1)
+
+    monkeypatch.setattr(outbox, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(store, "CLAIM_SECONDS", 0.0)
+    asyncio.run(until_delivered())
+    assert "webhooks wait" in caplog.text
 
 
 def send(url, *, allow_private=False, **more):
