@@ -150,6 +150,8 @@ def enter(request: Request, key: str | None, scope: Scope) -> Caller:
     except Problem as problem:
         if problem.status == HTTPStatus.UNAUTHORIZED:
             limits.wrong(address)
+        else:
+            limits.good(digest)  # a key that may not do this counts as any other
         raise
     limits.good(digest)
     return caller

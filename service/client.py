@@ -38,7 +38,8 @@ M = TypeVar("M", bound=BaseModel)
 _BACKOFF_FIRST_SECONDS = 0.1
 _BACKOFF_MAX_SECONDS = 5.0
 _RETRY_AFTER_MAX_SECONDS = 30.0
-_RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
+UNREAD_STATUS = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
+_RETRIED_STATUS = frozenset({500, 502, 503, 504})
 _NEVER_LEFT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
@@ -215,8 +216,8 @@ class Client:
 
 
 def _is_refused_unread(response: httpx.Response) -> bool:
-    """Whether nothing was done, whatever was asked for: too many requests."""
-    return response.status_code == HTTPStatus.TOO_MANY_REQUESTS
+    """Whether nothing was done, whatever was asked for: too many requests, or one too slow."""
+    return response.status_code in UNREAD_STATUS
 
 
 def _retry_after_seconds(response: httpx.Response) -> float:

@@ -176,6 +176,13 @@ class Sampler:
             self._studies[study] = history, Memory()
         return self._studies[study]
 
+    def forget(self, study: str) -> None:
+        """Read a study anew at its next draw: the database may have gone back in time.
+
+        So it is when a standby is promoted that lacked the last commits.
+        """
+        self._studies.pop(study, None)
+
     def _draw_elsewhere(self, study: str, spec: StudySpec, count: int) -> Drawn:
         """Optuna's GP needs torch, which this process must not load: a helper process draws."""
         if self._gp is None:

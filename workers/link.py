@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from http import HTTPStatus
 
-from service.client import Client, ServiceError, StaleLeaseError
+from service.client import UNREAD_STATUS, Client, ServiceError, StaleLeaseError
 from service.protocol import FinishRequest, Lease, LeaseRequest
 from workers.telling import subject
 
@@ -77,4 +77,4 @@ class Link:
 
 def _is_refusal(status: int) -> bool:
     is_client_error = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
-    return is_client_error and status != HTTPStatus.TOO_MANY_REQUESTS
+    return is_client_error and status not in UNREAD_STATUS

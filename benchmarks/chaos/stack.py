@@ -54,7 +54,7 @@ class Stack:
         )
         with Session(self.engine) as session, session.begin():
             _, self.key = auth.create_key(session, "chaos", ["admin"])
-        self.ports = [free_port() for _ in range(NUM_APIS)]
+        self.ports = free_ports(NUM_APIS)
         self.proxy = Proxy(self.ports)
         self.proxy.start()
         self.url = f"http://127.0.0.1:{self.proxy.port}"
@@ -72,7 +72,8 @@ class Stack:
         for process in families:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(families, timeout=_GONE_SECONDS)
+        with contextlib.suppress(OSError):  # of a process that is gone by now
+            psutil.wait_procs(families, timeout=_GONE_SECONDS)
         for root in roots:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 root.wait(5)
@@ -187,6 +188,14 @@ def _command(process: psutil.Process) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    (port,) = free_ports(1)
+    return port
+
+
+def free_ports(n: int) -> list[int]:
+    """Different ones: each is held until all are known."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]

@@ -19,6 +19,7 @@ from service.leases import store
 from service.leases.bids import Bid
 from service.leases.grants import give_back
 from service.protocol import Lease, LeaseRequest
+from service.sampler import TRANSIENT
 from service.wakeups import WORK, Bell
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Desk:
         self._line: list[_Place] = []
         self._bell = Bell()  # of the rounds that run, or of none
         self._rounds: asyncio.Task[None] | None = None
+        self._givings: set[asyncio.Task[None]] = set()
 
     async def lease(self, caller: Caller, request: LeaseRequest) -> tuple[Lease, ...]:
         """Lease runs that fit; wait up to `wait_seconds` for some. Who cancels this gets none.
@@ -70,7 +72,17 @@ class Desk:
             return await place.answer
         except asyncio.CancelledError:
             place.bid.gone = True
+            self._take_back(place)
             raise
+
+    def _take_back(self, place: _Place) -> None:
+        """Queue again what was answered in the very moment that the client left."""
+        answer = place.answer
+        if not answer.done() or answer.cancelled() or answer.exception() or not answer.result():
+            return
+        giving = asyncio.create_task(give_back_to(self._state, place.bid.caller, answer.result()))
+        self._givings.add(giving)
+        giving.add_done_callback(self._givings.discard)
 
     async def _serve(self) -> None:
         # What a round mends is no doing of the request that happened to start it.
@@ -86,14 +98,21 @@ class Desk:
 
     async def _round(self, served: list[_Place]) -> float:
         """Serve who stands in line; give the seconds until the next round has reason to be."""
-        due = None
-        bids = [place.bid for place in served]
-        try:
-            due = await run_in_threadpool(store.serve, self._state, bids)
-        except Exception as error:  # noqa: BLE001 - each that was not served is told
-            for bid in bids:
-                bid.error = bid.error or error
+        due = await self._served([place.bid for place in served])
         return _LOOK_SECONDS if due is None else min(due + _MARGIN_SECONDS, _LOOK_SECONDS)
+
+    async def _served(self, bids: list[Bid]) -> float | None:
+        """Serve these together; where that fails each alone, so that one is told what one did."""
+        try:
+            return await run_in_threadpool(store.serve, self._state, bids)
+        except Exception as error:  # noqa: BLE001 - each that was not served is told
+            if len(bids) == 1 or isinstance(error, TRANSIENT):
+                for bid in bids:
+                    bid.error = bid.error or error
+                return None
+        for bid in bids:
+            await self._served([bid])
+        return None
 
     async def _answer(self, place: _Place) -> None:
         bid, answer = place.bid, place.answer

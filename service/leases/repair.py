@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.events import record
 from service.lifecycle import FINAL_RUN_STATES
 from service.runs.store import end_attempt, tell_end
-from service.studies.advance import advance, lock
+from service.studies.advance import advance, locked
 from service.tables import Run, Study
 
 _TOLD_AT_ONCE = 100
@@ -86,7 +86,11 @@ def _give_time_again(sessions: sessionmaker[Session], lease_seconds: float) -> N
 
 
 def _expire_in(session: Session, study_id: str) -> None:
-    study = lock(session, study_id)
+    """Not while another request holds the study: its leases are looked at again in a moment."""
+    free = locked(Study.id == study_id).with_for_update(key_share=True, skip_locked=True)
+    study = session.scalars(free).one_or_none()
+    if study is None:
+        return
     query = select(Run).where(Run.study_id == study_id, *LATE).order_by(Run.id)
     for run in session.scalars(query.with_for_update()).all():
         record(

@@ -23,6 +23,7 @@ from service.settings import Settings
 from service.studies.store import find
 from service.studies.study_spec import StudyResources
 from service.tables import Run, Study
+from warmcore.spec import RunSpec
 
 _log = logging.getLogger(__name__)
 # A study that has ended may still have targets that were started by hand.
@@ -111,20 +112,45 @@ def _waiting() -> Select[Run, Study]:
 
 
 def _queued_for(session: Session, settings: Settings, bid: Bid) -> list[Lease]:
+    granted: list[Lease] = []
+    unreadable: list[str] = []
+    while True:
+        num_unreadable = len(unreadable)
+        granted += _grant_waiting(session, settings, bid, granted, unreadable)
+        if len(unreadable) == num_unreadable:
+            return granted
+
+
+def _grant_waiting(
+    session: Session, settings: Settings, bid: Bid, before: list[Lease], unreadable: list[str]
+) -> list[Lease]:
+    """Grant what waits, beside what was granted `before`; note what this version cannot read.
+
+    A run may be of a newer replica's making, while an installation is upgraded: it is left to one
+    of those, and must not hold up the others.
+    """
     assert bid.within is not None
     free, now = bid.free, clock(session)
+    for lease in before:
+        free = free.less(lease.resources)
     kinds = bid.request.kinds
     query = (
         _waiting()
         .where(Run.cpus <= free.cpus, Run.gpus <= free.gpus, bid.within)
-        .where(true() if kinds is None else Run.kind.in_(kinds))
+        .where(true() if kinds is None else Run.kind.in_(kinds), Run.id.not_in(unreadable))
         .order_by(Run.created_at, Run.id)
-        .limit(bid.wanted)
+        .limit(bid.wanted - len(before))
         .with_for_update(of=Run, skip_locked=True)
     )
     granted: list[Lease] = []
     for run, study in session.execute(query):
-        needs = StudyResources.model_validate(study.spec["resources"]).of(run.kind)
+        try:
+            needs = StudyResources.model_validate(study.spec["resources"]).of(run.kind)
+            RunSpec.model_validate(run.spec)
+        except ValueError:
+            _log.exception("a run that cannot be read is left", extra={"run": run.id})
+            unreadable.append(run.id)
+            continue
         if needs.fits(free):
             take(run, bid.request, settings, now)
             session.flush()
@@ -177,4 +203,5 @@ def _due_seconds(session: Session) -> float | None:
     expiry = select(func.min(Run.lease_expires_at)).where(Run.state == "leased")
     due = func.least(retry.scalar_subquery(), expiry.scalar_subquery())
     seconds = session.scalar(select(func.extract("epoch", due - func.clock_timestamp())))
-    return None if seconds is None else max(0.0, float(seconds))
+    # What is overdue is held by another request: it is looked at again, but not at once.
+    return None if seconds is None else float(seconds) if seconds > 0 else _SOON_SECONDS

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from sqlalchemy import ColumnElement, Select, case, func, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import tracing
@@ -82,7 +82,10 @@ def start(
     study: Study,
     bids: list[Bid],
 ) -> bool:
-    """Start a trial for every bid, as many as there is room for; False if others held it up.
+    """Start a trial for every bid, as many as there is room for; False if it is held up.
+
+    By others, or by what the database refused: whose fault that is nobody knows, so no study ends
+    of it.
 
     Raises:
         StudyFaultError: this study's fault, which must not stop the others.
@@ -105,8 +108,14 @@ def start(
         if isinstance(error, OperationalError) and _code(error) == _LOCK_NOT_AVAILABLE:
             return False
         raise
+    except DBAPIError:
+        _log.exception("no trial can be written", extra={"study": study.id})
+        sampler.forget(study.optuna_name)
+        return False
     except Exception as error:
         raise StudyFaultError(study.id, error) from error
+    if bids:
+        sampler.forget(study.optuna_name)
     return not bids
 
 
@@ -134,7 +143,10 @@ def _start(
         return [], still
     # Trials that run for Optuna but have no run: an older version was killed in between.
     lost = [number for number in drawn.running if number not in known][: len(bids)]
-    suggestions = [sampler.adopt(study.optuna_name, spec, number) for number in lost]
+    try:
+        suggestions = [sampler.adopt(study.optuna_name, spec, number) for number in lost]
+    except KeyError as error:  # Optuna has it no more: a standby without it was promoted
+        raise MovedOnError from error
     if not suggestions:
         write(session, drawn)
         suggestions = [Suggestion(number=d.number, params=d.params) for d in drawn.drafts]

@@ -177,7 +177,9 @@ def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[s
     branches.enqueue(session, run, row)
     newest = select(Checkpoint).where(Checkpoint.run_id == run.id)
     newest = newest.order_by(Checkpoint.attempt.desc(), Checkpoint.step.desc())
-    old = session.scalars(newest.offset(_KEPT_CHECKPOINTS).limit(1)).one_or_none()
+    # Held while it is decided: a target that starts from it has it named, or finds it gone.
+    oldest = newest.offset(_KEPT_CHECKPOINTS).limit(1).with_for_update()
+    old = session.scalars(oldest).one_or_none()
     if old is None or old.final or _is_base(session, old):
         return ()
     old.superseded = True

@@ -157,7 +157,8 @@ def _base(session: Session, study: Study, request: TargetRequest) -> tuple[Run |
 def _imported(session: Session, study: Study, base: ImportedBase) -> Base:
     """To be trained with the best trial's parameters; without one yet, as the spec says.
 
-    One of ours, of any study, is held while this transaction lasts: it is not collected meanwhile.
+    One of ours, of any study, is held while this transaction lasts, and named by the run from then
+    on: neither its own run nor a collection deletes it.
     """
     same = (Checkpoint.uri == base.uri) | (Checkpoint.hash == base.hash)
     held = session.scalars(select(Checkpoint).where(same).with_for_update(read=True)).all()
@@ -166,7 +167,8 @@ def _imported(session: Session, study: Study, base: ImportedBase) -> Base:
     best = best_trial(session, study.id)
     params = {} if best is None else tuned_params(best.params)
     ref = CheckpointRef(uri=base.uri, hash=base.hash)
-    return Base(checkpoint_id=None, checkpoint=ref, params=params)
+    ours = next((row.id for row in held if row.uri == base.uri), None)
+    return Base(checkpoint_id=ours, checkpoint=ref, params=params)
 
 
 def _trial(session: Session, study: Study, number: int | None) -> Run:
@@ -187,6 +189,7 @@ def _from_checkpoint(session: Session, study: Study, checkpoint_id: int) -> tupl
         select(Run, Checkpoint)
         .join(Checkpoint, Checkpoint.run_id == Run.id)
         .where(Checkpoint.id == checkpoint_id, Run.study_id == study.id, ~Checkpoint.superseded)
+        .with_for_update(read=True, of=Checkpoint)
     )
     row = session.execute(query).one_or_none()
     if row is None:

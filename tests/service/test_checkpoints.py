@@ -284,3 +284,14 @@ def test_the_command_line_tells_first_and_deletes_when_told(
     assert {f["uri"]: f["keep"] for f in one["folders"]} == {uri: uri == uris[1] for uri in uris}
     assert [there(uri) for uri in uris] == [False, True, False]
     assert runner.invoke(app, [*command, "--study", "none"]).exit_code == 4
+
+
+def test_a_checkpoint_that_another_study_grows_from_is_kept_by_its_own_run(api, submit, worker):
+    submit(hpo={"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"})
+    other = submit(hpo={"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"})
+    lease = worker.one()
+    worker.publish(lease, 1, final=False)
+    uri = f"{lease.artifact_uri}/step-00000001"
+    api.client.post(f"/v1/studies/{other['id']}/targets", imported(api, uri))
+    replies = [worker.publish(lease, step, final=False) for step in (2, 3, 4)]
+    assert uri not in [old for reply in replies for old in reply.superseded]

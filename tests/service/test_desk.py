@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from sqlalchemy import select, text
+from sqlalchemy.exc import InternalError
 
 from service.drain import Drain
 from service.leases import desk as desks
@@ -205,3 +206,73 @@ def test_work_that_one_replica_commits_wakes_who_waits_at_another(
         submit(hpo=OPEN)
         assert len(waiting.result(LONG)) == 1
         assert time.monotonic() - begun < LONG / 2
+
+
+def test_what_the_database_refuses_ends_no_study(api, submit, worker, monkeypatch):
+    """A replica that stood still has lost its session, say: that is not the study's fault."""
+    name = submit(hpo=OPEN)["name"]
+    held = trials.clock
+
+    def ended(session):
+        monkeypatch.setattr(trials, "clock", held)
+        raise InternalError("INSERT", {}, Exception("idle-in-transaction timeout"))
+
+    monkeypatch.setattr(trials, "clock", ended)
+    (lease,) = worker.lease(1, wait_seconds=LONG)
+    assert lease.trial_number == 0
+    assert api.client.get(f"/v1/studies/{name}")["state"] == "active"
+
+
+def test_a_run_that_only_a_newer_version_can_read_holds_up_no_other(api, submit, worker):
+    one = submit(hpo=OPEN | {"trials": 1})
+    newer, other = worker.one(), submit(hpo=OPEN | {"trials": 1})
+    older = worker.one()
+    worker.finish(newer, "released")
+    worker.finish(older, "released")
+    with api.sessions.begin() as session:
+        run = session.get(Run, newer.run_id)
+        run.spec = run.spec | {"of_tomorrow": 1}
+    (lease,) = worker.lease(1)
+    assert (lease.run_id, lease.study_id) == (older.run_id, other["id"])
+    assert api.client.get(f"/v1/studies/{one['name']}")["state"] == "active"
+
+
+@pytest.mark.tampers
+def test_a_study_that_is_held_holds_up_no_other(api, submit, worker):
+    """Neither its trials nor the leases of it that have run out."""
+    held, free = submit(hpo=OPEN), submit(hpo=OPEN)
+    late = worker.one(study=held["name"])
+    with api.sessions.begin() as session:
+        session.execute(
+            text("UPDATE warmscale.runs SET lease_expires_at = now() - interval '1 hour'")
+        )
+    with api.sessions() as session:
+        lock(session, held["id"])
+        begun = time.monotonic()
+        assert len(worker.lease(1, study=free["name"], wait_seconds=LONG)) == 1
+        assert time.monotonic() - begun < LONG / 2
+    assert worker.one(study=held["name"], wait_seconds=LONG).run_id != late.run_id
+
+
+def test_what_is_answered_as_the_client_leaves_is_given_back(api, submit):
+    submit(hpo=OPEN | {"trials": 1})
+
+    async def scene(desk):
+        asked, answering = None, desk._answer
+
+        async def answer_and_leave(place):
+            await answering(place)
+            if place.answer.done():
+                desk._answer = answering
+                asked.cancel()
+
+        desk._answer = answer_and_leave
+        asked = asyncio.create_task(desk.lease(EVERYWHERE, request(wait_seconds=LONG)))
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        return await desk.lease(EVERYWHERE, request(wait_seconds=LONG))
+
+    (again,) = at_the_desk(api, scene)
+    assert again.attempt == 2
+    with api.sessions() as session:
+        assert session.get(Run, again.run_id).failures == 0

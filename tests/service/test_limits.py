@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service import auth
 from service.errors import Problem
 from service.limits import Buckets, Limits
 from service.settings import Settings
@@ -184,3 +185,11 @@ def test_who_waits_as_long_as_told_passes(per_second, at_once):
     assert 0 < wait <= 1 / per_second + 1e-6
     clock[0] += wait
     assert buckets.take("k") == 0.0
+
+
+def test_a_key_that_may_not_is_limited_as_any_other(api):
+    with api.sessions.begin() as session:
+        _, key = auth.create_key(session, "metrics", ["metrics"])
+    headers = {"Authorization": f"Bearer {key}"}
+    found = {httpx.get(f"{api.url}/v1/studies", headers=headers).status_code for _ in range(120)}
+    assert found == {403, 429}
