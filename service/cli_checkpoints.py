@@ -11,6 +11,8 @@ from service.cli_common import Exit, Home, Json, fail, settings
 from service.home import DEFAULT
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
     from service.checkpoints.collect import Collected, Options
 
 checkpoints = typer.Typer(help="Checkpoints.", no_args_is_help=True)
@@ -25,6 +27,7 @@ def _group() -> None:
 def gc(
     *,
     study: Annotated[str | None, typer.Option(help="Its id or name; all when not given.")] = None,
+    project: Annotated[str | None, typer.Option(help="All projects when not given.")] = None,
     older_than_days: Annotated[
         float, typer.Option(min=0, help="Younger ones are kept; no less than backups are apart.")
     ] = 7.0,
@@ -45,7 +48,7 @@ def gc(
         orphans_older_than_hours=orphans_older_than_hours,
         delete=delete,
     )
-    found = _collect(home, study, options)
+    found = _collect(home, study, project, options)
     if as_json:
         typer.echo(json.dumps([_view(one) for one in found]))
     else:
@@ -54,25 +57,40 @@ def gc(
         raise typer.Exit(Exit.FAILED)
 
 
-def _collect(home: Path, study: str | None, options: "Options") -> "list[Collected]":
-    from sqlalchemy import NullPool, create_engine, select
+def _collect(
+    home: Path, study: str | None, project: str | None, options: "Options"
+) -> "list[Collected]":
+    from sqlalchemy import NullPool, create_engine
     from sqlalchemy.orm import sessionmaker
 
     from service import db
     from service.checkpoints.collect import collect
-    from service.tables import Study
 
     chosen = settings(home)
     with reached(), db.database(chosen) as url:
         sessions = sessionmaker(create_engine(url, poolclass=NullPool), expire_on_commit=False)
-        query = select(Study.id).order_by(Study.created_at)
-        if study is not None:
-            query = query.where((Study.id == study) | (Study.name == study))
         with sessions() as session:
-            ids = list(session.scalars(query))
-        if study is not None and not ids:
-            fail(Exit.CONFLICT, f"there is no study {study!r}")
+            ids = _chosen(session, study, project)
         return [collect(sessions, one, chosen.artifact_root, options) for one in ids]
+
+
+def _chosen(session: "Session", study: str | None, project: str | None) -> list[str]:
+    """Ids of the studies to look at: a name says one of them, or nothing is done."""
+    from sqlalchemy import select
+
+    from service.caller import Caller
+    from service.errors import Problem
+    from service.studies.store import find
+    from service.tables import Study
+
+    operator = Caller(key_id="", scopes=frozenset(), project=project)
+    if study is None:
+        query = select(Study.id).where(operator.studies).order_by(Study.created_at)
+        return list(session.scalars(query))
+    try:
+        return [find(session, operator, study).id]
+    except Problem as problem:
+        fail(Exit.CONFLICT, problem.detail.replace("?project=", "--project"))
 
 
 def _view(one: "Collected") -> dict[str, Any]:

@@ -122,6 +122,9 @@ def restore(
     with _database(home) as url, _progress(as_json=as_json) as progress:
         manifest = read(url, path, progress, replace=replace)
     _say("restored from", path, manifest, as_json=as_json)
+    typer.echo(
+        "keys that were revoked since the backup are good again: see `warmscale key list`", err=True
+    )
 
 
 @contextmanager

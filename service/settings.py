@@ -50,7 +50,8 @@ class Settings(BaseSettings):
         description="of one key at one replica, ten seconds' worth at once; more is a 429",
     )
     max_event_streams: Annotated[int, Field(ge=0)] = Field(
-        default=200, description="open at one replica; one more is a 503"
+        default=200,
+        description="open at one replica; one more is a 503, more than a quarter of one key a 429",
     )
     event_heartbeat_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
         default=15.0, description="between comments on a stream, so that nobody on the way ends it"

@@ -4,13 +4,15 @@ A stream sleeps until its subject's bell rings (`service.wakeups`), and looks by
 """
 
 import random
+import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Header, Request
-from sqlalchemy import ColumnElement, select, text, tuple_
+from sqlalchemy import ColumnElement, func, select, text, tuple_
 from sqlalchemy.orm import Session
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
@@ -24,9 +26,10 @@ from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STA
 from service.runs.schemas import EventView
 from service.runs.store import get
 from service.studies.store import find
-from service.tables import Event, Run
+from service.tables import ApiKey, Event, Run
 
 _LOOK_SECONDS = 5.0  # a notice may be lost with the connection that it would have come by
+_KEY_SECONDS = 30.0  # between two looks at the key: an open stream passes no door any more
 _SPACING_SECONDS = 0.25  # between two looks: a busy study has many events a second
 _RETRY_MILLISECONDS = 1000, 5000  # not all streams of a replica that ends come back at once
 _GRACE_SECONDS = 5.0  # else the library cuts the stream off: this one ends by itself
@@ -84,27 +87,34 @@ class Batch:
 
 
 class Streams:
-    """How many streams a replica has open, and may have."""
+    """How many streams a replica has open, and may have; a key may have a quarter of them."""
 
     def __init__(self, at_most: int) -> None:
         self._at_most, self._open = at_most, 0
+        self._each, self._of_key = max(1, at_most // 4), Counter[str]()
 
     @contextmanager
-    def one(self) -> Generator[None]:
+    def one(self, key_id: str) -> Generator[None]:
         """A stream, open while inside. On the event loop alone.
 
         Raises:
-            Problem: 503 when there are as many as there may be.
+            Problem: 503 when there are as many as there may be, 429 when the key has its share.
         """
         if self._open >= self._at_most:
             detail = f"this replica has {self._open} event streams open, its most; try again later"
             raise Problem(503, "too-many-streams", detail, headers={"Retry-After": "5"})
+        if self._of_key[key_id] >= self._each:
+            detail = f"this API key has {self._each} event streams open here, its most"
+            raise Problem(429, "too-many-streams", detail, headers={"Retry-After": "5"})
         self._open += 1
+        self._of_key[key_id] += 1
         metrics.streams.inc()
         try:
             yield
         finally:
             self._open -= 1
+            self._of_key[key_id] -= 1
+            self._of_key += Counter()  # forgets keys that have none
             metrics.streams.dec()
 
 
@@ -112,13 +122,13 @@ class _Stream(EventSourceResponse):
     """A response that counts as a stream from its first byte to its last, however it ends."""
 
     def __init__(
-        self, follow: AsyncGenerator[ServerSentEvent], streams: Streams, ping: float
+        self, follow: AsyncGenerator[ServerSentEvent], caller: Caller, streams: Streams, ping: float
     ) -> None:
         super().__init__(follow, ping=ping, shutdown_grace_period=_GRACE_SECONDS)
-        self._streams = streams
+        self._streams, self._caller = streams, caller
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._streams.one():
+        with self._streams.one(self._caller.key_id):
             await super().__call__(scope, receive, send)
 
 
@@ -137,14 +147,14 @@ def of_run(session: Session, caller: Caller, run_id: str) -> Topic:
 
 
 async def respond(
-    request: Request, topic: Callable[[Session], Topic], after: str | None
+    request: Request, caller: Caller, topic: Callable[[Session], Topic], after: str | None
 ) -> EventSourceResponse:
-    """Stream the topic's events after `Last-Event-ID`; the stream ends when its subject has."""
+    """Stream the topic's events after `Last-Event-ID`, to its subject's end or the key's."""
     last = _cursor(after or "0-0")
     batch = await run_in_threadpool(_read, request, topic, last)
-    follow = _follow(request, topic, batch, last)
+    follow = _follow(request, caller, topic, batch, last)
     state = request.app.state
-    return _Stream(follow, state.streams, state.settings.event_heartbeat_seconds)
+    return _Stream(follow, caller, state.streams, state.settings.event_heartbeat_seconds)
 
 
 def _cursor(given: str) -> Cursor:
@@ -180,12 +190,27 @@ def _read(request: Request, topic: Callable[[Session], Topic], last: Cursor) -> 
         return Batch(topic=subject.id, rows=rows, over=over, soon=ahead is not None)
 
 
+def _is_good(request: Request, caller: Caller) -> bool:
+    """Whether the caller's key is still neither revoked nor expired."""
+    query = select(ApiKey.id).where(
+        ApiKey.id == caller.key_id,
+        ApiKey.revoked_at.is_(None),
+        (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.now()),
+    )
+    with request.app.state.sessions() as session:
+        return session.scalar(query) is not None
+
+
 async def _follow(
-    request: Request, topic: Callable[[Session], Topic], batch: Batch, last: Cursor
+    request: Request,
+    caller: Caller,
+    topic: Callable[[Session], Topic],
+    batch: Batch,
+    last: Cursor,
 ) -> AsyncGenerator[ServerSentEvent]:
     retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - jitter
     yield ServerSentEvent(comment="warmscale", retry=retry)
-    drain = request.app.state.drain
+    drain, looked_at = request.app.state.drain, time.monotonic()
     with request.app.state.wakeups.bell(batch.topic) as bell:
         bell.ring()  # for what came since the first look
         while True:
@@ -199,4 +224,8 @@ async def _follow(
                 await drain.pause(_SPACING_SECONDS)
                 # What waits for another transaction to end hears no bell of its own.
                 await drain.cut_short(bell.heard(0 if batch.soon else _LOOK_SECONDS))
+            if time.monotonic() - looked_at >= _KEY_SECONDS:
+                if not await run_in_threadpool(_is_good, request, caller):
+                    return
+                looked_at = time.monotonic()
             batch = await run_in_threadpool(_read, request, topic, last)

@@ -85,7 +85,9 @@ async def stream_events(
     request: Request, caller: Reader, run_id: str, after: sse.LastEventId = None
 ) -> sse.EventSourceResponse:
     """The run's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await sse.respond(request, lambda session: sse.of_run(session, caller, run_id), after)
+    return await sse.respond(
+        request, caller, lambda session: sse.of_run(session, caller, run_id), after
+    )
 
 
 @router.post("/{run_id}/measurements")

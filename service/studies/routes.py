@@ -169,4 +169,6 @@ async def stream_events(
     request: Request, caller: Reader, study: str, after: sse.LastEventId = None
 ) -> sse.EventSourceResponse:
     """The study's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await sse.respond(request, lambda session: sse.of_study(session, caller, study), after)
+    return await sse.respond(
+        request, caller, lambda session: sse.of_study(session, caller, study), after
+    )

@@ -292,6 +292,7 @@ def test_the_command_line_backs_up_and_restores(monkeypatch, empty_url, head_fil
     monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
     first = runner.invoke(app, ["db", "restore", str(head_file), "--json"])
     assert first.exit_code == 0, first.output
+    assert "revoked since the backup are good again" in first.stderr
     assert json.loads(first.stdout)["revisions"]["warmscale"] == HEAD
     again = runner.invoke(app, ["db", "restore", str(head_file)])
     assert (again.exit_code, "--replace" in again.stderr) == (4, True)

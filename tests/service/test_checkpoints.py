@@ -266,6 +266,26 @@ def test_a_collection_waits_for_who_moves_the_study_on(study, gc, api):
     assert [there(uri) for uri in uris] == [False, True, False]
 
 
+def test_a_name_of_two_projects_deletes_in_neither_until_one_is_named(
+    study, study_spec, api, settings, database_url, monkeypatch
+):
+    name, uris = study(name="same")
+    api.client.post("/v1/studies?project=other", study_spec(name="same"))
+    url = database_url.render_as_string(hide_password=False)
+    monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
+    command = ["checkpoints", "gc", "--older-than-days", "0", "--home", str(settings.home)]
+    command += ["--study", "same", "--delete", "--json"]
+    refused = runner.invoke(app, command)
+    assert refused.exit_code == 4, refused.output
+    assert "in projects default, other; name one with --project" in refused.stderr
+    assert all(map(there, uris))
+    done = runner.invoke(app, [*command, "--project", "default"])
+    assert done.exit_code == 0, done.output
+    assert [one["study"] for one in json.loads(done.stdout)] == [name]
+    assert [there(uri) for uri in uris] == [False, True, False]
+    assert runner.invoke(app, [*command, "--project", "third"]).exit_code == 4
+
+
 def test_the_command_line_tells_first_and_deletes_when_told(
     study, api, settings, database_url, monkeypatch
 ):

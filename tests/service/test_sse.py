@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 
 from service import events, metrics, sse
-from service.tables import Event
+from service.errors import Problem
+from service.tables import ApiKey, Event
 from tests.conftest import serving
 
 LONG = 30.0
@@ -19,7 +20,7 @@ LONG = 30.0
 
 @pytest.fixture
 def settings(settings):
-    return settings.model_copy(update={"event_heartbeat_seconds": 0.2, "max_event_streams": 2})
+    return settings.model_copy(update={"event_heartbeat_seconds": 0.2, "max_event_streams": 8})
 
 
 @pytest.fixture
@@ -164,7 +165,37 @@ def streams():
     return metrics.streams._value.get()
 
 
-def test_a_replica_has_so_many_streams_and_refuses_one_more_until_one_is_gone(api, submit):
+@pytest.mark.parametrize("end", ["revoked_at", "expires_at"])
+def test_a_stream_ends_with_its_key_and_only_then(api, submit, monkeypatch, end):
+    monkeypatch.setattr(sse, "_KEY_SECONDS", 0.1)
+    monkeypatch.setattr(sse, "_LOOK_SECONDS", 0.1)
+    study = submit()
+    with following(api, study) as lines:
+        assert field(lines, "event") == "study.created"
+        say(api, study, "test.done")
+        assert field(lines, "event") == "test.done"
+        with api.sessions.begin() as session:
+            session.execute(update(ApiKey).values({end: func.now()}))
+        begun = time.monotonic()
+        while field(lines, "") is not None:
+            assert time.monotonic() - begun < LONG
+
+
+def test_a_replica_s_streams_are_shared_by_keys():
+    streams = sse.Streams(8)
+    with contextlib.ExitStack() as stack:
+        for key in "abcd" * 2:
+            stack.enter_context(streams.one(key))
+        with pytest.raises(Problem, match="this replica has 8") as full, streams.one("e"):
+            pass
+        assert full.value.status == 503
+    with streams.one("a"), streams.one("a"):
+        with pytest.raises(Problem, match="this API key has 2") as share, streams.one("a"):
+            pass
+        assert (share.value.status, share.value.headers) == (429, {"Retry-After": "5"})
+
+
+def test_a_key_has_so_many_streams_and_is_refused_one_more_until_one_is_gone(api, submit):
     study, before = submit(), streams()
     with following(api, study) as first, following(api, study) as second:
         assert [field(lines, "event") for lines in (first, second)] == ["study.created"] * 2
@@ -172,7 +203,7 @@ def test_a_replica_has_so_many_streams_and_refuses_one_more_until_one_is_gone(ap
         with following(api, study) as refused:
             refused.read()
         problem = refused.json()
-        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
         assert problem["type"] == "urn:warmscale:too-many-streams"
         assert "2 event streams" in problem["detail"]
     deadline = time.monotonic() + LONG
