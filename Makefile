@@ -10,9 +10,10 @@ export TZ := UTC
 demo: $(READY)
 	$(BIN)/warmscale demo
 
-# A file's tests stay in one process: they share its database, API and Ray.
+# A file's tests stay in one process: they share its database, API and Ray. In the order of their names,
+# so that the long ones of tests/flow come first; by itself pytest-xdist has files of few tests last.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # schemathesis on a live service, CASES of them for each call and phase: 200 take 7 to 15 minutes.
 CASES ?= 200

@@ -174,12 +174,12 @@ def test_two_replicas_deliver_each_once_because_claims_hold(
     """The control: claims that hold for no time make for repeats."""
     monkeypatch.setattr(store, "CLAIM_SECONDS", claim_seconds)
     receiver.pause_seconds = 0.05
-    outbox_of(sessions, 24, receiver.url)
+    webhook_id = outbox_of(sessions, 24, receiver.url)
 
     async def replica():
         own = outbox.Outbox(sessions, allow_private=True)
         async with sending.client() as http:
-            while await own.deliver(http):
+            while await own.deliver(http) or standing(sessions, webhook_id).waiting:
                 pass
 
     async def both():
