@@ -207,7 +207,7 @@ WITH same AS (
 ), popped AS (
   UPDATE optuna.trials SET state = 'RUNNING', datetime_start = :now
   WHERE trial_id = ANY(CAST(:popped AS integer[])) AND (SELECT same FROM same)
-    AND CAST(state AS text) = 'WAITING'  -- a type that came down from Optuna 1.1 lacks the word
+    AND state = 'WAITING'
   RETURNING number, trial_id
 ), new AS (
   INSERT INTO optuna.trials (study_id, number, state, datetime_start)

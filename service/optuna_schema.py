@@ -22,7 +22,7 @@ def upgrade(url: str) -> None:
     storage = RDBStorage(url, skip_compatibility_check=True)
     storage.upgrade()
     with storage.engine.begin() as connection:
-        connection.execute(text(_INDEX))
+        _complete(connection)
     storage.engine.dispose()
 
 
@@ -56,7 +56,13 @@ def migrate(connection: Connection, revision: str) -> None:
             text("UPDATE version_info SET schema_version = :schema, library_version = :library"),
             {"schema": models.SCHEMA_VERSION, "library": optuna.__version__},
         )
-        connection.execute(text(_INDEX))
+        _complete(connection)
+
+
+def _complete(connection: Connection) -> None:
+    """What Optuna's migrations leave out: an index, and a word that came into a type with 1.2."""
+    connection.execute(text(_INDEX))
+    connection.execute(text("ALTER TYPE trialstate ADD VALUE IF NOT EXISTS 'WAITING'"))
 
 
 def _in_schema(connection: Connection) -> None:
