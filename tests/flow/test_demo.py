@@ -56,4 +56,4 @@ def test_a_folder_without_a_spec_is_wrong_usage(demo, home):
     (home / "spec.yaml").unlink()
     refused = demo()
     assert refused.returncode == 2
-    assert "spec.yaml: No such file" in refused.stderr
+    assert "spec.yaml cannot be read: No such file" in refused.stderr
