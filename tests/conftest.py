@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import socket
 import tempfile
 import threading
 import time
@@ -13,16 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.ports import free_port
+
 from .by_hand import Worker
 
 os.environ.setdefault("TZ", "UTC")
 _numbers = itertools.count()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -112,6 +107,7 @@ def serving(settings, database_url):
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
+        assert thread.is_alive(), "the API did not start: what it said is above"
         time.sleep(0.01)
     with app.state.sessions.begin() as session:
         _, key = auth.create_key(session, "tests", ["admin"])
@@ -123,7 +119,8 @@ def serving(settings, database_url):
             url=url, key=key, client=client, app=app, sessions=sessions, engine=engine
         )
     server.should_exit = True
-    thread.join(10)
+    thread.join(30)
+    assert not thread.is_alive(), "the API did not stop"
 
 
 @pytest.fixture

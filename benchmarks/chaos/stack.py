@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from sqlalchemy.orm import Session
 from benchmarks.chaos.database import Database
 from benchmarks.chaos.disk import Disk
 from benchmarks.chaos.proxy import Proxy
+from benchmarks.ports import free_port, free_ports
 from service import auth
 from service.child import die_with_parent
 
@@ -185,17 +185,3 @@ def _command(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return " ".join(process.cmdline())
     return ""
-
-
-def free_port() -> int:
-    (port,) = free_ports(1)
-    return port
-
-
-def free_ports(n: int) -> list[int]:
-    """Different ones: each is held until all are known."""
-    with contextlib.ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(n)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in listeners]

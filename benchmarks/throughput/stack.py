@@ -1,7 +1,6 @@
 """One PostgreSQL with fsync on, a database for each side, and the service as a real process."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import psycopg
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL
 
+from benchmarks.ports import free_ports
 from service import db, migrations
 
 _START_SECONDS = 60.0
@@ -53,7 +53,7 @@ def stack(folder: Path, *, replicas: int) -> Generator[Stack]:
         RDBStorage(theirs).engine.dispose()
         environment = _environment(folder, ours)
         key = _cli(environment, "key", "create", "benchmark", "--scope", "admin")
-        ports = tuple(_free_port() for _ in range(replicas))
+        ports = tuple(free_ports(replicas))
         log = stop.enter_context((folder / "api.log").open("wb"))
         apis = [stop.enter_context(_api(environment, port, log.fileno())) for port in ports]
         yield Stack(
@@ -114,12 +114,6 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
         except OSError:
             time.sleep(0.1)
     raise RuntimeError(f"the API did not get ready on port {port}; see api.log")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _corpus(folder: Path) -> Path:

@@ -134,7 +134,12 @@ def test_what_is_read_of_a_large_study_is_of_a_size_to_be_read(api, large, path,
 def test_lists_and_metrics_do_not_grow_with_a_study(api, large):
     assert len(answer(api, "/v1/studies").content) < 20_000
     assert len(answer(api, "/v1/runs", study=large["id"]).content) < 500_000
-    assert len(answer(api, "/metrics").content) < 100_000
+    page = answer(api, "/metrics").text
+    # Request times are of this process, which may have served other tests before.
+    of_data = [line for line in page.splitlines() if not line.startswith("warmscale_request_")]
+    assert 20 < len(of_data) < 400
+    assert large["id"] not in page
+    assert large["name"] not in page
 
 
 def test_the_report_says_what_it_leaves_out_and_draws_the_best(api, large):

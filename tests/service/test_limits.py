@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.ports import free_port
 from service import auth
 from service.errors import Problem
 from service.limits import Buckets, Limits
 from service.settings import Settings
 from service.shield import SAFE_HEADERS
-from tests.conftest import free_port
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import func, text, update
 
+from benchmarks.ports import free_port
 from service import events, metrics
 from service.client import StaleLeaseError
 from service.tables import Run
@@ -195,7 +196,7 @@ def test_states_and_speed_are_the_databases_from_every_replica(
     for lease, speed in zip(worker.lease(3), (100.0, 20.0, 3.0), strict=True):
         worker.report(lease, {"step": 1, "tokens": 256, "tokens_per_second": speed})
     worker.finish(lease)
-    other = settings.model_copy(update={"port": settings.port + 1})
+    other = settings.model_copy(update={"port": free_port()})
     with serving(other, database_url) as replica:
         for one in (api, replica):
             assert value(one, "warmscale_runs", kind="trial", state="leased") == 2

@@ -11,11 +11,12 @@ import pytest
 from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.orm import Session
 
+from benchmarks.ports import free_port
 from service import auth, db, migrations
 from service.client import ServiceError, StaleLeaseError
 from service.tables import Event, Run
 from tests.by_hand import Worker
-from tests.conftest import free_port, scratch, serving, settings_below, violations
+from tests.conftest import scratch, serving, settings_below, violations
 from tests.service.replicas import Serving, balanced
 
 LISTENER = 1

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from sqlalchemy import func, select, text, update
 
+from benchmarks.ports import free_port
 from service import events, metrics, sse
 from service.errors import Problem
 from service.tables import ApiKey, Event
@@ -216,7 +217,7 @@ def test_a_key_has_so_many_streams_and_is_refused_one_more_until_one_is_gone(api
 
 def test_a_stream_goes_on_at_another_replica(api, submit, settings, database_url):
     study = submit()
-    other = settings.model_copy(update={"port": settings.port + 1})
+    other = settings.model_copy(update={"port": free_port()})
     with following(api, study) as lines:
         last = field(lines, "id")
     with serving(other, database_url) as replica, following(replica, study, last) as lines:

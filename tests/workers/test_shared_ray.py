@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.conftest import free_port
+from benchmarks.ports import free_port
 
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 50}
 
