@@ -49,6 +49,10 @@ class Settings(BaseSettings):
         default=500.0,
         description="of one key at one replica, ten seconds' worth at once; more is a 429",
     )
+    max_waiting_leases: Annotated[int, Field(ge=1)] = Field(
+        default=1000,
+        description="lease requests of one key in line at one replica; one more is a 429",
+    )
     max_event_streams: Annotated[int, Field(ge=0)] = Field(
         default=200,
         description="open at one replica; one more is a 503, more than a quarter of one key a 429",

@@ -20,7 +20,7 @@ class Bid:
     scope: str | None = None  # names `within`
     granted: list[Lease] = field(default_factory=list[Lease])
     error: Exception | None = None
-    gone: bool = False  # its client has left, which another thread may find at any time
+    gone: bool = False  # answered, or its client has left: another thread may find it at any time
 
     @property
     def wanted(self) -> int:

@@ -1,20 +1,23 @@
 """The desk: requests for leases stand in line, and one round at a time serves all who stand there.
 
 A round is one set of queries and one commit for as many as it can serve, as databases commit in
-groups: sixteen workers that ask at once get sixteen trials of one transaction. Between rounds the
-desk sleeps until something is heard (`service.wakeups`), somebody comes, or a run falls due. It
-runs only while somebody stands in line.
+groups: sixteen workers that ask at once get sixteen trials of one transaction. Who is granted
+something is answered as soon as that has committed, since its lease runs from then and what is
+drawn for others may take minutes. Between rounds the desk sleeps until something is heard
+(`service.wakeups`), somebody comes, or a run falls due. It runs only while somebody stands in line.
 """
 
 import asyncio
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
-from starlette.concurrency import run_in_threadpool
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.datastructures import State
 
 from service import context, tracing
 from service.caller import Caller
+from service.errors import Problem
 from service.leases import store
 from service.leases.bids import Bid
 from service.leases.grants import give_back
@@ -25,6 +28,7 @@ from service.wakeups import WORK, Bell
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 5.0  # a notice may be lost with the connection that it would have come by
 _MARGIN_SECONDS = 0.01  # what is due at a moment is not before it
+_AT_ONCE = 256  # bids a round serves: the next round takes those behind them
 
 
 @dataclass(kw_only=True)
@@ -42,6 +46,7 @@ class Desk:
     def __init__(self, state: State) -> None:
         self._state = state
         self._line: list[_Place] = []
+        self._of_key = Counter[str]()  # places in line
         self._bell = Bell()  # of the rounds that run, or of none
         self._rounds: asyncio.Task[None] | None = None
         self._givings: set[asyncio.Task[None]] = set()
@@ -50,10 +55,23 @@ class Desk:
         """Lease runs that fit; wait up to `wait_seconds` for some. Who cancels this gets none.
 
         Raises:
-            Problem: 404 for a study that does not exist.
+            Problem: 404 for a study that does not exist; 429 for a key with its share of the line.
         """
-        with tracing.span("lease", worker=request.worker, most=request.max_runs):
-            return await self._lease(caller, request)
+        self._of_key[caller.key_id] += 1
+        try:
+            self._check_share(caller.key_id)
+            with tracing.span("lease", worker=request.worker, most=request.max_runs):
+                return await self._lease(caller, request)
+        finally:
+            self._of_key[caller.key_id] -= 1
+            self._of_key += Counter()  # forgets keys that have none
+
+    def _check_share(self, key_id: str) -> None:
+        """Nobody fills the line for the others."""
+        at_most = self._state.settings.max_waiting_leases
+        if self._of_key[key_id] > at_most:
+            detail = f"this API key has {at_most} lease requests in line here, its most"
+            raise Problem(429, "too-many-waiting", detail, headers={"Retry-After": "1"})
 
     async def _lease(self, caller: Caller, request: LeaseRequest) -> tuple[Lease, ...]:
         if self._state.drain.begun:
@@ -88,43 +106,53 @@ class Desk:
         # What a round mends is no doing of the request that happened to start it.
         with context.acting("service"), self._state.wakeups.bell(WORK) as self._bell:
             while self._line:
-                served = [place for place in self._line if not place.answer.done()]
-                pause = 0.0 if self._state.drain.begun else await self._round(served)
-                for place in served:
-                    await self._answer(place)
+                line = tuple(self._line)
+                firsts = range(0, len(line), _AT_ONCE)
+                pauses = [await self._round(line[first : first + _AT_ONCE]) for first in firsts]
                 self._line = [place for place in self._line if not place.answer.done()]
                 if self._line:
-                    await self._pause(pause)
+                    await self._pause(min(pauses))
 
-    async def _round(self, served: list[_Place]) -> float:
-        """Serve who stands in line; give the seconds until the next round has reason to be."""
-        due = await self._served([place.bid for place in served])
+    async def _round(self, line: tuple[_Place, ...]) -> float:
+        """Serve these; give the seconds until the next round of them has reason to be."""
+        served = [place for place in line if not place.answer.done()]
+        due = 0.0 if self._state.drain.begun else await self._served(served)
+        for place in served:
+            await self._answer(place)
         return _LOOK_SECONDS if due is None else min(due + _MARGIN_SECONDS, _LOOK_SECONDS)
 
-    async def _served(self, bids: list[Bid]) -> float | None:
+    async def _served(self, places: list[_Place]) -> float | None:
         """Serve these together; where that fails each alone, so that one is told what one did."""
+        due, bids = None, [place.bid for place in places]
         try:
-            return await run_in_threadpool(store.serve, self._state, bids)
+            async for due in iterate_in_threadpool(store.serve(self._state, bids)):  # noqa: B007 - the last
+                for place in places:
+                    if place.bid.granted:
+                        await self._answer(place)
+            return due  # noqa: TRY300 - what fails in the loop is what is caught
         except Exception as error:  # noqa: BLE001 - each that was not served is told
             if len(bids) == 1 or isinstance(error, TRANSIENT):
                 for bid in bids:
                     bid.error = bid.error or error
                 return None
-        for bid in bids:
-            await self._served([bid])
+        for place in places:
+            await self._served([place])
         return None
 
     async def _answer(self, place: _Place) -> None:
+        """Answer who was granted something, or is not to wait; it is granted no more."""
         bid, answer = place.bid, place.answer
+        leases, bid.granted = tuple(bid.granted), []
         if answer.done():  # it left while it was served
-            if bid.granted:
-                await give_back_to(self._state, bid.caller, tuple(bid.granted))
-        elif bid.granted:
-            answer.set_result(tuple(bid.granted))
+            if leases:
+                await give_back_to(self._state, bid.caller, leases)
+        elif leases:
+            answer.set_result(leases)
         elif bid.error:
             answer.set_exception(bid.error)
         elif self._state.drain.begun or asyncio.get_running_loop().time() >= place.deadline:
             answer.set_result(())
+        bid.gone = answer.done()
 
     async def _pause(self, seconds: float) -> None:
         """Until the bell, the first deadline, the end of this process, or so many seconds."""

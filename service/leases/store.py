@@ -5,7 +5,7 @@ requests cannot wait for each other.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 
 from sqlalchemy import ColumnElement, Select, func, select, true
 from sqlalchemy.orm import Session, sessionmaker
@@ -31,10 +31,11 @@ _LEASED_FROM = ("active", "completed", "failed")
 _SOON_SECONDS = 0.1
 
 
-def serve(state: State, bids: list[Bid]) -> float | None:
+def serve(state: State, bids: list[Bid]) -> Generator[float | None]:
     """Grant every bid in its turn up to `max_runs` runs that fit together, as far as there are any.
 
-    Returns the seconds until there may be more; None if the clock alone will bring none.
+    Yields whenever something has been granted, for that to be answered before more is drawn: 0. At
+    last yields the seconds until there may be more; None if the clock alone will bring none.
 
     Runs that wait come before new trials. Expired leases are taken back first, and finished trials
     that Optuna has not heard of are told. What has been granted stands, whatever fails after it:
@@ -53,11 +54,14 @@ def serve(state: State, bids: list[Bid]) -> float | None:
         tell_finished(sessions)
     if waiting:
         _lease_queued(sessions, state.settings, bids)
-    held_up = not _start_trials(sessions, statements, state.sampler, state.settings, bids)
-    if all(bid.granted or bid.error for bid in bids):
-        return None
-    with statements() as session:
-        return _SOON_SECONDS if held_up else _due_seconds(session)
+        if any(bid.granted for bid in bids):
+            yield 0.0
+    started = _start_trials(sessions, statements, state.sampler, state.settings, bids)
+    held_up = not (yield from started)
+    if any(bid.wanted for bid in bids):
+        with statements() as session:
+            due = _SOON_SECONDS if held_up else _due_seconds(session)
+        yield due
 
 
 def _look(statements: sessionmaker[Session]) -> tuple[bool, bool, bool]:
@@ -166,7 +170,7 @@ def _start_trials(
     sampler: Sampler,
     settings: Settings,
     bids: list[Bid],
-) -> bool:
+) -> Generator[float, None, bool]:
     """Start trials until the bids are served or no study has room; False if some are held up."""
     held_up: set[str] = set()
     while True:
@@ -175,7 +179,7 @@ def _start_trials(
             if not allotted:
                 return not held_up
             for study, takers in allotted:
-                if not trials.start(sessions, sampler, settings, study, takers):
+                if not (yield from trials.start(sessions, sampler, settings, study, takers)):
                     held_up.add(study.id)
         except trials.StudyFaultError as fault:
             with sessions.begin() as session:

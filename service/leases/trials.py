@@ -5,7 +5,7 @@ with their parameters, the runs, the leases and the events, if the study is stil
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 
 from sqlalchemy import ColumnElement, Select, case, func, select, text
@@ -81,8 +81,10 @@ def start(
     settings: Settings,
     study: Study,
     bids: list[Bid],
-) -> bool:
+) -> Generator[float, None, bool]:
     """Start a trial for every bid, as many as there is room for; False if it is held up.
+
+    Yields 0 when some have been granted.
 
     By others, or by what the database refused: whose fault that is nobody knows, so no study ends
     of it.
@@ -93,6 +95,7 @@ def start(
     try:
         spec = parsed(study.spec)
         for _ in range(_DRAWS):
+            bids = [bid for bid in bids if bid.wanted]
             with tracing.span("ask", study=study.id, trials=len(bids)):
                 drawn = sampler.draw(study.optuna_name, spec, len(bids)) if bids else None
             leases: list[tuple[Bid, Lease]] = []
@@ -104,6 +107,8 @@ def start(
                 )
             for bid, lease in leases:  # after the commit
                 bid.granted.append(lease)
+            if leases:
+                yield 0.0
     except TRANSIENT as error:
         if isinstance(error, OperationalError) and _code(error) == _LOCK_NOT_AVAILABLE:
             return False

@@ -2,8 +2,10 @@
 
 import asyncio
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -12,6 +14,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import InternalError
 
 from service.drain import Drain
+from service.errors import Problem
 from service.leases import desk as desks
 from service.leases import store, trials
 from service.leases.desk import Desk
@@ -276,3 +279,78 @@ def test_what_is_answered_as_the_client_leaves_is_given_back(api, submit):
     assert again.attempt == 2
     with api.sessions() as session:
         assert session.get(Run, again.run_id).failures == 0
+
+
+@pytest.mark.parametrize("first", ["queued", "trial"])
+def test_what_is_granted_is_answered_before_more_is_drawn(api, submit, worker, monkeypatch, first):
+    """A draw may take minutes, and a lease runs from its grant."""
+    early = submit(hpo=OPEN | {"trials": 1})
+    if first == "queued":
+        worker.finish(worker.one(), "released")
+    slow = submit(hpo=OPEN)
+    draw, answered = api.app.state.sampler.draw, threading.Event()
+
+    def waits_for_the_answer(name, *arguments):
+        assert name == early["name"] or answered.wait(LONG)
+        return draw(name, *arguments)
+
+    monkeypatch.setattr(api.app.state.sampler, "draw", waits_for_the_answer)
+
+    async def scene(desk):
+        asked = [asyncio.create_task(desk.lease(EVERYWHERE, request())) for _ in range(3)]
+        leases = await asked[0]
+        answered.set()
+        return [leases, *await asyncio.gather(*asked[1:])]
+
+    begun = time.monotonic()
+    studies = [lease.study_id for (lease,) in at_the_desk(api, scene)]
+    assert studies == [early["id"], slow["id"], slow["id"]]
+    assert time.monotonic() - begun < LONG
+
+
+def test_a_round_serves_so_many_and_the_next_who_stands_behind_them(
+    api, submit, rounds, monkeypatch
+):
+    monkeypatch.setattr(desks, "_AT_ONCE", 4)
+    submit(hpo=OPEN)
+    nothing = request(wait_seconds=LONG, kinds=("target",))
+
+    async def scene(desk):
+        idle = [asyncio.create_task(desk.lease(EVERYWHERE, nothing)) for _ in range(5)]
+        try:
+            return await asyncio.gather(*(desk.lease(EVERYWHERE, request()) for _ in range(6)))
+        finally:
+            for one in idle:
+                one.cancel()
+
+    numbers = [lease.trial_number for (lease,) in at_the_desk(api, scene)]
+    assert numbers == [*range(6)]
+    assert rounds[:3] == [4, 4, 3]
+
+
+def test_a_key_has_its_share_of_the_line_and_no_more(api, submit):
+    other = replace(EVERYWHERE, key_id="other")
+
+    async def scene(desk):
+        few = desk._state.settings.model_copy(update={"max_waiting_leases": 3})
+        desk._state.settings = few
+        waiting = [
+            asyncio.create_task(desk.lease(EVERYWHERE, request(wait_seconds=LONG)))
+            for _ in range(3)
+        ]
+        await asyncio.sleep(0.1)
+        with pytest.raises(Problem) as refused:
+            await desk.lease(EVERYWHERE, request())
+        assert await desk.lease(other, request()) == ()
+        waiting.pop().cancel()
+        await asyncio.sleep(0.1)
+        assert await desk.lease(EVERYWHERE, request()) == ()
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return refused.value, desk._of_key
+
+    refused, of_key = at_the_desk(api, scene)
+    assert (refused.status, refused.kind) == (429, "too-many-waiting")
+    assert refused.headers == {"Retry-After": "1"}
+    assert not of_key
