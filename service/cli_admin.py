@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
-from service.cli_common import Exit, Home, Json, fail, settings
+from service.cli_common import Exit, Home, Json, checked_project, fail, print_json, settings
 from service.home import DEFAULT
-from service.protocol import PROJECT_PATTERN, Scope
+from service.protocol import Scope
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -86,8 +85,7 @@ def create(
     from service import auth  # imports FastAPI
 
     scopes = _scopes(scope)
-    if project is not None and not re.fullmatch(PROJECT_PATTERN, project):
-        fail(Exit.USAGE, f"--project: must match {PROJECT_PATTERN} (got {project!r})")
+    project = checked_project(project)
     expires_at = datetime.now(UTC) + timedelta(days=expires_days) if expires_days else None
     with on_database(home) as session:
         key_id, text = auth.create_key(
@@ -105,7 +103,7 @@ def list_(home: Home = DEFAULT, *, as_json: Json = False) -> None:
     with on_database(home) as session:
         keys = auth.list_keys(session)
     if as_json:
-        typer.echo(json.dumps([view.model_dump(mode="json") for view in keys]))
+        print_json(keys)
         return
     for view in keys:
         project = view.project or "every project"

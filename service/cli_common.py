@@ -1,7 +1,9 @@
 """What the commands share: options, exit codes, the connection, how errors are said."""
 
+import json
 import os
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
@@ -10,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from service import home as homes
+from service.protocol import PROJECT_PATTERN
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from service.client import Client, ServiceError
     from service.settings import Settings
 
@@ -56,6 +61,18 @@ def fail(code: Exit, message: str) -> NoReturn:
     """Say on one screen what is wrong, and end."""
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+def checked_project(project: str | None) -> str | None:
+    """A project's name that is to be written, if it may be one."""
+    if project is not None and not re.fullmatch(PROJECT_PATTERN, project):
+        fail(Exit.USAGE, f"--project: must match {PROJECT_PATTERN} (got {project!r})")
+    return project
+
+
+def print_json(items: "Iterable[BaseModel]") -> None:
+    """Print a list for programs."""
+    typer.echo(json.dumps([item.model_dump(mode="json") for item in items]))
 
 
 def access(home: Path, *, url: str | None = None) -> homes.Access:

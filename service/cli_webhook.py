@@ -1,14 +1,12 @@
 """`warmscale webhook`: on the database itself, with or without a running service."""
 
 import asyncio
-import json
-import re
 from typing import Annotated
 
 import typer
 
 from service.cli_admin import on_database
-from service.cli_common import Exit, Home, Json, fail, settings
+from service.cli_common import Exit, Home, Json, checked_project, fail, print_json, settings
 from service.home import DEFAULT
 
 webhook = typer.Typer(
@@ -31,14 +29,12 @@ def add(
 ) -> None:
     """Add a webhook and print its secret: this is the only time that it is shown."""
     from service.events import NOTIFIED
-    from service.protocol import PROJECT_PATTERN
     from service.webhooks import addresses, store
 
     types = [name.strip() for name in events.split(",") if name.strip()] or sorted(NOTIFIED)
     if unknown := [name for name in types if name not in NOTIFIED]:
         fail(Exit.USAGE, f"--events: no {unknown[0]!r}; there are {', '.join(sorted(NOTIFIED))}")
-    if project is not None and not re.fullmatch(PROJECT_PATTERN, project):
-        fail(Exit.USAGE, f"--project: must match {PROJECT_PATTERN} (got {project!r})")
+    project = checked_project(project)
     try:
         addresses.parsed(url)
     except addresses.ForbiddenURLError as error:
@@ -58,7 +54,7 @@ def list_(home: Home = DEFAULT, *, as_json: Json = False) -> None:
     with on_database(home) as session:
         found = store.listing(session)
     if as_json:
-        typer.echo(json.dumps([one.model_dump(mode="json") for one in found]))
+        print_json(found)
         return
     for one in found:
         counts = f"waiting {one.waiting}, delivered {one.delivered}, dead {one.dead}"

@@ -11,10 +11,9 @@ import logging
 import math
 import multiprocessing
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from dataclasses import dataclass
 from threading import BoundedSemaphore, Lock
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
@@ -44,14 +43,13 @@ from optuna.samplers import (
     RandomSampler,
 )
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial
 from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import Session
 
 from service.db import each_alone, engine_options
-from service.drafts import DraftStorage, Drawn, MovedOnError, write
+from service.drafts import DraftStorage, Drawn
 from service.history import History
 from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
 from service.studies.study_spec import StudySpec
@@ -139,14 +137,6 @@ class Sampler:
         )
         handle.set_metric_names(["validation loss, nats"])  # what the dashboard's axes say
 
-    def ask(self, study: str, spec: StudySpec) -> Suggestion:
-        """Start the next trial, in a transaction of its own."""
-        while True:
-            drawn = self.draw(study, spec)
-            with suppress(MovedOnError), Session(self.engine) as session, session.begin():
-                write(session, drawn)
-                return Suggestion(number=drawn.drafts[0].number, params=drawn.drafts[0].params)
-
     @_in_turn
     def draw(self, study: str, spec: StudySpec, count: int = 1) -> Drawn:
         """The next trials, not started yet: enqueued ones first, then what the sampler chooses."""
@@ -207,11 +197,6 @@ class Sampler:
             handle.sampler.before_trial(handle, self.storage.get_trial(trial_id))
         trial = Trial(handle, trial_id)
         return Suggestion(number=number, params=_suggest_all(trial, spec))
-
-    @_in_turn
-    def running(self, study: str) -> tuple[int, ...]:
-        """Numbers of the trials that Optuna holds as running."""
-        return tuple(t.number for t in self._trials(study, TrialState.RUNNING))
 
     @_in_turn
     def waiting(self, study: str) -> dict[int, dict[str, Any]]:
@@ -287,9 +272,6 @@ class Sampler:
         with self.engine.connect() as connection:
             rows = connection.execute(text(_WAITING), {"study": study})
             return {row.number: json.loads(row.given) for row in rows}
-
-    def _trials(self, study: str, state: TrialState) -> Iterator[FrozenTrial]:
-        yield from self._load(study).get_trials(deepcopy=False, states=(state,))
 
     def _trial_id(self, study: str, number: int) -> int:
         optuna_id = self.storage.get_study_id_from_name(study)

@@ -1,8 +1,8 @@
 """Optuna hears of a trial's end in the transaction that ends its run.
 
 The rows are those of Optuna's own `Study.tell`, which is ten statements and a commit of its own.
-Where this was not reached (a run that was cancelled, or whose lease ran out) the trial stays
-untold, and the next lease request tells it by Optuna itself (`leases.repair`).
+A run that was cancelled, or whose lease ran out, leaves its trial untold until the next lease
+request tells it, by the same statements (`leases.repair`).
 """
 
 from typing import Literal

@@ -4,6 +4,7 @@ from sqlalchemy.orm import Session
 
 from service import tells
 from service.caller import Caller
+from service.drafts import write
 from service.protocol import (
     CheckpointReport,
     FinishRequest,
@@ -12,6 +13,7 @@ from service.protocol import (
     MeasurementBatch,
     Resources,
 )
+from service.sampler import Suggestion
 
 # What a store takes for the one who asks, where a test calls it without a route.
 EVERYWHERE = Caller(key_id="key", scopes=frozenset(), project=None)
@@ -65,6 +67,15 @@ class Worker:
     def complete(self, lease, loss=2.0):
         self.publish(lease)
         return self.finish(lease, loss=loss)
+
+
+def ask(sampler, study, spec):
+    """Start Optuna's next trial as a lease does, but leave it without a run."""
+    drawn = sampler.draw(study, spec)
+    with Session(sampler.engine) as session, session.begin():
+        write(session, drawn)
+    (draft,) = drawn.drafts
+    return Suggestion(number=draft.number, params=draft.params)
 
 
 def tell(sampler, study, number, state, value=None):

@@ -15,7 +15,7 @@ from service.history import History
 from service.sampler import Sampler, distribution, make_pruner
 from service.studies.space import grid_points
 from service.studies.study_spec import StudySpec
-from tests.by_hand import evaluate, tell
+from tests.by_hand import ask, evaluate, tell
 from warmcore.spec import derived_seed
 
 SPACE = {
@@ -106,7 +106,7 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
             theirs.study.enqueue_trial(given)
     running = []
     for _ in range(12):
-        asked = sampler.ask(study.name, study)
+        asked = ask(sampler, study.name, study)
         assert (asked.number, asked.params) == theirs.ask()
         running.append(asked.number)
         while len(running) > chance.randrange(4):  # up to three run beside the next ask
@@ -134,10 +134,10 @@ def test_trials_drawn_together_are_those_drawn_one_after_another(sampler, spec):
     for study in (together, apart):
         sampler.create(study.name)
         for number in range(6):
-            sampler.ask(study.name, study)
+            ask(sampler, study.name, study)
             tell(sampler, study.name, number, "succeeded", abs(number - 2.5))
     drafts = sampler.draw(together.name, together, 4).drafts
-    assert [d.params for d in drafts] == [sampler.ask(apart.name, apart).params for _ in range(4)]
+    assert [d.params for d in drafts] == [ask(sampler, apart.name, apart).params for _ in range(4)]
     assert len({d.params["lr"] for d in drafts}) == 4
 
 
@@ -145,7 +145,7 @@ def test_drafts_of_a_study_that_has_moved_on_are_not_written(sampler, spec):
     study = spec("random")
     sampler.create(study.name)
     stale = sampler.draw(study.name, study)
-    sampler.ask(study.name, study)
+    ask(sampler, study.name, study)
     with pytest.raises(MovedOnError), Session(sampler.engine) as session, session.begin():
         write(session, stale)
     assert len(sampler.states(study.name)) == 1
@@ -156,7 +156,7 @@ def test_an_enqueued_trial_that_another_has_started_is_not_started_again(sampler
     sampler.create(study.name)
     sampler.enqueue(study.name, {"lr": 0.01})
     stale = sampler.draw(study.name, study)
-    sampler.ask(study.name, study)
+    ask(sampler, study.name, study)
     with pytest.raises(MovedOnError), Session(sampler.engine) as session, session.begin():
         write(session, stale)
 

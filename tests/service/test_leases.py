@@ -10,6 +10,7 @@ from sqlalchemy import text, update
 from service.client import Client, ServiceError, StaleLeaseError
 from service.protocol import Resources
 from service.tables import Run
+from tests.by_hand import ask
 
 
 def expire_all(api):
@@ -226,7 +227,7 @@ def test_a_trial_whose_run_was_never_written_is_adopted(api, submit, worker, stu
 
     study = submit()
     spec = StudySpec.model_validate(study["spec"])
-    lost = api.app.state.sampler.ask(study["name"], spec)  # then the process was killed
+    lost = ask(api.app.state.sampler, study["name"], spec)  # then the process was killed
     lease = worker.one()
     assert (lease.trial_number, lease.params) == (lost.number, lost.params)
 

@@ -9,7 +9,7 @@ import pytest
 from service.db import optuna_url
 from service.sampler import Sampler
 from service.studies.study_spec import StudySpec
-from tests.by_hand import evaluate, tell
+from tests.by_hand import ask, evaluate, tell
 
 SPACE = {
     "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},
@@ -44,7 +44,7 @@ def search(sampler, spec, n):
     """Ask and tell `n` times; the loss is least at lr = 0.01."""
     asked = []
     for _ in range(n):
-        suggestion = sampler.ask(spec.name, spec)
+        suggestion = ask(sampler, spec.name, spec)
         loss = abs(math.log(suggestion.params["lr"] / 0.01))
         tell(sampler, spec.name, suggestion.number, "succeeded", loss)
         asked.append(suggestion)
@@ -110,12 +110,13 @@ import sys
 import optuna
 from service.sampler import Sampler
 from service.studies.study_spec import StudySpec
+from tests.by_hand import ask
 if __name__ == "__main__":
     spec = StudySpec.model_validate_json(sys.argv[2])
     sampler = Sampler(sys.argv[1])
     sampler.create(spec.name)
     for n in range(4):
-        s = sampler.ask(spec.name, spec)
+        s = ask(sampler, spec.name, spec)
         study = optuna.load_study(study_name=spec.name, storage=sampler.storage)
         study.tell(s.number, s.params["lr"])
     sampler.close()
@@ -134,7 +135,7 @@ def test_every_pruner_stops_the_worst_and_keeps_the_best(make, spec, pruner):
     sampler.create(study.name)
     stopped = {}
     for loss in [*range(24)]:
-        number = sampler.ask(study.name, study).number
+        number = ask(sampler, study.name, study).number
         stopped[loss] = False
         for evaluation in range(1, study.train.evaluations + 1):
             evaluate(sampler, study.name, number, {evaluation: float(loss)})
@@ -147,7 +148,7 @@ def test_every_pruner_stops_the_worst_and_keeps_the_best(make, spec, pruner):
 def test_telling_twice_keeps_the_first_end(make, spec):
     sampler, study = make(), spec()
     sampler.create(study.name)
-    number = sampler.ask(study.name, study).number
+    number = ask(sampler, study.name, study).number
     tell(sampler, study.name, number, "succeeded", 2.0)
     tell(sampler, study.name, number, "failed", None)
     assert sampler.states(study.name) == {number: ("COMPLETE", 2.0)}
@@ -156,6 +157,6 @@ def test_telling_twice_keeps_the_first_end(make, spec):
 def test_a_trial_that_diverged_before_any_report_is_pruned_at_infinity(make, spec):
     sampler, study = make(), spec()
     sampler.create(study.name)
-    number = sampler.ask(study.name, study).number
+    number = ask(sampler, study.name, study).number
     tell(sampler, study.name, number, "diverged", None)
     assert sampler.states(study.name) == {number: ("PRUNED", math.inf)}
