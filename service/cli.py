@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from service import cli_admin, cli_checkpoints, cli_db, cli_study, cli_webhook
+from service import cli_admin, cli_checkpoints, cli_db, cli_events, cli_study, cli_webhook
 from service.cli_common import EXIT_CODES, Exit, Home, Json, access, settings
 from service.home import DEFAULT
 
@@ -24,6 +24,7 @@ app.add_typer(cli_study.study, name="study")
 app.add_typer(cli_study.run, name="run")
 for command in (cli_db.current, cli_db.history, cli_db.downgrade, cli_db.backup, cli_db.restore):
     cli_admin.db.command()(command)
+cli_admin.db.command()(cli_events.events)
 app.add_typer(cli_admin.db, name="db")
 app.add_typer(cli_admin.key, name="key")
 app.add_typer(cli_checkpoints.checkpoints, name="checkpoints")

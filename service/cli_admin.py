@@ -50,16 +50,15 @@ def check(
     home: Home = DEFAULT,
 ) -> None:
     """Check what must always hold (docs/guarantees.md); 0: it does. Changes nothing."""
-    from sqlalchemy import create_engine
+    from sqlalchemy import NullPool, create_engine
 
     from service import invariants
     from service.db import database
 
     with reached(), database(settings(home)) as url:
-        engine = create_engine(url)
+        engine = create_engine(url, poolclass=NullPool)
         with invariants.snapshot(engine) as session:
             report = invariants.check(session, at_rest=at_rest, with_files=files)
-        engine.dispose()
     typer.echo(json.dumps(asdict(report)) if as_json else invariants.described(report))
     raise typer.Exit(Exit.FAILED if report.violations else Exit.OK)
 
@@ -140,16 +139,15 @@ def _scopes(given: list[str]) -> list[Scope]:
 @contextmanager
 def on_database(home: Path) -> Generator["Session"]:
     """One transaction on the database, embedded or not."""
-    from sqlalchemy import create_engine
+    from sqlalchemy import NullPool, create_engine
     from sqlalchemy.orm import Session
 
     from service.db import database
 
     with reached(), database(settings(home)) as url:
-        engine = create_engine(url)
+        engine = create_engine(url, poolclass=NullPool)
         with Session(engine) as session, session.begin():
             yield session
-        engine.dispose()
 
 
 @contextmanager

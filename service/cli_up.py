@@ -139,10 +139,9 @@ def admit(url: URL, key: str, fleet_key: str) -> None:
         {"name": "warmscale up", "hash": auth.hash_key(key), "scopes": ["admin"]},
         {"name": "fleet of warmscale up", "hash": auth.hash_key(fleet_key), "scopes": ["work"]},
     ]
-    engine = create_engine(url)
+    engine = create_engine(url, poolclass=NullPool)
     with Session(engine) as session, session.begin():
         session.execute(insert(ApiKey).values(rows).on_conflict_do_nothing())
         caller = auth.caller_of(session, key)
-    engine.dispose()
     if caller is None:
         raise SystemExit("the key in client.json was revoked; delete that file for a new one")

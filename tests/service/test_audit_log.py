@@ -1,6 +1,7 @@
 """Events as an audit log: each says who did it, and none is ever changed."""
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -110,17 +111,46 @@ def test_what_a_round_mends_is_the_services_own_doing(api, submit, worker):
     assert log(api)[-2:] == [("lease.expired", "service"), ("run.queued", "service")]
 
 
-def test_what_is_done_on_the_database_itself_is_the_operators(
-    api, database_url, settings, monkeypatch
-):
+@pytest.fixture
+def run(api, database_url, settings, monkeypatch):
+    """A command on the database itself: what it printed."""
     url = database_url.render_as_string(hide_password=False)
     monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
 
-    def run(*arguments):
+    def invoke(*arguments, code=0):
         result = CliRunner().invoke(cli.app, [*arguments, "--home", str(settings.home)])
-        assert result.exit_code == 0, result.output
-        return result.stdout.strip()
+        assert result.exit_code == code, result.output
+        return result.stdout.strip() if code == 0 else result.output
 
+    return invoke
+
+
+def test_the_audit_log_is_read_by_a_command(api, run, key_of, study_spec):
+    ana, client = key_of("write", "read")
+    study = client.post("/v1/studies", study_spec(hpo=ONE))
+    other = client.post("/v1/studies", study_spec(hpo=ONE))
+    client.post(f"/v1/studies/{other['id']}/cancel")
+    told = json.loads(run("db", "events", "--json"))
+    assert [one["id"] for one in told] == sorted(one["id"] for one in told)
+    assert len(told) >= 5
+    of_one = json.loads(run("db", "events", "--json", "--study", study["name"]))
+    assert [(one["type"], one["actor"], one["study_id"]) for one in of_one] == [
+        ("study.created", ana, study["id"])
+    ]
+    assert of_one == json.loads(run("db", "events", "--json", "--study", study["id"]))
+    assert [one in of_one for one in told].count(True) == 1
+    keys = json.loads(run("db", "events", "--json", "--type", "key."))
+    assert {one["type"] for one in keys} == {"key.created"}
+    assert (
+        json.loads(run("db", "events", "--json", "--actor", ana, "--limit", "1"))
+        == [one for one in told if one["actor"] == ana][-1:]
+    )
+    line = run("db", "events", "--type", "study.cancelled")
+    assert f"{ana}  study.cancelled  {other['id']}" in line
+    assert "there is no study 'nowhere'" in run("db", "events", "--study", "nowhere", code=4)
+
+
+def test_what_is_done_on_the_database_itself_is_the_operators(api, run):
     key = run("key", "create", "ci", "--scope", "read")
     with api.sessions() as session:
         id_ = session.scalars(select(ApiKey.id).where(ApiKey.name == "ci")).one()

@@ -1,0 +1,88 @@
+"""`warmscale db events`: who did what, from the audit log in the database."""
+
+import json
+from datetime import UTC
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from service.cli_admin import on_database
+from service.cli_common import Exit, Home, Json, fail
+from service.home import DEFAULT
+
+if TYPE_CHECKING:
+    from sqlalchemy import Select
+    from sqlalchemy.orm import Session
+
+    from service.tables import Event
+
+
+def events(
+    *,
+    study: Annotated[
+        str | None, typer.Option(help="Only of this study: its id, its name, or PROJECT/NAME.")
+    ] = None,
+    actor: Annotated[
+        str | None, typer.Option(help="Only what this key's id, operator or service did.")
+    ] = None,
+    type_: Annotated[
+        str | None, typer.Option("--type", help="Only these: run.failed, or key. for all of keys.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="The newest so many.")] = 100,
+    as_json: Json = False,
+    home: Home = DEFAULT,
+) -> None:
+    """Print the audit log, oldest first: when, who, what, and of which run."""
+    with on_database(home) as session:
+        of = None if study is None else _study_id(session, study)
+        rows = session.scalars(_query(of, actor, type_).limit(limit)).all()[::-1]
+        told = [_told(row) for row in rows]
+    typer.echo(json.dumps(told) if as_json else "\n".join(map(_line, told)))
+
+
+def _study_id(session: "Session", study: str) -> str:
+    from sqlalchemy import or_, select
+
+    from service.tables import Study
+
+    query = select(Study.id).where(or_(Study.id == study, Study.optuna_name == study))
+    found = session.scalars(query).first()
+    if found is None:
+        works = "give its id, its name, or PROJECT/NAME outside of the project `default`"
+        fail(Exit.CONFLICT, f"--study: there is no study {study!r}; {works}")
+    return found
+
+
+def _query(study_id: str | None, actor: str | None, type_: str | None) -> "Select[Event]":
+    from sqlalchemy import select
+
+    from service.tables import Event
+
+    query = select(Event).order_by(Event.id.desc())
+    if study_id is not None:
+        query = query.where(Event.study_id == study_id)
+    if actor is not None:
+        query = query.where(Event.actor == actor)
+    if type_ is not None:
+        same = Event.type.startswith(type_, autoescape=True)
+        query = query.where(same if type_.endswith(".") else Event.type == type_)
+    return query
+
+
+def _told(row: "Event") -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "at": row.created_at.astimezone(UTC).isoformat(),
+        "actor": row.actor,
+        "type": row.type,
+        "study_id": row.study_id,
+        "run_id": row.run_id,
+        "attempt": row.attempt,
+        "payload": row.payload,
+    }
+
+
+def _line(one: dict[str, Any]) -> str:
+    who, about = one["actor"] or "unknown", one["run_id"] or one["study_id"] or ""
+    at, what = one["at"][:19].replace("T", " "), json.dumps(one["payload"])
+    return f"{one['id']}  {at}  {who}  {one['type']}  {about}  {what}"
