@@ -163,16 +163,14 @@ class MovedOnError(Exception):
     """The study is no more as it was when the drafts were drawn."""
 
 
-def write(session: Session, drawn: Drawn) -> None:
-    """Start the drafts' trials in this transaction.
+def write(session: Session, drawn: Drawn) -> datetime:
+    """Start the drafts' trials in this transaction, which has locked Optuna's study for it.
 
-    Optuna's study row is locked as Optuna itself does to number a trial, but so that others may
-    refer to it meanwhile.
+    Returns the database's time at which they were written.
 
     Raises:
         MovedOnError: roll back, and draw again.
     """
-    session.execute(_LOCK, {"study": drawn.study_id})
     at = {"study": drawn.study_id, "now": datetime.now(UTC).replace(tzinfo=None)}
     popped = [d.trial_id for d in drawn.drafts if d.trial_id is not None]
     params = [(d.number, *row) for d in drawn.drafts for row in d.rows]
@@ -182,9 +180,10 @@ def write(session: Session, drawn: Drawn) -> None:
         "new": [d.number for d in drawn.drafts if d.trial_id is None],
         **_columns(("number", "name", "value", "kind"), params),
     }
-    ids = {row.number: row.trial_id for row in session.execute(_START, rows)}
-    if len(ids) < len(drawn.drafts):
+    started = session.execute(_START, rows).all()
+    if len(started) < len(drawn.drafts):
         raise MovedOnError
+    ids = {row.number: row.trial_id for row in started}
     set_ = [
         (ids[d.number], k, json.dumps(v)) for d in drawn.drafts for k, v in d.attributes.items()
     ]
@@ -193,13 +192,13 @@ def write(session: Session, drawn: Drawn) -> None:
     for name, value in drawn.study_attributes.items():
         row = {"study": drawn.study_id, "name": name, "value": json.dumps(value)}
         session.execute(_SET_STUDY_ATTRIBUTE, row)
+    return started[-1].now
 
 
 def _columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
-_LOCK = text("SELECT FROM optuna.studies WHERE study_id = :study FOR NO KEY UPDATE")
 # Parameters in order: Optuna gives them in the order of their ids.
 _START = text("""
 WITH same AS (
@@ -223,7 +222,7 @@ WITH same AS (
               CAST(:kind AS text[])) WITH ORDINALITY AS p (number, name, value, kind, place)
   JOIN started USING (number) ORDER BY place
 )
-SELECT number, trial_id FROM started
+SELECT number, trial_id, clock_timestamp() AS now FROM started
 """)
 _SET_ATTRIBUTES = text("""
 INSERT INTO optuna.trial_system_attributes (trial_id, key, value_json)

@@ -7,7 +7,7 @@ requests cannot wait for each other.
 import logging
 from collections.abc import Generator, Iterable
 
-from sqlalchemy import ColumnElement, Select, func, select, true
+from sqlalchemy import ColumnElement, func, select, true
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.datastructures import State
 
@@ -20,7 +20,7 @@ from service.leases.repair import LATE, UNTOLD, Presence, expire, tell_finished
 from service.protocol import Lease
 from service.sampler import Sampler
 from service.settings import Settings
-from service.studies.store import find
+from service.studies.store import find_id
 from service.studies.study_spec import StudyResources
 from service.tables import Run, Study
 from warmcore.spec import RunSpec
@@ -29,6 +29,16 @@ _log = logging.getLogger(__name__)
 # A study that has ended may still have targets that were started by hand.
 _LEASED_FROM = ("active", "completed", "failed")
 _SOON_SECONDS = 0.1
+_WAITING = (
+    select(Run, Study)
+    .join(Study, Study.id == Run.study_id)
+    .where(Run.state == "queued", Run.available_at <= func.now(), Study.state.in_(_LEASED_FROM))
+)
+_LOOK = select(
+    select(Run.id).where(*LATE).exists(),
+    select(Run.id).where(*UNTOLD).exists(),
+    _WAITING.exists(),
+)
 
 
 def serve(state: State, bids: list[Bid]) -> Generator[float | None]:
@@ -66,20 +76,22 @@ def serve(state: State, bids: list[Bid]) -> Generator[float | None]:
 
 def _look(statements: sessionmaker[Session]) -> tuple[bool, bool, bool]:
     """Whether leases have run out, Optuna has not heard of ends, and runs wait to be leased."""
-    late, untold = select(Run.id).where(*LATE), select(Run.id).where(*UNTOLD)
-    query = select(late.exists(), untold.exists(), _waiting().exists())
     with statements() as session:
-        found = session.execute(query).one()
+        found = session.execute(_LOOK).one()
     return found[0], found[1], found[2]
 
 
 def _look_up(statements: sessionmaker[Session], bids: Iterable[Bid]) -> None:
+    known: dict[tuple[str | None, str | None], tuple[ColumnElement[bool], str]] = {}
     for bid in bids:
         if bid.within is not None:
             continue
+        whose = bid.caller.project, bid.request.study
         try:
-            with statements() as session:
-                bid.within, bid.scope = _within(session, bid)
+            if whose not in known:
+                with statements() as session:
+                    known[whose] = _within(session, bid)
+            bid.within, bid.scope = known[whose]
         except Problem as problem:
             bid.error = problem
 
@@ -88,8 +100,8 @@ def _within(session: Session, bid: Bid) -> tuple[ColumnElement[bool], str]:
     """The studies that a bid takes from, one or its caller's, and a name for them."""
     if bid.request.study is None:
         return bid.caller.studies, f"project:{bid.caller.project}"
-    study = find(session, bid.caller, bid.request.study)
-    return Study.id == study.id, study.id
+    id_ = find_id(session, bid.caller, bid.request.study)
+    return Study.id == id_, id_
 
 
 def _lease_queued(sessions: sessionmaker[Session], settings: Settings, bids: list[Bid]) -> None:
@@ -105,14 +117,6 @@ def _lease_queued(sessions: sessionmaker[Session], settings: Settings, bids: lis
                     nothing_left.add(alike)
     for bid, lease in granted:
         bid.granted.append(lease)
-
-
-def _waiting() -> Select[Run, Study]:
-    return (
-        select(Run, Study)
-        .join(Study, Study.id == Run.study_id)
-        .where(Run.state == "queued", Run.available_at <= func.now(), Study.state.in_(_LEASED_FROM))
-    )
 
 
 def _queued_for(session: Session, settings: Settings, bid: Bid) -> list[Lease]:
@@ -139,8 +143,7 @@ def _grant_waiting(
         free = free.less(lease.resources)
     kinds = bid.request.kinds
     query = (
-        _waiting()
-        .where(Run.cpus <= free.cpus, Run.gpus <= free.gpus, bid.within)
+        _WAITING.where(Run.cpus <= free.cpus, Run.gpus <= free.gpus, bid.within)
         .where(true() if kinds is None else Run.kind.in_(kinds), Run.id.not_in(unreadable))
         .order_by(Run.created_at, Run.id)
         .limit(bid.wanted - len(before))
@@ -190,6 +193,8 @@ def _allotted(
     statements: sessionmaker[Session], bids: list[Bid], held_up: set[str]
 ) -> list[tuple[Study, list[Bid]]]:
     takers = [bid for bid in bids if bid.wanted and bid.takes("trial")]
+    if not takers:
+        return []
     scopes = {bid.scope: bid.within for bid in takers if bid.within is not None}
     with statements() as session:
         found = {scope: trials.openings(session, within) for scope, within in scopes.items()}

@@ -5,10 +5,11 @@ with their parameters, the runs, the leases and the events, if the study is stil
 """
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import suppress
 
-from sqlalchemy import ColumnElement, Select, case, func, select, text
+from sqlalchemy import ColumnElement, Integer, any_, bindparam, case, func, select, text
+from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -51,8 +52,7 @@ def openings(session: Session, within: ColumnElement[bool]) -> dict[str, Opening
         StudyFaultError: a spec that no check of today lets through.
     """
     found: dict[str, Opening] = {}
-    query = select(Study, _room).where(Study.state == "active", within, _room > 0)
-    for study, room in session.execute(query.order_by(Study.created_at)):
+    for study, room in session.execute(_OPEN.where(within)):
         try:
             needs = StudyResources.model_validate(study.spec["resources"]).trial
         except ValueError as error:
@@ -73,6 +73,21 @@ _room = func.least(
     case((_left > 0, _left), else_=_budget - _trials.scalar_subquery()),
     _hpo["parallel"].as_integer() - _live,
 )
+# Statements of every round are made once: to make them takes longer than to have them answered.
+_OPEN = select(Study, _room).where(Study.state == "active", _room > 0).order_by(Study.created_at)
+# A study's room, and those of the trials that run for Optuna that have a run.
+_running = Run.trial_number == any_(bindparam("running", type_=ARRAY(Integer)))
+_known = select(Run.trial_number).where(Run.study_id == Study.id, _running).scalar_subquery()
+_STANDING = select(_room, func.array(_known)).where(Study.id == bindparam("study"))
+# Both rows of a study, ours before Optuna's. The next statement sees what was written while this
+# waited. A replica that commits is waited for, one that hangs is not.
+_LOCK = text("""
+SELECT study.state
+FROM set_config('lock_timeout', :patience, true), warmscale.studies AS study
+JOIN optuna.studies AS theirs ON theirs.study_name = study.optuna_name
+WHERE study.id = :study
+FOR NO KEY UPDATE OF study, theirs
+""")
 
 
 def start(
@@ -103,7 +118,7 @@ def start(
                 return True
             with suppress(MovedOnError), sessions.begin() as session:
                 leases, bids = _start(
-                    session, sampler, settings, study.id, spec=spec, drawn=drawn, bids=bids
+                    session, sampler, settings, study, spec=spec, drawn=drawn, bids=bids
                 )
             for bid, lease in leases:  # after the commit
                 bid.granted.append(lease)
@@ -132,18 +147,19 @@ def _start(
     session: Session,
     sampler: Sampler,
     settings: Settings,
-    study_id: str,
+    study: Study,
     *,
     spec: StudySpec,
     drawn: Drawn,
     bids: list[Bid],
 ) -> tuple[list[tuple[Bid, Lease]], list[Bid]]:
     """Grants, and the bids that are to be drawn for again: the study was not as it was."""
-    # A replica that commits is waited for, one that hangs is not.
-    session.execute(text(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT}'"))
-    study = lock(session, study_id)
-    room, known = session.execute(_state_of(study.id, drawn.running)).one()
-    still = [bid for bid in bids if not bid.gone][: max(0, room) if study.state == "active" else 0]
+    held = session.execute(_LOCK, {"study": study.id, "patience": _LOCK_TIMEOUT}).one_or_none()
+    if held is None:
+        raise MovedOnError
+    standing = {"study": study.id, "running": drawn.running}
+    room, known = session.execute(_STANDING, standing).one()
+    still = [bid for bid in bids if not bid.gone][: max(0, room) if held.state == "active" else 0]
     if len(still) < len(bids):
         return [], still
     # Trials that run for Optuna but have no run: an older version was killed in between.
@@ -152,11 +168,12 @@ def _start(
         suggestions = [sampler.adopt(study.optuna_name, spec, number) for number in lost]
     except KeyError as error:  # Optuna has it no more: a standby without it was promoted
         raise MovedOnError from error
-    if not suggestions:
-        write(session, drawn)
+    if suggestions:
+        now = clock(session)
+    else:
+        now = write(session, drawn)
         suggestions = [Suggestion(number=d.number, params=d.params) for d in drawn.drafts]
     runs = [_trial_run(study, spec, suggestion) for suggestion in suggestions]
-    now = clock(session)
     for bid, run in zip(bids, runs, strict=False):
         take(run, bid.request, settings, now)
     session.add_all(runs)
@@ -179,13 +196,6 @@ def _queued(run: Run, caller: Caller) -> NewEvent:
         actor=caller.key_id,
         trial=run.trial_number,
     )
-
-
-def _state_of(study_id: str, running: Sequence[int]) -> Select[int, list[int]]:
-    """A study's room, and those of these trials that have a run."""
-    runs = select(Run.trial_number).where(Run.study_id == Study.id, Run.trial_number.in_(running))
-    known = func.array(runs.scalar_subquery())
-    return select(_room, known).where(Study.id == study_id)
 
 
 def fail(session: Session, fault: StudyFaultError) -> None:

@@ -32,6 +32,26 @@ from service.tables import Run, Study
 router = APIRouter(prefix="/runs", tags=["runs"])
 Token = Annotated[str, Header(alias=LEASE_TOKEN_HEADER)]
 
+# What is called most comes first: routes are tried in their order.
+
+
+@router.post("/{run_id}/measurements")
+async def report(
+    body: MeasurementBatch, caller: Fleet, run_id: str, token: Token, request: Request
+) -> ReportReply:
+    """Add points to the run's curve and renew its lease; an empty batch just renews it."""
+    write = reports.report, request.app.state, caller, run_id, token, body.measurements
+    return ReportReply(decision=await run_in_threadpool(*write))
+
+
+@router.post("/{run_id}/finish")
+async def finish(
+    body: FinishRequest, caller: Fleet, run_id: str, token: Token, work: UnitOfWork
+) -> FinishReply:
+    """End this attempt. Sending the same end twice changes nothing."""
+    state = await work(store.finish, caller, run_id, token, body)
+    return FinishReply.model_validate({"state": state})
+
 
 @router.get("", responses=may_answer(404, "There is no such study."))
 def list_runs(
@@ -90,15 +110,6 @@ async def stream_events(
     )
 
 
-@router.post("/{run_id}/measurements")
-async def report(
-    body: MeasurementBatch, caller: Fleet, run_id: str, token: Token, request: Request
-) -> ReportReply:
-    """Add points to the run's curve and renew its lease; an empty batch just renews it."""
-    write = reports.report, request.app.state, caller, run_id, token, body.measurements
-    return ReportReply(decision=await run_in_threadpool(*write))
-
-
 @router.post("/{run_id}/checkpoints")
 def publish(
     body: CheckpointReport,
@@ -115,12 +126,3 @@ def publish(
         return CheckpointReply(decision=run)
     check_published(body.uri, artifact_uri(settings, run), run.id)
     return CheckpointReply(decision="continue", superseded=store.publish(session, run, body))
-
-
-@router.post("/{run_id}/finish")
-async def finish(
-    body: FinishRequest, caller: Fleet, run_id: str, token: Token, work: UnitOfWork
-) -> FinishReply:
-    """End this attempt. Sending the same end twice changes nothing."""
-    state = await work(store.finish, caller, run_id, token, body)
-    return FinishReply.model_validate({"state": state})

@@ -1,8 +1,9 @@
 """Queries on studies. The session comes first; nothing here commits."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVarTuple
 
-from sqlalchemy import func, select, tuple_, update
+from sqlalchemy import Select, func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -20,6 +21,7 @@ from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
 
 _ENDED = ("completed", "failed")
+Ts = TypeVarTuple("Ts")
 
 
 def create(session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None) -> Study:
@@ -77,9 +79,21 @@ def find(session: Session, caller: Caller, name_or_id: str) -> Study:
     Raises:
         Problem: 404 when there is none; 409 for a name that several of the caller's projects have.
     """
+    return _only(session.scalars(_named(select(Study), caller, name_or_id)).all(), name_or_id)
+
+
+def find_id(session: Session, caller: Caller, name_or_id: str) -> str:
+    """As `find`, its id alone."""
+    query = _named(select(Study.id, Study.project), caller, name_or_id)
+    return _only(session.execute(query).all(), name_or_id).id
+
+
+def _named(query: Select[*Ts], caller: Caller, name_or_id: str) -> Select[*Ts]:
     named = (Study.id == name_or_id) | (Study.name == name_or_id)
-    query = select(Study).where(named, caller.studies)
-    found = session.scalars(query.order_by(Study.id != name_or_id, Study.project)).all()
+    return query.where(named, caller.studies).order_by(Study.id != name_or_id, Study.project)
+
+
+def _only(found: Sequence[Any], name_or_id: str) -> Any:
     if not found:
         raise not_found("study", name_or_id)
     if len(found) > 1 and found[0].id != name_or_id:

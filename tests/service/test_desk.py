@@ -214,13 +214,13 @@ def test_work_that_one_replica_commits_wakes_who_waits_at_another(
 def test_what_the_database_refuses_ends_no_study(api, submit, worker, monkeypatch):
     """A replica that stood still has lost its session, say: that is not the study's fault."""
     name = submit(hpo=OPEN)["name"]
-    held = trials.clock
+    written = trials.write
 
-    def ended(session):
-        monkeypatch.setattr(trials, "clock", held)
+    def ended(session, drawn):
+        monkeypatch.setattr(trials, "write", written)
         raise InternalError("INSERT", {}, Exception("idle-in-transaction timeout"))
 
-    monkeypatch.setattr(trials, "clock", ended)
+    monkeypatch.setattr(trials, "write", ended)
     (lease,) = worker.lease(1, wait_seconds=LONG)
     assert lease.trial_number == 0
     assert api.client.get(f"/v1/studies/{name}")["state"] == "active"
@@ -354,3 +354,27 @@ def test_a_key_has_its_share_of_the_line_and_no_more(api, submit):
     assert (refused.status, refused.kind) == (429, "too-many-waiting")
     assert refused.headers == {"Retry-After": "1"}
     assert not of_key
+
+
+def test_a_trial_that_optuna_numbers_meanwhile_gets_no_second_of_its_number(api, submit, worker):
+    """Optuna numbers trials under its study's lock; others may use it beside the service."""
+    name = submit(hpo=OPEN)["name"]
+    optuna_id = api.app.state.sampler.storage.get_study_id_from_name(name)
+    with ThreadPoolExecutor(1) as pool:
+        with api.engine.begin() as theirs:
+            query = "SELECT FROM optuna.studies WHERE study_id = :study FOR UPDATE"
+            theirs.execute(text(query), {"study": optuna_id})
+            lease = pool.submit(worker.one)
+            time.sleep(0.3)
+            assert not lease.done()
+            theirs.execute(
+                text(
+                    "INSERT INTO optuna.trials (study_id, number, state)"
+                    " VALUES (:study, 0, 'WAITING')"
+                ),
+                {"study": optuna_id},
+            )
+        lease.result(LONG)
+    with api.sessions() as session:
+        numbers = session.scalars(text("SELECT number FROM optuna.trials ORDER BY number")).all()
+    assert len(set(numbers)) == len(numbers)
