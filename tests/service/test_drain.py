@@ -9,15 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, select, text
 from sqlalchemy.orm import Session
 
 from service import auth
 from service.client import Client
 from service.leases import trials
 from service.studies.advance import lock
+from service.tables import ApiKey
 from tests.by_hand import Worker
 from tests.service.replicas import Serving
+
+LONG = 60.0  # what a poll may wait for
 
 
 @pytest.fixture
@@ -35,11 +38,27 @@ def engine(database_url):
     engine.dispose()
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=LONG / 2):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def blocked(engine):
+    """How many wait for a lock."""
+    with engine.connect() as connection:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        return connection.scalar(text(query))
+
+
+def followed(http, study, begun):
+    """All of a study's stream; its first line is heard of."""
+    with http.stream("GET", f"/v1/studies/{study['id']}/events") as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        begun.set()
+        return [first, *lines]
 
 
 def test_sigterm_finishes_what_runs_answers_what_waits_and_exits_with_0(
@@ -47,36 +66,45 @@ def test_sigterm_finishes_what_runs_answers_what_waits_and_exits_with_0(
 ):
     with Session(engine) as session, session.begin():
         _, key = auth.create_key(session, "test", ["admin"])
+        work = [auth.create_key(session, name, ["work"])[1] for name in ("a", "b")]
     serving.wait_until_ready()
-    headers = {"Authorization": f"Bearer {key}"}
+    headers, begun = {"Authorization": f"Bearer {key}"}, threading.Event()
     with (
         Client(serving.url, key, patience_seconds=0) as client,
+        Client(serving.url, work[0], patience_seconds=0) as one,
+        Client(serving.url, work[1], patience_seconds=0) as other,
         Session(engine) as holder,
         ThreadPoolExecutor(4) as pool,
-        httpx.Client(base_url=serving.url, headers=headers, timeout=60) as http,
+        httpx.Client(base_url=serving.url, headers=headers, timeout=2 * LONG) as http,
     ):
         study = client.post("/v1/studies", study_spec())
-        worker = Worker(client)
-        busy = worker.lease(2)  # as many as may run at once: a poll waits
+        assert len(Worker(client).lease(2)) == 2  # as many as may run at once: a poll waits
+        polls = [pool.submit(Worker(c).lease, 1, wait_seconds=LONG) for c in (one, other)]
+        wait_until(lambda: all_used(engine))
         lock(holder, study["id"])
-        polls = [pool.submit(worker.lease, 1, wait_seconds=60) for _ in range(2)]
         pause = pool.submit(http.post, f"/v1/studies/{study['id']}/pause")
-        stream = pool.submit(http.get, f"/v1/studies/{study['id']}/events")
-        time.sleep(1)
+        stream = pool.submit(followed, http, study, begun)
+        wait_until(lambda: blocked(engine) == 1 and begun.is_set())
+        time.sleep(0.5)  # polls are in line, and not only let in
         assert not any(future.done() for future in (*polls, pause, stream))
-        asked = time.monotonic()
         serving.process.send_signal(signal.SIGTERM)
-        assert [poll.result(10) for poll in polls] == [(), ()]
-        assert "study.created" in stream.result(10).text
+        assert [poll.result(LONG / 2) for poll in polls] == [(), ()]
+        assert "event: study.created" in stream.result(LONG / 2)
         assert not pause.done()
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{serving.url}/healthz")
         holder.commit()
-        assert pause.result(10).json()["state"] == "paused"
-        assert serving.process.wait(10) == 0, serving.log.read_text()
-        assert time.monotonic() - asked < 8  # it waits for nothing that would last
-        assert len(busy) == 2
-    assert "Traceback" not in serving.log.read_text()
+        assert pause.result(LONG / 2).json()["state"] == "paused"
+        assert serving.process.wait(LONG / 2) == 0, serving.log.read_text()
+    said = serving.log.read_text()
+    assert "Traceback" not in said
+    assert "graceful shutdown exceeded" not in said  # it waits for nothing that would last
+
+
+def all_used(engine):
+    """Whether every key was shown."""
+    with Session(engine) as session:
+        return None not in session.scalars(select(ApiKey.last_used_at)).all()
 
 
 def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker, monkeypatch):
@@ -85,7 +113,7 @@ def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker,
 
     def slow(*arguments, **more):  # too late to grant nothing
         reached.set()
-        assert gone.wait(20)
+        assert gone.wait(LONG / 2)
         time.sleep(0.2)  # the server's loop hears of it
         return lease_of(*arguments, **more)
 
@@ -97,7 +125,7 @@ def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker,
     )
     with socket.create_connection(("127.0.0.1", httpx.URL(api.url).port)) as client:
         client.sendall(request.encode())
-        assert reached.wait(20)
+        assert reached.wait(LONG / 2)
     gone.set()
 
     def given_back():
