@@ -5,11 +5,14 @@ for as long as a minute, and Ray puts its own handler there, which exits by way 
 The wakeup file descriptor is written at once, whatever the main thread does.
 """
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
+
+import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -17,7 +20,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stop:
     """The first signal drains what can be drained; else, and the second time, the process ends.
 
-    Ray's processes die with this one (the kernel tells them), so ending at once leaves none behind.
+    Ray's processes die with this one (the kernel tells them), but for agents whose raylet died
+    while they started, which live on for a minute. So everything below this process is killed.
     """
 
     def __init__(self) -> None:
@@ -43,6 +47,7 @@ class Stop:
     def _hear(self, number: int) -> None:
         drain, self._drain = self._drain, None
         if drain is None:
+            _kill_everything_below()
             os._exit(128 + number)
         drain()
 
@@ -52,6 +57,21 @@ class Stop:
 
         for number in SIGNALS:
             signal.signal(number, heard)
+
+
+def _kill_everything_below() -> None:
+    """Stop each before it can start more, and then kill them all."""
+    stopped: set[psutil.Process] = set()
+    while found := set(psutil.Process().children(recursive=True)) - stopped:
+        _signal(found, signal.SIGSTOP)
+        stopped |= found
+    _signal(stopped, signal.SIGKILL)
+
+
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has ended
+            process.send_signal(number)
 
 
 def exit_unless_done(seconds: float, code: int) -> threading.Timer:

@@ -12,6 +12,8 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.orm import sessionmaker
 
+from tests.conftest import fresh_database, scratch, settings_below
+
 KEY_SCOPES = ["admin"]
 
 
@@ -47,7 +49,7 @@ class Processes:
 
     def start_api(self):
         self.api = self.start("api", "-m", "service.cli", "serve")
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             try:
                 if httpx.get(f"{self.url}/readyz").is_success:
@@ -61,6 +63,12 @@ class Processes:
             "fleet", "-m", "workers.fleet", "--url", self.url, "--cpus", "2",
             "--checkpoint-seconds", "0.4",
         )  # fmt: skip
+
+    def start_what_is_down(self):
+        if self.api is None or self.api.poll() is not None:
+            self.start_api()
+        if self.fleet is None or self.fleet.poll() is not None:
+            self.start_fleet()
 
     def log(self, name):
         return (self.folder / f"{name}.log").read_text()
@@ -88,20 +96,26 @@ def training_processes(fleet):
     return [p for p in children if "ray::run_lease" in " ".join(p.cmdline())]
 
 
-@pytest.fixture
-def processes(database_url, settings, tmp_path):
+@pytest.fixture(scope="module")
+def stack(postgres, tmp_path_factory):
+    """One for all tests of a module: each starts again what it kills."""
     from service import auth
 
-    engine = create_engine(database_url)
-    with sessionmaker(engine).begin() as session:
-        _, key = auth.create_key(session, "flow", KEY_SCOPES)
-    engine.dispose()
-    stack = Processes(database_url, settings, key, tmp_path)
-    stack.start_api()
-    stack.start_fleet()
+    with scratch() as home, fresh_database(postgres) as url:
+        engine = create_engine(url)
+        with sessionmaker(engine).begin() as session:
+            _, key = auth.create_key(session, "flow", KEY_SCOPES)
+        engine.dispose()
+        stack = Processes(url, settings_below(home), key, tmp_path_factory.mktemp("stack"))
+        yield stack
+        stack.stop()
+
+
+@pytest.fixture
+def processes(stack):
+    stack.start_what_is_down()
     yield stack
-    stack.stop()
-    check(database_url)
+    check(stack.database_url)
     for name in ("api", "fleet"):  # shown by pytest when the test failed
         sys.stderr.write(f"--- {name}.log\n{stack.log(name)[-4000:]}\n")
 
@@ -145,10 +159,10 @@ def small_study(study_spec, corpus):
         spec = {
             "data": {"source": str(corpus), "context": 64},
             "proxy": {"width": 32, "depth": 1, "head_dim": 16},
-            "target": {"width": 64, "train": {"num_tokens": 8 * 64 * 200}},
+            "target": {"width": 64, "train": {"num_tokens": 8 * 64 * 100}},
             "train": {
                 "batch_size": 8,
-                "num_tokens": 8 * 64 * 800,
+                "num_tokens": 8 * 64 * 500,
                 "evaluations": 4,
                 "eval_tokens": 2048,
             },
@@ -160,7 +174,7 @@ def small_study(study_spec, corpus):
     return make
 
 
-def wait_for(condition, seconds=60.0, every=0.05):
+def wait_for(condition, seconds=120.0, every=0.05):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := condition():

@@ -85,7 +85,7 @@ class FakeService:
         with self.changed:
             run.state = "cancelled"
 
-    def wait_for(self, done: Any, seconds: float = 30.0) -> None:
+    def wait_for(self, done: Any, seconds: float = 90.0) -> None:
         with self.changed:
             assert self.changed.wait_for(done, seconds), "did not happen"
 

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.ports import free_port
 
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 50}
+_LONG_SECONDS = 90.0  # a machine that is busy with something else
 
 
 @pytest.fixture
@@ -41,17 +42,17 @@ def test_a_run_whose_place_another_fleet_took_waits_for_its_turn_and_fails_nothi
     fleets = [start_fleet(url, "--ray-address", cluster, "--name", name) for name in "ab"]
     for fleet in fleets:
         fleet.wait_until_ready()
-    fake.wait_for(lambda: {"a", "b"} <= {request.worker for request in fake.requests})
+    asked = lambda: {"a", "b"} <= {request.worker for request in fake.requests}  # noqa: E731
+    fake.wait_for(asked, _LONG_SECONDS)
     with fake.changed:  # both fleets ask for the one CPU
         runs = [fake.offer(make_spec(**_LONG), lease_seconds=12.0) for _ in range(2)]
-    fake.wait_for(lambda: all(run.leased_at for run in runs))
-    fake.wait_for(lambda: any(run.finish for run in runs), seconds=60)
-    (waited,) = [run for run in runs if run.finish]
-    (trained,) = [run for run in runs if not run.finish]
-    assert (waited.finish.outcome, waited.failures) == ("released", 0)
-    assert not waited.curve
-    fake.wait_for(lambda: trained.curve, seconds=60)
+    fake.wait_for(lambda: any(run.finish for run in runs), _LONG_SECONDS)
+    fake.wait_for(lambda: any(run.curve for run in runs), _LONG_SECONDS)
+    (trained,) = [run for run in runs if run.curve]
+    (waited,) = [run for run in runs if run is not trained]
+    fake.wait_for(lambda: waited.finish, _LONG_SECONDS)
+    assert (waited.finish.outcome, waited.failures, waited.curve) == ("released", 0, [])
     fake.cancel(trained)
-    fake.wait_for(lambda: waited.curve, seconds=60)
-    assert (waited.failures, trained.attempt) == (0, 1)
+    fake.wait_for(lambda: waited.curve, _LONG_SECONDS)
+    assert (waited.failures, trained.failures) == (0, 0)
     fake.cancel(waited)
