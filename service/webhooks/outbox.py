@@ -65,7 +65,10 @@ class Outbox:
     async def deliver(self, http: httpx.AsyncClient) -> int:
         """Try what is due, a few at once; how many there were."""
         claimed = await run_in_threadpool(self._claim)
-        await asyncio.gather(*(self._try(http, one) for one in claimed))
+        tries = (self._try(http, one) for one in claimed)
+        for failure in await asyncio.gather(*tries, return_exceptions=True):
+            if failure is not None:  # after the others: each of them is another's
+                raise failure
         return len(claimed)
 
     def _claim(self) -> list[store.Claimed]:
@@ -77,19 +80,27 @@ class Outbox:
             return store.claim(session, _AT_ONCE)
 
     async def _try(self, http: httpx.AsyncClient, one: store.Claimed) -> None:
-        error = await send(
-            http,
-            one.url,
-            secret=one.secret,
-            message_id=one.message_id,
-            body=encoded(one.body),
-            allow_private=self._allow_private,
-        )
+        error = await self._send(http, one)
         outcome = await run_in_threadpool(self._settle, one, error)
         metrics.count_delivery(outcome)
         fields = {"webhook": one.webhook_id, "delivery": one.message_id, "attempt": one.attempts}
         level = logging.INFO if error is None else logging.WARNING
         _log.log(level, "webhook", extra=fields | {"outcome": outcome, "error": error})
+
+    async def _send(self, http: httpx.AsyncClient, one: store.Claimed) -> str | None:
+        """None when it was taken, else why not; whatever goes wrong is an attempt's failure."""
+        try:
+            return await send(
+                http,
+                one.url,
+                secret=one.secret,
+                message_id=one.message_id,
+                body=encoded(one.body),
+                allow_private=self._allow_private,
+            )
+        except Exception as error:  # noqa: BLE001 - one message must not end all deliveries
+            _log.exception("a webhook that cannot be written", extra={"delivery": one.message_id})
+            return f"not written: {type(error).__name__}"
 
     def _settle(self, one: store.Claimed, error: str | None) -> str:
         with self._sessions.begin() as session:

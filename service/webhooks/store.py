@@ -44,7 +44,27 @@ class Claimed:
     url: str
     secret: str = field(repr=False)
     attempts: int
-    body: dict[str, Any]
+    event: Event
+    study: str
+    project: str
+    run: Run | None
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The message: of facts that do not change, so that every attempt says the same."""
+        event, run = self.event, self.run
+        data: dict[str, Any] = {
+            "event_id": event.id,
+            "project": self.project,
+            "study_id": event.study_id,
+            "study": self.study,
+            "actor": event.actor,
+            **event.payload,
+        }
+        if run is not None:
+            data |= {"run_id": run.id, "attempt": event.attempt, "kind": run.kind}
+            data |= {"trial_number": run.trial_number, "arm": run.arm, "rung": run.rung}
+        return {"type": event.type, "timestamp": event.created_at.isoformat(), "data": data}
 
     @property
     def message_id(self) -> str:
@@ -112,8 +132,8 @@ def revive(session: Session, webhook_id: str) -> int:
 def claim(session: Session, limit: int) -> list[Claimed]:
     """Take deliveries that are due and that nobody else has.
 
-    An attempt is counted when it begins: what ends the process that tries it is tried no more
-    often than anything else.
+    An attempt is counted when it begins: what ends the process that tries it, or cannot be noted
+    afterwards, is tried no more often than anything else, and then given up.
     """
     due = (
         select(Delivery.event_id, Delivery.webhook_id)
@@ -125,9 +145,12 @@ def claim(session: Session, limit: int) -> list[Claimed]:
     keys = [tuple(row) for row in session.execute(due)]
     if not keys:
         return []
+    mine = update(Delivery).where(tuple_(Delivery.event_id, Delivery.webhook_id).in_(keys))
+    unheard = func.coalesce(Delivery.error, "how its attempts went could not be noted")
+    dead = {"state": "dead", "ended_at": func.now(), "error": unheard}
+    session.execute(mine.where(Delivery.attempts >= MAX_ATTEMPTS).values(**dead))
     claimed = (
-        update(Delivery)
-        .where(tuple_(Delivery.event_id, Delivery.webhook_id).in_(keys))
+        mine.where(Delivery.state == "waiting")
         .values(
             attempts=Delivery.attempts + 1, next_at=func.now() + timedelta(seconds=CLAIM_SECONDS)
         )
@@ -150,26 +173,13 @@ def claim(session: Session, limit: int) -> list[Claimed]:
             url=webhook.url,
             secret=webhook.secret,
             attempts=attempts,
-            body=_body(event, study, project, run),
+            event=event,
+            study=study,
+            project=project,
+            run=run,
         )
         for attempts, event, webhook, study, project, run in session.execute(query)
     ]
-
-
-def _body(event: Event, study: str, project: str, run: Run | None) -> dict[str, Any]:
-    """The message: of facts that do not change, so that every attempt says the same."""
-    data: dict[str, Any] = {
-        "event_id": event.id,
-        "project": project,
-        "study_id": event.study_id,
-        "study": study,
-        "actor": event.actor,
-        **event.payload,
-    }
-    if run is not None:
-        data |= {"run_id": run.id, "attempt": event.attempt, "kind": run.kind}
-        data |= {"trial_number": run.trial_number, "arm": run.arm, "rung": run.rung}
-    return {"type": event.type, "timestamp": event.created_at.isoformat(), "data": data}
 
 
 def settle(session: Session, one: Claimed, error: str | None) -> str:

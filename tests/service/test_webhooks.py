@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -265,26 +266,83 @@ def test_whatever_goes_wrong_on_the_way_is_that_delivery_s_failure(receiver, mon
 
 def test_the_outbox_goes_on_after_any_exception(sessions, receiver, monkeypatch, caplog):
     """Control: `deliver` itself raises."""
-    own, healthy = outbox.Outbox(sessions, allow_private=True), outbox.send
-    outbox_of(sessions, 1, receiver.url)
+    own, healthy = outbox.Outbox(sessions, allow_private=True), store.settle
+    webhook_id = outbox_of(sessions, 1, receiver.url)
 
-    async def broken(*_, **__):
-        monkeypatch.setattr(outbox, "send", healthy)
+    def broken(*_):
+        monkeypatch.setattr(store, "settle", healthy)
         raise KeyError("unforeseen")
 
     async def until_delivered():
-        monkeypatch.setattr(outbox, "send", broken)
+        monkeypatch.setattr(store, "settle", broken)
         with pytest.raises(KeyError):
             async with sending.client() as http:
                 await own.deliver(http)
-        monkeypatch.setattr(outbox, "send", broken)
+        monkeypatch.setattr(store, "settle", broken)
         async with own.emptied(Wakeups(sessions.kw["bind"].url)):
-            await asyncio.to_thread(receiver.wait, 1)
+            await asyncio.to_thread(eventually, standing_of(sessions, webhook_id), (0, 1, 0))
 
     monkeypatch.setattr(outbox, "_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(store, "CLAIM_SECONDS", 0.0)
     asyncio.run(until_delivered())
     assert "webhooks wait" in caplog.text
+
+
+def standing_of(sessions, webhook_id):
+    def counts():
+        view = standing(sessions, webhook_id)
+        return view.waiting, view.delivered, view.dead
+
+    return counts
+
+
+def deliver_to_the_end(sessions):
+    """More rounds than there may be attempts."""
+    own = outbox.Outbox(sessions, allow_private=True)
+
+    async def rounds():
+        async with sending.client() as http:
+            for _ in range(20):
+                with suppress(KeyError):
+                    await own.deliver(http)
+
+    asyncio.run(rounds())
+
+
+@pytest.mark.parametrize("broken", ["message", "note"])
+def test_what_fails_outside_of_sending_is_an_attempt_and_comes_to_an_end(
+    sessions, receiver, monkeypatch, soon, broken
+):
+    """And holds up nothing that is sent beside it."""
+    monkeypatch.setattr(store, "MAX_ATTEMPTS", 3)
+    monkeypatch.setattr(store, "CLAIM_SECONDS", 0.0)
+    webhook_id = outbox_of(sessions, 3, receiver.url)
+    with sessions() as session:
+        bad = session.scalar(select(func.min(Delivery.event_id)))
+
+    def fails_for_one(healthy, event_of):
+        def call(*arguments):
+            if event_of(*arguments) == bad:
+                raise KeyError("unforeseen")
+            return healthy(*arguments)
+
+        return call
+
+    if broken == "message":
+        found = fails_for_one(outbox.encoded, lambda body: body["data"]["event_id"])
+        monkeypatch.setattr(outbox, "encoded", found)
+    else:
+        found = fails_for_one(store.settle, lambda _, one, __: one.event_id)
+        monkeypatch.setattr(store, "settle", found)
+    deliver_to_the_end(sessions)
+    view = standing(sessions, webhook_id)
+    assert (view.waiting, view.delivered, view.dead) == (0, 2, 1)
+    assert len([i for i in receiver.ids() if f"_{bad}_" in i]) == (0 if broken == "message" else 3)
+    assert view.last_error == (
+        "not written: KeyError"
+        if broken == "message"
+        else "how its attempts went could not be noted"
+    )
 
 
 def send(url, *, allow_private=False, **more):
