@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from service.invariants import curves, files, leases, lifecycles, trials
+from service.invariants import curves, files, leases, lifecycles, specs, trials
 from service.invariants.rules import Violation
 
 _RULES = (*lifecycles.RULES, *leases.RULES, *trials.RULES)
@@ -15,7 +15,10 @@ _RULES = (*lifecycles.RULES, *leases.RULES, *trials.RULES)
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """`pending` is what the next lease request will mend; a database at rest has none."""
+    """`pending` is what the next lease request will mend, here or at a replica of a newer version.
+
+    A database at rest has none.
+    """
 
     violations: tuple[Violation, ...]
     pending: tuple[Violation, ...]
@@ -37,6 +40,7 @@ def check(session: Session, *, at_rest: bool = False, with_files: bool = False) 
     was superseded since may be gone, so this is for when nothing trains.
     """
     found = [(rule.at_rest, one) for rule in _RULES for one in rule.violations(session)]
+    found += [(True, one) for one in specs.violations(session)]
     violations = [one for is_pending, one in found if at_rest or not is_pending]
     violations += curves.violations(session)
     violations += files.violations(session) if with_files else ()

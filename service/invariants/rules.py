@@ -18,6 +18,7 @@ Invariant = Literal[
     "optuna-agrees",
     "files-whole",
     "lifecycle-kept",
+    "specs-read",
 ]
 
 

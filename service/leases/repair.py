@@ -11,6 +11,7 @@ from service.events import record
 from service.lifecycle import FINAL_RUN_STATES
 from service.runs.store import end_attempt, tell_end
 from service.studies.advance import advance, locked
+from service.studies.specs import UnreadableSpecError, note_left
 from service.tables import Run, Study
 
 _TOLD_AT_ONCE = 100
@@ -62,8 +63,11 @@ def expire(sessions: sessionmaker[Session], presence: Presence) -> None:
         presence.made_good()
         late = _late_studies(sessions)
     for study_id in late:
-        with sessions.begin() as session:
-            _expire_in(session, study_id)
+        try:
+            with sessions.begin() as session:
+                _expire_in(session, study_id)
+        except UnreadableSpecError as error:
+            note_left(study_id, error.detail)
 
 
 def _late_studies(sessions: sessionmaker[Session]) -> list[str]:

@@ -6,8 +6,9 @@ requests cannot wait for each other.
 
 import logging
 from collections.abc import Generator, Iterable
+from typing import get_args
 
-from sqlalchemy import ColumnElement, func, select, true
+from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.datastructures import State
 
@@ -17,7 +18,7 @@ from service.leases import trials
 from service.leases.bids import Bid, allot
 from service.leases.grants import clock, lease_of, leased, take
 from service.leases.repair import LATE, UNTOLD, Presence, expire, tell_finished
-from service.protocol import Lease
+from service.protocol import Lease, RunKind
 from service.sampler import Sampler
 from service.settings import Settings
 from service.studies.store import find_id
@@ -141,10 +142,10 @@ def _grant_waiting(
     free, now = bid.free, clock(session)
     for lease in before:
         free = free.less(lease.resources)
-    kinds = bid.request.kinds
+    kinds = bid.request.kinds or get_args(RunKind)
     query = (
         _WAITING.where(Run.cpus <= free.cpus, Run.gpus <= free.gpus, bid.within)
-        .where(true() if kinds is None else Run.kind.in_(kinds), Run.id.not_in(unreadable))
+        .where(Run.kind.in_(kinds), Run.id.not_in(unreadable))
         .order_by(Run.created_at, Run.id)
         .limit(bid.wanted - len(before))
         .with_for_update(of=Run, skip_locked=True)
@@ -154,7 +155,7 @@ def _grant_waiting(
         try:
             needs = StudyResources.model_validate(study.spec["resources"]).of(run.kind)
             RunSpec.model_validate(run.spec)
-        except ValueError:
+        except (KeyError, ValueError):
             _log.exception("a run that cannot be read is left", extra={"run": run.id})
             unreadable.append(run.id)
             continue

@@ -24,8 +24,8 @@ from service.protocol import Lease
 from service.sampler import TRANSIENT, Sampler, Suggestion
 from service.settings import Settings
 from service.studies.advance import end, lock, new_run
-from service.studies.specs import parsed
-from service.studies.study_spec import StudyResources, StudySpec
+from service.studies.specs import UnreadableSpecError, note_left, parsed
+from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
 from warmcore.spec import derived_seed
 
@@ -46,17 +46,15 @@ class StudyFaultError(Exception):
 def openings(session: Session, within: ColumnElement[bool]) -> dict[str, Opening]:
     """Active studies with fewer live trials than `parallel` and fewer trials than their budget.
 
-    The oldest first.
-
-    Raises:
-        StudyFaultError: a spec that no check of today lets through.
+    The oldest first. What only another version can read is left to that.
     """
     found: dict[str, Opening] = {}
     for study, room in session.execute(_OPEN.where(within)):
         try:
-            needs = StudyResources.model_validate(study.spec["resources"]).trial
-        except ValueError as error:
-            raise StudyFaultError(study.id, error) from error
+            needs = parsed(study.spec).resources.trial
+        except UnreadableSpecError as error:
+            note_left(study.id, error.detail)
+            continue
         found[study.id] = Opening(study=study, room=room, needs=needs)
     return found
 
@@ -107,8 +105,8 @@ def start(
     Raises:
         StudyFaultError: this study's fault, which must not stop the others.
     """
+    spec = parsed(study.spec)
     try:
-        spec = parsed(study.spec)
         for _ in range(_DRAWS):
             bids = [bid for bid in bids if bid.wanted]
             with tracing.span("ask", study=study.id, trials=len(bids)):

@@ -8,8 +8,8 @@ from service.deps import DbSession
 from service.results import report, store
 from service.results.schemas import StudyResults
 from service.shield import NO_FRAMES
+from service.studies.specs import parsed
 from service.studies.store import find
-from service.studies.study_spec import StudySpec
 
 router = APIRouter(prefix="/studies", tags=["results"])
 
@@ -24,7 +24,7 @@ def read_results(caller: Reader, session: DbSession, study: str) -> StudyResults
 def read_report(caller: Reader, session: DbSession, study: str) -> StreamingResponse:
     """The same as one self-contained page with plots."""
     found = find(session, caller, study)
-    spec, trials = StudySpec.model_validate(found.spec), store.report_trials(session, found.id)
+    spec, trials = parsed(found.spec), store.report_trials(session, found.id)
     page = report.page(store.results(session, found), trials, spec)
     headers = {"Content-Security-Policy": NO_FRAMES}  # the rest stands in the page
     return StreamingResponse(page, media_type="text/html; charset=utf-8", headers=headers)

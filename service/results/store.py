@@ -26,6 +26,7 @@ from service.results.verdict import Pending, judge
 from service.results.words import why_no_target
 from service.studies.advance import base_of, best_growable, best_trial
 from service.studies.schemas import RunCounts
+from service.studies.specs import parsed
 from service.studies.study_spec import StudySpec
 from service.tables import Measurement, Run, Study
 from warmcore.flops import growth_factors
@@ -39,7 +40,7 @@ MAX_SHOWN_POINTS = 1000
 
 def results(session: Session, study: Study) -> StudyResults:
     """Everything that the study has found so far."""
-    spec = StudySpec.model_validate(study.spec)
+    spec = parsed(study.spec)
     best = _best(session, study.id)
     targets = _targets(session, study.id)
     trials = _trial_counts(session, study.id)

@@ -16,7 +16,7 @@ from service.caller import Caller
 from service.protocol import Decision, Measurement
 from service.runs import store
 from service.sampler import Sampler
-from service.studies.specs import parsed
+from service.studies.specs import UnreadableSpecError, parsed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,11 @@ def report(
 def _is_pruned(sampler: Sampler, heard: Heard) -> bool:
     if heard.judged_by is None or heard.trial_number is None:
         return False
-    return sampler.prunes(heard.optuna_name, parsed(heard.judged_by), heard.trial_number)
+    try:
+        spec = parsed(heard.judged_by)
+    except UnreadableSpecError:
+        return False  # another version's pruner may say so at a later report
+    return sampler.prunes(heard.optuna_name, spec, heard.trial_number)
 
 
 def hear(

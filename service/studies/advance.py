@@ -10,7 +10,7 @@ from service import tracing
 from service.events import record
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
-from service.studies.specs import parsed
+from service.studies.specs import UnreadableSpecError, parsed
 from service.studies.study_spec import StudySpec, TargetSpec, WarmstartSpec
 from service.tables import Checkpoint, Run, Study
 from warmcore.flops import flops_per_token, num_steps, num_tokens
@@ -37,14 +37,17 @@ def advance(session: Session, study: Study) -> None:
     """Enqueue what follows, or end the study; nothing while trials remain. `study` is locked.
 
     A fault in this must not undo the end of the run that led here: it fails the study.
+
+    Raises:
+        UnreadableSpecError: 503, the end is for a replica of the version that knows what follows.
     """
     if _trials_remain(session, study):
         return
     try:
         with tracing.span("advance", study=study.id), session.begin_nested():
             _advance(session, study)
-    except OperationalError:
-        raise  # the database went away: nothing is done, and it is tried again
+    except (OperationalError, UnreadableSpecError):
+        raise  # the database went away, or so: nothing is done, and it is tried again
     except Exception as error:  # noqa: BLE001 - whatever it is, the run's end must stand
         _log.exception("cannot move on", extra={"study": study.id})
         end(session, study, "failed", f"cannot move on: {type(error).__name__}: {error}")

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from service.errors import bad_field
 from service.events import record
 from service.studies.advance import lock, new_run
-from service.studies.study_spec import StudySpec
+from service.studies.specs import parsed
 from service.tables import Checkpoint, Run, Study
 from warmcore.branching import branch_of, branch_steps
 from warmcore.spec import CheckpointRef, RunSpec
@@ -61,7 +61,7 @@ def _branch(study: Study, trunk: Run, checkpoint: Checkpoint, number: int) -> Ru
     spec = RunSpec.model_validate(trunk.spec)
     ref = CheckpointRef(uri=checkpoint.uri, hash=checkpoint.hash)
     branch = branch_of(spec, spec.branches[number - 1], ref)
-    run = new_run(study, StudySpec.model_validate(study.spec), branch, trunk.params)
+    run = new_run(study, parsed(study.spec), branch, trunk.params)
     run.kind, run.launch, run.rung, run.arm = "target", trunk.launch, trunk.rung, trunk.arm
     run.cpus, run.gpus, run.base_hash = trunk.cpus, trunk.gpus, trunk.base_hash
     run.base_checkpoint_id, run.trunk_id, run.branch = checkpoint.id, trunk.id, number

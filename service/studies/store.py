@@ -17,6 +17,7 @@ from service.studies.advance import best_trial, cancel_runs, lock
 from service.studies.schemas import BestTrial, RunCounts, StudyPage, StudyView
 from service.studies.sharing import check_batches
 from service.studies.space import FieldError, contains, reason
+from service.studies.specs import parsed
 from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
 
@@ -63,7 +64,7 @@ def _lost_the_race(
 
 
 def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
-    before = StudySpec.model_validate(study.spec)
+    before = parsed(study.spec)
     if before.unpinned() != spec.unpinned():
         detail = (
             f"Idempotency-Key {idempotency_key!r} was used for study {study.name!r}, "
@@ -149,7 +150,7 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
 
 def view(session: Session, study: Study) -> StudyView:
     """The study as it is read: state, counts, best trial, progress, cost so far."""
-    spec = StudySpec.model_validate(study.spec)
+    spec = parsed(study.spec)
     counts = _counts(session, study.id)
     cost = session.scalar(select(func.sum(Run.cost_flops)).where(Run.study_id == study.id))
     return StudyView.model_validate(

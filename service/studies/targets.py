@@ -14,6 +14,7 @@ from service.studies.plan import Base, NewTarget, target_run, target_seeds
 from service.studies.schemas import ImportedBase, TargetRequest
 from service.studies.sharing import check_batches
 from service.studies.space import FieldError, reason
+from service.studies.specs import parsed
 from service.studies.study_spec import (
     StudySpec,
     WarmstartSpec,
@@ -77,7 +78,7 @@ def _launch(session: Session, study: Study, request: TargetRequest) -> list[Run]
         raise conflict(
             "wrong-state", f"study {study.name!r} is {study.state}; it starts no targets"
         )
-    spec = StudySpec.model_validate(study.spec)
+    spec = parsed(study.spec)
     warmstart = request.warmstart or spec.warmstart
     base_run, base = _base(session, study, request)
     try:

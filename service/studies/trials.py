@@ -11,6 +11,7 @@ from service.lifecycle import FINAL_STUDY_STATES
 from service.sampler import Sampler
 from service.studies.advance import lock
 from service.studies.schemas import Importance, TrialPage, TrialView
+from service.studies.specs import parsed
 from service.studies.store import parameters_fit
 from service.studies.study_spec import StudySpec
 from service.tables import Run, Study
@@ -24,7 +25,7 @@ def page(
 ) -> TrialPage:
     """Trials by number: those with a run, and those still waiting to be asked for."""
     after = -1 if cursor is None else decode_number(cursor)
-    spec = StudySpec.model_validate(study.spec)
+    spec = parsed(study.spec)
     # First those that wait: one that is started in between then has its run.
     waiting = sampler.waiting(study.optuna_name)
     trials = {n: _waiting(spec, n, params) for n, params in waiting.items() if n > after}
@@ -48,7 +49,7 @@ def enqueue(
             422 for parameters off the search space.
     """
     study = lock(session, study.id)
-    spec = StudySpec.model_validate(study.spec)
+    spec = parsed(study.spec)
     if key is not None and (before := sampler.enqueued(study.optuna_name, key)) is not None:
         number, given = before
         if given != params:
@@ -68,7 +69,7 @@ def enqueue(
 def _as_it_is(session: Session, study: Study, number: int, given: dict[str, Any]) -> TrialView:
     query = select(Run).where(Run.study_id == study.id, Run.trial_number == number)
     run = session.scalars(query).one_or_none()
-    spec = StudySpec.model_validate(study.spec)
+    spec = parsed(study.spec)
     return _waiting(spec, number, given) if run is None else _view(run)
 
 

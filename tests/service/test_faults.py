@@ -7,9 +7,11 @@ import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 
+from service import invariants
 from service.client import ServiceError
 from service.leases.repair import Presence
 from service.runs import store as runs
+from service.studies import advance
 from service.studies import store as studies
 from service.tables import Event, Run, Study
 from tests.by_hand import EVERYWHERE
@@ -18,15 +20,24 @@ ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
 
 def poison(api, study, **changes):
-    """A stored spec that no check of today lets through, as an older version may have left one."""
+    """A stored spec that this version cannot read, as a newer replica writes it."""
     with api.sessions.begin() as session:
         row = session.get(Study, study["id"])
         row.spec = row.spec | changes
 
 
-def test_a_study_that_cannot_start_a_trial_fails_alone_and_says_why(api, submit, worker):
+def test_a_study_that_cannot_start_a_trial_fails_alone_and_says_why(
+    api, submit, worker, monkeypatch
+):
     bad, good = submit(), submit()
-    poison(api, bad, search_space={"beta1": {"type": "float", "low": 2.0, "high": 3.0}})
+    draw = api.app.state.sampler.draw
+
+    def fails_for_one(name, *arguments):
+        if name == bad["name"]:
+            raise ValueError("no such point")
+        return draw(name, *arguments)
+
+    monkeypatch.setattr(api.app.state.sampler, "draw", fails_for_one)
     assert {lease.study_id for lease in worker.lease(2)} == {good["id"]}
     view = api.client.get("/v1/runs", study=bad["id"])
     assert view["items"] == []
@@ -35,16 +46,78 @@ def test_a_study_that_cannot_start_a_trial_fails_alone_and_says_why(api, submit,
         assert (row.state, "cannot start a trial" in row.reason) == ("failed", True)
 
 
-def test_a_fault_in_what_follows_a_run_keeps_the_run_and_fails_the_study(api, submit, worker):
+def test_a_fault_in_what_follows_a_run_keeps_the_run_and_fails_the_study(
+    api, submit, worker, monkeypatch
+):
     study = submit(hpo=ONE)
     lease = worker.one()
-    poison(api, study, target={"width": 64, "train": {"cooldown_fraction": 7.0}})
-    assert worker.complete(lease) == "succeeded"
+    with monkeypatch.context() as patch:
+        patch.delattr(advance, "next_step")
+        assert worker.complete(lease) == "succeeded"
     with api.sessions() as session:
         row = session.get(Study, study["id"])
         assert (row.state, "cannot move on" in row.reason) == ("failed", True)
     submit()
     assert len(worker.lease(2)) == 2
+
+
+@pytest.mark.parametrize(
+    "newer",
+    [{"of_tomorrow": 1}, {"resources": {"trial": {"npus": 1}}}, {"search_space": {"lr": "learnt"}}],
+)
+def test_a_study_that_only_a_newer_version_can_read_is_left_to_it(
+    api, submit, worker, newer, caplog
+):
+    before = submit(hpo=ONE)
+    poison(api, before, **newer)
+    after = submit(hpo=ONE)
+    assert [lease.study_id for lease in worker.lease(2, wait_seconds=1)] == [after["id"]]
+    assert worker.lease(2) == ()
+    with api.sessions() as session:
+        assert session.get(Study, before["id"]).state == "active"
+        found = invariants.check(session)
+        at_rest = invariants.check(session, at_rest=True)
+    assert [(one.invariant, one.study_id) for one in found.pending] == [
+        ("specs-read", before["id"])
+    ]
+    assert found.violations == ()
+    assert "specs-read" in {one.invariant for one in at_rest.violations}
+    said = [r for r in caplog.records if "left to another version" in r.getMessage()]
+    assert [record.study for record in said] == [before["id"]]
+    with api.sessions.begin() as session:
+        row = session.get(Study, before["id"])
+        row.spec = before["spec"]
+    assert worker.one().study_id == before["id"]
+
+
+def test_the_last_end_of_a_study_of_a_newer_version_waits_for_it(api, submit, worker):
+    """Its worker hears a 503 and tries again; meanwhile its reports are taken."""
+    study = submit(hpo=ONE | {"pruner": "median"})
+    lease = worker.one()
+    poison(api, study, of_tomorrow=1)
+    assert worker.evaluate(lease, 1, 3.0) == "continue"
+    worker.publish(lease)
+    with pytest.raises(ServiceError) as refused:
+        worker.finish(lease)
+    assert (refused.value.status, refused.value.type) == (503, "urn:warmscale:needs-upgrade")
+    with api.sessions.begin() as session:
+        session.get(Study, study["id"]).spec = study["spec"]
+    assert worker.finish(lease) == "succeeded"
+    assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "active"
+
+
+@pytest.mark.tampers
+def test_a_late_lease_of_a_newer_version_s_study_holds_up_no_other(api, submit, worker):
+    newer = submit(hpo=ONE, max_attempts=1)
+    late = worker.one()
+    poison(api, newer, of_tomorrow=1)
+    with api.sessions.begin() as session:
+        session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 hour'")))
+    other = submit(hpo=ONE)
+    assert [lease.study_id for lease in worker.lease(2, wait_seconds=1)] == [other["id"]]
+    with api.sessions() as session:
+        assert session.get(Run, late.run_id).state == "leased"
+        assert session.get(Study, newer["id"]).state == "active"
 
 
 def test_what_was_granted_is_returned_though_the_next_ask_fails(api, submit, worker, monkeypatch):
@@ -211,7 +284,8 @@ def test_a_grid_trial_that_is_adopted_keeps_its_point(api, submit, worker):
     study = submit(search_space=space, hpo=ONE | {"trials": 3, "parallel": 3, "sampler": "grid"})
     storage = api.app.state.sampler.storage
     optuna.load_study(study_name=study["name"], storage=storage).ask()
-    assert sorted(lease.params["lr"] for lease in worker.lease(3)) == [0.001, 0.002, 0.004]
+    leases = [*worker.lease(3), *worker.lease(3)]  # what is adopted is answered first
+    assert sorted(lease.params["lr"] for lease in leases) == [0.001, 0.002, 0.004]
 
 
 def test_studies_are_found_by_id_before_name(api, submit):

@@ -1,0 +1,23 @@
+"""Specs: this version can read those of the studies that go on; others it leaves alone."""
+
+from collections.abc import Iterator
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.invariants.rules import Violation
+from service.lifecycle import FINAL_STUDY_STATES
+from service.studies.specs import UnreadableSpecError, parsed
+from service.tables import Study
+
+
+def violations(session: Session) -> Iterator[Violation]:
+    """Each study that goes on, but not by this version."""
+    query = select(Study.id, Study.spec).where(Study.state.not_in(FINAL_STUDY_STATES))
+    for study_id, spec in session.execute(query.order_by(Study.id)):
+        try:
+            parsed(spec)
+        except UnreadableSpecError as error:
+            yield Violation(
+                invariant="specs-read", study_id=study_id, run_id=None, seen=error.detail
+            )
