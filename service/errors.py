@@ -14,6 +14,7 @@ from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 
 from service import context, metrics
+from service.bodies import KeyTwiceError
 from service.protocol import REQUEST_ID_HEADER
 from service.shield import SAFE_HEADERS
 from service.studies.space import FieldError
@@ -21,6 +22,8 @@ from service.studies.space import FieldError
 _log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _LONGEST_VALUE = 200
+# Python 3.13 has other words for these; a type stays what it is.
+_KINDS = {413: "request-entity-too-large", 414: "request-uri-too-long"}
 _READ_ONLY = "25006"  # a standby, in the middle of a failover
 _UNDEFINED = ("42P01", "42703")  # a table, a column
 
@@ -88,6 +91,10 @@ def bad_field(path: str, value: object, message: str) -> Problem:
 def _unread(works: str) -> Problem:
     """415 for a body that is not looked into."""
     return Problem(415, "unsupported-media-type", f"the body was not read; {works}")
+
+
+def _words(status: HTTPStatus) -> str:
+    return status.phrase.lower().replace(" ", "-")
 
 
 class ProblemResponse(JSONResponse):
@@ -202,10 +209,15 @@ def install(app: FastAPI, *, away: tuple[type[Exception], ...]) -> None:
     def on_http(request: Request, error: HTTPException) -> JSONResponse:
         if error.status_code == HTTPStatus.BAD_REQUEST and "Content-Encoding" in request.headers:
             return _response(_unread("send it uncompressed, without `Content-Encoding`"))
-        kind = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
+        kind = _KINDS.get(error.status_code) or _words(HTTPStatus(error.status_code))
         return _response(
             Problem(error.status_code, kind, str(error.detail)), dict(error.headers or {})
         )
+
+    @app.exception_handler(KeyTwiceError)
+    def on_twice(_: Request, error: KeyTwiceError) -> JSONResponse:
+        message = "given twice in one object; give it once"
+        return _response(bad_field(error.key, _short(error.values), message))
 
     app.add_exception_handler(Exception, _on_bug)
     _install_database(app, away)

@@ -5,12 +5,13 @@ import asyncio
 from fastapi import APIRouter, Request
 
 from service.auth import Fleet
+from service.bodies import Route
 from service.caller import Caller
 from service.errors import may_answer
 from service.leases.desk import give_back_to
 from service.protocol import Lease, LeaseReply, LeaseRequest
 
-router = APIRouter(tags=["leases"])
+router = APIRouter(tags=["leases"], route_class=Route)
 
 
 @router.post("/leases", responses=may_answer(404, "There is no such study."))

@@ -4,6 +4,7 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, StreamingResponse
 
 from service.auth import Reader
+from service.bodies import Route
 from service.deps import DbSession
 from service.results import report, store
 from service.results.schemas import StudyResults
@@ -11,7 +12,7 @@ from service.shield import NO_FRAMES
 from service.studies.specs import parsed
 from service.studies.store import find
 
-router = APIRouter(prefix="/studies", tags=["results"])
+router = APIRouter(prefix="/studies", tags=["results"], route_class=Route)
 
 
 @router.get("/{study}/results")

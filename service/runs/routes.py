@@ -7,6 +7,7 @@ from starlette.concurrency import run_in_threadpool
 
 from service import sse
 from service.auth import Fleet, Reader
+from service.bodies import Route
 from service.deps import DbSession, TheSettings, UnitOfWork
 from service.errors import may_answer
 from service.leases.grants import artifact_uri
@@ -29,7 +30,7 @@ from service.studies import branches
 from service.studies import store as studies
 from service.tables import Run, Study
 
-router = APIRouter(prefix="/runs", tags=["runs"])
+router = APIRouter(prefix="/runs", tags=["runs"], route_class=Route)
 Token = Annotated[str, Header(alias=LEASE_TOKEN_HEADER)]
 
 # What is called most comes first: routes are tried in their order.

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Header, Query, Request
 
 from service import places, sse
 from service.auth import Reader, Writer
+from service.bodies import Route
 from service.deps import DbSession, TheSampler, TheSettings
 from service.errors import bad_field, may_answer
 from service.protocol import IDEMPOTENCY_HEADER
@@ -25,7 +26,7 @@ from service.studies.space import FieldError
 from service.studies.study_spec import StudySpec
 from warmcore.spec import DataError
 
-router = APIRouter(prefix="/studies", tags=["studies"])
+router = APIRouter(prefix="/studies", tags=["studies"], route_class=Route)
 Key = Annotated[str | None, Header(alias=IDEMPOTENCY_HEADER, max_length=200)]
 
 

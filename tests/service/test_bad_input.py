@@ -405,3 +405,67 @@ def test_a_tokenizer_of_no_user_is_refused_by_its_field(api, study_spec):
     response = send(api, "POST", "/v1/studies", spec)
     assert response.status_code == 422, response.text
     assert response.json()["errors"][0]["path"] == "data.tokenizer"
+
+
+TWICE = b'[{"deep": {"lr": 1, "seed": 2, "lr": 3}}]'
+
+
+def test_a_key_given_twice_is_refused_by_its_name_on_every_call(api):
+    """Parsers differ in which they take: two readers of one spec would train two things."""
+    document, asked = httpx.get(f"{api.url}/openapi.json").json(), 0
+    for path, methods in document["paths"].items():
+        for method in (m for m, call in methods.items() if "requestBody" in call):
+            response = send(api, method.upper(), path, TWICE)
+            assert response.status_code == 422, (path, response.text)
+            (field,) = response.json()["errors"]
+            assert (field["path"], field["value"]) == ("lr", [1, 3])
+            asked += 1
+    assert asked >= 7
+
+
+def test_nothing_is_stored_of_a_body_with_a_key_twice(api, study_spec):
+    before = api.client.get("/v1/studies")
+    text = json.dumps(study_spec()).replace('{"name": ', '{"name": "first", "name": ', 1)
+    assert json.loads(text)  # Python takes the last
+    assert send(api, "POST", "/v1/studies", text).json()["errors"][0]["path"] == "name"
+    assert api.client.get("/v1/studies") == before
+
+
+def test_of_two_hundred_parameters_that_are_none_the_first_is_named_with_those_that_work(
+    api, study_spec
+):
+    space = lr() | {f"parameter_{i}": lr()["lr"] for i in range(200)}
+    response = send(api, "POST", "/v1/studies", study_spec(search_space=space))
+    (field,) = response.json()["errors"]
+    assert (response.status_code, field["path"]) == (422, "search_space.parameter_0")
+    assert "weight_decay" in field["message"]
+    assert len(response.content) < 10_000
+
+
+@pytest.mark.parametrize("name", ["LR", "Lr", "lR", "lr ", "\u217cr"])
+def test_a_parameter_in_another_case_is_another_and_refused(api, study_spec, name):
+    space = lr() | {name: lr()["lr"]}
+    response = send(api, "POST", "/v1/studies", study_spec(search_space=space))
+    assert response.status_code == 422
+    assert [error["path"] for error in response.json()["errors"]] == [f"search_space.{name}"]
+
+
+def test_names_of_studies_are_told_apart_by_case(api, study_spec):
+    made = [api.client.post("/v1/studies", study_spec(name=name)) for name in ("Case", "case")]
+    assert [api.client.get(f"/v1/studies/{s['name']}")["id"] for s in made] == [
+        s["id"] for s in made
+    ]
+
+
+def test_a_body_of_the_limit_is_a_study_and_one_of_ten_megabytes_says_what_the_limit_is(
+    api, study_spec
+):
+    most = api.app.state.settings.max_body_bytes
+    large = send(api, "POST", "/v1/studies", b" " * 10_000_000)
+    assert (large.status_code, large.json()["type"]) == (
+        413,
+        "urn:warmscale:request-entity-too-large",
+    )
+    assert f"at most {most} bytes (WARMSCALE_MAX_BODY_BYTES)" in large.json()["detail"]
+    fits = json.dumps(study_spec()).encode().ljust(most)
+    assert send(api, "POST", "/v1/studies", fits).status_code == 201

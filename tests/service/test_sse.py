@@ -223,3 +223,38 @@ def test_a_stream_goes_on_at_another_replica(api, submit, settings, database_url
     with serving(other, database_url) as replica, following(replica, study, last) as lines:
         say(api, study, "test.done")
         assert field(lines, "event") == "test.done"
+
+
+@pytest.mark.tampers
+def test_ten_thousand_events_are_replayed_once_in_order_by_reads_of_a_bounded_size(
+    api, submit, monkeypatch
+):
+    study, read, sizes = submit(), sse._read, []
+    statement = text(
+        "INSERT INTO warmscale.events (study_id, type, payload)"
+        " SELECT :study, 'test.old', '{}' FROM generate_series(1, 10000)"
+    )
+    with api.engine.begin() as connection:
+        connection.execute(statement, {"study": study["id"]})
+    api.client.post(f"/v1/studies/{study['id']}/cancel")
+
+    def counted(*arguments):
+        batch = read(*arguments)
+        sizes.append(len(batch.rows))
+        return batch
+
+    monkeypatch.setattr(sse, "_read", counted)
+    monkeypatch.setattr(sse, "_SPACING_SECONDS", 0.0)
+    with following(api, study) as lines:
+        seen = [line.partition(": ")[2] for line in lines if line.startswith("id: ")]
+    assert seen == [f"{xid}-{id_}" for xid, id_ in in_order(api, study)]
+    assert len(seen) > 10_000
+    assert max(sizes) <= 500
+    with following(api, study, seen[-2]) as lines:
+        assert field(lines, "id") == seen[-1]
+
+
+def in_order(api, study):
+    with api.sessions() as session:
+        query = select(Event.xid, Event.id).where(Event.study_id == study["id"])
+        return [tuple(row) for row in session.execute(query.order_by(Event.xid, Event.id))]
