@@ -163,6 +163,10 @@ class MovedOnError(Exception):
     """The study is no more as it was when the drafts were drawn."""
 
 
+class WentBackError(MovedOnError):
+    """It has fewer trials than it had: the database has gone back in time, so forget the study."""
+
+
 def write(session: Session, drawn: Drawn) -> datetime:
     """Start the drafts' trials in this transaction, which has locked Optuna's study for it.
 
@@ -170,6 +174,7 @@ def write(session: Session, drawn: Drawn) -> datetime:
 
     Raises:
         MovedOnError: roll back, and draw again.
+        WentBackError: the same, after forgetting what is known of the study.
     """
     at = {"study": drawn.study_id, "now": datetime.now(UTC).replace(tzinfo=None)}
     popped = [d.trial_id for d in drawn.drafts if d.trial_id is not None]
@@ -182,7 +187,8 @@ def write(session: Session, drawn: Drawn) -> datetime:
     }
     started = session.execute(_START, rows).all()
     if len(started) < len(drawn.drafts):
-        raise MovedOnError
+        there = session.execute(_COUNT, {"study": drawn.study_id}).scalar_one()
+        raise WentBackError if there < drawn.trials_before else MovedOnError
     ids = {row.number: row.trial_id for row in started}
     set_ = [
         (ids[d.number], k, json.dumps(v)) for d in drawn.drafts for k, v in d.attributes.items()
@@ -199,6 +205,7 @@ def _columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str,
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 
+_COUNT = text("SELECT count(*) FROM optuna.trials WHERE study_id = :study")
 # Parameters in order: Optuna gives them in the order of their ids.
 _START = text("""
 WITH same AS (

@@ -23,6 +23,9 @@ class History:
         self._newest = -1
         self._unfinished: set[int] = set()
 
+    def __len__(self) -> int:
+        return len(self._trials)
+
     def read(self, connection: Connection) -> dict[int, FrozenTrial]:
         """Every trial by its id, in the order of their numbers.
 

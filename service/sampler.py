@@ -1,4 +1,4 @@
-"""Optuna, behind one small face: only here, in drafts.py, history.py and tpe.py.
+"""Optuna, behind one small face: only here, in drafts.py, history.py, known.py and tpe.py.
 
 Optuna owns sampled parameters and trial values. A sampler is made anew for every ask, seeded by
 (study seed, trials so far): replicas and restarts then never repeat each other's draws. Grid and
@@ -50,7 +50,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from service.db import each_alone, engine_options
 from service.drafts import DraftStorage, Drawn
-from service.history import History
+from service.known import KnownStudies
 from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
 from service.studies.study_spec import StudySpec
 from service.tpe import Memory, RememberingTPESampler
@@ -113,15 +113,11 @@ class Sampler:
         )
         self._rdb, self.engine = rdb, rdb.engine
         self._statements = each_alone(rdb.engine)
-        self.storage: BaseStorage = optuna.storages.get_storage(
-            rdb
-        )  # adds a cache of finished trials
+        self.storage: BaseStorage = optuna.storages.get_storage(rdb)  # of studies, not of trials
         self._turns = BoundedSemaphore(pool_size)
         self._gp: ProcessPoolExecutor | None = None
-        self._drawing = (
-            Lock()
-        )  # of what is known of studies; drawing is one core's work in any case
-        self._studies: dict[str, tuple[History, Memory]] = {}
+        self._known = KnownStudies(rdb)
+        self._drawing = Lock()  # of histories and memories; it is one core's work in any case
 
     def close(self) -> None:
         """End the connections, and the helper process of GP if there is one."""
@@ -147,31 +143,26 @@ class Sampler:
     def draw_here(self, study: str, spec: StudySpec, count: int) -> Drawn:
         """Draw in this process, whichever the sampler is."""
         with self._drawing:
-            history, memory = self._known(study)
+            known = self._known.of(study)
             with self._statements.connect() as connection:
-                drafts = DraftStorage(self.storage, history.study_id, history.read(connection))
+                found = known.history.read(connection)
+            drafts = DraftStorage(self.storage, known.history.study_id, found)
             for _ in range(count):
                 handle = optuna.Study(
                     study,
                     cast("BaseStorage", drafts),
-                    _make_sampler(spec, drafts.num_trials, memory),
+                    _make_sampler(spec, drafts.num_trials, known.memory),
                     make_pruner(spec),
                 )
                 _suggest_all(handle.ask(), spec)
             return drafts.drawn()
-
-    def _known(self, study: str) -> tuple[History, Memory]:
-        if study not in self._studies:
-            history = History(self.storage.get_study_id_from_name(study))
-            self._studies[study] = history, Memory()
-        return self._studies[study]
 
     def forget(self, study: str) -> None:
         """Read a study anew at its next draw: the database may have gone back in time.
 
         So it is when a standby is promoted that lacked the last commits.
         """
-        self._studies.pop(study, None)
+        self._known.forget(study)
 
     def _draw_elsewhere(self, study: str, spec: StudySpec, count: int) -> Drawn:
         """Optuna's GP needs torch, which this process must not load: a helper process draws."""
@@ -191,6 +182,7 @@ class Sampler:
     def adopt(self, study: str, spec: StudySpec, number: int) -> Suggestion:
         """Take over a trial that was asked for but never got its run; draw what is missing."""
         handle, trial_id = self._load(study), self._trial_id(study, number)
+        handle.get_trials(deepcopy=False)  # Optuna's cache writes to no trial that it has not read
         handle.sampler = RandomSampler(seed=derived_seed(spec.hpo.seed, "adopt", number) % 2**32)
         if spec.hpo.sampler == "grid":  # its point, and no other
             handle.sampler = _make_sampler(spec, number, Memory())
@@ -241,7 +233,7 @@ class Sampler:
         """Share of each parameter in the variance of the loss among the best trials (PED-ANOVA)."""
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         with self._drawing, self.engine.connect() as connection:
-            history, _ = self._known(study)
+            history = self._known.of(study).history
             found = history.read(connection)
             read = DraftStorage(self.storage, history.study_id, found)
         handle = optuna.Study(study, cast("BaseStorage", read))
@@ -263,8 +255,9 @@ class Sampler:
             return None
 
     def _load(self, study: str) -> optuna.Study:
+        storage = self._known.of(study).storage
         return optuna.load_study(
-            study_name=study, storage=self.storage, sampler=RandomSampler(), pruner=NopPruner()
+            study_name=study, storage=storage, sampler=RandomSampler(), pruner=NopPruner()
         )
 
     def _waiting(self, study: str) -> dict[int, dict[str, Any]]:

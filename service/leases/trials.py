@@ -6,7 +6,7 @@ with their parameters, the runs, the leases and the events, if the study is stil
 
 import logging
 from collections.abc import Generator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from sqlalchemy import ColumnElement, Integer, any_, bindparam, case, func, select, text
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import tracing
 from service.caller import Caller
-from service.drafts import Drawn, MovedOnError, write
+from service.drafts import Drawn, MovedOnError, WentBackError, write
 from service.events import NewEvent, event, record_all
 from service.leases.bids import Bid, Opening
 from service.leases.grants import clock, lease_of, leased, take
@@ -114,7 +114,7 @@ def start(
             leases: list[tuple[Bid, Lease]] = []
             if drawn is None:
                 return True
-            with suppress(MovedOnError), sessions.begin() as session:
+            with suppress(MovedOnError), _forgetting(sampler, study), sessions.begin() as session:
                 leases, bids = _start(
                     session, sampler, settings, study, spec=spec, drawn=drawn, bids=bids
                 )
@@ -135,6 +135,16 @@ def start(
     if bids:
         sampler.forget(study.optuna_name)
     return not bids
+
+
+@contextmanager
+def _forgetting(sampler: Sampler, study: Study) -> Generator[None]:
+    """Forget what is known of a study that went back in time while inside."""
+    try:
+        yield
+    except WentBackError:
+        sampler.forget(study.optuna_name)
+        raise
 
 
 def _code(error: OperationalError) -> str | None:
@@ -165,7 +175,7 @@ def _start(
     try:
         suggestions = [sampler.adopt(study.optuna_name, spec, number) for number in lost]
     except KeyError as error:  # Optuna has it no more: a standby without it was promoted
-        raise MovedOnError from error
+        raise WentBackError from error
     if suggestions:
         now = clock(session)
     else:

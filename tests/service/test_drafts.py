@@ -120,7 +120,7 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
     study_id = sampler.storage.get_study_id_from_name(study.name)
     ours = sampler.storage.get_all_trials(study_id)
     with sampler.engine.connect() as connection:
-        assert [*sampler._known(study.name)[0].read(connection).values()] == ours
+        assert [*sampler._known.of(study.name).history.read(connection).values()] == ours
         assert [*History(study_id).read(connection).values()] == ours
     for mine, other in zip(ours, theirs.study.trials, strict=True):
         assert list(mine.params.items()) == list(other.params.items())

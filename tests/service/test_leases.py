@@ -252,10 +252,14 @@ def test_a_trial_whose_run_was_never_written_is_adopted(api, submit, worker, stu
 
 def test_a_trial_killed_before_its_parameters_were_drawn_is_adopted_whole(api, submit, worker):
     import optuna
+    from optuna.storages import RDBStorage
+
+    from service.db import optuna_url
 
     study = submit()
-    storage = api.app.state.sampler.storage
+    storage = RDBStorage(optuna_url(api.engine.url), skip_table_creation=True)  # another process's
     optuna.load_study(study_name=study["name"], storage=storage).ask()
+    storage.engine.dispose()
     assert set(worker.one().params) == {"lr"}
 
 

@@ -1,0 +1,64 @@
+"""What this process knows of studies: the least recently used are forgotten first.
+
+A study of 10 000 trials is about 40 MB here, and as much again where a pruner reads it. A study
+that has ended is asked for no more, so it goes as others come.
+"""
+
+from collections import OrderedDict
+from threading import Lock
+
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+
+from service.history import History
+from service.tpe import Memory
+
+_STUDIES = 64
+_TRIALS = 100_000
+
+
+class Known:
+    """Of one study: its trials, what TPE has worked out of them, and Optuna's cache of them."""
+
+    def __init__(self, rdb: RDBStorage, study: str) -> None:
+        self.history = History(rdb.get_study_id_from_name(study))
+        self.memory = Memory()
+        self.storage: BaseStorage = get_storage(rdb)  # caches finished trials, for ever
+
+    @property
+    def num_trials(self) -> int:
+        """How many are held in memory."""
+        return len(self.history)
+
+
+class KnownStudies:
+    """By name. Safe to share between threads; who uses one keeps it though it is forgotten."""
+
+    def __init__(self, rdb: RDBStorage) -> None:
+        self._rdb, self._lock = rdb, Lock()
+        self._studies: OrderedDict[str, Known] = OrderedDict()
+
+    def of(self, study: str) -> Known:
+        """What is known of this study; at first nothing."""
+        with self._lock:
+            known = self._studies.get(study)
+        known = known or Known(self._rdb, study)  # asks the database: not under the lock
+        with self._lock:
+            known = self._studies.setdefault(study, known)
+            self._studies.move_to_end(study)
+            self._shrink()
+        return known
+
+    def forget(self, study: str) -> None:
+        """Know nothing of this study."""
+        with self._lock:
+            self._studies.pop(study, None)
+
+    def __len__(self) -> int:
+        return len(self._studies)
+
+    def _shrink(self) -> None:
+        """The newest always stays, however large it is."""
+        num_trials = sum(known.num_trials for known in self._studies.values())
+        while len(self._studies) > 1 and (len(self._studies) > _STUDIES or num_trials > _TRIALS):
+            _, oldest = self._studies.popitem(last=False)
+            num_trials -= oldest.num_trials
