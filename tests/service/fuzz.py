@@ -38,7 +38,16 @@ def statuses(log):
 
 
 def table(statuses):
-    """A line for each call: how many were sent, and what they had for an answer."""
+    """A line for each call: how many were sent, and what they had for an answer; then the sum."""
     for call, counts in sorted(statuses.items()):
         answers = " ".join(f"{status}:{n}" for status, n in sorted(counts.items(), key=str))
         yield f"{counts.total():7d}  {call:50s} {answers}"
+    everything = sum(statuses.values(), collections.Counter())
+    said = f"in all, to {len(statuses)} calls; {faults(statuses)} with 5xx or without an answer"
+    yield f"{everything.total():7d}  {said}"
+
+
+def faults(statuses):
+    """How many were answered with 5xx, or not at all."""
+    found = (item for counts in statuses.values() for item in counts.items())
+    return sum(n for status, n in found if status is None or status >= 500)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -27,7 +28,22 @@ def cluster(monkeypatch, tmp_path):
         ray = subprocess.Popen(
             [*start, *options], stdout=log, stderr=log, start_new_session=True, env=os.environ
         )
-    yield address
+    try:
+        _wait_until_started(tmp_path / "ray.log")
+        yield address
+    finally:
+        _end(ray)
+
+
+def _wait_until_started(log):
+    """A fleet that comes before its Ray gives up."""
+    deadline = time.monotonic() + _LONG_SECONDS
+    while "Ray runtime started" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+def _end(ray):
     ray.terminate()  # `--block` ends the cluster with itself
     with contextlib.suppress(subprocess.TimeoutExpired):
         ray.wait(20)
