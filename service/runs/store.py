@@ -2,7 +2,7 @@
 
 from datetime import timedelta
 
-from sqlalchemy import ColumnElement, func, select, tuple_, update
+from sqlalchemy import ColumnElement, Text, and_, bindparam, func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from service.caller import Caller
@@ -26,6 +26,17 @@ from service.tables import Measurement as MeasurementRow
 from service.tells import end_of, tell
 
 _KEPT_CHECKPOINTS = 2
+# Made once: to make them takes as long as to have them answered.
+_ITS_STUDY = select(Run.study_id).where(Run.id == bindparam("run")).scalar_subquery()
+_PROJECT = bindparam("project", type_=Text())
+_WITHIN = or_(_PROJECT.is_(None), Study.project == _PROJECT)  # no other project's is waited for
+_LOCKED_STUDY = locked(and_(Study.id == _ITS_STUDY, _WITHIN))
+_LOCKED_RUN = (
+    select(Run)
+    .where(Run.id == bindparam("run"))
+    .with_for_update()
+    .execution_options(populate_existing=True)
+)
 
 
 def get(session: Session, caller: Caller, run_id: str) -> Run:
@@ -202,8 +213,7 @@ def finish(session: Session, caller: Caller, run_id: str, token: str, finish: Fi
     if finish.outcome == "succeeded" and finish.val_loss_nats is None:
         raise bad_field("val_loss_nats", None, "a succeeded run has a final validation loss")
     study = _locked_study(session, caller, run_id)
-    query = select(Run).where(Run.id == run_id).with_for_update()
-    run = session.scalars(query.execution_options(populate_existing=True)).one()
+    run = session.scalars(_LOCKED_RUN, {"run": run_id}).one()
     if run.lease_token != token or run.state != "leased":
         ended = _ended(run, token)
         if ended is None:
@@ -226,8 +236,8 @@ def finish(session: Session, caller: Caller, run_id: str, token: str, finish: Fi
 
 
 def _locked_study(session: Session, caller: Caller, run_id: str) -> Study:
-    its = select(Run.study_id).where(Run.id == run_id, caller.runs)
-    study = session.scalars(locked(Study.id == its.scalar_subquery())).one_or_none()
+    whose = {"run": run_id, "project": caller.project}
+    study = session.scalars(_LOCKED_STUDY, whose).one_or_none()
     if study is None:
         raise not_found("run", run_id)
     return study

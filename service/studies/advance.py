@@ -2,7 +2,7 @@
 
 import logging
 
-from sqlalchemy import ColumnElement, Select, func, select, update
+from sqlalchemy import ColumnElement, Select, bindparam, func, select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
@@ -17,6 +17,7 @@ from warmcore.flops import flops_per_token, num_steps, num_tokens
 from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
 
 _log = logging.getLogger(__name__)
+_HIGHEST = select(func.max(Run.trial_number)).where(Run.study_id == bindparam("study"))
 
 
 def lock(session: Session, study_id: str) -> Study:
@@ -78,7 +79,7 @@ def _trials_remain(session: Session, study: Study) -> bool:
 
     Numbers are of one trial each, so there are no more trials than the highest plus one.
     """
-    highest = session.scalar(select(func.max(Run.trial_number)).where(Run.study_id == study.id))
+    highest = session.scalar(_HIGHEST, {"study": study.id})
     return highest is None or highest + 1 < study.spec["hpo"]["trials"]
 
 
