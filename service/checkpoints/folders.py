@@ -1,12 +1,18 @@
 """What lies below an artifact root: ROOT/STUDY/RUN/attempt-NNN/FOLDER/…, and its deletion."""
 
+import errno
+import os
+import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from warmcore import places
+from warmcore.file_facts import MANIFEST
 
 
 class ElsewhereError(Exception):
@@ -81,11 +87,40 @@ def delete(uri: str, root: str) -> None:
     """Delete a folder below `root`; one that is gone is deleted.
 
     Raises:
-        ElsewhereError: a link leads out of the root.
+        ElsewhereError: a link leads to another place.
     """
     path, base = places.local_path(uri), places.local_path(root)
-    if path is not None and base is not None:
-        straight = base.resolve() / path.relative_to(base)
-        if path.resolve() != straight:
-            raise ElsewhereError(f"{uri} leads to {path.resolve()}, outside of {root}")
-    places.delete(uri)
+    if path is None or base is None:
+        places.delete(uri)
+        return
+    try:
+        with suppress(FileNotFoundError), ExitStack() as opened:
+            _delete(opened, base, path.relative_to(base).parts)
+    except OSError as error:
+        if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+            raise
+        raise ElsewhereError(
+            f"{uri} leads to another place, by a link below {root}, or is no folder"
+        ) from None
+
+
+def _delete(opened: ExitStack, root: Path, names: Sequence[str]) -> None:
+    """Delete a folder from root to leaf by open folders, each of them no link.
+
+    Who can write in the store may put a link in a folder's place at any moment: a path that was
+    checked is another by the time that it is used.
+    """
+
+    def enter(name: Path | str, flags: int, within: int | None) -> int:
+        folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | flags, dir_fd=within)
+        opened.callback(os.close, folder)
+        return folder
+
+    assert shutil.rmtree.avoids_symlink_attacks
+    folder = above = enter(root, 0, None)
+    for name in names:
+        folder, above = enter(name, os.O_NOFOLLOW, folder), folder
+    # First the manifest: what a crash leaves half-deleted is no checkpoint any more.
+    with suppress(FileNotFoundError):
+        os.unlink(MANIFEST, dir_fd=folder)
+    shutil.rmtree(names[-1], dir_fd=above)

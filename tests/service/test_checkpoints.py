@@ -209,6 +209,31 @@ def test_nothing_outside_the_root_is_touched(study, gc, settings, tmp_path, api)
                         {"u": outside, "was": uris[2]})  # fmt: skip
 
 
+def test_a_link_that_is_put_in_a_folder_s_place_on_the_way_leads_nowhere(tmp_path, monkeypatch):
+    """Whoever can write in the store may do so between any two steps: here after the first."""
+    root, victim = tmp_path / "store", tmp_path / "mine"
+    uri = (root / "st_1" / "run_1" / "attempt-001" / "step-00000020").as_uri()
+    write(uri)
+    write((victim / "step-00000020").as_uri())
+    attempt, moved = root / "st_1" / "run_1" / "attempt-001", tmp_path / "moved"
+
+    def then_swaps(step):
+        def call(path, **more):
+            step(path, **more)
+            if not moved.exists():
+                attempt.rename(moved)
+                attempt.symlink_to(victim)
+
+        return call
+
+    for name in ("unlink", "remove"):
+        monkeypatch.setattr(os, name, then_swaps(getattr(os, name)))
+    folders.delete(uri, root.as_uri())
+    assert moved.exists()
+    assert there((victim / "step-00000020").as_uri())
+    assert not (moved / "step-00000020").exists()
+
+
 def test_an_older_root_is_collected_too(study, gc, settings, api):
     name, uris = study()
     collect(api.sessions, name, "memory://elsewhere", ALL)
