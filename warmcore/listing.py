@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from warmcore import hub
+from warmcore.patterns import matching
 
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
@@ -95,10 +96,10 @@ def _paths(source: str) -> Iterator[Path]:
         yield path
     elif glob.has_magic(source):
         _check_pattern(source)
-        matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - absolute patterns, too
+        matches = list(matching(path))
         if not matches:
             raise ValueError(f"source {source} matches no files in {Path.cwd()}")
-        yield from map(Path, matches)
+        yield from matches
     else:
         raise ValueError(
             f"source {source} does not exist; give 'stdlib', a file, a folder, a glob or hf:NAME"

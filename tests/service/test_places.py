@@ -9,6 +9,7 @@ from service.client import ServiceError
 from service.errors import Problem
 from service.places import check_base, check_data, check_published
 from service.settings import Settings
+from warmcore import patterns
 from warmcore.data_spec import DataSpec
 
 
@@ -205,3 +206,18 @@ def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path)
             with pytest.raises(Problem) as refusal:
                 check_base(session, everybody("a"), settings, bad)
             assert refusal.value.errors[0].path == "base.uri", bad
+
+
+def test_a_pattern_that_leads_through_too_many_folders_is_refused_by_field_and_value(
+    api, study_spec, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(patterns, "_MOST_LOOKS", 3)
+    for i in range(4):
+        (tmp_path / f"{i}").mkdir()
+    source = f"{tmp_path}/*/*.txt"
+    with pytest.raises(ServiceError) as refused:
+        api.client.post("/v1/studies", study_spec(data={"source": source, "context": 32}))
+    assert refused.value.status == 422
+    assert "data.source" in str(refused.value)
+    assert source in str(refused.value)
+    assert "fewer" in str(refused.value)

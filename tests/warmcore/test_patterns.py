@@ -1,0 +1,89 @@
+"""Patterns find what `glob` finds, each file once, and come to an end."""
+
+import glob
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from warmcore import patterns
+from warmcore.listing import list_files
+from warmcore.patterns import matching
+
+names = st.sampled_from(["a", "b.txt", ".c", "ab"])
+trees = st.lists(st.lists(names, min_size=1, max_size=3).map("/".join), max_size=8)
+parts = st.sampled_from(["*", "?", "a*", ".*", "[ab]*", "*.txt", "a"])
+
+
+@st.composite
+def a_pattern(draw):
+    found = draw(st.lists(parts, min_size=1, max_size=3))
+    if draw(st.booleans()):
+        found.insert(draw(st.integers(0, len(found))), "**")
+    return "/".join(found) if glob.has_magic("/".join(found)) else "*"
+
+
+@settings(max_examples=200)
+@given(trees, a_pattern())
+def test_the_files_found_are_those_that_glob_finds(tmp_path_factory, tree, pattern):
+    root = tmp_path_factory.mktemp("tree")
+    for path in tree:
+        (root / path).mkdir(parents=True, exist_ok=True)
+        (root / path / "text.txt").touch()
+    expected = {Path(p) for p in glob.glob(f"{root}/{pattern}", recursive=True)}  # noqa: PTH207
+    found = list(matching(root / pattern))
+    assert {p for p in found if p.is_file()} == {p for p in expected if p.is_file()}
+    assert len(found) == len(set(found))
+    shutil.rmtree(root)
+
+
+@pytest.fixture
+def looped(tmp_path):
+    """A file two folders down; links at every level that lead to all that are above."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "one.txt").write_text("text\n")
+    for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b"):
+        for i in range(4):
+            (folder / f"up{i}").symlink_to(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("pattern", ["*/*/*", "*/*/*.txt", "**/*.txt", "a/*/*", "**"])
+def test_a_file_is_found_once_however_many_links_lead_back_to_its_parents(looped, pattern):
+    (found,) = list_files(f"{looped}/{pattern}")
+    assert found.path == looped / "a" / "b" / "one.txt"
+
+
+def test_links_round_about_end(tmp_path, monkeypatch):
+    """Two folders that lead to each other, of which neither is in the other."""
+    for here, there in (("a", "b"), ("b", "a")):
+        (tmp_path / here).mkdir()
+        (tmp_path / here / "one.txt").write_text(here)
+        (tmp_path / here / "over").symlink_to(tmp_path / there)
+    monkeypatch.setattr(patterns, "_MOST_LOOKS", 30)
+    assert len(list_files(f"{tmp_path}/*/*/*.txt")) == 2
+    with pytest.raises(ValueError, match="matches no files"):
+        list_files(f"{tmp_path}/{'*/' * 40}*.txt")
+
+
+def test_a_link_that_leads_elsewhere_is_followed(tmp_path):
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / "one.txt").write_text("text\n")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "away")
+    (found,) = list_files(f"{tmp_path}/in/*/*.txt")
+    assert found.path == tmp_path / "in" / "link" / "one.txt"
+
+
+def test_a_walk_that_doubles_at_every_level_is_refused_by_its_pattern(tmp_path, monkeypatch):
+    for i in range(20):
+        (tmp_path / f"{i}").mkdir()
+        for side in "lr":
+            (tmp_path / f"{i}" / side).symlink_to(tmp_path / f"{i + 1}")
+    monkeypatch.setattr(patterns, "_MOST_LOOKS", 1000)
+    pattern = f"{tmp_path}/0/{'*/' * 18}*"
+    with pytest.raises(ValueError, match="more than 1000 folders; a folder, or a pattern") as error:
+        list_files(pattern)
+    assert pattern in str(error.value)
