@@ -40,3 +40,6 @@ def before_call(context, case, kwargs):
 def after_call(context, case, response):
     if case.operation.label == "POST /v1/leases" and response.status_code == 200:
         _leases.update((lease["run_id"], lease) for lease in response.json()["leases"])
+    is_write = case.method == "POST" and "{run_id}" in case.path
+    if is_write and (response.status_code == 409 or case.path.endswith("/finish")):
+        _leases.pop(case.path_parameters["run_id"], None)  # it has ended: what comes takes another
