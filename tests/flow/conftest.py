@@ -162,7 +162,7 @@ def small_study(study_spec, corpus):
             "target": {"width": 64, "train": {"num_tokens": 8 * 64 * 100}},
             "train": {
                 "batch_size": 8,
-                "num_tokens": 8 * 64 * 500,
+                "num_tokens": 8 * 64 * 800,
                 "evaluations": 4,
                 "eval_tokens": 2048,
             },
