@@ -1,10 +1,12 @@
 """Bad input: refused at submission, naming the field, the value and what would work."""
 
 import json
+import threading
 
 import httpx
 import pytest
 
+from service import bodies
 from service.client import ServiceError
 
 
@@ -429,6 +431,21 @@ def test_nothing_is_stored_of_a_body_with_a_key_twice(api, study_spec):
     assert json.loads(text)  # Python takes the last
     assert send(api, "POST", "/v1/studies", text).json()["errors"][0]["path"] == "name"
     assert api.client.get("/v1/studies") == before
+
+
+def test_a_long_body_is_read_beside_the_loop_that_serves_the_others(api, study_spec, monkeypatch):
+    threads, parsed = [], bodies._parsed
+
+    def seen(body):
+        threads.append(threading.current_thread())
+        return parsed(body)
+
+    monkeypatch.setattr(bodies, "_parsed", seen)
+    short = json.dumps(study_spec(colour="red"))
+    for text in (short, short + " " * 2**17):
+        assert send(api, "POST", "/v1/studies", text).status_code == 422
+    assert threads[0] is not threads[1]
+    assert "worker" in threads[1].name
 
 
 def test_of_two_hundred_parameters_that_are_none_the_first_is_named_with_those_that_work(
