@@ -226,7 +226,7 @@ def test_a_fleet_that_lost_its_ray_is_started_again_and_the_study_completes(
 ):
     one = up("--cpus", "1")
     client = connect(one.ready())
-    name = submit_one_trial(client, study_spec, num_steps=1500)
+    name = submit_one_trial(client, study_spec, num_steps=5000)
     wait_for_run(client, name, lambda run: run["step"] >= 100)
     (raylet,) = [p for p in one.family() if p.name() == "raylet"]
     raylet.kill()
