@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks.throughput import machine
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -21,3 +25,12 @@ def test_both_sides_of_the_service_benchmark_go_through_their_cycles(tmp_path):
     calls = {name: len(times) for name, times in row["theirs"]["calls"].items()}
     assert calls == {"ask": 4, "trial.report": 12, "tell": 4}
     assert "| 20 | 2 | none |" in done.stdout
+
+
+@pytest.mark.parametrize("gone", [FileNotFoundError, ProcessLookupError])
+def test_cpu_time_is_told_though_a_process_ends_while_it_is_read(monkeypatch, gone):
+    def read(_):
+        raise gone
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert machine.cpu_seconds([1]) == 0

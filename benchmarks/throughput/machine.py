@@ -74,7 +74,7 @@ def _times(pid: int, *, waited: bool) -> float:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it ended before or while it was read
         return 0.0
     own = sum(int(ticks) for ticks in fields[11 : 15 if waited else 13]) / _TICKS
     return own + sum(_times(int(child), waited=waited) for child in children)
