@@ -1,8 +1,6 @@
-"""Optuna, behind one small face: only here, in drafts.py, history.py, known.py and tpe.py.
+"""Optuna, behind one small face; the import contracts name the few files that see it.
 
-Optuna owns sampled parameters and trial values. A sampler is made anew for every ask, seeded by
-(study seed, trials so far): replicas and restarts then never repeat each other's draws. Grid and
-QMC need one seed for a whole study, and keep their place in the storage.
+Optuna owns sampled parameters and trial values.
 """
 
 import functools
@@ -20,28 +18,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import optuna
 import optuna_dashboard
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.exceptions import StorageInternalError
-from optuna.pruners import (
-    BasePruner,
-    HyperbandPruner,
-    MedianPruner,
-    NopPruner,
-    SuccessiveHalvingPruner,
-)
-from optuna.samplers import (
-    BaseSampler,
-    CmaEsSampler,
-    GPSampler,
-    GridSampler,
-    QMCSampler,
-    RandomSampler,
-)
+from optuna.pruners import NopPruner
+from optuna.samplers import RandomSampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import Trial
 from sqlalchemy import make_url, text
@@ -51,9 +30,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from service.db import each_alone, engine_options
 from service.drafts import DraftStorage, Drawn
 from service.known import KnownStudies
-from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
+from service.optuna_terms import make_pruner, make_sampler, suggest_all
 from service.studies.study_spec import StudySpec
-from service.tpe import Memory, RememberingTPESampler
+from service.tpe import Memory
 from warmcore.spec import derived_seed
 
 P = ParamSpec("P")
@@ -151,10 +130,10 @@ class Sampler:
                 handle = optuna.Study(
                     study,
                     cast("BaseStorage", drafts),
-                    _make_sampler(spec, drafts.num_trials, known.memory),
+                    make_sampler(spec, drafts.num_trials, known.memory),
                     make_pruner(spec),
                 )
-                _suggest_all(handle.ask(), spec)
+                suggest_all(handle.ask(), spec)
             return drafts.drawn()
 
     def forget(self, study: str) -> None:
@@ -185,10 +164,10 @@ class Sampler:
         handle.get_trials(deepcopy=False)  # Optuna's cache writes to no trial that it has not read
         handle.sampler = RandomSampler(seed=derived_seed(spec.hpo.seed, "adopt", number) % 2**32)
         if spec.hpo.sampler == "grid":  # its point, and no other
-            handle.sampler = _make_sampler(spec, number, Memory())
+            handle.sampler = make_sampler(spec, number, Memory())
             handle.sampler.before_trial(handle, self.storage.get_trial(trial_id))
         trial = Trial(handle, trial_id)
-        return Suggestion(number=number, params=_suggest_all(trial, spec))
+        return Suggestion(number=number, params=suggest_all(trial, spec))
 
     @_in_turn
     def waiting(self, study: str) -> dict[int, dict[str, Any]]:
@@ -293,68 +272,3 @@ def _draw_in_helper(url: str, study: str, spec_json: str, count: int) -> Drawn:
         return sampler.draw_here(study, StudySpec.model_validate_json(spec_json), count)
     finally:
         sampler.close()
-
-
-def distribution(dimension: Dimension) -> BaseDistribution:
-    """Optuna's word for a dimension."""
-    if isinstance(dimension, CategoricalDimension):
-        return CategoricalDistribution(dimension.choices)
-    if isinstance(dimension, FloatDimension):
-        return FloatDistribution(
-            dimension.low, dimension.high, log=dimension.log, step=dimension.step
-        )
-    return IntDistribution(
-        dimension.low, dimension.high, log=dimension.log, step=dimension.step or 1
-    )
-
-
-def _suggest_all(trial: Trial, spec: StudySpec) -> dict[str, Any]:
-    return {name: _suggest(trial, name, dim) for name, dim in spec.search_space.items()}
-
-
-def _suggest(trial: Trial, name: str, dimension: Dimension) -> Any:
-    if isinstance(dimension, CategoricalDimension):
-        return trial.suggest_categorical(name, dimension.choices)
-    if isinstance(dimension, FloatDimension):
-        low, high = dimension.low, dimension.high
-        return trial.suggest_float(name, low, high, log=dimension.log, step=dimension.step)
-    step = dimension.step or 1
-    return trial.suggest_int(name, dimension.low, dimension.high, log=dimension.log, step=step)
-
-
-def _make_sampler(spec: StudySpec, trials_so_far: int, memory: Memory) -> BaseSampler:
-    seed = spec.hpo.seed % 2**32
-    draw = derived_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
-    match spec.hpo.sampler:
-        case "random":
-            return RandomSampler(seed=draw)
-        case "tpe":
-            startup = min(10, max(1, spec.hpo.trials // 3))
-            return RememberingTPESampler(
-                memory, n_startup_trials=startup, constant_liar=True, seed=draw
-            )
-        case "cmaes":
-            return CmaEsSampler(seed=draw, warn_independent_sampling=False)
-        case "gp":
-            startup = min(10, max(1, spec.hpo.trials // 3))
-            return GPSampler(n_startup_trials=startup, seed=draw)
-        case "qmc":
-            return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
-        case "grid":
-            points = {name: list(grid_points(dim)) for name, dim in spec.search_space.items()}
-            return GridSampler(points, seed=seed)
-
-
-def make_pruner(spec: StudySpec) -> BasePruner:
-    """The pruner of a study; its resource is the number of the evaluation."""
-    evaluations = spec.train.evaluations
-    match spec.hpo.pruner:
-        case "none":
-            return NopPruner()
-        case "median":
-            startup = min(5, max(1, spec.hpo.trials // 4))
-            return MedianPruner(n_startup_trials=startup, n_warmup_steps=2)
-        case "successive_halving":
-            return SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-        case "hyperband":
-            return HyperbandPruner(min_resource=1, max_resource=evaluations, reduction_factor=3)

@@ -12,7 +12,8 @@ from sqlalchemy.orm import Session
 from service.db import optuna_url
 from service.drafts import MovedOnError, write
 from service.history import History
-from service.sampler import Sampler, distribution, make_pruner
+from service.optuna_terms import distribution, make_pruner
+from service.sampler import Sampler
 from service.studies.space import grid_points
 from service.studies.study_spec import StudySpec
 from tests.by_hand import ask, evaluate, tell

@@ -1,0 +1,103 @@
+"""A study's spec in Optuna's terms: parameters, sampler, pruner.
+
+A sampler is made anew for every draw, seeded by (study seed, trials so far): replicas and restarts
+then never repeat each other's draws. Grid and QMC need one seed for a whole study, and keep their
+place in the storage.
+"""
+
+from typing import Any
+
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.pruners import (
+    BasePruner,
+    HyperbandPruner,
+    MedianPruner,
+    NopPruner,
+    SuccessiveHalvingPruner,
+)
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    GPSampler,
+    GridSampler,
+    QMCSampler,
+    RandomSampler,
+)
+from optuna.trial import Trial
+
+from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
+from service.studies.study_spec import StudySpec
+from service.tpe import Memory, RememberingTPESampler
+from warmcore.spec import derived_seed
+
+
+def distribution(dimension: Dimension) -> BaseDistribution:
+    """Optuna's word for a dimension."""
+    if isinstance(dimension, CategoricalDimension):
+        return CategoricalDistribution(dimension.choices)
+    if isinstance(dimension, FloatDimension):
+        return FloatDistribution(
+            dimension.low, dimension.high, log=dimension.log, step=dimension.step
+        )
+    return IntDistribution(
+        dimension.low, dimension.high, log=dimension.log, step=dimension.step or 1
+    )
+
+
+def suggest_all(trial: Trial, spec: StudySpec) -> dict[str, Any]:
+    """Every parameter of the search space, in its order."""
+    return {name: _suggest(trial, name, dim) for name, dim in spec.search_space.items()}
+
+
+def _suggest(trial: Trial, name: str, dimension: Dimension) -> Any:
+    if isinstance(dimension, CategoricalDimension):
+        return trial.suggest_categorical(name, dimension.choices)
+    if isinstance(dimension, FloatDimension):
+        low, high = dimension.low, dimension.high
+        return trial.suggest_float(name, low, high, log=dimension.log, step=dimension.step)
+    step = dimension.step or 1
+    return trial.suggest_int(name, dimension.low, dimension.high, log=dimension.log, step=step)
+
+
+def make_sampler(spec: StudySpec, trials_so_far: int, memory: Memory) -> BaseSampler:
+    """The sampler of a study for its next draw."""
+    seed = spec.hpo.seed % 2**32
+    draw = derived_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
+    match spec.hpo.sampler:
+        case "random":
+            return RandomSampler(seed=draw)
+        case "tpe":
+            startup = min(10, max(1, spec.hpo.trials // 3))
+            return RememberingTPESampler(
+                memory, n_startup_trials=startup, constant_liar=True, seed=draw
+            )
+        case "cmaes":
+            return CmaEsSampler(seed=draw, warn_independent_sampling=False)
+        case "gp":
+            startup = min(10, max(1, spec.hpo.trials // 3))
+            return GPSampler(n_startup_trials=startup, seed=draw)
+        case "qmc":
+            return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
+        case "grid":
+            points = {name: list(grid_points(dim)) for name, dim in spec.search_space.items()}
+            return GridSampler(points, seed=seed)
+
+
+def make_pruner(spec: StudySpec) -> BasePruner:
+    """The pruner of a study; its resource is the number of the evaluation."""
+    evaluations = spec.train.evaluations
+    match spec.hpo.pruner:
+        case "none":
+            return NopPruner()
+        case "median":
+            startup = min(5, max(1, spec.hpo.trials // 4))
+            return MedianPruner(n_startup_trials=startup, n_warmup_steps=2)
+        case "successive_halving":
+            return SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+        case "hyperband":
+            return HyperbandPruner(min_resource=1, max_resource=evaluations, reduction_factor=3)
