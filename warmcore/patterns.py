@@ -36,7 +36,10 @@ def matching(pattern: Path) -> Iterator[Path]:
     start = Path(*parts[:first])
     *above, last = (*parts[first:], "*") if parts[-1] == "**" else parts[first:]
     walk = _Walk(pattern)
-    folders = [_Folder(path=start, via=(start.resolve(),))]
+    try:
+        folders = [_Folder(path=start, via=(start.resolve(),))]
+    except (OSError, RuntimeError):  # a link to itself; which of the two is Python's version's
+        return
     for part in above:
         step = walk.all_below(folders) if part == "**" else walk.named(folders, part)
         folders = list(step)

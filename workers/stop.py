@@ -47,8 +47,10 @@ class Stop:
     def _hear(self, number: int) -> None:
         drain, self._drain = self._drain, None
         if drain is None:
-            _kill_everything_below()
-            os._exit(128 + number)
+            try:
+                _kill_everything_below()
+            finally:
+                os._exit(128 + number)
         drain()
 
     def _install(self) -> None:

@@ -96,11 +96,15 @@ class Desk:
     def _take_back(self, place: _Place) -> None:
         """Queue again what was answered in the very moment that the client left."""
         answer = place.answer
-        if not answer.done() or answer.cancelled() or answer.exception() or not answer.result():
-            return
-        giving = asyncio.create_task(give_back_to(self._state, place.bid.caller, answer.result()))
-        self._givings.add(giving)
-        giving.add_done_callback(self._givings.discard)
+        if answer.done() and not answer.cancelled() and not answer.exception():
+            self._give_back(place.bid.caller, answer.result())
+
+    def _give_back(self, caller: Caller, leases: tuple[Lease, ...]) -> None:
+        """Beside the rounds: who waits for an answer does not wait for this."""
+        if leases:
+            giving = asyncio.create_task(give_back_to(self._state, caller, leases))
+            self._givings.add(giving)
+            giving.add_done_callback(self._givings.discard)
 
     async def _serve(self) -> None:
         # What a round mends is no doing of the request that happened to start it.
@@ -118,7 +122,7 @@ class Desk:
         served = [place for place in line if not place.answer.done()]
         due = 0.0 if self._state.drain.begun else await self._served(served)
         for place in served:
-            await self._answer(place)
+            self._answer(place)
         return _LOOK_SECONDS if due is None else min(due + _MARGIN_SECONDS, _LOOK_SECONDS)
 
     async def _served(self, places: list[_Place]) -> float | None:
@@ -128,7 +132,7 @@ class Desk:
             async for due in iterate_in_threadpool(store.serve(self._state, bids)):  # noqa: B007 - the last
                 for place in places:
                     if place.bid.granted:
-                        await self._answer(place)
+                        self._answer(place)
             return due  # noqa: TRY300 - what fails in the loop is what is caught
         except Exception as error:  # noqa: BLE001 - each that was not served is told
             if len(bids) == 1 or isinstance(error, TRANSIENT):
@@ -139,13 +143,12 @@ class Desk:
             await self._served([place])
         return None
 
-    async def _answer(self, place: _Place) -> None:
+    def _answer(self, place: _Place) -> None:
         """Answer who was granted something, or is not to wait; it is granted no more."""
         bid, answer = place.bid, place.answer
         leases, bid.granted = tuple(bid.granted), []
         if answer.done():  # it left while it was served
-            if leases:
-                await give_back_to(self._state, bid.caller, leases)
+            self._give_back(bid.caller, leases)
         elif leases:
             answer.set_result(leases)
         elif bid.error:

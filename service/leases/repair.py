@@ -55,19 +55,25 @@ class Presence:
             self._owes = False
 
 
-def expire(sessions: sessionmaker[Session], presence: Presence) -> None:
-    """Take back the runs whose lease has run out, one study and one transaction at a time."""
+def expire(sessions: sessionmaker[Session], presence: Presence) -> frozenset[str]:
+    """Take back the runs whose lease has run out, one study and one transaction at a time.
+
+    Returns the studies whose leases are left to a replica of another version.
+    """
     late = _late_studies(sessions)  # first: while the database is away nothing is served
     if not presence.seen():
         _give_time_again(sessions, presence.lease_seconds)
         presence.made_good()
         late = _late_studies(sessions)
+    left: set[str] = set()
     for study_id in late:
         try:
             with sessions.begin() as session:
                 _expire_in(session, study_id)
         except UnreadableSpecError as error:
             note_left(study_id, error.detail)
+            left.add(study_id)
+    return frozenset(left)
 
 
 def _late_studies(sessions: sessionmaker[Session]) -> list[str]:

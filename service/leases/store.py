@@ -4,7 +4,6 @@ Locks are taken in one order, the study's row before a run's, or skipped when he
 requests cannot wait for each other.
 """
 
-import logging
 from collections.abc import Generator, Iterable
 from typing import get_args
 
@@ -21,12 +20,12 @@ from service.leases.repair import LATE, UNTOLD, Presence, expire, tell_finished
 from service.protocol import Lease, RunKind
 from service.sampler import Sampler
 from service.settings import Settings
+from service.studies.specs import note_left
 from service.studies.store import find_id
 from service.studies.study_spec import StudyResources
 from service.tables import Run, Study
 from warmcore.spec import RunSpec
 
-_log = logging.getLogger(__name__)
 # A study that has ended may still have targets that were started by hand.
 _LEASED_FROM = ("active", "completed", "failed")
 _SOON_SECONDS = 0.1
@@ -58,8 +57,9 @@ def serve(state: State, bids: list[Bid]) -> Generator[float | None]:
     presence: Presence = state.presence
     _look_up(statements, bids)
     late, untold, waiting = _look(statements)
+    left: frozenset[str] = frozenset()
     if late or not presence.seen():
-        expire(sessions, presence)
+        left = expire(sessions, presence)
         _, untold, waiting = _look(statements)
     if untold:
         tell_finished(sessions)
@@ -71,7 +71,7 @@ def serve(state: State, bids: list[Bid]) -> Generator[float | None]:
     held_up = not (yield from started)
     if any(bid.wanted for bid in bids):
         with statements() as session:
-            due = _SOON_SECONDS if held_up else _due_seconds(session)
+            due = _SOON_SECONDS if held_up else _due_seconds(session, left)
         yield due
 
 
@@ -142,7 +142,7 @@ def _grant_waiting(
     free, now = bid.free, clock(session)
     for lease in before:
         free = free.less(lease.resources)
-    kinds = bid.request.kinds or get_args(RunKind)
+    kinds = get_args(RunKind) if bid.request.kinds is None else bid.request.kinds
     query = (
         _WAITING.where(Run.cpus <= free.cpus, Run.gpus <= free.gpus, bid.within)
         .where(Run.kind.in_(kinds), Run.id.not_in(unreadable))
@@ -155,8 +155,8 @@ def _grant_waiting(
         try:
             needs = StudyResources.model_validate(study.spec["resources"]).of(run.kind)
             RunSpec.model_validate(run.spec)
-        except (KeyError, ValueError):
-            _log.exception("a run that cannot be read is left", extra={"run": run.id})
+        except (KeyError, ValueError) as error:
+            note_left(study.id, f"its run {run.id}: {type(error).__name__}")
             unreadable.append(run.id)
             continue
         if needs.fits(free):
@@ -205,12 +205,14 @@ def _allotted(
     return [(openings[id_].study, bids) for id_, bids in allotted.items()]
 
 
-def _due_seconds(session: Session) -> float | None:
-    """Seconds until a retry is due or a lease runs out."""
+def _due_seconds(session: Session, left: Iterable[str]) -> float | None:
+    """Seconds until a retry is due or a lease runs out, but for studies left to other versions."""
     retry = select(func.min(Run.available_at)).where(
         Run.state == "queued", Run.available_at > func.now()
     )
-    expiry = select(func.min(Run.lease_expires_at)).where(Run.state == "leased")
+    expiry = select(func.min(Run.lease_expires_at)).where(
+        Run.state == "leased", Run.study_id.not_in(left)
+    )
     due = func.least(retry.scalar_subquery(), expiry.scalar_subquery())
     seconds = session.scalar(select(func.extract("epoch", due - func.clock_timestamp())))
     # What is overdue is held by another request: it is looked at again, but not at once.

@@ -80,7 +80,7 @@ _STANDING = select(_room, func.array(_known)).where(Study.id == bindparam("study
 # Both rows of a study, ours before Optuna's. The next statement sees what was written while this
 # waited. A replica that commits is waited for, one that hangs is not.
 _LOCK = text("""
-SELECT study.state
+SELECT study.state, theirs.study_id AS optuna_id
 FROM set_config('lock_timeout', :patience, true), warmscale.studies AS study
 JOIN optuna.studies AS theirs ON theirs.study_name = study.optuna_name
 WHERE study.id = :study
@@ -97,10 +97,8 @@ def start(
 ) -> Generator[float, None, bool]:
     """Start a trial for every bid, as many as there is room for; False if it is held up.
 
-    Yields 0 when some have been granted.
-
     By others, or by what the database refused: whose fault that is nobody knows, so no study ends
-    of it.
+    of it. Yields 0 when some have been granted.
 
     Raises:
         StudyFaultError: this study's fault, which must not stop the others.
@@ -163,8 +161,8 @@ def _start(
 ) -> tuple[list[tuple[Bid, Lease]], list[Bid]]:
     """Grants, and the bids that are to be drawn for again: the study was not as it was."""
     held = session.execute(_LOCK, {"study": study.id, "patience": _LOCK_TIMEOUT}).one_or_none()
-    if held is None:
-        raise MovedOnError
+    if held is None or held.optuna_id != drawn.study_id:
+        raise WentBackError
     standing = {"study": study.id, "running": drawn.running}
     room, known = session.execute(_STANDING, standing).one()
     still = [bid for bid in bids if not bid.gone][: max(0, room) if held.state == "active" else 0]

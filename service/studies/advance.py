@@ -55,9 +55,10 @@ def advance(session: Session, study: Study) -> None:
 
 
 def _advance(session: Session, study: Study) -> None:
-    spec = parsed(study.spec)
-    if study.state in FINAL_STUDY_STATES or _finished_trials(session, study) < spec.hpo.trials:
+    budget = study.spec["hpo"]["trials"]
+    if study.state in FINAL_STUDY_STATES or _finished_trials(session, study) < budget:
         return
+    spec = parsed(study.spec)
     step = next_step(
         spec,
         _best_base(session, study.id),

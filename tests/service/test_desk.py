@@ -263,8 +263,8 @@ def test_what_is_answered_as_the_client_leaves_is_given_back(api, submit):
     async def scene(desk):
         asked, answering = None, desk._answer
 
-        async def answer_and_leave(place):
-            await answering(place)
+        def answer_and_leave(place):
+            answering(place)
             if place.answer.done():
                 desk._answer = answering
                 asked.cancel()
@@ -279,6 +279,39 @@ def test_what_is_answered_as_the_client_leaves_is_given_back(api, submit):
     assert again.attempt == 2
     with api.sessions() as session:
         assert session.get(Run, again.run_id).failures == 0
+
+
+def test_who_stays_is_answered_before_what_others_left_is_given_back(api, submit, monkeypatch):
+    submit(hpo=OPEN)
+    serve, give_back, may = store.serve, desks.give_back, threading.Event()
+
+    def slowly(*arguments):
+        assert may.wait(LONG)
+        give_back(*arguments)
+
+    monkeypatch.setattr(desks, "give_back", slowly)
+
+    async def scene(desk):
+        loop = asyncio.get_running_loop()
+
+        def first_leaves(state, bids):
+            for due in serve(state, bids):
+                if bids[0].granted:
+                    loop.call_soon_threadsafe(asked[0].cancel)
+                    wait_until(lambda: bids[0].gone)
+                yield due
+
+        monkeypatch.setattr(store, "serve", first_leaves)
+        asked = [asyncio.create_task(desk.lease(EVERYWHERE, request())) for _ in range(2)]
+        ((one,),) = await asyncio.gather(asyncio.wait_for(asked[1], LONG / 2))
+        may.set()
+        monkeypatch.setattr(store, "serve", serve)
+        (again,) = await desk.lease(EVERYWHERE, request(wait_seconds=LONG, max_runs=1))
+        return one, again
+
+    one, again = at_the_desk(api, scene)
+    assert (one.trial_number, one.attempt) == (1, 1)
+    assert again.run_id != one.run_id
 
 
 @pytest.mark.parametrize("first", ["queued", "trial"])

@@ -9,6 +9,7 @@ from sqlalchemy.exc import OperationalError
 
 from service import invariants
 from service.client import ServiceError
+from service.leases import store
 from service.leases.repair import Presence
 from service.runs import store as runs
 from service.studies import advance
@@ -118,6 +119,34 @@ def test_a_late_lease_of_a_newer_version_s_study_holds_up_no_other(api, submit, 
     with api.sessions() as session:
         assert session.get(Run, late.run_id).state == "leased"
         assert session.get(Study, newer["id"]).state == "active"
+
+
+def test_an_end_that_nothing_follows_is_taken_by_every_version(api, submit, worker):
+    study = submit(hpo=ONE | {"trials": 2, "parallel": 2})
+    first, second = worker.lease(2)
+    poison(api, study, of_tomorrow=1)
+    assert worker.finish(first, "released") == "queued"
+    again = worker.lease(1)
+    assert worker.finish(second) == "succeeded"
+    with api.sessions.begin() as session:
+        session.get(Study, study["id"]).spec = study["spec"]
+    (again,) = again or worker.lease(1)
+    assert worker.finish(again) == "succeeded"
+
+
+@pytest.mark.tampers
+def test_a_late_lease_that_is_left_to_another_version_is_not_asked_for_all_the_time(
+    api, submit, worker, monkeypatch
+):
+    study = submit(hpo=ONE, max_attempts=1)
+    worker.one()
+    poison(api, study, of_tomorrow=1)
+    with api.sessions.begin() as session:
+        session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 hour'")))
+    rounds, serve = [], store.serve
+    monkeypatch.setattr(store, "serve", lambda *a: rounds.append(1) or serve(*a))
+    assert worker.lease(1, wait_seconds=2) == ()
+    assert len(rounds) <= 3
 
 
 def test_what_was_granted_is_returned_though_the_next_ask_fails(api, submit, worker, monkeypatch):

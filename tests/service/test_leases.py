@@ -337,3 +337,10 @@ def test_last_trials_that_finish_at_once_enqueue_the_targets_once(api, submit, w
         assert (view["state"], view["reason"]) == ("active", None)
         assert view["targets"]["queued"] == 4
         api.client.post(f"/v1/studies/{study['id']}/cancel")
+
+
+def test_who_takes_no_kind_is_granted_nothing(api, submit, worker):
+    submit()
+    worker.finish(worker.one(), "released")
+    assert worker.lease(1, kinds=()) == ()
+    assert len(worker.lease(1)) == 1

@@ -87,3 +87,9 @@ def test_a_walk_that_doubles_at_every_level_is_refused_by_its_pattern(tmp_path, 
     with pytest.raises(ValueError, match="more than 1000 folders; a folder, or a pattern") as error:
         list_files(pattern)
     assert pattern in str(error.value)
+
+
+def test_a_link_to_itself_leads_nowhere(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert list(matching(tmp_path / "loop" / "*.txt")) == []
+    assert list(matching(tmp_path / "*" / "*.txt")) == []
