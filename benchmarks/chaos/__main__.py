@@ -56,7 +56,9 @@ def main() -> int:
         driver.run()
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - whatever it was, all is ended
         driver.errors.append(f"{type(error).__name__}: {error}")
+        print(driver.errors[-1], flush=True)
     try:
+        stack.database.wait_ready()  # it may be away just now
         found = report.summary(driver, seed=args.seed, minutes=(time.monotonic() - started) / 60)
         if driver.errors:
             print(driver.dump(), flush=True)

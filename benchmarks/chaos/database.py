@@ -40,6 +40,10 @@ class Database:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
+        self._spawn()
+        self.wait_ready()
+
+    def _spawn(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -49,12 +53,17 @@ class Database:
                 start_new_session=True,
                 preexec_fn=die_with_parent,  # noqa: PLW1509 - one C call
             )
-        self.wait_ready()
 
     def wait_ready(self, seconds: float = 60.0) -> None:
+        """A server that ends meanwhile is started again, as systemd and compose do.
+
+        It refuses to start while a process of the one before has not found out yet.
+        """
         engine = create_engine(self.url, connect_args={"connect_timeout": 2})
         deadline = time.monotonic() + seconds
         while True:
+            if not self.is_running:
+                self._spawn()
             try:
                 with engine.connect() as connection:
                     connection.execute(text("SELECT 1"))
@@ -69,8 +78,10 @@ class Database:
         """Every process at once, as a power cut would but for the disk."""
         assert self._process is not None
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(self._process.pid).children(recursive=True)
-            for process in [psutil.Process(self._process.pid), *family]:
+            postmaster = psutil.Process(self._process.pid)
+            postmaster.suspend()  # so that it makes no more of them
+            family = postmaster.children(recursive=True)
+            for process in [postmaster, *family]:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     os.kill(process.pid, signal.SIGKILL)
             psutil.wait_procs(family, timeout=10)
