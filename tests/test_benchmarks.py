@@ -1,13 +1,20 @@
 """The benchmarks run: what they print is in `benchmarks/README.md`."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
+from benchmarks import ports
+from benchmarks.chaos.database import Database
 from benchmarks.throughput import machine
+from tests import conftest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,3 +41,26 @@ def test_cpu_time_is_told_though_a_process_ends_while_it_is_read(monkeypatch, go
 
     monkeypatch.setattr(Path, "read_text", read)
     assert machine.cpu_seconds([1]) == 0
+
+
+def test_a_database_of_chaos_starts_though_a_process_of_the_one_before_lingers():
+    """PostgreSQL refuses to start beside it, and ends; a process of it that hangs may last."""
+    with conftest.scratch() as folder:
+        folder.chmod(0o755)
+        database = Database(folder / "db", ports.free_port(), fsync=False)
+        with create_engine(database.url).connect() as held:
+            backend = held.execute(text("SELECT pg_backend_pid()")).scalar_one()
+            os.kill(backend, signal.SIGSTOP)
+            server = database._process
+            server.kill()
+            server.wait(10)
+            later = threading.Timer(2.0, os.kill, (backend, signal.SIGKILL))
+            later.start()
+            try:
+                database.start()
+            finally:
+                later.join()
+            held.invalidate()
+        assert database._process is not server
+        assert database.is_running
+        database.stop()
