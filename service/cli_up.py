@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 import uvicorn
@@ -27,7 +29,11 @@ from service.settings import Settings
 from service.tables import ApiKey
 from service.up import Interrupted, PortTakenError, Stack, log_folder, stack
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
 _DATABASE_PATIENCE_SECONDS = 60.0
+_PAUSE_SECONDS = 0.5
 _log = logging.getLogger(__name__)
 _GRACEFUL_SECONDS = 10  # the supervisor kills after 15, Kubernetes after 30
 
@@ -70,8 +76,6 @@ def _announce(settings: Settings, running: Stack, seconds: float, *, as_json: bo
 
 def serve(settings: Settings, *, supervised: bool) -> None:
     """Run the API in this process. A supervised or embedded one prepares its database itself."""
-    from service.app import create_app  # a second of imports
-
     end_on_sigterm()
     use_utc()
     # Before any upgrade: Optuna's silences every logger there is if the root has no handler.
@@ -84,10 +88,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
     if supervised:
         die_with_parent()
     with traced(), database(settings) as url:
-        _prepare(url, upgraded=supervised or settings.database_url is None)
-        if supervised:
-            admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
-        app = create_app(settings, url)
+        app = _application(settings, url, supervised=supervised)
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -98,6 +99,26 @@ def serve(settings: Settings, *, supervised: bool) -> None:
             timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         )
         Server(config, app.state.drain).run()
+
+
+def _application(settings: Settings, url: URL, *, supervised: bool) -> "FastAPI":
+    """The API on its database; where that goes away in between, it is waited for again."""
+    from service.app import create_app  # a second of imports
+    from service.sampler import TRANSIENT
+
+    deadline = time.monotonic() + _DATABASE_PATIENCE_SECONDS
+    while True:
+        try:
+            _prepare(url, upgraded=supervised or settings.database_url is None)
+            if supervised:
+                admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
+            return create_app(settings, url)
+        except TRANSIENT as error:
+            why = str(getattr(error, "orig", None) or error).strip()
+            if time.monotonic() > deadline:
+                fail(Exit.UNREACHABLE, f"cannot reach the database: {why}")
+            _log.warning("the database went away at the start", extra={"error": why})
+            time.sleep(_PAUSE_SECONDS)
 
 
 @contextmanager
@@ -114,10 +135,11 @@ def _prepare(url: URL, *, upgraded: bool) -> None:
     """Upgrade the database, or only see that somebody has: one that is not would fail at random."""
     try:
         reach(url, _DATABASE_PATIENCE_SECONDS)
-        if upgraded:
-            upgrade(url)
     except OperationalError as error:
         fail(Exit.UNREACHABLE, f"cannot reach the database: {str(error.orig).strip()}")
+    try:
+        if upgraded:
+            upgrade(url)
     except (LockBusyError, NewerDatabaseError) as error:
         fail(Exit.CONFLICT, str(error))
     engine = create_engine(url, poolclass=NullPool)

@@ -3,10 +3,12 @@
 import threading
 
 import pytest
+from optuna.exceptions import StorageInternalError
 from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
 
+import service.app
 from service import cli_up, db
 from service.cli import app
 
@@ -41,3 +43,25 @@ def test_serve_says_shortly_that_it_cannot_reach_its_database(monkeypatch, home)
     said = CliRunner().invoke(app, ["serve", "--home", str(home)])
     assert said.exit_code == 3
     assert "error: cannot reach the database: " in said.output
+
+
+@pytest.mark.parametrize("error", [StorageInternalError("gone"), OperationalError("", {}, None)])
+def test_a_database_that_goes_away_at_the_start_is_waited_for_again(
+    monkeypatch, home, database_url, error
+):
+    """Its replica did not come back by itself where nobody starts it again."""
+    create, served, tries = service.app.create_app, [], iter([error, None])
+
+    def created(*arguments):
+        if (away := next(tries)) is not None:
+            raise away
+        return create(*arguments)
+
+    url = database_url.render_as_string(hide_password=False)
+    monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
+    monkeypatch.setattr(service.app, "create_app", created)
+    monkeypatch.setattr(cli_up.Server, "run", lambda _: served.append("once"))
+    monkeypatch.setattr(cli_up, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(cli_up.logs, "configure", lambda _: None)
+    said = CliRunner().invoke(app, ["serve", "--home", str(home)])
+    assert (said.exit_code, len(served)) == (0, 1), said.output
