@@ -5,8 +5,9 @@ import random
 import socket
 
 # Below those that the kernel gives to outgoing connections (from 32768 on Linux): one of those
-# could go to somebody's connection before the server that it is meant for has it.
-_PORTS = range(12_000, 32_000)
+# could go to somebody's connection before the server that it is meant for has it. Ray's workers
+# have 10002 to 19999, and a Ray refuses to start that is given one of these for another part.
+_PORTS = range(20_000, 32_000)
 _chance = random.SystemRandom()  # Hypothesis seeds the other, in every process alike
 
 

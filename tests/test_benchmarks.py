@@ -16,6 +16,8 @@ from benchmarks.chaos.database import Database
 from benchmarks.throughput import machine
 from tests import conftest
 
+RAYS_LAST_WORKER_PORT = 19_999  # by default of `ray start`
+LINUX_FIRST_OUTGOING_PORT = 32_768  # by default
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -64,3 +66,10 @@ def test_a_database_of_chaos_starts_though_a_process_of_the_one_before_lingers()
         assert database._process is not server
         assert database.is_running
         database.stop()
+
+
+def test_ports_to_serve_on_are_none_of_rays_workers_and_none_of_connections():
+    found = ports.free_ports(200)
+    assert len(set(found)) == 200
+    assert min(found) > RAYS_LAST_WORKER_PORT
+    assert max(found) < LINUX_FIRST_OUTGOING_PORT
