@@ -80,6 +80,17 @@ def database_url(postgres):
         yield url
 
 
+@pytest.fixture
+def sampler(database_url):
+    """Optuna's storage in a fresh database, for calls of four threads at once."""
+    from service.db import optuna_url
+    from service.sampler import Sampler
+
+    sampler = Sampler(optuna_url(database_url), pool_size=4)
+    yield sampler
+    sampler.close()
+
+
 def settings_below(home):
     from service.settings import Settings
 

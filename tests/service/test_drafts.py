@@ -9,11 +9,9 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from service.db import optuna_url
 from service.drafts import MovedOnError, write
 from service.history import History
 from service.optuna_terms import distribution, make_pruner
-from service.sampler import Sampler
 from service.studies.space import grid_points
 from service.studies.study_spec import StudySpec
 from tests.by_hand import ask, evaluate, tell
@@ -27,13 +25,6 @@ SPACE = {
     "beta1": {"type": "categorical", "choices": [0.8, 0.9, 0.95]},
 }
 GRID = {"batch_size": SPACE["batch_size"], "beta1": SPACE["beta1"]}
-
-
-@pytest.fixture
-def sampler(database_url):
-    sampler = Sampler(optuna_url(database_url), pool_size=2)
-    yield sampler
-    sampler.close()
 
 
 @pytest.fixture

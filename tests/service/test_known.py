@@ -6,17 +6,8 @@ import pytest
 from sqlalchemy import text
 
 from service import known
-from service.db import optuna_url
-from service.sampler import Sampler
 from service.studies.study_spec import StudySpec
 from tests.by_hand import ask, evaluate, tell
-
-
-@pytest.fixture
-def sampler(database_url):
-    sampler = Sampler(optuna_url(database_url), pool_size=4)
-    yield sampler
-    sampler.close()
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from sqlalchemy.orm import Session
 
 from service import tells
 from service.client import ServiceError
-from service.db import optuna_url
 from service.runs import store as runs
-from service.sampler import Sampler
 from service.tables import Run
 from tests.by_hand import evaluate, tell
 
@@ -21,13 +19,6 @@ ENDS = {
     "pruned": optuna.trial.TrialState.PRUNED,
     "failed": optuna.trial.TrialState.FAIL,
 }
-
-
-@pytest.fixture
-def sampler(database_url):
-    sampler = Sampler(optuna_url(database_url), pool_size=2)
-    yield sampler
-    sampler.close()
 
 
 def rows(sampler, study):
