@@ -114,13 +114,22 @@ def list_keys(session: Session) -> tuple[KeyView, ...]:
     return tuple(KeyView.model_validate(dict(row)) for row in session.execute(query).mappings())
 
 
+_GOOD = (
+    ApiKey.revoked_at.is_(None),
+    (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.now()),
+)
+
+
+def is_good(session: Session, key_id: str) -> bool:
+    """Whether a key that was good is still neither revoked nor expired."""
+    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, *_GOOD)) is not None
+
+
 def caller_of(session: Session, key: str) -> Caller | None:
     """The caller with a good key; None for an unknown, expired or revoked one."""
     unnoted = func.coalesce(ApiKey.last_used_at < func.now() - timedelta(minutes=1), True)
     query = select(ApiKey.id, ApiKey.scopes, ApiKey.project, unnoted.label("unnoted")).where(
-        ApiKey.hash == hash_key(key),
-        ApiKey.revoked_at.is_(None),
-        (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.now()),
+        ApiKey.hash == hash_key(key), *_GOOD
     )
     row = session.execute(query).one_or_none()
     if row is None:

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Header, Request
-from sqlalchemy import ColumnElement, func, select, text, tuple_
+from sqlalchemy import ColumnElement, select, text, tuple_
 from sqlalchemy.orm import Session
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from service import metrics
+from service import auth, metrics
 from service.caller import Caller
 from service.errors import Problem, bad_field
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.runs.schemas import EventView
 from service.runs.store import get
 from service.studies.store import find
-from service.tables import ApiKey, Event, Run
+from service.tables import Event, Run
 
 _LOOK_SECONDS = 5.0  # a notice may be lost with the connection that it would have come by
 _KEY_SECONDS = 30.0  # between two looks at the key: an open stream passes no door any more
@@ -191,14 +191,8 @@ def _read(request: Request, topic: Callable[[Session], Topic], last: Cursor) -> 
 
 
 def _is_good(request: Request, caller: Caller) -> bool:
-    """Whether the caller's key is still neither revoked nor expired."""
-    query = select(ApiKey.id).where(
-        ApiKey.id == caller.key_id,
-        ApiKey.revoked_at.is_(None),
-        (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.now()),
-    )
     with request.app.state.sessions() as session:
-        return session.scalar(query) is not None
+        return auth.is_good(session, caller.key_id)
 
 
 async def _follow(
