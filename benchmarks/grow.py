@@ -26,14 +26,14 @@ from typing import Self
 
 import torch
 
-from warmcore.checkpoint import SavedCheckpoint, save_checkpoint
-from warmcore.flops import count_params
-from warmcore.grown import grow_checkpoint
-from warmcore.manifest import Progress
-from warmcore.model import Decoder, init_, parameter_shapes
-from warmcore.optim import build_optimizer, optimizer_tensors
-from warmcore.spec import CheckpointRef, DataSpec, GrowthSpec, ModelSpec, RunSpec
-from warmcore.tensors import TensorStream
+from warmcore.checkpoint.checkpoint import SavedCheckpoint, save_checkpoint
+from warmcore.checkpoint.progress import Progress
+from warmcore.growth.from_checkpoint import grow_checkpoint
+from warmcore.model.decoder import Decoder, init_, parameter_shapes
+from warmcore.specs import CheckpointRef, DataSpec, GrowthSpec, ModelSpec, RunSpec
+from warmcore.specs.sizes import count_params
+from warmcore.tensors.files import TensorStream
+from warmcore.training.optimizer import build_optimizer, optimizer_tensors
 
 # Width, depth and vocabulary of the base; the target is twice as wide.
 SIZES = {"3M": (256, 4, 256), "30M": (512, 9, 2048), "0.3B": (1024, 22, 16384)}

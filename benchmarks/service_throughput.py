@@ -30,9 +30,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from throughput import machine, report
+from throughput.measuring import Measured, measure
 from throughput.sides import Optuna, Service
 from throughput.stack import stack
-from throughput.workload import Measured, Scenario, measure
+from throughput.workload import Scenario
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from workers.environment import ALLOCATOR
+from workers.fleet.ray_environment import ALLOCATOR
 
 SIDES = ("ours, shipped", "ours", "transformers")
 

@@ -8,28 +8,33 @@ from fastapi.routing import APIRoute
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import sessionmaker
 
-from service import __version__, dashboard, docs, errors, events, openapi, probes
-from service.db import each_alone, make_engine, optuna_url
-from service.drain import Drain
-from service.leases.desk import Desk
-from service.leases.repair import Presence
+from service import __version__, problems
+from service.access.caller_cache import RecentCallers
+from service.access.rate_limits import Limits
+from service.database.engine import each_alone, make_engine, optuna_url
+from service.event_stream import Streams
+from service.events import audit_log
+from service.events.wakeups import Wakeups
+from service.leases.attempt_routes import router as attempts
+from service.leases.presence import Presence
+from service.leases.queue import Desk
 from service.leases.routes import router as leases
-from service.limits import Limits
-from service.recent import RecentCallers
-from service.requests import Requests
+from service.operations import probes
+from service.optuna_bridge import dashboard
+from service.optuna_bridge.sampler import TRANSIENT, Sampler
 from service.results.routes import router as results
 from service.runs.routes import router as runs
-from service.sampler import TRANSIENT, Sampler
 from service.settings import Settings
-from service.shield import Shield
-from service.sse import Streams
 from service.studies.routes import router as studies
-from service.wakeups import Wakeups
+from service.web import docs_page, error_handlers, openapi
+from service.web.protection import Shield
+from service.web.request_log import Requests
+from service.web.shutdown import Drain
 from service.webhooks.outbox import Outbox
 
 # FastAPI tries one route after the other, three times over for a router in a router: what workers
 # call comes first.
-_V1 = (leases, runs, studies, results)
+_V1 = (leases, attempts, runs, studies, results)
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 
@@ -38,7 +43,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     engine = make_engine(url, settings.pool_size)
     sampler = Sampler(optuna_url(url), pool_size=settings.pool_size)
     sessions = sessionmaker(engine, expire_on_commit=False)
-    events.install(sessions)
+    audit_log.install(sessions)
     wakeups = Wakeups(url)
     outbox = Outbox(sessions, allow_private=settings.webhook_allow_private)
 
@@ -56,7 +61,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,  # pages of FastAPI's load scripts from elsewhere; ours is docs.py
         redoc_url=None,
-        responses={"default": {"model": errors.ProblemBody}},  # a component; see openapi.py
+        responses={"default": {"model": error_handlers.ProblemBody}},  # a component; see openapi.py
     )
     app.state.settings, app.state.sampler = settings, sampler
     app.state.wakeups = wakeups
@@ -69,7 +74,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.state.sessions = sessions
     app.state.engines = {"service": engine, "optuna": sampler.engine}
     app.state.statements = sessionmaker(each_alone(engine), expire_on_commit=False)
-    errors.install(app, away=TRANSIENT)
+    error_handlers.install(app, away=TRANSIENT)
     app.add_middleware(Shield, settings=settings)
     app.add_middleware(Requests)
     openapi.install(app)
@@ -77,7 +82,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         app.include_router(router, prefix="/v1")
     app.add_api_route("/v1/{path:path}", _no_such_call, methods=_METHODS, include_in_schema=False)
     app.include_router(probes.router)
-    app.add_route("/docs", docs.page)
+    app.add_route("/docs", docs_page.page)
     # Last: the dashboard owns paths at the root.
     app.mount("/", dashboard.Dashboard(app))
     return app
@@ -88,7 +93,7 @@ def _no_such_call(path: str) -> None:
     allowed = sorted(_methods_of(f"/{path}"))
     if allowed:
         raise HTTPException(405, headers={"Allow": ", ".join(allowed)})
-    raise errors.not_found("call", f"/v1/{path}")
+    raise problems.not_found("call", f"/v1/{path}")
 
 
 def _methods_of(path: str) -> set[str]:

@@ -1,6 +1,7 @@
 """Events as Server-Sent Events: rows of `events`, followed by their id.
 
-A stream sleeps until its subject's bell rings (`service.wakeups`), and looks by itself at times.
+A stream waits for a notification about its study or run (`service.events.wakeups`). It also polls
+every 5 s, in case a notification was lost.
 """
 
 import random
@@ -9,9 +10,11 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import Header, Request
+from pydantic import Field
 from sqlalchemy import ColumnElement, select, text, tuple_
 from sqlalchemy.orm import Session
 from sse_starlette.event import ServerSentEvent
@@ -19,14 +22,14 @@ from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from service import auth, metrics
-from service.caller import Caller
-from service.errors import Problem, bad_field
+from service.access import keys
+from service.access.caller import Caller
+from service.access.lookup import find, get
+from service.database.tables import Event, Run
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
-from service.runs.schemas import EventView
-from service.runs.store import get
-from service.studies.store import find
-from service.tables import Event, Run
+from service.observability import metrics
+from service.problems import Problem, bad_field
+from service.protocol import Message
 
 _LOOK_SECONDS = 5.0  # a notice may be lost with the connection that it would have come by
 _KEY_SECONDS = 30.0  # between two looks at the key: an open stream passes no door any more
@@ -36,6 +39,22 @@ _GRACE_SECONDS = 5.0  # else the library cuts the stream off: this one ends by i
 _BATCH = 500
 _LONGEST_ID = 38  # two bigints
 _SETTLED = text("(pg_snapshot_xmin(pg_current_snapshot())::text)::bigint")
+
+
+class EventView(Message):
+    """A transition."""
+
+    id: int
+    study_id: str | None
+    run_id: str | None
+    type: str
+    actor: str | None = Field(
+        description="who did it: a key's id; `operator`, on the database itself; `service`"
+    )
+    attempt: int | None
+    payload: dict[str, Any]
+    created_at: datetime
+
 
 _EVENT = {
     "type": "object",
@@ -192,7 +211,7 @@ def _read(request: Request, topic: Callable[[Session], Topic], last: Cursor) -> 
 
 def _is_good(request: Request, caller: Caller) -> bool:
     with request.app.state.sessions() as session:
-        return auth.is_good(session, caller.key_id)
+        return keys.is_good(session, caller.key_id)
 
 
 async def _follow(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from warmcore.spec import CheckpointRef, RunSpec, Strategy
+from warmcore.specs import CheckpointRef, RunSpec, Strategy
 
 RunKind = Literal["trial", "target"]
 Arm = Literal["warm", "cold"]

@@ -2,9 +2,10 @@
 
 from sqlalchemy.orm import Session
 
-from service import tells
-from service.caller import Caller
-from service.drafts import write
+from service.access.caller import Caller
+from service.optuna_bridge import finish_trial
+from service.optuna_bridge.draft_storage import write
+from service.optuna_bridge.sampler import Suggestion
 from service.protocol import (
     CheckpointReport,
     FinishRequest,
@@ -13,7 +14,6 @@ from service.protocol import (
     MeasurementBatch,
     Resources,
 )
-from service.sampler import Suggestion
 
 # What a store takes for the one who asks, where a test calls it without a route.
 EVERYWHERE = Caller(key_id="key", scopes=frozenset(), project=None)
@@ -81,9 +81,9 @@ def ask(sampler, study, spec):
 def tell(sampler, study, number, state, value=None):
     """End a trial in Optuna as a finish does, with no run of ours."""
     diverged = state == "diverged"
-    end = tells.end_of(state, diverged=diverged)
+    end = finish_trial.end_of(state, diverged=diverged)
     with Session(sampler.engine) as session, session.begin():
-        return tells.tell(session, study, number, end, value=value, diverged=diverged)
+        return finish_trial.tell(session, study, number, end, value=value, diverged=diverged)
 
 
 def evaluate(sampler, study, number, losses):

@@ -13,8 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks.ports import free_port
-
-from .by_hand import Worker
+from tests.by_hand import Worker
 
 os.environ.setdefault("TZ", "UTC")
 _numbers = itertools.count()
@@ -41,7 +40,8 @@ def postgres():
     """A running server, with a database `template_warmscale` that has every table."""
     from sqlalchemy import create_engine, text
 
-    from service import db, migrations
+    from service.database import engine as db
+    from service.operations import migrations
 
     db.use_utc()
     with scratch() as folder:
@@ -83,8 +83,8 @@ def database_url(postgres):
 @pytest.fixture
 def sampler(database_url):
     """Optuna's storage in a fresh database, for calls of four threads at once."""
-    from service.db import optuna_url
-    from service.sampler import Sampler
+    from service.database.engine import optuna_url
+    from service.optuna_bridge.sampler import Sampler
 
     sampler = Sampler(optuna_url(database_url), pool_size=4)
     yield sampler
@@ -107,10 +107,10 @@ def serving(settings, database_url):
     """The API on a socket, in a thread of this process; `client` holds an admin key."""
     import uvicorn
 
-    from service import auth
+    from service.access import keys
     from service.app import create_app
     from service.client import Client
-    from service.drain import Server
+    from service.web.shutdown import Server
 
     app = create_app(settings, database_url)
     config = uvicorn.Config(app, host="127.0.0.1", port=settings.port, log_level="warning")
@@ -121,7 +121,7 @@ def serving(settings, database_url):
         assert thread.is_alive(), "the API did not start: what it said is above"
         time.sleep(0.01)
     with app.state.sessions.begin() as session:
-        _, key = auth.create_key(session, "tests", ["admin"])
+        _, key = keys.create_key(session, "tests", ["admin"])
     url = f"http://127.0.0.1:{settings.port}"
     with Client(url, key, patience_seconds=2) as client:
         sessions = app.state.sessions
@@ -168,7 +168,7 @@ def pytest_runtest_teardown(item):
 
 def violations(engine, **options):
     """What `warmscale db check` would say."""
-    from service import invariants
+    from service.operations import invariants
 
     with invariants.snapshot(engine) as session:
         return invariants.check(session, **options).violations

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 from sqlalchemy import create_engine
 
-from service import metrics
+from service.observability import metrics
+from service.operations import gauges
 from service.webhooks import signing
 
 ROOT = Path(__file__).parent.parent
@@ -31,9 +32,9 @@ def test_every_function_that_the_method_names_is_there():
 
 
 def test_a_name_that_is_not_there_is_seen():
-    assert found("warmcore.mup.factors")
-    assert not found("warmcore.mup.factor")
-    assert not found("warmcore.mupp.factors")
+    assert found("warmcore.model.mup.factors")
+    assert not found("warmcore.model.mup.factor")
+    assert not found("warmcore.model.mupp.factors")
 
 
 def test_the_list_of_metrics_is_that_of_the_exposition():
@@ -49,13 +50,13 @@ def test_the_list_of_metrics_is_that_of_the_exposition():
 
 def exposed():
     """Name, type and labels of everything that /metrics can say."""
-    for collector in metrics._registry._collector_to_names:
+    for collector in metrics.registry._collector_to_names:
         for family in collector.describe():
             total = "_total" if family.type == "counter" else ""
             yield family.name + total, family.type, collector._labelnames
     session = SimpleNamespace(execute=lambda _: [])
     engine = create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none")
-    for family in (*metrics._of_database(session), *metrics._of_pools({"service": engine})):
+    for family in (*gauges._of_database(session), *gauges._of_pools({"service": engine})):
         yield family.name, family.type, tuple(family._labelnames)
 
 

@@ -7,9 +7,9 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ValidationError
 
-from warmcore import plain_yaml
-from warmcore.checkpoint import read_manifest
-from warmcore.spec import CheckpointRef, RunSpec
+from warmcore.checkpoint.checkpoint import read_manifest
+from warmcore.specs import CheckpointRef, RunSpec
+from warmcore.storage import plain_yaml
 
 
 def read_spec(path: Path) -> RunSpec:

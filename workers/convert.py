@@ -15,19 +15,19 @@ from typing import Any, get_args
 import yaml
 from rich.console import Console
 
-from warmcore.checkpoint import (
+from warmcore.checkpoint.checkpoint import (
     MANIFEST,
     CheckpointCorruptError,
     SavedCheckpoint,
     list_checkpoints,
     read_manifest,
 )
-from warmcore.export import MAX_SHARD_BYTES, export_hf
-from warmcore.flops import count_params
-from warmcore.hf_config import Dtype
-from warmcore.importer import import_hf
-from warmcore.spec import AverageName, CheckpointRef, ModelSpec
-from workers import artifacts
+from warmcore.huggingface.config import Dtype
+from warmcore.huggingface.export import MAX_SHARD_BYTES, export_hf
+from warmcore.huggingface.importer import import_hf
+from warmcore.specs import AverageName, CheckpointRef, ModelSpec
+from warmcore.specs.sizes import count_params
+from workers.attempt import checkpoints
 
 DONE, DAMAGED, REFUSED = 0, 1, 2
 
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
     ref = _reference(options.checkpoint, options.hash)
-    with artifacts.local(ref) as checkpoint:
+    with checkpoints.local(ref) as checkpoint:
         exported = export_hf(
             checkpoint,
             options.out,
@@ -92,7 +92,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
 
 def _reference(checkpoint: str, given_hash: str | None) -> CheckpointRef:
     """The checkpoint as it is asked for; of a local run's folder, the newest."""
-    path = artifacts.local_path(checkpoint)
+    path = checkpoints.local_path(checkpoint)
     if path is None:
         if given_hash is None:
             raise ValueError(f"{checkpoint} is not local: give its hash")
@@ -112,9 +112,9 @@ def _import(options: argparse.Namespace) -> dict[str, Any]:
         model = read_manifest(path)[0].model
         return saved
 
-    saved = artifacts.store(write, options.out)
+    saved = checkpoints.store(write, options.out)
     assert model is not None
-    path = artifacts.local_path(options.out)
+    path = checkpoints.local_path(options.out)
     uri = options.out if path is None else path.resolve().as_uri()
     return {"uri": uri, "hash": saved.hash, "model": model.model_dump()}
 

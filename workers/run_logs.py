@@ -8,11 +8,11 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from service import logs
+from service.observability import logs
 from service.protocol import Lease
 
 _log = logging.getLogger("workers.ray")
-_OURS = ("time=", '{"time":')  # how `service.logs` begins a line
+_OURS = ("time=", '{"time":')  # how `service.observability.logs` begins a line
 
 
 def subject(lease: Lease) -> dict[str, Any]:

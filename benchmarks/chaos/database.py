@@ -12,8 +12,9 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
-from service import db, migrations
-from service.child import die_with_parent
+from service.database import engine as db
+from service.local_stack.child_process import die_with_parent
+from service.operations import migrations
 
 
 class Database:

@@ -14,10 +14,10 @@ from sqlalchemy.exc import DBAPIError
 from benchmarks.chaos.faults import Check, Faults
 from benchmarks.chaos.schedule import Fault
 from benchmarks.chaos.stack import NUM_APIS, ChaosError, Stack
-from service import invariants
 from service.client import Client
-from service.db import optuna_url
-from service.sampler import Sampler
+from service.database.engine import optuna_url
+from service.operations import invariants
+from service.optuna_bridge.sampler import Sampler
 
 STUDY_SECONDS = 600.0
 _SETTLE_SECONDS = 120.0

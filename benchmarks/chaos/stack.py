@@ -18,8 +18,8 @@ from benchmarks.chaos.database import Database
 from benchmarks.chaos.disk import Disk
 from benchmarks.chaos.proxy import Proxy
 from benchmarks.ports import free_port, free_ports
-from service import auth
-from service.child import die_with_parent
+from service.access import keys
+from service.local_stack.child_process import die_with_parent
 
 NUM_APIS = 2
 NUM_FLEETS = 2
@@ -53,7 +53,7 @@ class Stack:
             self.database.url, pool_pre_ping=True, connect_args={"connect_timeout": 2}
         )
         with Session(self.engine) as session, session.begin():
-            _, self.key = auth.create_key(session, "chaos", ["admin"])
+            _, self.key = keys.create_key(session, "chaos", ["admin"])
         self.ports = free_ports(NUM_APIS)
         self.proxy = Proxy(self.ports)
         self.proxy.start()

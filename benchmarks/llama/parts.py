@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from warmcore.spec import ModelSpec
+from warmcore.specs import ModelSpec
 
 
 def parts(step: Callable[[], float], spec: ModelSpec, *, rows: int) -> dict[str, float]:

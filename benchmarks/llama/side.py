@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from transformers import LlamaConfig, LlamaForCausalLM  # in both: the same imports
 
-from warmcore.model import Decoder, init_, loss_nats
-from warmcore.optim import build_optimizer, clip_
-from warmcore.spec import ModelSpec, TrainSpec
+from warmcore.model.decoder import Decoder, init_, loss_nats
+from warmcore.specs import ModelSpec, TrainSpec
+from warmcore.training.optimizer import build_optimizer, clip_
 
 CONTEXT, BATCH = 128, 16
 TURN_SECONDS = 0.5
@@ -68,7 +68,7 @@ def turn(step: Step) -> dict[str, float]:
 
 
 def ours(spec: ModelSpec, window: Tensor) -> Step:
-    """A step as `warmcore.train` takes it."""
+    """A step as `warmcore.training.training` takes it."""
     model = init_(Decoder(spec, context=CONTEXT), spec, torch.Generator().manual_seed(0))
     optimizer = build_optimizer(model.named_parameters(), spec, TrainSpec())
 

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from throughput.workload import Measured, Spent
+from throughput.measuring import Measured
+from throughput.workload import Spent
 
 PRUNERS = ("none", "median", "hyperband")
 _CALLS = {"ours": ("lease", "report", "finish"), "Optuna": ("ask", "trial.report", "tell")}

@@ -15,7 +15,8 @@ from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL
 
 from benchmarks.ports import free_ports
-from service import db, migrations
+from service.database import engine
+from service.operations import migrations
 
 _START_SECONDS = 60.0
 
@@ -35,7 +36,7 @@ class Stack:
 
     def connect(self, side: str) -> psycopg.Connection:
         """A connection to a side's database, which sees that side's tables of Optuna's first."""
-        url = self.service_url if side == "service" else db.normalized(self.optuna_url)
+        url = self.service_url if side == "service" else engine.normalized(self.optuna_url)
         text = url.set(drivername="postgresql").render_as_string(hide_password=False)
         path = "-c search_path=optuna,warmscale,public"
         return psycopg.connect(text, options=path, autocommit=True)
@@ -44,10 +45,10 @@ class Stack:
 @contextmanager
 def stack(folder: Path, *, replicas: int) -> Generator[Stack]:
     """Start everything below `folder`; stop it on the way out."""
-    db.use_utc()
+    engine.use_utc()
     with ExitStack() as stop:
-        server = stop.enter_context(db.start_embedded(folder))
-        ours = db.normalized(server.get_uri())
+        server = stop.enter_context(engine.start_embedded(folder))
+        ours = engine.normalized(server.get_uri())
         theirs = _second_database(ours)
         migrations.upgrade(ours)
         RDBStorage(theirs).engine.dispose()

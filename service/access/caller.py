@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 from sqlalchemy import ColumnElement, select, true
 
-from service.errors import not_found
-from service.tables import DEFAULT_PROJECT, Run, Study
+from service.database.tables import DEFAULT_PROJECT, Run, Study
+from service.problems import not_found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ runs out can go on reporting for `KEPT_SECONDS`, in each process.
 import time
 from collections.abc import Callable
 
-from service.caller import Caller
+from service.access.caller import Caller
 
 KEPT_SECONDS = 3.0
 _MOST_KEPT = 1024

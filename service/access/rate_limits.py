@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from threading import Lock
 
-from service.errors import Problem
+from service.problems import Problem
 
 _BURST_SECONDS = 10.0
 _WRONG_KEYS_PER_SECOND, _WRONG_KEYS_AT_ONCE = 1.0, 60

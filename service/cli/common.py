@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from service import home as homes
+from service.local_stack import home as homes
 from service.protocol import PROJECT_PATTERN
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from service.cli_common import Exit, connected, fail
+from service.cli.common import Exit, connected, fail
 
 if TYPE_CHECKING:
     from service.protocol import CheckpointView

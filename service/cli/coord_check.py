@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from service.cli_common import Exit
+from service.cli.common import Exit
 
 DATA, PAGE = "slopes.json", "coord-check.html"
 
@@ -27,8 +27,8 @@ def check(arguments: list[str]) -> None:
 
 def draw(out: Path) -> Path:
     """Write the page of the check in the folder `out`."""
-    from service.results.coordinates import page
-    from warmcore.coordinates import CoordCheck
+    from service.results.report.coord_check import page
+    from warmcore.specs.coord_check import CoordCheck
 
     found = CoordCheck.model_validate_json((out / DATA).read_bytes())
     path = out / PAGE

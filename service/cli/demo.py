@@ -9,19 +9,19 @@ from typing import Any
 
 import typer
 
-from service import cli_tables
-from service.child import ChildError
-from service.cli_common import Exit, connected, fail, settings
-from service.cli_spec import SpecError, load
-from service.cli_study import submit
-from service.cli_up import say
+from service.cli.common import Exit, connected, fail, settings
+from service.cli.output import tables
+from service.cli.output.watch import style, watch
+from service.cli.spec_file import SpecError, load
+from service.cli.study import submit
+from service.cli.up import say
 from service.client import Client
-from service.home import HomeInUseError
+from service.local_stack.child_process import ChildError
+from service.local_stack.home import HomeInUseError
+from service.local_stack.supervisor import Interrupted, PortTakenError, stack
 from service.protocol import RunView
 from service.results.schemas import StudyResults
 from service.studies.schemas import TrialView
-from service.up import Interrupted, PortTakenError, stack
-from service.watch import style, watch
 
 
 def run(folder: Path, *, cpus: int, as_json: bool) -> None:
@@ -78,8 +78,8 @@ def _show(found: dict[str, Any], *, as_json: bool) -> None:
         return
     views = [TrialView.model_validate(trial) for trial in found["trial_list"]]
     known = {name: found[name] for name in StudyResults.model_fields}
-    results = cli_tables.results(StudyResults.model_validate(known))
-    cli_tables.show("", cli_tables.trials(views), "", *results, "")
+    results = tables.results(StudyResults.model_validate(known))
+    tables.show("", tables.trials(views), "", *results, "")
     _say_figures(found["fleet"])
 
 

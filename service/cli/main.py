@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from service import cli_admin, cli_checkpoints, cli_db, cli_events, cli_study, cli_webhook
-from service.cli_common import EXIT_CODES, Exit, Home, Json, access, settings
-from service.home import DEFAULT
+from service.cli import study
+from service.cli.admin import audit_log, checkpoints, database, keys, webhooks
+from service.cli.common import EXIT_CODES, Exit, Home, Json, access, settings
+from service.local_stack.home import DEFAULT
 
 app = typer.Typer(
     name="warmscale",
@@ -20,15 +21,21 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(cli_study.study, name="study")
-app.add_typer(cli_study.run, name="run")
-for command in (cli_db.current, cli_db.history, cli_db.downgrade, cli_db.backup, cli_db.restore):
-    cli_admin.db.command()(command)
-cli_admin.db.command()(cli_events.events)
-app.add_typer(cli_admin.db, name="db")
-app.add_typer(cli_admin.key, name="key")
-app.add_typer(cli_checkpoints.checkpoints, name="checkpoints")
-app.add_typer(cli_webhook.webhook, name="webhook")
+app.add_typer(study.study, name="study")
+app.add_typer(study.run, name="run")
+for command in (
+    database.current,
+    database.history,
+    database.downgrade,
+    database.backup,
+    database.restore,
+):
+    database.db.command()(command)
+database.db.command()(audit_log.events)
+app.add_typer(database.db, name="db")
+app.add_typer(keys.key, name="key")
+app.add_typer(checkpoints.checkpoints, name="checkpoints")
+app.add_typer(webhooks.webhook, name="webhook")
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 Port = Annotated[int | None, typer.Option(help="Port of the API; 0 takes any free one.")]
@@ -66,7 +73,7 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Start database, API and fleet on this machine. Ctrl-C stops them; everything resumes."""
-    from service import cli_up
+    from service.cli import up as cli_up
 
     fleet_options = [*(["--cpus", str(cpus)] if cpus else [])] if fleet else None
     cli_up.up(settings(home, port=port), fleet_options, as_json=as_json)
@@ -81,9 +88,9 @@ def serve(
     supervised: Supervised = False,
 ) -> None:
     """Start the API alone, on a database that `warmscale db upgrade` has prepared."""
-    from service import cli_up
+    from service.cli import serve
 
-    cli_up.serve(settings(home, host=host, port=port), supervised=supervised)
+    serve.serve(settings(home, host=host, port=port), supervised=supervised)
 
 
 @app.command(
@@ -105,7 +112,7 @@ def fleet(context: typer.Context, *, home: Home = DEFAULT, supervised: Supervise
         environment["WARMSCALE_API_KEY"] = found.key
         arguments = ["--url", found.url, *others]
     if supervised:
-        from service.child import die_with_parent
+        from service.local_stack.child_process import die_with_parent
 
         die_with_parent()
     command = [sys.executable, "-m", "workers.fleet", *arguments]
@@ -122,7 +129,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run a small study on real text from nothing to its verdict, in minutes."""
-    from service import demo as demonstration
+    from service.cli import demo as demonstration
 
     demonstration.run(folder, cpus=cpus, as_json=as_json)
 
@@ -150,12 +157,12 @@ def export_(
     as_json: Json = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder, its tokenizer included."""
-    from service import cli_convert
+    from service.cli import convert
 
     assert output_format == "hf"
     options = ["--out", str(out), "--weights", weights, "--dtype", dtype]
     options += ["--max-shard-bytes", str(max_shard_bytes)] if max_shard_bytes else []
-    cli_convert.export(run, home, options, as_json=as_json)
+    convert.export(run, home, options, as_json=as_json)
 
 
 @app.command(name="import")
@@ -166,9 +173,9 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Make a Llama, Mistral or Qwen2 a base checkpoint to grow; print what a spec takes."""
-    from service import cli_convert
+    from service.cli import convert
 
-    cli_convert.import_(folder, ["--out", out], as_json=as_json)
+    convert.import_(folder, ["--out", out], as_json=as_json)
 
 
 @app.command(
@@ -181,7 +188,7 @@ def import_(
 )
 def coord_check(context: typer.Context) -> None:
     """Check that activations depend on neither width nor depth: slopes and a page of plots."""
-    from service import cli_coord
+    from service.cli import coord_check as cli_coord
 
     cli_coord.check(list(context.args))
 

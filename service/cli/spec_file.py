@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from warmcore import plain_yaml
+from warmcore.storage import plain_yaml
 
 _HUB = "hf:"
 

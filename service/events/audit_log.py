@@ -14,8 +14,8 @@ from sqlalchemy import event as hooks
 from sqlalchemy import text
 from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 
-from service import context, metrics, tracing
-from service.wakeups import CHANNEL, WEBHOOKS, WORK
+from service.events.wakeups import CHANNEL, WEBHOOKS, WORK
+from service.observability import metrics, request_context, tracing
 
 # After these a run may be leasable: one waits, or there is room for one more trial.
 _MAKES_WORK = frozenset(
@@ -102,7 +102,7 @@ def event(
 ) -> NewEvent:
     """An event to be written, e.g. `run.leased`; the doing of whoever asks, unless said."""
     row = {"study_id": study_id, "run_id": run_id, "type": type_, "attempt": attempt}
-    return row | {"actor": actor or context.actor(), "payload": payload}
+    return row | {"actor": actor or request_context.actor(), "payload": payload}
 
 
 def record(

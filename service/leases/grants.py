@@ -7,13 +7,14 @@ from secrets import token_urlsafe
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.caller import Caller
-from service.events import NewEvent, event
+from service.access.caller import Caller
+from service.database.tables import Run, Study
+from service.events.audit_log import NewEvent, event
+from service.leases.attempts import finish
 from service.protocol import FinishRequest, Lease, LeaseRequest, Resources
-from service.runs.store import finish, kept
+from service.runs.store import kept
 from service.settings import Settings
-from service.tables import Run, Study
-from warmcore.spec import CheckpointRef, RunSpec
+from warmcore.specs import CheckpointRef, RunSpec
 
 
 def clock(session: Session) -> datetime:

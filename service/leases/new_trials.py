@@ -13,21 +13,23 @@ from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from service import tracing
-from service.caller import Caller
-from service.drafts import Drawn, MovedOnError, WentBackError, write
-from service.events import NewEvent, event, record_all
-from service.leases.bids import Bid, Opening
+from service.access.caller import Caller
+from service.database.tables import Run, Study
+from service.events.audit_log import NewEvent, event, record_all
 from service.leases.grants import clock, lease_of, leased, take
+from service.leases.requests import Bid, Opening
 from service.lifecycle import LIVE_RUN_STATES
+from service.observability import tracing
+from service.optuna_bridge.draft_storage import Drawn, MovedOnError, WentBackError, write
+from service.optuna_bridge.sampler import TRANSIENT, Sampler, Suggestion
 from service.protocol import Lease
-from service.sampler import TRANSIENT, Sampler, Suggestion
+from service.runs.store import new_run
 from service.settings import Settings
-from service.studies.advance import end, lock, new_run
-from service.studies.specs import UnreadableSpecError, note_left, parsed
-from service.studies.study_spec import StudySpec
-from service.tables import Run, Study
-from warmcore.spec import derived_seed
+from service.specs.stored import UnreadableSpecError, note_left, parsed
+from service.specs.study import StudySpec
+from service.studies.advance import end
+from service.studies.locks import lock
+from warmcore.specs import derived_seed
 
 _log = logging.getLogger(__name__)
 _DRAWS = 5  # before the next round, where other replicas are always faster

@@ -1,10 +1,10 @@
-"""The desk: requests for leases stand in line, and one round at a time serves all who stand there.
+"""The lease queue: requests for leases wait in line, and each round serves all of them at once.
 
-A round is one set of queries and one commit for as many as it can serve, as databases commit in
-groups: sixteen workers that ask at once get sixteen trials of one transaction. Who is granted
-something is answered as soon as that has committed, since its lease runs from then and what is
-drawn for others may take minutes. Between rounds the desk sleeps until something is heard
-(`service.wakeups`), somebody comes, or a run falls due. It runs only while somebody stands in line.
+A round is one set of queries and one commit for as many requests as it can serve: sixteen workers
+that ask at once get sixteen trials in one transaction. A request is answered as soon as its grant
+has committed, because the lease runs from that moment and sampling for the others may take minutes.
+Between rounds the queue waits for a notification (`service.events.wakeups`), a new request, or the
+time at which a run falls due. It runs only while a request waits.
 """
 
 import asyncio
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.datastructures import State
 
-from service import context, tracing
-from service.caller import Caller
-from service.errors import Problem
-from service.leases import store
-from service.leases.bids import Bid
+from service.access.caller import Caller
+from service.events.wakeups import WORK, Bell
+from service.leases import rounds
 from service.leases.grants import give_back
+from service.leases.requests import Bid
+from service.observability import request_context, tracing
+from service.optuna_bridge.sampler import TRANSIENT
+from service.problems import Problem
 from service.protocol import Lease, LeaseRequest
-from service.sampler import TRANSIENT
-from service.wakeups import WORK, Bell
 
 _log = logging.getLogger(__name__)
 _LOOK_SECONDS = 5.0  # a notice may be lost with the connection that it would have come by
@@ -108,7 +108,7 @@ class Desk:
 
     async def _serve(self) -> None:
         # What a round mends is no doing of the request that happened to start it.
-        with context.acting("service"), self._state.wakeups.bell(WORK) as self._bell:
+        with request_context.acting("service"), self._state.wakeups.bell(WORK) as self._bell:
             while self._line:
                 line = tuple(self._line)
                 firsts = range(0, len(line), _AT_ONCE)
@@ -129,7 +129,7 @@ class Desk:
         """Serve these together; where that fails each alone, so that one is told what one did."""
         due, bids = None, [place.bid for place in places]
         try:
-            async for due in iterate_in_threadpool(store.serve(self._state, bids)):  # noqa: B007 - the last
+            async for due in iterate_in_threadpool(rounds.serve(self._state, bids)):  # noqa: B007 - the last
                 for place in places:
                     if place.bid.granted:
                         self._answer(place)

@@ -12,11 +12,11 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 from starlette.datastructures import State
 
-from service.caller import Caller
+from service.access.caller import Caller
+from service.leases import attempts
+from service.optuna_bridge.sampler import Sampler
 from service.protocol import Decision, Measurement
-from service.runs import store
-from service.sampler import Sampler
-from service.studies.specs import UnreadableSpecError, parsed
+from service.specs.stored import UnreadableSpecError, parsed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ def report(
         lease_seconds = state.settings.lease_seconds
         heard = hear(session, caller, run_id, token, points, lease_seconds=lease_seconds)
         if heard is None:
-            return store.after_end(session, caller, run_id, token)
+            return attempts.after_end(session, caller, run_id, token)
     state.presence.seen()
     return "prune" if _is_pruned(state.sampler, heard) else "continue"
 

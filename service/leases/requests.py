@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import ColumnElement
 
-from service.caller import Caller
+from service.access.caller import Caller
+from service.database.tables import Study
 from service.protocol import Lease, LeaseRequest, Resources, RunKind
-from service.tables import Study
 
 
 @dataclass(kw_only=True)

@@ -5,26 +5,29 @@ requests cannot wait for each other.
 """
 
 from collections.abc import Generator, Iterable
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.datastructures import State
 
-from service.errors import Problem
-from service.events import record_all
-from service.leases import trials
-from service.leases.bids import Bid, allot
+from service.access.lookup import find_id
+from service.database.tables import Run, Study
+from service.events.audit_log import record_all
+from service.leases import new_trials
 from service.leases.grants import clock, lease_of, leased, take
-from service.leases.repair import LATE, UNTOLD, Presence, expire, tell_finished
+from service.leases.repair import LATE, UNTOLD, expire, tell_finished
+from service.leases.requests import Bid, allot
+from service.optuna_bridge.sampler import Sampler
+from service.problems import Problem
 from service.protocol import Lease, RunKind
-from service.sampler import Sampler
 from service.settings import Settings
-from service.studies.specs import note_left
-from service.studies.store import find_id
-from service.studies.study_spec import StudyResources
-from service.tables import Run, Study
-from warmcore.spec import RunSpec
+from service.specs.stored import note_left
+from service.specs.study import StudyResources
+from warmcore.specs import RunSpec
+
+if TYPE_CHECKING:
+    from service.leases.presence import Presence
 
 # A study that has ended may still have targets that were started by hand.
 _LEASED_FROM = ("active", "completed", "failed")
@@ -183,11 +186,11 @@ def _start_trials(
             if not allotted:
                 return not held_up
             for study, takers in allotted:
-                if not (yield from trials.start(sessions, sampler, settings, study, takers)):
+                if not (yield from new_trials.start(sessions, sampler, settings, study, takers)):
                     held_up.add(study.id)
-        except trials.StudyFaultError as fault:
+        except new_trials.StudyFaultError as fault:
             with sessions.begin() as session:
-                trials.fail(session, fault)
+                new_trials.fail(session, fault)
 
 
 def _allotted(
@@ -198,7 +201,7 @@ def _allotted(
         return []
     scopes = {bid.scope: bid.within for bid in takers if bid.within is not None}
     with statements() as session:
-        found = {scope: trials.openings(session, within) for scope, within in scopes.items()}
+        found = {scope: new_trials.openings(session, within) for scope, within in scopes.items()}
     openings = {id_: o for of in found.values() for id_, o in of.items() if id_ not in held_up}
     studies = {scope: [id_ for id_ in of if id_ in openings] for scope, of in found.items()}
     allotted = allot(takers, openings, studies)

@@ -4,12 +4,12 @@ import asyncio
 
 from fastapi import APIRouter, Request
 
-from service.auth import Fleet
-from service.bodies import Route
-from service.caller import Caller
-from service.errors import may_answer
-from service.leases.desk import give_back_to
+from service.access.authentication import Fleet
+from service.access.caller import Caller
+from service.leases.queue import give_back_to
 from service.protocol import Lease, LeaseReply, LeaseRequest
+from service.web.json_body import Route
+from service.web.openapi import may_answer
 
 router = APIRouter(tags=["leases"], route_class=Route)
 

@@ -22,9 +22,9 @@ from types import FrameType
 import httpx
 from sqlalchemy.engine import URL
 
-from service import home as homes
-from service.child import Child
-from service.db import database
+from service.database.engine import database
+from service.local_stack import home as homes
+from service.local_stack.child_process import Child
 from service.settings import Settings
 
 _FLEET_STOP_SECONDS = 90.0

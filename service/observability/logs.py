@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal, TextIO, cast, get_args
 
-from service import context
+from service.observability import request_context
 
 Format = Literal["text", "json"]
 FORMAT_VARIABLE = "WARMSCALE_LOG_FORMAT"
@@ -72,7 +72,7 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's lines."""
-        facts = context.current()
+        facts = request_context.current()
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         head = {"time": at.replace("+00:00", "Z"), "level": record.levelname, "logger": record.name}
         given = {name: value for name, value in vars(record).items() if name not in _OWN}

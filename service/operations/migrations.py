@@ -22,9 +22,9 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.pool import NullPool
 
-from service.db import optuna_url
-from service.revisions import Revision, check_not_newer, found
-from service.tables import OPTUNA_SCHEMA, SCHEMA
+from service.database.engine import optuna_url
+from service.database.tables import OPTUNA_SCHEMA, SCHEMA
+from service.operations.revisions import Revision, check_not_newer, found
 
 _UPGRADE_LOCK = 0x7761726D  # any constant: whoever changes, copies or replaces tables takes it
 _log = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ def config_on(connection: Connection) -> Config:
 
 
 def _scripts_config() -> Config:
-    beside = Path(__file__).resolve().parent.parent / "alembic"
-    inside = Path(__file__).resolve().parent / "alembic"
+    service = Path(__file__).resolve().parents[1]
+    beside, inside = service.parent / "alembic", service / "alembic"
     folder = beside if (beside / "env.py").exists() else inside
     config = Config()
     config.set_main_option("script_location", str(folder).replace("%", "%%"))
@@ -76,7 +76,7 @@ def scripts() -> tuple[Script, ...]:
 @cache
 def known_revisions() -> dict[str, tuple[str, ...]]:
     """The revisions that this program knows of each schema, oldest first."""
-    from service import optuna_schema  # noqa: PLC0415 - optuna takes a second to import
+    from service.optuna_bridge import schema as optuna_schema  # noqa: PLC0415 - optuna takes a second to import
 
     ours = tuple(script.revision for script in scripts())
     return {SCHEMA: ours, OPTUNA_SCHEMA: optuna_schema.revisions()}
@@ -97,7 +97,7 @@ def upgrade(url: URL, patience: Patience = Patience()) -> None:
         NewerDatabaseError: a later version has been here.
         LockBusyError: a transaction held a table for too long; nothing was changed.
     """
-    from service import optuna_schema  # noqa: PLC0415 - optuna takes a second to import
+    from service.optuna_bridge import schema as optuna_schema  # noqa: PLC0415 - optuna takes a second to import
 
     config = alembic_config(url, lock_seconds=patience.lock_seconds)
     theirs = optuna_url(_giving_way(url, patience.lock_seconds))

@@ -3,11 +3,11 @@
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 
-from service import metrics, migrations
-from service.auth import Scraper
-from service.deps import DbSession
-from service.errors import Problem
-from service.revisions import complaint
+from service.access.authentication import Scraper
+from service.operations import gauges, migrations
+from service.operations.revisions import complaint
+from service.problems import Problem
+from service.web.dependencies import DbSession
 
 router = APIRouter(tags=["probes"])
 
@@ -31,5 +31,5 @@ def readyz(session: DbSession) -> dict[str, str]:
 def read_metrics(caller: Scraper, session: DbSession, request: Request) -> Response:
     """Prometheus metrics, over all projects: hence a scope of its own."""
     assert caller
-    text = metrics.render(session, request.app.state.engines)
-    return Response(text, media_type=metrics.CONTENT_TYPE)
+    text = gauges.render(session, request.app.state.engines)
+    return Response(text, media_type=gauges.CONTENT_TYPE)

@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.auth import enter
-from service.caller import Caller
-from service.errors import Problem
+from service.access.authentication import enter
+from service.access.caller import Caller
+from service.problems import Problem
 
 _READ_METHODS = frozenset({"GET", "HEAD"})
 _NOTE = re.compile(r"/api/studies/\d+(/\d+)?/note")

@@ -27,13 +27,13 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from service.db import each_alone, engine_options
-from service.drafts import DraftStorage, Drawn
-from service.known import KnownStudies
-from service.optuna_terms import make_pruner, make_sampler, suggest_all
-from service.studies.study_spec import StudySpec
-from service.tpe import Memory
-from warmcore.spec import derived_seed
+from service.database.engine import each_alone, engine_options
+from service.optuna_bridge.cached_tpe import Memory
+from service.optuna_bridge.draft_storage import DraftStorage, Drawn
+from service.optuna_bridge.study_cache import KnownStudies
+from service.optuna_bridge.translation import make_pruner, make_sampler, suggest_all
+from service.specs.study import StudySpec
+from warmcore.specs import derived_seed
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,7 +11,7 @@ from optuna.storages import RDBStorage
 from optuna.storages._rdb import models
 from sqlalchemy import Connection, text
 
-from service.tables import OPTUNA_SCHEMA
+from service.database.tables import OPTUNA_SCHEMA
 
 # Optuna finds a trial by its number among all of its study.
 _INDEX = "CREATE INDEX IF NOT EXISTS ix_warmscale_number ON optuna.trials (study_id, number)"

@@ -9,8 +9,8 @@ from threading import Lock
 
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 
-from service.history import History
-from service.tpe import Memory
+from service.optuna_bridge.cached_tpe import Memory
+from service.optuna_bridge.trial_history import History
 
 _STUDIES = 64
 _TRIALS = 100_000

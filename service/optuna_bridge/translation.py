@@ -30,10 +30,10 @@ from optuna.samplers import (
 )
 from optuna.trial import Trial
 
-from service.studies.space import CategoricalDimension, Dimension, FloatDimension, grid_points
-from service.studies.study_spec import StudySpec
-from service.tpe import Memory, RememberingTPESampler
-from warmcore.spec import derived_seed
+from service.optuna_bridge.cached_tpe import Memory, RememberingTPESampler
+from service.specs.search_space import CategoricalDimension, Dimension, FloatDimension, grid_points
+from service.specs.study import StudySpec
+from warmcore.specs import derived_seed
 
 
 def distribution(dimension: Dimension) -> BaseDistribution:

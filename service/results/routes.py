@@ -3,14 +3,15 @@
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from service.auth import Reader
-from service.bodies import Route
-from service.deps import DbSession
-from service.results import report, store
+from service.access.authentication import Reader
+from service.access.lookup import find
+from service.results import store
+from service.results.report import page as report
 from service.results.schemas import StudyResults
-from service.shield import NO_FRAMES
-from service.studies.specs import parsed
-from service.studies.store import find
+from service.specs.stored import parsed
+from service.web.dependencies import DbSession
+from service.web.json_body import Route
+from service.web.protection import NO_FRAMES
 
 router = APIRouter(prefix="/studies", tags=["results"], route_class=Route)
 

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from service.protocol import Arm, Message, RunState, StudyState
 from service.studies.schemas import RunCounts
-from warmcore.spec import CheckpointRef
+from warmcore.specs import CheckpointRef
 
 
 class Evaluation(Message):

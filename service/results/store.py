@@ -8,6 +8,7 @@ from typing import get_args
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from service.database.tables import Measurement, Run, Study
 from service.protocol import RunState
 from service.results.budgets import CostsOf, at_branch, by_budget
 from service.results.costs import costs_of
@@ -23,13 +24,13 @@ from service.results.schemas import (
     Verdict,
 )
 from service.results.verdict import Pending, judge
-from service.results.words import why_no_target
-from service.studies.advance import base_of, best_growable, best_trial
+from service.results.wording import why_no_target
+from service.runs.store import best_growable, best_trial
+from service.specs.stored import parsed
+from service.specs.study import StudySpec
+from service.studies.advance import base_of
 from service.studies.schemas import RunCounts
-from service.studies.specs import parsed
-from service.studies.study_spec import StudySpec
-from service.tables import Measurement, Run, Study
-from warmcore.flops import growth_factors
+from warmcore.specs.sizes import growth_factors
 
 MAX_TRIAL_CURVES = 100
 MAX_TRIAL_POINTS = 200

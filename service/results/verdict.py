@@ -23,7 +23,7 @@ from service.results.schemas import (
     TargetRun,
     Verdict,
 )
-from service.results.words import say
+from service.results.wording import say
 
 CONFIDENCE = 0.95
 

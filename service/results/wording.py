@@ -3,8 +3,8 @@
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES
 from service.protocol import RunView
 from service.results.schemas import Costs, Interval, SeedPair, StudyResults, TargetRun, Verdict
+from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts
-from service.studies.study_spec import StudySpec
 
 _LARGE = 1e6
 

@@ -1,57 +1,25 @@
-"""`/v1/runs`: reading runs, and what their workers report."""
+"""`/v1/runs`: reading runs."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request
-from starlette.concurrency import run_in_threadpool
+from fastapi import APIRouter, Query, Request
 
-from service import sse
-from service.auth import Fleet, Reader
-from service.bodies import Route
-from service.deps import DbSession, TheSettings, UnitOfWork
-from service.errors import may_answer
-from service.leases.grants import artifact_uri
-from service.places import check_published
+from service import event_stream
+from service.access import lookup
+from service.access.authentication import Reader
+from service.database.tables import Run, Study
 from service.protocol import (
-    LEASE_TOKEN_HEADER,
-    CheckpointReply,
-    CheckpointReport,
-    FinishReply,
-    FinishRequest,
-    MeasurementBatch,
-    ReportReply,
     RunKind,
     RunState,
     RunView,
 )
-from service.runs import reports, store
+from service.runs import store
 from service.runs.schemas import CheckpointList, MeasurementPage, RunPage
-from service.studies import branches
-from service.studies import store as studies
-from service.tables import Run, Study
+from service.web.dependencies import DbSession
+from service.web.json_body import Route
+from service.web.openapi import may_answer
 
 router = APIRouter(prefix="/runs", tags=["runs"], route_class=Route)
-Token = Annotated[str, Header(alias=LEASE_TOKEN_HEADER)]
-
-# What is called most comes first: routes are tried in their order.
-
-
-@router.post("/{run_id}/measurements")
-async def report(
-    body: MeasurementBatch, caller: Fleet, run_id: str, token: Token, request: Request
-) -> ReportReply:
-    """Add points to the run's curve and renew its lease; an empty batch just renews it."""
-    write = reports.report, request.app.state, caller, run_id, token, body.measurements
-    return ReportReply(decision=await run_in_threadpool(*write))
-
-
-@router.post("/{run_id}/finish")
-async def finish(
-    body: FinishRequest, caller: Fleet, run_id: str, token: Token, work: UnitOfWork
-) -> FinishReply:
-    """End this attempt. Sending the same end twice changes nothing."""
-    state = await work(store.finish, caller, run_id, token, body)
-    return FinishReply.model_validate({"state": state})
 
 
 @router.get("", responses=may_answer(404, "There is no such study."))
@@ -65,7 +33,7 @@ def list_runs(
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> RunPage:
     """Runs, newest first."""
-    filters = [] if study is None else [Run.study_id == studies.find(session, caller, study).id]
+    filters = [] if study is None else [Run.study_id == lookup.find(session, caller, study).id]
     filters += [] if state is None else [Run.state == state]
     filters += [] if kind is None else [Run.kind == kind]
     return store.page(session, caller, filters, cursor, limit)
@@ -74,7 +42,7 @@ def list_runs(
 @router.get("/{run_id}")
 def read_run(caller: Reader, session: DbSession, run_id: str) -> RunView:
     """One run."""
-    run = store.get(session, caller, run_id)
+    run = lookup.get(session, caller, run_id)
     return store.view(run, session.get_one(Study, run.study_id).name)
 
 
@@ -87,43 +55,25 @@ def read_measurements(
     limit: Annotated[int, Query(ge=1, le=5000)] = 1000,
 ) -> MeasurementPage:
     """The run's curve, by step; nothing of it is left out."""
-    run = store.get(session, caller, run_id)
+    run = lookup.get(session, caller, run_id)
     return store.measurements(session, run.id, cursor, limit)
 
 
 @router.get("/{run_id}/checkpoints")
 def read_checkpoints(caller: Reader, session: DbSession, run_id: str) -> CheckpointList:
     """The run's checkpoints that are kept, newest first."""
-    return CheckpointList(items=store.checkpoints(session, store.get(session, caller, run_id).id))
+    return CheckpointList(items=store.checkpoints(session, lookup.get(session, caller, run_id).id))
 
 
 @router.get(
     "/{run_id}/events",
-    response_class=sse.EventSourceResponse,
-    responses=sse.ANSWER,
+    response_class=event_stream.EventSourceResponse,
+    responses=event_stream.ANSWER,
 )
 async def stream_events(
-    request: Request, caller: Reader, run_id: str, after: sse.LastEventId = None
-) -> sse.EventSourceResponse:
+    request: Request, caller: Reader, run_id: str, after: event_stream.LastEventId = None
+) -> event_stream.EventSourceResponse:
     """The run's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await sse.respond(
-        request, caller, lambda session: sse.of_run(session, caller, run_id), after
+    return await event_stream.respond(
+        request, caller, lambda session: event_stream.of_run(session, caller, run_id), after
     )
-
-
-@router.post("/{run_id}/checkpoints")
-def publish(
-    body: CheckpointReport,
-    caller: Fleet,
-    run_id: str,
-    token: Token,
-    session: DbSession,
-    settings: TheSettings,
-) -> CheckpointReply:
-    """Publish a checkpoint whose files are complete and in place."""
-    branches.lock_study(session, run_id, body.step)
-    run = store.renew(session, caller, run_id, token, settings.lease_seconds)
-    if not isinstance(run, Run):
-        return CheckpointReply(decision=run)
-    check_published(body.uri, artifact_uri(settings, run), run.id)
-    return CheckpointReply(decision="continue", superseded=store.publish(session, run, body))

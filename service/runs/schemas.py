@@ -1,10 +1,5 @@
 """The messages that runs are read by."""
 
-from datetime import datetime
-from typing import Any
-
-from pydantic import Field
-
 from service.protocol import CheckpointView, Measurement, Message, RunView
 
 
@@ -32,18 +27,3 @@ class CheckpointList(Message):
     """A run's checkpoints that are kept, newest first."""
 
     items: tuple[CheckpointView, ...]
-
-
-class EventView(Message):
-    """A transition."""
-
-    id: int
-    study_id: str | None
-    run_id: str | None
-    type: str
-    actor: str | None = Field(
-        description="who did it: a key's id; `operator`, on the database itself; `service`"
-    )
-    attempt: int | None
-    payload: dict[str, Any]
-    created_at: datetime

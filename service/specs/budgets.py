@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from service.studies.space import Dimension, FieldError, reason
-from warmcore.branching import branch_of, branch_steps
-from warmcore.flops import budget_steps, num_steps, tokens_per_step, train_flops
-from warmcore.schedule import warmup_steps
-from warmcore.spec import RunSpec
+from service.specs.search_space import Dimension
+from warmcore.specs import RunSpec
+from warmcore.specs.fields import FieldError, reason
+from warmcore.specs.run import (
+    branch_of,
+)
+from warmcore.specs.schedule import warmup_steps
 
 # Where a cooldown begins is rounded to whole steps, so what is tuned may bring two of them nearer
 # by two steps than they are at the ends of its range.
@@ -32,9 +34,9 @@ def trunk_of(run: RunSpec, budgets: tuple[float, ...]) -> RunSpec:
 def flops_with_branches(run: RunSpec) -> float:
     """What a target costs in all: its own training, and each cooldown that follows it."""
     wholes = [branch_of(run, budget, None) for budget in run.branches]
-    steps = [budget_steps(whole) for whole in wholes]
-    cooldowns = sum(n - start for n, start in zip(steps, branch_steps(run), strict=True))
-    return train_flops(run, (num_steps(run) + cooldowns) * tokens_per_step(run))
+    steps = [whole.budget_steps for whole in wholes]
+    cooldowns = sum(n - start for n, start in zip(steps, run.branch_steps, strict=True))
+    return run.flops_of((run.num_steps + cooldowns) * run.tokens_per_step)
 
 
 def check_alone(budgets: tuple[float, ...], train: Mapping[str, Any], place: str) -> None:
@@ -72,8 +74,8 @@ def check_trunk(
 
 
 def _check_room(trunk: RunSpec) -> None:
-    before = warmup_steps(budget_steps(trunk), trunk.train)
-    for step, budget in zip(branch_steps(trunk), trunk.branches, strict=True):
+    before = warmup_steps(trunk.budget_steps, trunk.train)
+    for step, budget in zip(trunk.branch_steps, trunk.branches, strict=True):
         if step - before < MIN_STEPS_APART:
             raise ValueError(
                 f"{budget:g} tokens per parameter would cool down {step - before} steps after what "

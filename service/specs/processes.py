@@ -1,9 +1,10 @@
 """Whether the processes that a study asks for can share its runs."""
 
 from service.protocol import Resources
-from service.studies.space import Dimension, FieldError, IntDimension
-from warmcore.sharing import check_shared
-from warmcore.spec import TrainSpec
+from service.specs.search_space import Dimension, IntDimension
+from warmcore.specs import TrainSpec
+from warmcore.specs.fields import FieldError
+from warmcore.specs.train import check_shared
 
 
 def check_processes(place: str, needs: Resources) -> None:

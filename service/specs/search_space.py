@@ -3,29 +3,14 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from warmcore.spec import TUNABLE_PARAMS, WHOLE_PARAMS, PositiveInt, Spec, TrainSpec
+from warmcore.specs import TUNABLE_PARAMS, WHOLE_PARAMS, PositiveInt, Spec, TrainSpec
+from warmcore.specs.fields import FieldError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
 MAX_GRID_POINTS = 100_000
-
-
-class FieldError(ValueError):
-    """A bad field below the level at which it was found; `path` is relative to there."""
-
-    def __init__(self, path: str, value: object, message: str) -> None:
-        self.path = path
-        self.value = value
-        super().__init__(message)
-
-
-def reason(error: ValueError) -> str:
-    """The first complaint of a validation, in its own words."""
-    if isinstance(error, ValidationError):
-        return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return str(error)
 
 
 class FloatDimension(Spec):

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from service.errors import Problem
-from service.studies.study_spec import StudySpec
+from service.problems import Problem
+from service.specs.study import StudySpec
 
 _KEPT = 256
 _log = logging.getLogger(__name__)

@@ -7,18 +7,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from service.protocol import Resources
-from service.studies.budgets import check_alone, check_longest, check_trunk, trunk_of
-from service.studies.sharing import check_batches, check_processes
-from service.studies.space import (
-    Dimension,
-    FieldError,
-    check_dimension,
-    check_grid,
-    check_parts,
-    reason,
-)
-from warmcore.flops import count_params, tokens_per_step
-from warmcore.spec import (
+from service.specs.budgets import check_alone, check_longest, check_trunk, trunk_of
+from service.specs.processes import check_batches, check_processes
+from service.specs.search_space import Dimension, check_dimension, check_grid, check_parts
+from warmcore.specs import (
     NOT_TRANSFERABLE,
     DataSpec,
     GrowthOptions,
@@ -29,7 +21,10 @@ from warmcore.spec import (
     Spec,
     TokensPerParam,
     TrainSpec,
+    growth_rules,
 )
+from warmcore.specs.fields import FieldError, reason
+from warmcore.specs.sizes import count_params
 
 SamplerName = Literal["tpe", "random", "cmaes", "gp", "qmc", "grid"]
 PrunerName = Literal["hyperband", "successive_halving", "median", "none"]
@@ -246,7 +241,7 @@ class StudySpec(Spec):
             yield "warmstart.control false: without a cold run there is no verdict"
         models = [self.base_model, *(self.rung_model(i) for i in range(len(self.rungs)))]
         for base, target in pairwise(models):
-            for warning in self.warmstart.warnings(base, target):
+            for warning in growth_rules.warnings(self.warmstart, base, target):
                 yield f"warmstart.operator: {warning}"
 
 
@@ -272,11 +267,11 @@ def grown_model(
     except ValidationError as error:
         raise FieldError(f"{place}.width", target.width, reason(error)) from None
     try:
-        options.check_depth(base, model)
+        growth_rules.check_depth(options, base, model)
     except ValueError as error:
         raise FieldError(f"{place}.depth", target.depth, str(error)) from None
     try:
-        options.check(base, model)
+        growth_rules.check(options, base, model)
     except ValueError as error:
         raise FieldError(f"{place}.width", target.width, str(error)) from None
     return model
@@ -317,7 +312,7 @@ def check_optimizers(
 ) -> None:
     """Raise a FieldError below `place` where the target's optimizer cannot use the base's state."""
     try:
-        options.check_optimizers(base, target)
+        growth_rules.check_optimizers(options, base, target)
     except ValueError as error:
         path = f"{place}.train.optimizer"
         raise FieldError(path, target.optimizer, str(error)) from None
@@ -326,7 +321,7 @@ def check_optimizers(
 def check_base_weights(options: GrowthOptions, base: TrainSpec) -> None:
     """Raise a FieldError unless the base's run keeps the weights that are to be grown."""
     try:
-        options.check_base_weights(base)
+        growth_rules.check_base_weights(options, base)
     except ValueError as error:
         raise FieldError("warmstart.base_weights", options.base_weights, str(error)) from None
 
@@ -334,5 +329,5 @@ def check_base_weights(options: GrowthOptions, base: TrainSpec) -> None:
 def check_size(run: RunSpec) -> None:
     """Raise ValueError when the sizes that follow from a run are beyond anything that can be."""
     tokens = run.train.num_tokens or run.train.tokens_per_param * count_params(run.model).total
-    if tokens > MAX_TOKENS or tokens_per_step(run) > MAX_TOKENS:
+    if tokens > MAX_TOKENS or run.tokens_per_step > MAX_TOKENS:
         raise ValueError(f"the run would train on {tokens:.3g} tokens; {MAX_TOKENS:.0e} at most")

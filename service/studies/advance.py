@@ -2,36 +2,22 @@
 
 import logging
 
-from sqlalchemy import ColumnElement, Select, bindparam, func, select, update
+from sqlalchemy import ColumnElement, bindparam, func, select, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from service import tracing
-from service.events import record
+from service.database.tables import Checkpoint, Run, Study
+from service.events.audit_log import record
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
+from service.observability import tracing
+from service.runs.store import best_growable, best_trial, new_run
+from service.specs.stored import UnreadableSpecError, parsed
+from service.specs.study import StudySpec, TargetSpec, WarmstartSpec
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
-from service.studies.specs import UnreadableSpecError, parsed
-from service.studies.study_spec import StudySpec, TargetSpec, WarmstartSpec
-from service.tables import Checkpoint, Run, Study
-from warmcore.flops import flops_per_token, num_steps, num_tokens
-from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
+from warmcore.specs import CheckpointRef, ModelSpec
 
 _log = logging.getLogger(__name__)
 _HIGHEST = select(func.max(Run.trial_number)).where(Run.study_id == bindparam("study"))
-
-
-def lock(session: Session, study_id: str) -> Study:
-    """The study's row, locked until the transaction ends. Always taken before any run's lock.
-
-    FOR NO KEY UPDATE: an event's foreign key only asks that the row stays, and must not wait.
-    """
-    return session.scalars(locked(Study.id == study_id)).one()
-
-
-def locked(which: ColumnElement[bool]) -> Select[Study]:
-    """The query that locks a study's row."""
-    query = select(Study).where(which).with_for_update(key_share=True)
-    return query.execution_options(populate_existing=True)
 
 
 def advance(session: Session, study: Study) -> None:
@@ -84,30 +70,6 @@ def _trials_remain(session: Session, study: Study) -> bool:
     return highest is None or highest + 1 < study.spec["hpo"]["trials"]
 
 
-def best_trial(session: Session, study_id: str) -> Run | None:
-    """The succeeded trial with the lowest validation loss; the earlier one of equals."""
-    query = (
-        select(Run)
-        .where(Run.study_id == study_id, Run.kind == "trial", Run.state == "succeeded")
-        .order_by(Run.val_loss_nats, Run.trial_number)
-        .limit(1)
-    )
-    return session.scalars(query).one_or_none()
-
-
-def best_growable(session: Session, study_id: str) -> Run | None:
-    """The best trial that can be grown: a worker of another framework may publish no checkpoint."""
-    query = (
-        select(Run)
-        .join(Checkpoint, Checkpoint.run_id == Run.id)
-        .where(Run.study_id == study_id, Run.kind == "trial", Run.state == "succeeded")
-        .where(Checkpoint.final, ~Checkpoint.superseded)
-        .order_by(Run.val_loss_nats, Run.trial_number)
-        .limit(1)
-    )
-    return session.scalars(query).one_or_none()
-
-
 def _best_base(session: Session, study_id: str) -> Base | None:
     best = best_growable(session, study_id)
     return None if best is None else base_of(session, best)
@@ -150,20 +112,6 @@ def enqueue_target(
     session.flush()
     record(session, "run.queued", study_id=study.id, run_id=run.id, arm=new.arm, rung=new.rung)
     return run
-
-
-def new_run(study: Study, spec: StudySpec, run: RunSpec, params: dict[str, object]) -> Run:
-    """A run's row with its sizes worked out; the caller says what it is for."""
-    return Run(
-        study_id=study.id,
-        spec=run.model_dump(mode="json"),
-        params=params,
-        seed=run.seed,
-        max_attempts=spec.max_attempts,
-        num_steps=num_steps(run),
-        num_tokens=num_tokens(run),
-        flops_per_token=flops_per_token(run.model, run.data.context),
-    )
 
 
 def _enqueue(session: Session, study: Study, spec: StudySpec, new: NewTarget) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.errors import bad_field
-from service.events import record
-from service.studies.advance import lock, new_run
-from service.studies.specs import parsed
-from service.tables import Checkpoint, Run, Study
-from warmcore.branching import branch_of, branch_steps
-from warmcore.spec import CheckpointRef, RunSpec
+from service.database.tables import Checkpoint, Run, Study
+from service.events.audit_log import record
+from service.problems import bad_field
+from service.runs.store import new_run
+from service.specs.stored import parsed
+from service.studies.locks import lock
+from warmcore.specs import CheckpointRef, RunSpec
+from warmcore.specs.run import branch_of
 
 
 def lock_study(session: Session, run_id: str, step: int) -> None:
@@ -30,7 +31,7 @@ def lock_study(session: Session, run_id: str, step: int) -> None:
 
 
 def _steps(spec: dict[str, Any]) -> tuple[int, ...]:
-    return branch_steps(RunSpec.model_validate(spec)) if spec.get("branches") else ()
+    return RunSpec.model_validate(spec).branch_steps if spec.get("branches") else ()
 
 
 def enqueue(session: Session, trunk: Run, checkpoint: Checkpoint) -> None:

@@ -1,10 +1,19 @@
 """Bases that no run of the study made: imported models, by their checkpoints."""
 
+import re
 from typing import Any
 
-from service.studies.space import FieldError
-from service.studies.study_spec import StudySpec, WarmstartSpec
-from warmcore.spec import ModelSpec, TrainSpec
+from sqlalchemy.orm import Session
+
+from service.access.caller import Caller
+from service.access.lookup import find
+from service.access.paths import NAMES_BELOW, check_paths, is_below, resolve_path
+from service.problems import Problem, bad_field, not_found
+from service.settings import Settings
+from service.specs.study import StudySpec, WarmstartSpec
+from warmcore.specs import ModelSpec, TrainSpec
+from warmcore.specs.fields import FieldError
+from warmcore.storage.locations import local_path
 
 _PLACE = "base.model"
 
@@ -41,3 +50,46 @@ def check_imported(spec: StudySpec, model: ModelSpec, warmstart: WarmstartSpec) 
 def tuned_params(params: dict[str, Any]) -> dict[str, Any]:
     """What an imported model takes of a trial's parameters; its multipliers are its own."""
     return {name: value for name, value in params.items() if name in TrainSpec.model_fields}
+
+
+_STUDY_ID = re.compile(r"st_[0-9a-f]+")
+
+
+def check_base(session: Session, caller: Caller, settings: Settings, uri: str) -> None:
+    """Refuse an imported model that stands where this caller may not take one from.
+
+    Raises:
+        Problem: 404 for a run's of another project, 422 for any other place.
+    """
+    below = _in_store(settings.artifact_root, uri)
+    if below is not None:
+        _check_owner(session, caller, below, uri)
+        return
+    path = local_path(uri)
+    if path is None:
+        message = f"not below {settings.artifact_root}/ (WARMSCALE_ARTIFACTS), nor a local folder"
+        raise bad_field("base.uri", uri, message)
+    if settings.readable is not None:
+        check_paths("base.uri", uri, [path], settings.readable)
+
+
+def _in_store(root: str, uri: str) -> str | None:
+    """What follows the artifact root, however it is spelled; None outside of it."""
+    path, home = local_path(uri), local_path(root)
+    if path is not None:
+        inside = home is not None and is_below(path, home)
+        return f"/{resolve_path(path).relative_to(resolve_path(home))}" if inside and home else None
+    return uri[len(root) :] if uri.startswith(f"{root}/") else None
+
+
+def _check_owner(session: Session, caller: Caller, below: str, uri: str) -> None:
+    """A study's checkpoints are its project's; what lies beside them is everybody's."""
+    if not NAMES_BELOW.fullmatch(below):
+        raise bad_field("base.uri", uri, "the names below the artifact root are of A-Za-z0-9._-")
+    owner = below.split("/")[1]
+    if not _STUDY_ID.fullmatch(owner):
+        return
+    try:
+        find(session, caller, owner)
+    except Problem:
+        raise not_found("checkpoint", uri) from None

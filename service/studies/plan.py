@@ -5,9 +5,9 @@ from typing import Any
 
 from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import Arm, RunState
-from service.studies.budgets import trunk_of
-from service.studies.study_spec import StudySpec, TargetSpec, WarmstartSpec
-from warmcore.spec import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec, derived_seed
+from service.specs.budgets import trunk_of
+from service.specs.study import StudySpec, TargetSpec, WarmstartSpec
+from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec, derived_seed
 
 _NONE = "no trial succeeded"
 

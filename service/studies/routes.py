@@ -2,16 +2,17 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 
-from service import places, sse
-from service.auth import Reader, Writer
-from service.bodies import Route
-from service.deps import DbSession, TheSampler, TheSettings
-from service.errors import bad_field, may_answer
+from service import event_stream
+from service.access import lookup, paths
+from service.access.authentication import Reader, Writer
+from service.optuna_bridge.sampler import Sampler
+from service.problems import bad_field
 from service.protocol import IDEMPOTENCY_HEADER
 from service.runs import store as runs
-from service.studies import store, targets, trials
+from service.specs.study import StudySpec
+from service.studies import imported_base, store, targets, trials
 from service.studies.schemas import (
     EnqueueRequest,
     Importance,
@@ -22,10 +23,18 @@ from service.studies.schemas import (
     TrialPage,
     TrialView,
 )
-from service.studies.space import FieldError
-from service.studies.study_spec import StudySpec
-from warmcore.spec import DataError
+from service.web.dependencies import DbSession, TheSettings
+from service.web.json_body import Route
+from service.web.openapi import may_answer
+from warmcore.corpus.inspection import inspect
+from warmcore.specs.fields import FieldError
 
+
+async def _sampler(request: Request) -> Sampler:
+    return request.app.state.sampler
+
+
+TheSampler = Annotated[Sampler, Depends(_sampler)]
 router = APIRouter(prefix="/studies", tags=["studies"], route_class=Route)
 Key = Annotated[str | None, Header(alias=IDEMPOTENCY_HEADER, max_length=200)]
 
@@ -40,7 +49,7 @@ def create_study(
     key: Key = None,
 ) -> StudyView:
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
-    places.check_data(body.data, settings.readable)
+    paths.check_data(body.data, settings.readable)
     study = store.create(session, caller, pinned(body), key)
     sampler.create(study.optuna_name)
     return store.view(session, study)
@@ -54,10 +63,11 @@ def pinned(spec: StudySpec) -> StudySpec:
     """
     data = spec.data
     try:
-        found = data.inspect()
+        found = inspect(data)
+    except FieldError as error:
+        raise bad_field(f"data.{error.path}", error.value, str(error)) from None
     except ValueError as error:
-        field = error.field if isinstance(error, DataError) else "source"
-        raise bad_field(f"data.{field}", getattr(data, field), str(error)) from None
+        raise bad_field("data.source", data.source, str(error)) from None
     if found.data_hash is not None and data.hash not in (None, found.data_hash):
         raise bad_field("data.hash", data.hash, f"the corpus has hash {found.data_hash}")
     try:
@@ -80,14 +90,14 @@ def list_studies(
 @router.get("/{study}")
 def read_study(caller: Reader, session: DbSession, study: str) -> StudyView:
     """One study: state, counts by run state, best trial, progress, cost so far."""
-    return store.view(session, store.find(session, caller, study))
+    return store.view(session, lookup.find(session, caller, study))
 
 
 @router.post("/{study}/pause")
 def pause_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """Lease nothing more; what runs goes on to its end."""
     return store.view(
-        session, store.change_state(session, store.find(session, caller, study), "paused")
+        session, store.change_state(session, lookup.find(session, caller, study), "paused")
     )
 
 
@@ -95,7 +105,7 @@ def pause_study(caller: Writer, session: DbSession, study: str) -> StudyView:
 def resume_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """Lease again."""
     return store.view(
-        session, store.change_state(session, store.find(session, caller, study), "active")
+        session, store.change_state(session, lookup.find(session, caller, study), "active")
     )
 
 
@@ -103,7 +113,7 @@ def resume_study(caller: Writer, session: DbSession, study: str) -> StudyView:
 def cancel_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """End the study; a running worker hears it at its next report."""
     return store.view(
-        session, store.change_state(session, store.find(session, caller, study), "cancelled")
+        session, store.change_state(session, lookup.find(session, caller, study), "cancelled")
     )
 
 
@@ -117,7 +127,7 @@ def list_trials(
     limit: Annotated[int, Query(ge=1, le=1000)] = 500,
 ) -> TrialPage:
     """Trials by number with parameters, value and state, enqueued ones included."""
-    return trials.page(session, sampler, store.find(session, caller, study), cursor, limit)
+    return trials.page(session, sampler, lookup.find(session, caller, study), cursor, limit)
 
 
 @router.post("/{study}/trials", status_code=201)
@@ -130,7 +140,7 @@ def enqueue_trial(
     key: Key = None,
 ) -> TrialView:
     """Try given parameters next."""
-    return trials.enqueue(session, sampler, store.find(session, caller, study), body.params, key)
+    return trials.enqueue(session, sampler, lookup.find(session, caller, study), body.params, key)
 
 
 @router.get(
@@ -141,7 +151,7 @@ def read_importance(
     caller: Reader, session: DbSession, sampler: TheSampler, study: str
 ) -> Importance:
     """How much each parameter decides the loss."""
-    return trials.importance(sampler, store.find(session, caller, study))
+    return trials.importance(sampler, lookup.find(session, caller, study))
 
 
 @router.post("/{study}/targets", status_code=201)
@@ -154,22 +164,22 @@ def start_targets(
     key: Key = None,
 ) -> TargetList:
     """Start a warmstart by hand, from a trial or a checkpoint."""
-    found = store.find(session, caller, study)
+    found = lookup.find(session, caller, study)
     if body.base is not None:
-        places.check_base(session, caller, settings, body.base.uri)
+        imported_base.check_base(session, caller, settings, body.base.uri)
     started = targets.start(session, found, body, key)
     return TargetList(items=tuple(runs.view(run, found.name) for run in started))
 
 
 @router.get(
     "/{study}/events",
-    response_class=sse.EventSourceResponse,
-    responses=sse.ANSWER,
+    response_class=event_stream.EventSourceResponse,
+    responses=event_stream.ANSWER,
 )
 async def stream_events(
-    request: Request, caller: Reader, study: str, after: sse.LastEventId = None
-) -> sse.EventSourceResponse:
+    request: Request, caller: Reader, study: str, after: event_stream.LastEventId = None
+) -> event_stream.EventSourceResponse:
     """The study's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await sse.respond(
-        request, caller, lambda session: sse.of_study(session, caller, study), after
+    return await event_stream.respond(
+        request, caller, lambda session: event_stream.of_study(session, caller, study), after
     )

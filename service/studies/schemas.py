@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from service.protocol import Message, Number, RunState, RunView, StudyState
-from service.studies.study_spec import StudySpec, TargetSpec, WarmstartSpec
-from warmcore.spec import ModelSpec
+from service.specs.study import StudySpec, TargetSpec, WarmstartSpec
+from warmcore.specs import ModelSpec
 
 
 class RunCounts(Message):

@@ -1,28 +1,24 @@
 """Queries on studies. The session comes first; nothing here commits."""
 
-from collections.abc import Sequence
-from typing import Any, TypeVarTuple
-
-from sqlalchemy import Select, func, select, tuple_, update
+from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from service.caller import Caller
-from service.cursor import decode_cursor, encode_cursor
-from service.errors import Problem, bad_field, conflict, not_found
-from service.events import record
+from service.access.caller import Caller
+from service.database.tables import Run, Study
+from service.events.audit_log import record
 from service.lifecycle import LIVE_RUN_STATES, sources
+from service.problems import Problem, bad_field, conflict
 from service.protocol import StudyState
-from service.studies.advance import best_trial, cancel_runs, lock
+from service.runs.store import best_trial
+from service.specs.stored import parsed
+from service.specs.study import StudySpec
+from service.studies.advance import cancel_runs
+from service.studies.locks import lock
 from service.studies.schemas import BestTrial, RunCounts, StudyPage, StudyView
-from service.studies.sharing import check_batches
-from service.studies.space import FieldError, contains, reason
-from service.studies.specs import parsed
-from service.studies.study_spec import StudySpec
-from service.tables import Run, Study
+from service.web.pagination import decode_cursor, encode_cursor
 
 _ENDED = ("completed", "failed")
-Ts = TypeVarTuple("Ts")
 
 
 def create(session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None) -> Study:
@@ -72,36 +68,6 @@ def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
         )
         raise conflict("idempotency-key-reused", detail)
     return study
-
-
-def find(session: Session, caller: Caller, name_or_id: str) -> Study:
-    """The study of this id or name, as far as this caller can see.
-
-    Raises:
-        Problem: 404 when there is none; 409 for a name that several of the caller's projects have.
-    """
-    return _only(session.scalars(_named(select(Study), caller, name_or_id)).all(), name_or_id)
-
-
-def find_id(session: Session, caller: Caller, name_or_id: str) -> str:
-    """As `find`, its id alone."""
-    query = _named(select(Study.id, Study.project), caller, name_or_id)
-    return _only(session.execute(query).all(), name_or_id).id
-
-
-def _named(query: Select[*Ts], caller: Caller, name_or_id: str) -> Select[*Ts]:
-    named = (Study.id == name_or_id) | (Study.name == name_or_id)
-    return query.where(named, caller.studies).order_by(Study.id != name_or_id, Study.project)
-
-
-def _only(found: Sequence[Any], name_or_id: str) -> Any:
-    if not found:
-        raise not_found("study", name_or_id)
-    if len(found) > 1 and found[0].id != name_or_id:
-        projects = ", ".join(study.project for study in found)
-        detail = f"study {name_or_id!r} is in projects {projects}; name one with ?project="
-        raise conflict("ambiguous-name", detail)
-    return found[0]
 
 
 def page(session: Session, caller: Caller, cursor: str | None, limit: int) -> StudyPage:
@@ -207,29 +173,3 @@ def _progress(spec: StudySpec, state: str, counts: dict[str, dict[str, int]]) ->
         n for kind in counts.values() for run_state, n in kind.items() if run_state not in live
     )
     return min(1.0, done / expected)
-
-
-def parameters_fit(spec: StudySpec, params: dict[str, Any]) -> None:
-    """Check enqueued parameters against the search space.
-
-    Raises:
-        Problem: 422 naming the parameter, its value and what works.
-    """
-    for name, value in params.items():
-        dimension = spec.search_space.get(name)
-        if dimension is None:
-            works = ", ".join(sorted(spec.search_space))
-            raise bad_field(f"params.{name}", value, f"not in the search space: {works}")
-        if not contains(dimension, value):
-            works = f"outside the search space, which spans {list(dimension.bounds)}"
-            raise bad_field(f"params.{name}", value, works)
-    try:
-        run = spec.trial_run(0).with_params(params)
-        check_batches("params", spec.resources.trial, {}, run.train)
-    except FieldError as error:
-        raise bad_field("params.batch_size", params.get("batch_size"), str(error)) from None
-    except ValueError as error:
-        raise bad_field("params", params, reason(error)) from None
-    absent = sorted(set(spec.search_space) - set(params))
-    if spec.hpo.sampler == "grid" and absent:
-        raise bad_field(f"params.{absent[0]}", None, "sampler grid needs every parameter given")

@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from service.errors import bad_field, conflict, not_found
-from service.studies.advance import base_of, best_trial, enqueue_target, lock
-from service.studies.budgets import check_alone
-from service.studies.imported import check_imported, tuned_params
-from service.studies.plan import Base, NewTarget, target_run, target_seeds
-from service.studies.schemas import ImportedBase, TargetRequest
-from service.studies.sharing import check_batches
-from service.studies.space import FieldError, reason
-from service.studies.specs import parsed
-from service.studies.study_spec import (
+from service.database.tables import Checkpoint, Launch, Run, Study
+from service.problems import bad_field, conflict, not_found
+from service.runs.store import best_trial
+from service.specs.budgets import check_alone
+from service.specs.processes import check_batches
+from service.specs.stored import parsed
+from service.specs.study import (
     StudySpec,
     WarmstartSpec,
     check_base_weights,
@@ -24,8 +21,13 @@ from service.studies.study_spec import (
     grown_model,
     overridden_train,
 )
-from service.tables import Checkpoint, Launch, Run, Study
-from warmcore.spec import CheckpointRef, ModelSpec, RunSpec
+from service.studies.advance import base_of, enqueue_target
+from service.studies.imported_base import check_imported, tuned_params
+from service.studies.locks import lock
+from service.studies.plan import Base, NewTarget, target_run, target_seeds
+from service.studies.schemas import ImportedBase, TargetRequest
+from warmcore.specs import CheckpointRef, ModelSpec, RunSpec
+from warmcore.specs.fields import FieldError, reason
 
 if TYPE_CHECKING:
     from service.protocol import Arm

@@ -5,17 +5,18 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.cursor import decode_number, encode_number
-from service.errors import conflict
+from service.database.tables import Run, Study
 from service.lifecycle import FINAL_STUDY_STATES
-from service.sampler import Sampler
-from service.studies.advance import lock
+from service.optuna_bridge.sampler import Sampler
+from service.problems import bad_field, conflict
+from service.specs.processes import check_batches
+from service.specs.search_space import contains
+from service.specs.stored import parsed
+from service.specs.study import StudySpec
+from service.studies.locks import lock
 from service.studies.schemas import Importance, TrialPage, TrialView
-from service.studies.specs import parsed
-from service.studies.store import parameters_fit
-from service.studies.study_spec import StudySpec
-from service.tables import Run, Study
-from warmcore.flops import num_steps
+from service.web.pagination import decode_number, encode_number
+from warmcore.specs.fields import FieldError, reason
 
 _FEWEST_FOR_IMPORTANCE = 4
 
@@ -112,7 +113,33 @@ def _waiting(spec: StudySpec, number: int, params: dict[str, Any]) -> TrialView:
         params=params,
         val_loss_nats=None,
         step=0,
-        num_steps=num_steps(spec.trial_run(0)),
+        num_steps=spec.trial_run(0).num_steps,
         attempt=0,
         error=None,
     )
+
+
+def parameters_fit(spec: StudySpec, params: dict[str, Any]) -> None:
+    """Check enqueued parameters against the search space.
+
+    Raises:
+        Problem: 422 naming the parameter, its value and what works.
+    """
+    for name, value in params.items():
+        dimension = spec.search_space.get(name)
+        if dimension is None:
+            works = ", ".join(sorted(spec.search_space))
+            raise bad_field(f"params.{name}", value, f"not in the search space: {works}")
+        if not contains(dimension, value):
+            works = f"outside the search space, which spans {list(dimension.bounds)}"
+            raise bad_field(f"params.{name}", value, works)
+    try:
+        run = spec.trial_run(0).with_params(params)
+        check_batches("params", spec.resources.trial, {}, run.train)
+    except FieldError as error:
+        raise bad_field("params.batch_size", params.get("batch_size"), str(error)) from None
+    except ValueError as error:
+        raise bad_field("params", params, reason(error)) from None
+    absent = sorted(set(spec.search_space) - set(params))
+    if spec.hpo.sampler == "grid" and absent:
+        raise bad_field(f"params.{absent[0]}", None, "sampler grid needs every parameter given")

@@ -1,4 +1,4 @@
-"""What a route is given: one database session per request, which commits with it; the sampler."""
+"""What a route is given: one database session per request, which commits with it."""
 
 from collections.abc import Callable, Generator
 from typing import Annotated, Concatenate, ParamSpec, TypeVar
@@ -7,8 +7,6 @@ from fastapi import Depends, Request
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
-from service.leases.repair import Presence
-from service.sampler import Sampler
 from service.settings import Settings
 
 P = ParamSpec("P")
@@ -48,21 +46,11 @@ async def _work(request: Request) -> Work:
     return Work(request.app.state.sessions)
 
 
-async def _sampler(request: Request) -> Sampler:
-    return request.app.state.sampler
-
-
 async def _settings(request: Request) -> Settings:
     return request.app.state.settings
-
-
-async def _presence(request: Request) -> Presence:
-    return request.app.state.presence
 
 
 # Function scope: the commit happens before the response is sent, so that an answer is a promise.
 DbSession = Annotated[Session, Depends(_session, scope="function")]
 UnitOfWork = Annotated[Work, Depends(_work)]
-TheSampler = Annotated[Sampler, Depends(_sampler)]
-ThePresence = Annotated[Presence, Depends(_presence)]
 TheSettings = Annotated[Settings, Depends(_settings)]

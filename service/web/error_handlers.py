@@ -13,11 +13,12 @@ from pydantic import BaseModel, Field
 from sqlalchemy.exc import DataError, DBAPIError
 from starlette.exceptions import HTTPException
 
-from service import context, metrics
-from service.bodies import KeyTwiceError
+from service.observability import metrics, request_context
+from service.problems import FieldProblem, Problem, bad_field
 from service.protocol import REQUEST_ID_HEADER
-from service.shield import SAFE_HEADERS
-from service.studies.space import FieldError
+from service.web.json_body import KeyTwiceError
+from service.web.protection import SAFE_HEADERS
+from warmcore.specs.fields import FieldError
 
 _log = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
@@ -26,34 +27,6 @@ _LONGEST_VALUE = 200
 _KINDS = {413: "request-entity-too-large", 414: "request-uri-too-long"}
 _READ_ONLY = "25006"  # a standby, in the middle of a failover
 _UNDEFINED = ("42P01", "42703")  # a table, a column
-
-
-class FieldProblem(BaseModel):
-    """One bad field: where, what is wrong and what would work, what was given."""
-
-    path: str
-    message: str
-    value: Any = None
-
-
-class Problem(Exception):  # noqa: N818 - RFC 9457's word
-    """An error to answer with. `type` is stable; `detail` says what would work."""
-
-    def __init__(
-        self,
-        status: int,
-        kind: str,
-        detail: str,
-        errors: tuple[FieldProblem, ...] = (),
-        *,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        self.status = status
-        self.kind = kind
-        self.detail = detail
-        self.errors = errors
-        self.headers = headers
-        super().__init__(detail)
 
 
 class ProblemBody(BaseModel):
@@ -65,27 +38,6 @@ class ProblemBody(BaseModel):
     detail: str
     errors: list[FieldProblem] = []
     request_id: str | None = Field(default=None, description="find it in the log")
-
-
-def may_answer(status: int, description: str) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses`: a problem that calls of its kind do not have; see openapi.py."""
-    return {status: {"description": description}}
-
-
-def not_found(what: str, key: str) -> Problem:
-    """404 for a `what` that does not exist (or that this key may not see)."""
-    return Problem(404, "not-found", f"there is no {what} {key!r}")
-
-
-def conflict(kind: str, detail: str) -> Problem:
-    """409: the request is good, the state is not."""
-    return Problem(409, kind, detail)
-
-
-def bad_field(path: str, value: object, message: str) -> Problem:
-    """422 for one field."""
-    field = FieldProblem(path=path, message=message, value=value)
-    return Problem(422, "invalid", f"{path}: {message}", (field,))
 
 
 def _unread(works: str) -> Problem:
@@ -109,7 +61,7 @@ class ProblemResponse(JSONResponse):
 
 def _response(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
     metrics.count_problem(problem.kind)
-    facts = context.current()
+    facts = request_context.current()
     body = ProblemBody(
         type=f"urn:warmscale:{problem.kind}",
         title=HTTPStatus(problem.status).phrase,
@@ -240,7 +192,7 @@ def _install_database(app: FastAPI, away: tuple[type[Exception], ...]) -> None:
 
 def _on_bug(request: Request, error: Exception) -> JSONResponse:
     _log.error("fault", extra={"path": request.url.path}, exc_info=error)
-    facts = context.current()
+    facts = request_context.current()
     headers = SAFE_HEADERS | ({REQUEST_ID_HEADER: facts.request_id} if facts else {})
     problem = Problem(500, "internal", "a fault of the service; its log has the trace")
     return _response(problem, headers)  # out here no middleware adds the header

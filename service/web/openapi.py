@@ -11,8 +11,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from service.errors import MEDIA_TYPE
 from service.protocol import LEASE_TOKEN_HEADER
+from service.web.error_handlers import MEDIA_TYPE
 
 _PROBLEM = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/ProblemBody"}}}
 _FIRST_ERROR = 400
@@ -166,3 +166,8 @@ def _add_link(call: Call, target: Call) -> None:
             name = target.operation["operationId"]
             links = call.operation["responses"][status].setdefault("links", {})
             links[name] = {"operationId": name, "parameters": known}
+
+
+def may_answer(status: int, description: str) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses`: a problem that calls of its kind do not have; see openapi.py."""
+    return {status: {"description": description}}

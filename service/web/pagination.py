@@ -3,7 +3,7 @@
 import base64
 from datetime import datetime
 
-from service.errors import Problem, bad_field
+from service.problems import Problem, bad_field
 
 _GREATEST = 2**53  # as in the messages
 

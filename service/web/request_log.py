@@ -11,7 +11,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import context, metrics, tracing
+from service.observability import metrics, request_context, tracing
 from service.protocol import REQUEST_ID_HEADER, TRACE_HEADER
 
 _log = logging.getLogger("service.access")
@@ -28,7 +28,7 @@ class Requests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        facts = context.begin(scope, Headers(scope=scope).get(REQUEST_ID_HEADER))
+        facts = request_context.begin(scope, Headers(scope=scope).get(REQUEST_ID_HEADER))
         header = (REQUEST_ID_HEADER.lower().encode(), facts.request_id.encode())
         start, status = time.perf_counter(), _NO_ANSWER
 

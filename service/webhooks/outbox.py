@@ -15,8 +15,8 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
-from service import metrics
-from service.wakeups import WEBHOOKS, Bell, Wakeups
+from service.events.wakeups import WEBHOOKS, Bell, Wakeups
+from service.observability import metrics
 from service.webhooks import store
 from service.webhooks.sending import client, encoded, send
 

@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import delete, func, select, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
-from service.events import record
+from service.database.tables import Delivery, Event, Run, Study, Webhook
+from service.events.audit_log import record
 from service.protocol import Message
-from service.tables import Delivery, Event, Run, Study, Webhook
 from service.webhooks.signing import new_secret
 
 MAX_ATTEMPTS = 10

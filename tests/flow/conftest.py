@@ -99,12 +99,12 @@ def training_processes(fleet):
 @pytest.fixture(scope="module")
 def stack(postgres, tmp_path_factory):
     """One for all tests of a module: each starts again what it kills."""
-    from service import auth
+    from service.access import keys
 
     with scratch() as home, fresh_database(postgres) as url:
         engine = create_engine(url)
         with sessionmaker(engine).begin() as session:
-            _, key = auth.create_key(session, "flow", KEY_SCOPES)
+            _, key = keys.create_key(session, "flow", KEY_SCOPES)
         engine.dispose()
         stack = Processes(url, settings_below(home), key, tmp_path_factory.mktemp("stack"))
         yield stack
@@ -122,7 +122,7 @@ def processes(stack):
 
 def check(url):
     """What must always hold, down to the bytes of every checkpoint."""
-    from service import invariants
+    from service.operations import invariants
 
     engine = create_engine(url)
     with invariants.snapshot(engine) as session:
@@ -134,7 +134,7 @@ def check(url):
 @pytest.fixture
 def home(home):
     """A folder of a local stack; what one has trained there is checked at the end."""
-    from service import db
+    from service.database import engine as db
 
     yield home
     for stack in (home, home / ".warmscale"):  # of `up`, of `demo`

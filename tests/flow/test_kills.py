@@ -9,9 +9,9 @@ import signal
 
 import pytest
 
-from warmcore import data
-from warmcore.spec import RunSpec
-from warmcore.train import EvaluationEvent, StepEvent, Training
+from warmcore.corpus import prepare
+from warmcore.specs import RunSpec
+from warmcore.training.training import EvaluationEvent, StepEvent, Training
 
 
 def leased_with_checkpoint(client, study):
@@ -33,7 +33,7 @@ def uninterrupted(spec):
 
     torch.set_num_threads(1)
     losses, evaluations = {}, {}
-    for event in Training.start(spec, data.prepare(spec.data)).events():
+    for event in Training.start(spec, prepare.prepare(spec.data)).events():
         if isinstance(event, StepEvent):
             losses[event.step] = event.loss_nats
         elif isinstance(event, EvaluationEvent):
@@ -67,8 +67,8 @@ def check_study(client, study, processes):
 
 
 def check_optuna(processes, study, trials):
-    from service.db import optuna_url
-    from service.sampler import Sampler
+    from service.database.engine import optuna_url
+    from service.optuna_bridge.sampler import Sampler
 
     sampler = Sampler(optuna_url(processes.database_url), pool_size=1)
     heard = sampler.states(study)

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service import auth
+from service.access import authentication, keys
 
 SNAPSHOT = Path(__file__).with_name("openapi.json")
 OPEN = {"/healthz", "/readyz"}
@@ -17,7 +17,7 @@ OPEN = {"/healthz", "/readyz"}
 
 def key_of(api, scopes, **more):
     with api.sessions.begin() as session:
-        return auth.create_key(session, "test", scopes, **more)
+        return keys.create_key(session, "test", scopes, **more)
 
 
 def get(api, path, key=None):
@@ -60,12 +60,12 @@ def test_every_call_refuses_a_key_of_another_scope(api):
 def test_a_key_is_stored_as_its_hash_and_ends_when_revoked_or_expired(api):
     key_id, key = key_of(api, ["read"])
     with api.sessions() as session:
-        row = session.get(auth.ApiKey, key_id)
+        row = session.get(authentication.ApiKey, key_id)
         assert key not in (row.hash, row.name)
     assert get(api, "/v1/studies", key).status_code == 200
     with api.sessions.begin() as session:
-        assert auth.revoke_key(session, key_id)
-        assert not auth.revoke_key(session, key_id)
+        assert keys.revoke_key(session, key_id)
+        assert not keys.revoke_key(session, key_id)
     assert get(api, "/v1/studies", key).status_code == 401
     _, old = key_of(api, ["read"], expires_at=datetime.now(UTC) - timedelta(seconds=1))
     assert get(api, "/v1/studies", old).status_code == 401
@@ -153,7 +153,7 @@ import sys, threading, time, resource, httpx, uvicorn
 from pathlib import Path
 from service import auth
 from service.app import create_app
-from service.db import normalized
+from service.database.engine import normalized
 from service.settings import Settings
 app = create_app(Settings(home=Path(sys.argv[2])), normalized(sys.argv[1]))
 server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))

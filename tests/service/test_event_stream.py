@@ -11,9 +11,11 @@ import pytest
 from sqlalchemy import func, select, text, update
 
 from benchmarks.ports import free_port
-from service import events, metrics, sse
-from service.errors import Problem
-from service.tables import ApiKey, Event
+from service import event_stream
+from service.database.tables import ApiKey, Event
+from service.events import audit_log
+from service.observability import metrics
+from service.problems import Problem
 from tests.conftest import serving
 
 LONG = 30.0
@@ -27,14 +29,14 @@ def settings(settings):
 @pytest.fixture
 def reads(monkeypatch):
     """When the database was looked at for a stream; a look that nothing caused comes late."""
-    times, read = [], sse._read
+    times, read = [], event_stream._read
 
     def counted(*arguments):
         times.append(time.monotonic())
         return read(*arguments)
 
-    monkeypatch.setattr(sse, "_read", counted)
-    monkeypatch.setattr(sse, "_LOOK_SECONDS", LONG)
+    monkeypatch.setattr(event_stream, "_read", counted)
+    monkeypatch.setattr(event_stream, "_LOOK_SECONDS", LONG)
     return times
 
 
@@ -56,7 +58,7 @@ def field(lines, name):
 
 def say(api, study, type_, *, pause=0.0, commit=True):
     with api.sessions() as session:
-        events.record(session, type_, study_id=study["id"])
+        audit_log.record(session, type_, study_id=study["id"])
         time.sleep(pause)
         (session.commit if commit else session.rollback)()
 
@@ -100,10 +102,10 @@ def test_nothing_is_lost_or_repeated_while_others_write_and_the_stream_reconnect
 ):
     """The control reads what is committed without waiting for what may still be."""
     if not is_settled:
-        monkeypatch.setattr(sse, "_SETTLED", text("9223372036854775807"))
+        monkeypatch.setattr(event_stream, "_SETTLED", text("9223372036854775807"))
     study, seen, n = submit(), [], itertools.cycle([1, 4, 2, 6, 3])
     with api.sessions() as early:  # begins first, ends after others were read
-        events.record(early, "test.early", study_id=study["id"])
+        audit_log.record(early, "test.early", study_id=study["id"])
         with writing(api, study, [1, 2, 3]):
             take(api, study, seen, 1 if is_settled else 5)
         early.commit()
@@ -168,8 +170,8 @@ def streams():
 
 @pytest.mark.parametrize("end", ["revoked_at", "expires_at"])
 def test_a_stream_ends_with_its_key_and_only_then(api, submit, monkeypatch, end):
-    monkeypatch.setattr(sse, "_KEY_SECONDS", 0.1)
-    monkeypatch.setattr(sse, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(event_stream, "_KEY_SECONDS", 0.1)
+    monkeypatch.setattr(event_stream, "_LOOK_SECONDS", 0.1)
     study = submit()
     with following(api, study) as lines:
         assert field(lines, "event") == "study.created"
@@ -183,7 +185,7 @@ def test_a_stream_ends_with_its_key_and_only_then(api, submit, monkeypatch, end)
 
 
 def test_a_replica_s_streams_are_shared_by_keys():
-    streams = sse.Streams(8)
+    streams = event_stream.Streams(8)
     with contextlib.ExitStack() as stack:
         for key in "abcd" * 2:
             stack.enter_context(streams.one(key))
@@ -229,7 +231,7 @@ def test_a_stream_goes_on_at_another_replica(api, submit, settings, database_url
 def test_ten_thousand_events_are_replayed_once_in_order_by_reads_of_a_bounded_size(
     api, submit, monkeypatch
 ):
-    study, read, sizes = submit(), sse._read, []
+    study, read, sizes = submit(), event_stream._read, []
     statement = text(
         "INSERT INTO warmscale.events (study_id, type, payload)"
         " SELECT :study, 'test.old', '{}' FROM generate_series(1, 10000)"
@@ -243,8 +245,8 @@ def test_ten_thousand_events_are_replayed_once_in_order_by_reads_of_a_bounded_si
         sizes.append(len(batch.rows))
         return batch
 
-    monkeypatch.setattr(sse, "_read", counted)
-    monkeypatch.setattr(sse, "_SPACING_SECONDS", 0.0)
+    monkeypatch.setattr(event_stream, "_read", counted)
+    monkeypatch.setattr(event_stream, "_SPACING_SECONDS", 0.0)
     with following(api, study) as lines:
         seen = [line.partition(": ")[2] for line in lines if line.startswith("id: ")]
     assert seen == [f"{xid}-{id_}" for xid, id_ in in_order(api, study)]

@@ -17,9 +17,9 @@ from service.lifecycle import (
     sources,
 )
 from service.protocol import Outcome, RunState, StudyState
+from service.specs.study import StudySpec
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_seeds
-from service.studies.study_spec import StudySpec
-from warmcore.spec import CheckpointRef, derived_seed
+from warmcore.specs import CheckpointRef, derived_seed
 
 outcomes = st.sampled_from(get_args(Outcome))
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from warmcore.data import Corpus, prepare
-from warmcore.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
+from warmcore.corpus.prepare import Corpus, prepare
+from warmcore.specs import DataSpec, ModelSpec, RunSpec, TrainSpec
 
 settings.register_profile("warmcore", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("warmcore")

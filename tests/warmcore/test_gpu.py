@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from warmcore.spec import CheckpointRef, GrowthSpec
-from warmcore.train import StepEvent, Training
+from warmcore.specs import CheckpointRef, GrowthSpec
+from warmcore.training.training import StepEvent, Training
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,11 +8,11 @@ import pytest
 HEAVY = ("torch", "numpy", "safetensors")
 
 
-@pytest.mark.parametrize("module", ["spec", "flops", "corpus"])
+@pytest.mark.parametrize("module", ["specs", "specs.sizes", "corpus.documents"])
 def test_the_service_can_look_at_specs_and_corpora_without_torch(module):
     code = (
-        f"import sys, warmcore.{module}, warmcore.spec;"
-        "warmcore.spec.DataSpec(source='stdlib').inspect();"
+        f"import sys, warmcore.{module}, warmcore.specs, warmcore.corpus.inspection;"
+        "warmcore.corpus.inspection.inspect(warmcore.specs.DataSpec(source='stdlib'));"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -20,6 +20,6 @@ def test_the_service_can_look_at_specs_and_corpora_without_torch(module):
 
 
 def test_preparing_a_corpus_needs_no_torch():
-    code = "import sys, warmcore.data; print('torch' in sys.modules)"
+    code = "import sys, warmcore.corpus.prepare; print('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"

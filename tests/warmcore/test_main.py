@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from warmcore.__main__ import main
-from warmcore.checkpoint import MODEL, list_checkpoints, load_checkpoint
-from warmcore.spec import RunSpec
-from warmcore.spec_file import read_spec
+from warmcore.checkpoint.checkpoint import MODEL, list_checkpoints, load_checkpoint
+from warmcore.run_file import read_spec
+from warmcore.specs import RunSpec
 
 NUM_STEPS = 150
 

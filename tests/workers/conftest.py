@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from service.client import Client
-from warmcore.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
-
-from .fake_service import FakeService, serving
-from .fleet_process import FleetProcess
+from tests.workers.fake_service import FakeService, serving
+from tests.workers.fleet.fleet_process import FleetProcess
+from warmcore.specs import DataSpec, ModelSpec, RunSpec, TrainSpec
 
 
 @pytest.fixture(autouse=True, scope="session")

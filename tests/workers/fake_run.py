@@ -14,7 +14,7 @@ from service.protocol import (
     RunKind,
     RunState,
 )
-from warmcore.spec import CheckpointRef, RunSpec
+from warmcore.specs import CheckpointRef, RunSpec
 
 _KEPT = 2
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from service.errors import MEDIA_TYPE, Problem, bad_field, conflict, from_validation, not_found
+from service.problems import Problem, bad_field, conflict, not_found
 from service.protocol import (
     LEASE_TOKEN_HEADER,
     CheckpointReply,
@@ -30,9 +30,9 @@ from service.protocol import (
     ReportReply,
     Resources,
 )
-from warmcore.spec import RunSpec
-
-from .fake_run import Batch, Published, Run
+from service.web.error_handlers import MEDIA_TYPE, from_validation
+from tests.workers.fake_run import Batch, Published, Run
+from warmcore.specs import RunSpec
 
 _WRITE = re.compile(r"/v1/runs/([^/]+)/(measurements|checkpoints|finish)")
 _POLL_SECONDS = 0.05

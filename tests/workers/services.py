@@ -6,9 +6,9 @@ from typing import Any
 from sqlalchemy import text, update
 
 from service.client import Client
+from service.database.tables import Run
 from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import RunState
-from service.tables import Run
 from tests.by_hand import Worker
 
 

@@ -17,8 +17,7 @@ from service.protocol import (
     ReportReply,
 )
 from tests.by_hand import Worker
-
-from .services import Api, Fake
+from tests.workers.services import Api, Fake
 
 WRITES = {
     "measurements": {"measurements": [{"step": 5, "tokens": 1280, "loss_nats": 1.0}]},

@@ -4,7 +4,7 @@ The hash of a checkpoint is the SHA-256 of its manifest's bytes, so it covers ev
 is written aside, synced and renamed: it exists whole or not at all. Nothing is ever unpickled.
 
 There is no generator to save: after initialisation, randomness is a function of the run's seed and
-the step (`warmcore.batches`), and both are in the manifest.
+the step (`warmcore.training.batches`), and both are in the manifest.
 """
 
 import hashlib
@@ -18,11 +18,12 @@ from typing import get_args
 from pydantic import ValidationError
 from torch import Tensor
 
-from warmcore.file_facts import MANIFEST, file_facts
-from warmcore.folders import written_whole
-from warmcore.manifest import ImportedModel, Manifest, Progress
-from warmcore.spec import AverageName, BaseWeights, RunSpec
-from warmcore.tensors import TensorFile, TensorStream, write_tensors
+from warmcore.checkpoint.manifest import ImportedModel, Manifest
+from warmcore.checkpoint.progress import Progress
+from warmcore.specs import AverageName, BaseWeights, RunSpec
+from warmcore.storage.file_facts import MANIFEST, file_facts
+from warmcore.storage.folders import written_whole
+from warmcore.tensors.files import TensorFile, TensorStream, write_tensors
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"

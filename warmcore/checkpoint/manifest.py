@@ -5,20 +5,12 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from warmcore.branching import branch_of, start_step
-from warmcore.divergence import LossWatch
-from warmcore.file_facts import FileFacts
-from warmcore.hf_config import TokenIds
-from warmcore.spec import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
-from warmcore.tokenizer import TOKENIZER, byte_json
-
-
-class Progress(Spec):
-    """What a run carries from step to step, besides tensors."""
-
-    step: NonNegativeInt = 0
-    val_losses_nats: tuple[float, ...] = ()
-    watch: LossWatch = LossWatch()
+from warmcore.checkpoint.progress import Progress
+from warmcore.corpus.tokenizer import TOKENIZER, byte_json
+from warmcore.specs import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
+from warmcore.specs.fields import TokenIds
+from warmcore.specs.run import branch_of
+from warmcore.storage.file_facts import FileFacts
 
 
 class ImportedModel(Spec):
@@ -108,8 +100,8 @@ class Manifest(Spec):
         expected = branch_of(self.trained_run, branch.train.tokens_per_param, branch.trunk)
         if expected != branch:
             raise ValueError(f"is of another run's trunk: {_difference(expected, branch)}")
-        if self.progress.step != start_step(branch):
-            raise ValueError(f"is at step {self.progress.step}, not {start_step(branch)}")
+        if self.progress.step != branch.start_step:
+            raise ValueError(f"is at step {self.progress.step}, not {branch.start_step}")
         self._check_data(data_hash)
 
     def _check_data(self, data_hash: str) -> None:

@@ -17,13 +17,13 @@ from statistics import fmean
 import torch
 from torch import Generator, Tensor
 
-from warmcore import fused
-from warmcore.batches import train_batch
-from warmcore.coordinates import KINDS, Axis, AxisCheck, Kind
-from warmcore.data import Tokens
-from warmcore.model import Decoder, init_, loss_nats
-from warmcore.optim import build_optimizer
-from warmcore.spec import ModelSpec, TrainSpec
+from warmcore.corpus.prepare import Tokens
+from warmcore.model import fused
+from warmcore.model.decoder import Decoder, init_, loss_nats
+from warmcore.specs import ModelSpec, TrainSpec
+from warmcore.specs.coord_check import KINDS, Axis, AxisCheck, Kind
+from warmcore.training.batches import train_batch
+from warmcore.training.optimizer import build_optimizer
 
 log = logging.getLogger(__name__)
 Sizes = dict[Kind, float]

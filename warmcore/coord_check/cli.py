@@ -12,12 +12,12 @@ from typing import get_args
 
 import torch
 
-from warmcore.checkpoint import CheckpointCorruptError
-from warmcore.coord_check import Setup, check_axis
-from warmcore.coordinates import KINDS, TOLERANCE, AxisCheck, CoordCheck
-from warmcore.data import prepare
-from warmcore.spec import ModelSpec, OptimizerName, Parametrization, RunSpec, TrainSpec
-from warmcore.spec_file import read_spec
+from warmcore.checkpoint.checkpoint import CheckpointCorruptError
+from warmcore.coord_check.check import Setup, check_axis
+from warmcore.corpus.prepare import prepare
+from warmcore.run_file import read_spec
+from warmcore.specs import ModelSpec, OptimizerName, Parametrization, RunSpec, TrainSpec
+from warmcore.specs.coord_check import KINDS, TOLERANCE, AxisCheck, CoordCheck
 
 log = logging.getLogger("warmcore")
 

@@ -16,9 +16,9 @@ from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from warmcore import records, tokenizer
-from warmcore.listing import SourceFile
-from warmcore.spec import DataSpec
+from warmcore.corpus import records, tokenizer
+from warmcore.corpus.sources import SourceFile
+from warmcore.specs.data import DataSpec
 
 # Above this, `inspect` adds up file sizes and does not read: a request must not hash gigabytes.
 MAX_INSPECTED_BYTES = 64 * 2**20
@@ -34,8 +34,6 @@ LINE_BYTES = 256
 BYTES_PER_TOKEN = 8
 # A tokenizer holds a document in memory several times; a larger one is cut. Bytes are not.
 MAX_ENCODED_BYTES = 16 * 2**20
-
-
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
 
 

@@ -1,4 +1,4 @@
-"""`DataSpec.inspect`: what the service sees of a corpus before it takes a study.
+"""`inspect`: what the service sees of a corpus before it takes a study.
 
 Text for the byte tokenizer is looked at here, with the standard library alone. Everything else
 needs libraries and, for a large tokenizer.json, hundreds of megabytes that a process would keep:
@@ -12,11 +12,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from warmcore import corpus, hub, tokenizer
-from warmcore.corpus import CorpusFacts
-from warmcore.listing import SourceFile, holds_tokens, list_files
-from warmcore.spec import DataError, DataSpec
+from warmcore.corpus import documents, hub, tokenizer
+from warmcore.corpus.documents import CorpusFacts
+from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
+from warmcore.specs.data import DataSpec
+from warmcore.specs.fields import FieldError
 
 BAD_SPEC = 2
 _SECONDS = 300
@@ -31,12 +33,12 @@ def inspect(spec: DataSpec) -> CorpusFacts:
     if spec.tokenizer == "byte" and not spec.source.startswith(hub.PREFIX):
         files = list_files(spec.source)
         if all(file.kind == "text" for file in files):
-            return corpus.inspect(spec, files)
+            return documents.inspect(spec, files)
     return _in_a_process(spec)
 
 
 def _in_a_process(spec: DataSpec) -> CorpusFacts:
-    package = str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     try:
         found = subprocess.run(  # noqa: S603 - our own module, and a spec on its input
@@ -53,7 +55,7 @@ def _in_a_process(spec: DataSpec) -> CorpusFacts:
     if found.returncode == 0:
         return CorpusFacts(**json.loads(found.stdout))
     if found.returncode == BAD_SPEC:
-        raise DataError(**json.loads(found.stdout))
+        raise FieldError(**json.loads(found.stdout))
     raise RuntimeError(f"inspection of {spec.source} failed: {found.stderr.strip()}")
 
 
@@ -64,20 +66,21 @@ def look(spec: DataSpec) -> CorpusFacts:
     if holds_tokens(files, spec.source):
         facts = _look_at_tokens(spec, files, vocab_size)
     elif spec.tokenizer == "none":
-        raise DataError(
+        raise FieldError(
             "tokenizer",
+            spec.tokenizer,
             f"source {spec.source} holds text ({files[0].path}), and tokenizer none reads token "
             "files (.npy, .bin); byte, bpe:N or a tokenizer.json would work",
         )
     else:
-        facts = corpus.inspect(spec, files)
+        facts = documents.inspect(spec, files)
     return dataclasses.replace(facts, tokenizer_hash=tokenizer_hash, vocab_size=vocab_size)
 
 
 def _look_at_tokens(spec: DataSpec, files: list[SourceFile], vocab_size: int | None) -> CorpusFacts:
-    from warmcore import shards  # noqa: PLC0415 - needs NumPy
+    from warmcore.corpus import token_files  # noqa: PLC0415 - needs NumPy
 
-    return shards.inspect(spec, files, vocab_size or 0)
+    return token_files.inspect(spec, files, vocab_size or 0)
 
 
 def _tokenizer_facts(spec: DataSpec) -> tuple[int | None, str | None]:
@@ -86,8 +89,9 @@ def _tokenizer_facts(spec: DataSpec) -> tuple[int | None, str | None]:
         return spec.known_vocab_size, None
     loaded = tokenizer.TextTokenizer.load(tokenizer.read_json(spec), spec.tokenizer)
     if spec.vocab_size not in (None, loaded.vocab_size):
-        raise DataError(
+        raise FieldError(
             "vocab_size",
+            spec.vocab_size,
             f"vocab_size {spec.vocab_size} is not the {loaded.vocab_size} of tokenizer "
             f"{spec.tokenizer}; leave it out",
         )
@@ -95,15 +99,22 @@ def _tokenizer_facts(spec: DataSpec) -> tuple[int | None, str | None]:
 
 
 def main() -> int:
-    """Read a spec, print its facts."""
+    """Read a spec from standard input and print the facts of its corpus, or the bad field."""
+    spec = DataSpec.model_validate_json(sys.stdin.read())
     try:
-        facts = look(DataSpec.model_validate_json(sys.stdin.read()))
-    except ValueError as error:
-        field = error.field if isinstance(error, DataError) else "source"
-        print(json.dumps({"field": field, "message": str(error)}))  # noqa: T201 - for who started this
+        facts = look(spec)
+    except FieldError as error:
+        _print({"path": error.path, "value": error.value, "message": str(error)})
         return BAD_SPEC
-    print(json.dumps(dataclasses.asdict(facts)))  # noqa: T201
+    except ValueError as error:
+        _print({"path": "source", "value": spec.source, "message": str(error)})
+        return BAD_SPEC
+    _print(dataclasses.asdict(facts))
     return 0
+
+
+def _print(fields: dict[str, Any]) -> None:
+    print(json.dumps(fields))  # noqa: T201 - read by the process that started this one
 
 
 if __name__ == "__main__":

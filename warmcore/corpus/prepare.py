@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from warmcore import shards, tokenizer
-from warmcore.corpus import Document, Split, split_corpus
-from warmcore.listing import SourceFile, holds_tokens, list_files
-from warmcore.shards import Ids, Segments
-from warmcore.spec import BYTE_VOCAB_SIZE, DataSpec
-from warmcore.tokenizer import TOKENIZER, TextTokenizer
+from warmcore.corpus import token_files, tokenizer
+from warmcore.corpus.documents import Document, Split, split_corpus
+from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
+from warmcore.corpus.token_files import Ids, Segments
+from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer
+from warmcore.specs.data import BYTE_VOCAB_SIZE, DataSpec
 
 SEPARATOR = b"\0"
 Tokens = Ids | Segments
@@ -138,13 +138,13 @@ def _is_prepared(listing: Path) -> bool:
 
 
 def _prepared_shards(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> Corpus:
-    found = shards.look_up(files, spec)
+    found = token_files.look_up(files, spec)
     vocab_size, made_by = _made_by(spec)
     listing = cache_dir / f"{_listing_hash(files, spec)}.shards"
     if not listing.exists():
         with _alone(listing):
-            split = shards.split_shards(found, spec, vocab_size)
-            _write_atomically(listing, shards.dump(split))
+            split = token_files.split_shards(found, spec, vocab_size)
+            _write_atomically(listing, token_files.dump(split))
     return _open_shards(listing, made_by, vocab_size)
 
 
@@ -178,7 +178,7 @@ def _open(folder: Path, name: str) -> Corpus:
 
 @lru_cache(maxsize=8)
 def _open_shards(listing: Path, made_by: bytes | None, vocab_size: int) -> Corpus:
-    train, val, data_hash = shards.load(listing.read_text())
+    train, val, data_hash = token_files.load(listing.read_text())
     return Corpus(
         train=train,
         val=val,

@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
-from warmcore.listing import SourceFile
-from warmcore.spec import DataError
+from warmcore.corpus.sources import SourceFile
+from warmcore.specs.fields import FieldError
 
 _BATCH_ROWS = 1024
 _NUM_SHOWN = 10
@@ -81,8 +81,9 @@ def _field(line: bytes, field: str, place: str) -> str | None:
         case {**fields}:
             found = f"{field!r} is {fields[field]!r:.40}" if field in fields else f"no {field!r}"
             keys = ", ".join(sorted(fields)[:_NUM_SHOWN]) or "none"
-            raise DataError(
+            raise FieldError(
                 "text_field",
+                field,
                 f"{place}: {found} in this record; its keys are: {keys}; "
                 "text_field names another one, and its value must be a string",
             )
@@ -127,7 +128,7 @@ def _check_column(schema: Any, field: str, path: Path) -> None:
     if field not in names:
         columns = ", ".join(chain(sorted(names)[:_NUM_SHOWN], ["…"] * (len(names) > _NUM_SHOWN)))
         message = f"{path}: no column {field!r}; text_field names one of: {columns}"
-        raise DataError("text_field", message)
+        raise FieldError("text_field", field, message)
     kind = schema.field(field).type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise DataError("text_field", f"{path}: column {field!r} holds {kind}, not strings")
+        raise FieldError("text_field", field, f"{path}: column {field!r} holds {kind}, not strings")

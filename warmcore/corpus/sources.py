@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from warmcore import hub
-from warmcore.patterns import matching
+from warmcore.corpus import hub
+from warmcore.corpus.glob_patterns import matching
 
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 

@@ -17,10 +17,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from warmcore import tokenizer
-from warmcore.corpus import MAX_INSPECTED_BYTES, CorpusFacts, Document, Split, distinct, divide
-from warmcore.listing import SourceFile
-from warmcore.spec import DataError, DataSpec
+from warmcore.corpus import tokenizer
+from warmcore.corpus.documents import (
+    MAX_INSPECTED_BYTES,
+    CorpusFacts,
+    Document,
+    Split,
+    distinct,
+    divide,
+)
+from warmcore.corpus.sources import SourceFile
+from warmcore.specs.data import DataSpec
+from warmcore.specs.fields import FieldError
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 DTYPES = ("uint16", "uint32")
@@ -90,7 +98,7 @@ def _npy(path: Path) -> Shard:
 def _bin(file: SourceFile, dtype: str | None) -> Shard:
     if dtype is None:
         message = f"{file.path} has no header; token_dtype: uint16 or uint32 says what it is"
-        raise DataError("token_dtype", message)
+        raise FieldError("token_dtype", dtype, message)
     size = np.dtype(dtype).itemsize
     if file.num_bytes % size:
         raise ValueError(f"{file.path} has {file.num_bytes} bytes: no whole number of {dtype}")
@@ -104,8 +112,9 @@ def look_up(files: Iterable[SourceFile], spec: DataSpec) -> list[Shard]:
         ValueError: a file that is no shard, or a tokenizer that can have made none.
     """
     if spec.tokenizer == "byte" or spec.tokenizer.startswith("bpe:"):
-        raise DataError(
+        raise FieldError(
             "tokenizer",
+            spec.tokenizer,
             f"source {spec.source} holds tokens, which tokenizer {spec.tokenizer} did not make; "
             "tokenizer none and vocab_size, or the tokenizer.json that made them, would work",
         )
@@ -153,8 +162,9 @@ def _blocks(shard: Shard, size: int, vocab_size: int) -> Iterator[Block]:
         block = ids[start : min(start + size, shard.num_tokens)]
         if (largest := int(block.max())) >= vocab_size:
             place = start + int(block.argmax())
-            raise DataError(
+            raise FieldError(
                 "vocab_size",
+                vocab_size,
                 f"{shard.path} holds id {largest} at token {place}, beyond vocab_size "
                 f"{vocab_size}; at least {largest + 1} would work",
             )

@@ -14,7 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from warmcore.spec import BYTE_VOCAB_SIZE, DataError, DataSpec
+from warmcore.specs.data import BYTE_VOCAB_SIZE, DataSpec
+from warmcore.specs.fields import FieldError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -50,15 +51,17 @@ def read_json(spec: DataSpec) -> bytes:
     try:
         content = Path(spec.tokenizer).expanduser().read_bytes()
     except (OSError, RuntimeError) as error:
-        raise DataError(
+        raise FieldError(
             "tokenizer",
+            spec.tokenizer,
             f"tokenizer {spec.tokenizer} cannot be read: {error}; byte, bpe:N or the path of a "
             "tokenizer.json would work",
         ) from None
     found = hashlib.sha256(content).hexdigest()
     if spec.tokenizer_hash not in (None, found):
-        raise DataError(
+        raise FieldError(
             "tokenizer_hash",
+            spec.tokenizer_hash,
             f"tokenizer {spec.tokenizer} has changed: its hash is {found}, not "
             f"{spec.tokenizer_hash}; restore it, or submit a new study",
         )
@@ -86,8 +89,9 @@ class TextTokenizer:
         try:
             library = Tokenizer.from_buffer(content)
         except Exception as error:  # noqa: BLE001 - the library raises Exception itself
-            raise DataError(
+            raise FieldError(
                 "tokenizer",
+                name,
                 f"tokenizer {name} is no tokenizer.json ({error}); the file of that name beside a "
                 "Hugging Face model would work, or bpe:N, or byte",
             ) from None
@@ -97,7 +101,7 @@ class TextTokenizer:
         ids = library.get_vocab(with_added_tokens=True)
         if not ids:
             message = f"tokenizer {name} has no tokens; bpe:N or byte would work"
-            raise DataError("tokenizer", message)
+            raise FieldError("tokenizer", name, message)
         end = next((ids[token] for token in END_TOKENS if token in ids), None)
         return cls(json=content, library=library, end_of_text=end, vocab_size=max(ids.values()) + 1)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from warmcore.mup import multipliers
-from warmcore.spec import DepthOperator, ModelSpec
+from warmcore.model.mup import multipliers
+from warmcore.specs import DepthOperator, ModelSpec
 
 OUTPUTS = ("o", "down")
 

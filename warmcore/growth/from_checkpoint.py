@@ -6,12 +6,18 @@ from typing import Self
 
 from torch import Generator
 
-from warmcore.checkpoint import OpenCheckpoint, SavedCheckpoint, open_checkpoint, save_checkpoint
-from warmcore.growth import Growth
-from warmcore.manifest import Manifest, Progress
-from warmcore.spec import GrowthSpec, RunSpec, TrainSpec, derived_seed
-from warmcore.tensors import TensorStream, layout_like
-from warmcore.tokenizer import TOKENIZER
+from warmcore.checkpoint.checkpoint import (
+    OpenCheckpoint,
+    SavedCheckpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+from warmcore.checkpoint.manifest import Manifest
+from warmcore.checkpoint.progress import Progress
+from warmcore.corpus.tokenizer import TOKENIZER
+from warmcore.growth.growth import Growth
+from warmcore.specs import GrowthSpec, RunSpec, TrainSpec, derived_seed, growth_rules
+from warmcore.tensors.files import TensorStream, layout_like
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +69,7 @@ class Grown:
 
 def _check_optimizer(base: Manifest, growth: GrowthSpec, train: TrainSpec) -> None:
     if base.run is not None:
-        growth.check_optimizers(base.run.train, train)
+        growth_rules.check_optimizers(growth, base.run.train, train)
     elif growth.optimizer_state != "reset":
         raise ValueError(
             f"optimizer_state {growth.optimizer_state} needs the base's optimizer state, and an "

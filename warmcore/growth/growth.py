@@ -1,8 +1,8 @@
 """Growth: a target's initial tensors, and its optimizer's, from a base checkpoint's (METHOD §3).
 
-The base is deepened first (`warmcore.depth`) and widened then (`warmcore.width`), each tensor by
-itself, by role, from its base tensor and the generator; and each block of its rows by itself. So a
-target is streamed, and it does not matter to a number of it into which blocks.
+The base is first deepened (`warmcore.growth.depth`), then widened (`warmcore.growth.width`). Each
+tensor depends only on its role, its base tensor and the generator, block of rows by block of rows.
+So the target can be streamed: no element depends on how its tensor is divided into blocks.
 """
 
 from collections import defaultdict
@@ -13,14 +13,9 @@ from typing import Self
 import torch
 from torch import Generator, Tensor
 
-from warmcore.blocks import ahead, row_blocks
-from warmcore.depth import Deepening
-from warmcore.model import parameter_shapes
-from warmcore.mup import GAINS, fresh_, role_of
-from warmcore.optim import saving_order
-from warmcore.spec import GrowthOptions, ModelSpec
-from warmcore.units import Copies
-from warmcore.width import (
+from warmcore.growth.depth import Deepening
+from warmcore.growth.units import Copies
+from warmcore.growth.width import (
     Maps,
     cancel_,
     copy,
@@ -30,6 +25,11 @@ from warmcore.width import (
     pad,
     pad_shrunk,
 )
+from warmcore.model.decoder import parameter_shapes
+from warmcore.model.mup import GAINS, fresh_, role_of
+from warmcore.specs import GrowthOptions, ModelSpec, growth_rules
+from warmcore.tensors.files import saving_order
+from warmcore.tensors.row_blocks import ahead, row_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Growth:
         Raises:
             ValueError: the operators cannot grow `base` into `target`.
         """
-        options.check(base, target)
+        growth_rules.check(options, base, target)
         operator = options.copying_operator
         return cls(
             base=base,

@@ -11,7 +11,7 @@ from typing import Literal, Self
 import torch
 from torch import Generator, Tensor
 
-from warmcore.spec import CopyingOperator, ModelSpec
+from warmcore.specs import CopyingOperator, ModelSpec
 
 Axis = Literal["vocab", "residual", "query", "key_value", "ffn"]
 

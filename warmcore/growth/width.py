@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from warmcore.mup import GAINS, multipliers, role_of
-from warmcore.spec import ModelSpec
-from warmcore.units import UnitMap
+from warmcore.growth.units import UnitMap
+from warmcore.model.mup import GAINS, multipliers, role_of
+from warmcore.specs import ModelSpec
 
 Maps = Sequence[UnitMap | None]
 

@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from warmcore.spec import ModelSpec, Positive, PositiveInt
+from warmcore.specs import ModelSpec, Positive, PositiveInt
+from warmcore.specs.fields import TokenIds
 
 CONFIG = "config.json"
 Dtype = Literal["float32", "bfloat16", "float16"]
-TokenIds = int | tuple[int, ...] | None
 
 # Key/value heads where the config does not say; None: as many as query heads.
 _KV_HEADS: dict[str, int | None] = {

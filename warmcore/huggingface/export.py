@@ -1,7 +1,7 @@
 """A checkpoint as a folder that `transformers` loads as `LlamaForCausalLM`, with equal logits.
 
-The muP multipliers are folded into the weights (`warmcore.hf_tensors`). Tensors are read, folded
-and written one at a time, so that no second model is ever in memory.
+The muP multipliers are folded into the weights (`warmcore.huggingface.tensors`). Tensors are read,
+folded and written one at a time, so that no second model is ever in memory.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from warmcore.checkpoint import OpenCheckpoint, open_checkpoint
-from warmcore.folders import check_free, written_whole
-from warmcore.hf_config import CONFIG, Dtype, as_json, generation_config, llama_config
-from warmcore.hf_tensors import folded_factor, hf_name
-from warmcore.hf_tokenizer import tokenizer_of
-from warmcore.model import parameter_shapes
-from warmcore.spec import BaseWeights, ModelSpec
-from warmcore.tensors import TensorFile, TensorInfo, TensorStream, is_finite, write_tensors
+from warmcore.checkpoint.checkpoint import OpenCheckpoint, open_checkpoint
+from warmcore.huggingface.config import CONFIG, Dtype, as_json, generation_config, llama_config
+from warmcore.huggingface.tensors import folded_factor, hf_name
+from warmcore.huggingface.tokenizer import tokenizer_of
+from warmcore.model.decoder import parameter_shapes
+from warmcore.specs import BaseWeights, ModelSpec
+from warmcore.storage.folders import check_free, written_whole
+from warmcore.tensors.files import TensorFile, TensorInfo, TensorStream, is_finite, write_tensors
 
 DTYPES: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,

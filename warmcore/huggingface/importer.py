@@ -14,16 +14,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from warmcore.checkpoint import SavedCheckpoint, save_checkpoint
-from warmcore.export import INDEX, WEIGHTS
-from warmcore.file_facts import file_facts
-from warmcore.folders import check_free
-from warmcore.hf_config import CONFIG, HfConfig
-from warmcore.hf_tensors import EMBEDDING, LM_HEAD, hf_name
-from warmcore.hf_tokenizer import TOKENIZER_FILES
-from warmcore.manifest import ImportedModel, Progress
-from warmcore.model import parameter_shapes
-from warmcore.tensors import NAMES, TensorFile, TensorInfo, TensorStream, is_finite
+from warmcore.checkpoint.checkpoint import SavedCheckpoint, save_checkpoint
+from warmcore.checkpoint.manifest import ImportedModel
+from warmcore.checkpoint.progress import Progress
+from warmcore.huggingface.config import CONFIG, HfConfig
+from warmcore.huggingface.export import INDEX, WEIGHTS
+from warmcore.huggingface.tensors import EMBEDDING, LM_HEAD, hf_name
+from warmcore.huggingface.tokenizer import TOKENIZER_FILES
+from warmcore.model.decoder import parameter_shapes
+from warmcore.storage.file_facts import file_facts
+from warmcore.storage.folders import check_free
+from warmcore.tensors.files import NAMES, TensorFile, TensorInfo, TensorStream, is_finite
 
 _READABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -1,7 +1,7 @@
 """Our tensors and those of `LlamaForCausalLM`: names, and what the forward pass multiplies by.
 
-Ours multiplies at four places (`warmcore.mup`), Llama at none but 1/sqrt(H) in attention. Each of
-our multipliers follows or precedes a matrix, so that it can be folded into the matrix:
+Our decoder multiplies at four places (`warmcore.model.mup`), Llama only by 1/sqrt(H) in attention.
+Each of our multipliers follows or precedes a matrix, so that it can be folded into the matrix:
 
 =============================  ========================  ====================
 ours                           folded into               factor
@@ -15,8 +15,8 @@ logits x alpha_out / m         lm_head                   alpha_out / m
 
 import math
 
-from warmcore.mup import multipliers
-from warmcore.spec import ModelSpec
+from warmcore.model.mup import multipliers
+from warmcore.specs import ModelSpec
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from warmcore.data import SEPARATOR
-from warmcore.hf_config import TokenIds, as_json
-from warmcore.manifest import Manifest
-from warmcore.tokenizer import TOKENIZER, TextTokenizer, byte_json
+from warmcore.checkpoint.manifest import Manifest
+from warmcore.corpus.prepare import SEPARATOR
+from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer, byte_json
+from warmcore.huggingface.config import as_json
+from warmcore.specs.fields import TokenIds
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # What a model's folder may say about its tokenizer; carried along as it is.

@@ -17,10 +17,10 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.utils.checkpoint import checkpoint
 
-from warmcore import fused
-from warmcore.blocks import fill_, row_blocks
-from warmcore.mup import fresh_, multipliers, role_of
-from warmcore.spec import ModelSpec
+from warmcore.model import fused
+from warmcore.model.mup import fresh_, multipliers, role_of
+from warmcore.specs import ModelSpec
+from warmcore.tensors.row_blocks import fill_, row_blocks
 
 
 class Linear(nn.Module):

@@ -35,7 +35,8 @@ from typing import Literal
 
 from torch import Generator, Tensor
 
-from warmcore.spec import ModelSpec, OptimizerName
+from warmcore.specs.model import ModelSpec
+from warmcore.specs.train import OptimizerName
 
 Role = Literal["embedding", "hidden", "gain", "final_gain", "unembedding"]
 GAINS: frozenset[Role] = frozenset({"gain", "final_gain"})

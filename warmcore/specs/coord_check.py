@@ -10,7 +10,9 @@ from typing import Literal, Self
 
 from pydantic import Field
 
-from warmcore.spec import ModelSpec, Positive, PositiveInt, Spec, TrainSpec
+from warmcore.specs.fields import Positive, PositiveInt, Spec
+from warmcore.specs.model import ModelSpec
+from warmcore.specs.train import TrainSpec
 
 Axis = Literal["width", "depth"]
 Kind = Literal["embedding", "attention", "ffn", "stream", "unembedding"]

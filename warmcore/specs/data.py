@@ -1,33 +1,22 @@
 """Where text comes from and how it becomes tokens (torch-free)."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from warmcore.fields import Spec, VocabSize
-
-if TYPE_CHECKING:
-    from warmcore.corpus import CorpusFacts
+from warmcore.specs.fields import Spec, VocabSize
 
 BYTE_VOCAB_SIZE = 256
 # 256 bytes and the end of a document; the upper one is four times what the largest models have.
 MIN_BPE_VOCAB_SIZE, MAX_BPE_VOCAB_SIZE = BYTE_VOCAB_SIZE + 1, 2**20
 
 
-class DataError(ValueError):
-    """What is wrong with the data itself; `field` is the DataSpec's field to change."""
-
-    def __init__(self, field: str, message: str) -> None:
-        self.field = field
-        super().__init__(message)
-
-
 class DataSpec(Spec):
     """Where text comes from and how it becomes tokens.
 
     `source` is `stdlib`, a file, a folder, a glob or `hf:` and a data set; what a file is goes by
-    its extension (`warmcore.listing.KINDS`). `hash`, where given, is of the split's content: a
-    corpus that has another is refused, so that the runs of a study are comparable;
+    its extension (`warmcore.corpus.sources.KINDS`). `hash`, where given, is of the split's content:
+    a corpus that has another is refused, so that the runs of a study are comparable;
     `tokenizer_hash` is the same for a tokenizer.json.
     """
 
@@ -81,16 +70,6 @@ class DataSpec(Spec):
     def known_vocab_size(self) -> int | None:
         """Ids of the tokenizer; None for a tokenizer.json that nobody has looked into yet."""
         return _vocab_size(self.tokenizer) or self.vocab_size
-
-    def inspect(self) -> "CorpusFacts":
-        """Look at the corpus itself: its size and, when it is small enough to read, its split.
-
-        Raises:
-            ValueError: nothing to read at `source`, or too little for one context of each split.
-        """
-        from warmcore.inspection import inspect  # noqa: PLC0415 - specs alone touch no files
-
-        return inspect(self)
 
 
 def _vocab_size(tokenizer: str) -> int | None:

@@ -30,6 +30,7 @@ Depth = Annotated[int, Field(gt=0, le=10_000)]
 VocabSize = Annotated[int, Field(gt=0, le=2**24)]
 TokenCount = Annotated[int, Field(gt=0, le=10**15)]
 TokensPerParam = Annotated[float, Field(gt=0, le=1e6)]
+TokenIds = int | tuple[int, ...] | None
 
 
 def derived_seed(*parts: object) -> int:
@@ -77,3 +78,19 @@ def _no_numbers(spec: type[BaseModel], wrong: dict[str, Any]) -> ValidationError
     problem = PydanticCustomError("bool_for_number", "Input should be a number, not true or false")
     errors = [InitErrorDetails(type=problem, loc=(n,), input=v) for n, v in wrong.items()]
     return ValidationError.from_exception_data(spec.__name__, errors)
+
+
+class FieldError(ValueError):
+    """A bad field below the level at which it was found; `path` is relative to there."""
+
+    def __init__(self, path: str, value: object, message: str) -> None:
+        self.path = path
+        self.value = value
+        super().__init__(message)
+
+
+def reason(error: ValueError) -> str:
+    """The first complaint of a validation, in its own words."""
+    if isinstance(error, ValidationError):
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return str(error)

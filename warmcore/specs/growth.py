@@ -1,15 +1,11 @@
 """How a base checkpoint becomes a target's initial weights (torch-free)."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from warmcore.fields import Fraction, NonNegative, Spec
-from warmcore.model_spec import ModelSpec
-from warmcore.train_spec import AverageName, TrainSpec
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from warmcore.specs.fields import Fraction, NonNegative, Spec
+from warmcore.specs.train import AverageName
 
 BaseWeights = Literal["raw"] | AverageName
 PaddingOperator = Literal["shrink_perturb", "slice", "zero_pad"]
@@ -67,36 +63,6 @@ class GrowthOptions(Spec):
                 return self.noise
             case "zero_pad":
                 return 0.0
-
-    def check(self, base: ModelSpec, target: ModelSpec) -> None:
-        """Raise ValueError unless these operators can grow `base` into `target`."""
-        from warmcore.admission import check  # noqa: PLC0415 - it imports these specs
-
-        check(self, base, target)
-
-    def check_depth(self, base: ModelSpec, target: ModelSpec) -> None:
-        """The part of `check` that is about depth."""
-        from warmcore.admission import check_depth  # noqa: PLC0415 - it imports these specs
-
-        check_depth(self, base, target)
-
-    def check_optimizers(self, base: TrainSpec, target: TrainSpec) -> None:
-        """Raise ValueError where the base's optimizer leaves no state that the target's can use."""
-        from warmcore.admission import check_optimizers  # noqa: PLC0415 - it imports these specs
-
-        check_optimizers(self, base, target)
-
-    def check_base_weights(self, base: TrainSpec) -> None:
-        """Raise ValueError unless a base that was trained so has the weights to grow."""
-        from warmcore.admission import check_base_weights  # noqa: PLC0415 - it imports these specs
-
-        check_base_weights(self, base)
-
-    def warnings(self, base: ModelSpec, target: ModelSpec) -> "Iterator[str]":
-        """What a user should know before growing `base` into `target` this way."""
-        from warmcore.admission import warnings  # noqa: PLC0415 - it imports these specs
-
-        return warnings(self, base, target)
 
 
 class GrowthSpec(GrowthOptions):

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from warmcore.spec import GrowthOptions, ModelSpec, TrainSpec
+from warmcore.specs.growth import GrowthOptions
+from warmcore.specs.model import ModelSpec
+from warmcore.specs.train import TrainSpec
 
 SAME = (
     "head_dim",

@@ -4,8 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from warmcore.data_spec import BYTE_VOCAB_SIZE, DataSpec
-from warmcore.fields import Depth, NonNegative, Positive, Spec, VocabSize, Width
+from warmcore.specs.data import BYTE_VOCAB_SIZE, DataSpec
+from warmcore.specs.fields import Depth, NonNegative, Positive, Spec, VocabSize, Width
 
 Parametrization = Literal["mup", "standard"]
 

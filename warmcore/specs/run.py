@@ -1,107 +1,23 @@
-"""What a run is made of: frozen specs, shared by the API, the CLI's YAML and the workers.
+"""One training run: model, data, training, growth, and the steps they imply (torch-free)."""
 
-Nothing here loads torch. Every spec refuses unknown keys and names the field that is wrong. This
-module is the whole; its parts are in `model_spec`, `data_spec`, `train_spec` and `growth_spec`.
-"""
-
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import Annotated, Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from warmcore.data_spec import BYTE_VOCAB_SIZE, DataError, DataSpec
-from warmcore.fields import (
-    NonNegativeInt,
-    Positive,
-    PositiveInt,
-    Seed,
-    Spec,
-    TokensPerParam,
-    derived_seed,
-)
-from warmcore.growth_spec import (
-    BaseWeights,
-    CheckpointRef,
-    CopyingOperator,
-    DepthOperator,
-    GrowthOptions,
-    GrowthSpec,
-)
-from warmcore.model_spec import ModelSpec, Parametrization
-from warmcore.train_spec import (
-    AverageName,
-    ClipRule,
-    CooldownShape,
-    OptimizerName,
-    Precision,
-    ScheduleName,
-    Strategy,
-    TrainSpec,
-)
+from warmcore.specs.data import DataSpec
+from warmcore.specs.fields import Seed, Spec, TokensPerParam
+from warmcore.specs.growth import CheckpointRef, GrowthSpec
+from warmcore.specs.model import ModelSpec
+from warmcore.specs.schedule import cooldown_start, evaluation_steps, warmup_steps
+from warmcore.specs.sizes import count_params, flops_per_token
+from warmcore.specs.train import TrainSpec
+from warmcore.specs.tunable import MODEL_PARAMS, TRAIN_PARAMS, TUNABLE_PARAMS
 
-__all__ = [
-    "BYTE_VOCAB_SIZE",
-    "NOT_TRANSFERABLE",
-    "TUNABLE_PARAMS",
-    "WHOLE_PARAMS",
-    "AverageName",
-    "BaseWeights",
-    "CheckpointRef",
-    "ClipRule",
-    "CooldownShape",
-    "CopyingOperator",
-    "DataError",
-    "DataSpec",
-    "DepthOperator",
-    "GrowthOptions",
-    "GrowthSpec",
-    "ModelSpec",
-    "NonNegativeInt",
-    "OptimizerName",
-    "Parametrization",
-    "Positive",
-    "PositiveInt",
-    "Precision",
-    "RunSpec",
-    "ScheduleName",
-    "Seed",
-    "Spec",
-    "Strategy",
-    "TokensPerParam",
-    "TrainSpec",
-    "derived_seed",
-]
-
-_MODEL_PARAMS = frozenset(
-    {
-        "init_std",
-        "embedding_std",
-        "embedding_multiplier",
-        "output_multiplier",
-        "attention_multiplier",
-    }
-)
-_TRAIN_PARAMS = frozenset(
-    {
-        "lr",
-        "muon_lr_ratio",
-        "muon_momentum",
-        "weight_decay",
-        "beta1",
-        "beta2",
-        "eps",
-        "grad_clip",
-        "warmup_fraction",
-        "cooldown_fraction",
-        "batch_size",
-    }
-)
-TUNABLE_PARAMS = _MODEL_PARAMS | _TRAIN_PARAMS
-WHOLE_PARAMS = frozenset({"batch_size"})
-# METHOD §2: these do not carry over from a proxy to a wider target, or only mostly.
-NOT_TRANSFERABLE = {
-    "batch_size": "the best batch size changes with model and data size",
-    "weight_decay": "weight decay transfers as lr x weight_decay, and only mostly",
-}
+MAX_EVALUATIONS = 10_000
 
 
 class RunSpec(Spec):
@@ -109,7 +25,7 @@ class RunSpec(Spec):
 
     With `branches` it is a trunk: it trains the phases that runs of these budgets have in common,
     up to where the last of them cools down. With `trunk` it is one of those runs and goes on from
-    the trunk's checkpoint (`warmcore.branching`).
+    the trunk's checkpoint (`warmcore.specs.branching`).
     """
 
     model: ModelSpec
@@ -129,15 +45,11 @@ class RunSpec(Spec):
     def _branches_fit(cls, branches: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         """What is wrong elsewhere is told there: without those fields nothing is checked here."""
         if branches and {"model", "data", "train", "trunk"} <= info.data.keys():
-            from warmcore.branching import check_branches  # noqa: PLC0415 - it imports these specs
-
             check_branches(cls.model_construct(**info.data, branches=branches))
         return branches
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
-        from warmcore.branching import check_phases  # noqa: PLC0415 - it imports these specs
-
         check_phases(self)
         return self
 
@@ -151,6 +63,71 @@ class RunSpec(Spec):
         # Frozen for others; `model` is whole only when `data` is known.
         object.__setattr__(self, "model", self.model.for_data(self.data))
         return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Batch size times context."""
+        return self.train.batch_size * self.data.context
+
+    @property
+    def budget_steps(self) -> int:
+        """Optimizer steps of the (largest) token budget, rounded up, at least 1."""
+        tokens_per_param = self.branches[-1] if self.branches else self.train.tokens_per_param
+        tokens = self.train.num_tokens or tokens_per_param * count_params(self.model).total
+        return max(1, math.ceil(tokens / self.tokens_per_step))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run. A trunk ends where its last branch begins to cool down."""
+        total = self.budget_steps
+        return cooldown_start(total, self.train) if self.branches else total
+
+    @property
+    def start_step(self) -> int:
+        """Steps done when the run begins: t0 for a branch, otherwise 0."""
+        return 0 if self.trunk is None else cooldown_start(self.budget_steps, self.train)
+
+    @property
+    def num_tokens(self) -> int:
+        """D: the tokens that the run trains on, in whole batches."""
+        return self.num_steps * self.tokens_per_step
+
+    @property
+    def train_flops(self) -> float:
+        """FLOPs of the whole budget."""
+        return self.flops_of(self.num_tokens)
+
+    def flops_of(self, num_tokens: int) -> float:
+        """FLOPs of training on `num_tokens` tokens."""
+        return flops_per_token(self.model, self.data.context) * num_tokens
+
+    @cached_property
+    def branch_steps(self) -> tuple[int, ...]:
+        """t0 of each budget of a trunk: the steps whose checkpoints the branches start from."""
+        runs = [branch_of(self, budget, None) for budget in self.branches]
+        return tuple(cooldown_start(run.budget_steps, run.train) for run in runs)
+
+    @cached_property
+    def evaluation_steps(self) -> tuple[int, ...]:
+        """Steps at which the run is evaluated, ascending.
+
+        A trunk is evaluated at each branch's start, and wherever a branch that is still ahead would
+        have been evaluated. So each branch inherits all evaluations up to its t0.
+        """
+        if not self.branches:
+            return tuple(evaluation_steps(self.num_steps, self.train.evaluations))
+        steps = set(self.branch_steps)
+        for budget, start in zip(self.branches, self.branch_steps, strict=True):
+            branch = branch_of(self, budget, None)
+            steps |= {step for step in branch.evaluation_steps if step <= start}
+        return tuple(sorted(steps))
+
+    def __copy__(self) -> Self:
+        """Copy the fields alone: `model_copy` changes them, and the cached steps depend on them."""
+        copied = super().__copy__()
+        for name in ("branch_steps", "evaluation_steps"):
+            vars(copied).pop(name, None)
+        return copied
 
     def with_data(self, data: DataSpec) -> "RunSpec":
         """This run on `data`; its model takes that vocabulary unless it was given one."""
@@ -167,10 +144,89 @@ class RunSpec(Spec):
             raise ValueError(
                 f"{unknown[0]} is not tunable; one of {', '.join(sorted(TUNABLE_PARAMS))}"
             )
-        model = {k: v for k, v in params.items() if k in _MODEL_PARAMS}
-        train = {k: v for k, v in params.items() if k in _TRAIN_PARAMS}
+        model = {k: v for k, v in params.items() if k in MODEL_PARAMS}
+        train = {k: v for k, v in params.items() if k in TRAIN_PARAMS}
         tuned = {
             "model": ModelSpec.model_validate(self.model.model_dump(exclude_unset=True) | model),
             "train": TrainSpec.model_validate(self.train.model_dump() | train),
         }
-        return RunSpec.model_validate(dict(self) | tuned)
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        return RunSpec.model_validate(fields | tuned)
+
+
+def branch_of(trunk: RunSpec, tokens_per_param: float, checkpoint: CheckpointRef | None) -> RunSpec:
+    """The run of one of the trunk's budgets, from `checkpoint` (None: the same run, whole).
+
+    Raises:
+        ValueError: the trunk has no such budget.
+    """
+    if tokens_per_param not in trunk.branches:
+        works = ", ".join(f"{budget:g}" for budget in trunk.branches) or "no budget at all"
+        raise ValueError(f"has no branch at {tokens_per_param:g} tokens per parameter but {works}")
+    budget = {
+        "tokens_per_param": tokens_per_param,
+        "warmup_steps": warmup_steps(trunk.budget_steps, trunk.train),
+    }
+    train = trunk.train.model_copy(update=budget)
+    return trunk.model_copy(update={"train": train, "trunk": checkpoint, "branches": ()})
+
+
+def check_phases(run: RunSpec) -> None:
+    """Raise ValueError unless a warmup that is given in steps leaves room for the cooldown."""
+    total, num_warmup = run.budget_steps, run.train.warmup_steps
+    rest = cooldown_start(total, run.train) if run.train.schedule == "wsd" else total
+    if num_warmup is not None and num_warmup > rest:
+        raise ValueError(
+            f"train.warmup_steps {num_warmup}: the run of {total} steps has {rest} before its "
+            f"cooldown; {rest} or fewer work"
+        )
+
+
+def check_branches(trunk: RunSpec) -> None:
+    """Raise ValueError unless each budget has a cooldown that starts at a step of its own."""
+    _check_budgets(trunk.branches)
+    train = trunk.train
+    if trunk.trunk is not None:
+        raise ValueError("a run that has a trunk is a branch itself; give one of the two")
+    if train.num_tokens is not None:
+        raise ValueError(f"train.num_tokens {train.num_tokens} is a budget too; leave it out")
+    if train.schedule != "wsd" or not train.cooldown_fraction:
+        raise ValueError(
+            f"train.schedule {train.schedule} with cooldown_fraction {train.cooldown_fraction:g} "
+            "cannot branch; wsd with a cooldown_fraction above 0 can"
+        )
+    if train.swa_fraction is not None and train.swa_fraction > train.cooldown_fraction:
+        raise ValueError(
+            f"train.swa_fraction {train.swa_fraction:g} would begin before the cooldown of its "
+            f"branch; {train.cooldown_fraction:g} or less works"
+        )
+    if trunk.train.evaluations * len(trunk.branches) > MAX_EVALUATIONS:
+        most = MAX_EVALUATIONS // len(trunk.branches)
+        raise ValueError(f"train.evaluations {train.evaluations}: {most} at most for a trunk")
+    _check_steps(trunk)
+
+
+def _check_budgets(branches: Sequence[float]) -> None:
+    if len(branches) == 1:
+        raise ValueError(
+            f"one budget needs no trunk; give two, or train.tokens_per_param {branches[0]:g}"
+        )
+    if any(a >= b for a, b in pairwise(branches)):
+        works = ", ".join(f"{budget:g}" for budget in sorted(set(branches)))
+        raise ValueError(f"budgets must ascend, none twice; [{works}] would")
+
+
+def _check_steps(trunk: RunSpec) -> None:
+    steps = trunk.branch_steps
+    num_warmup = warmup_steps(trunk.budget_steps, trunk.train)
+    if steps[0] < max(1, num_warmup):
+        raise ValueError(
+            f"{trunk.branches[0]:g} tokens per parameter would cool down from step {steps[0]}, in "
+            f"the warmup of {num_warmup} steps; a larger budget or a shorter warmup would work"
+        )
+    for (a, b), (x, y) in zip(pairwise(steps), pairwise(trunk.branches), strict=True):
+        if a >= b:
+            raise ValueError(
+                f"{x:g} and {y:g} tokens per parameter would cool down from the same step {a}; "
+                "budgets further apart, or a smaller train.batch_size, would work"
+            )

@@ -10,7 +10,7 @@ once suits them.
 
 import math
 
-from warmcore.spec import CooldownShape, TrainSpec
+from warmcore.specs.train import CooldownShape, TrainSpec
 
 
 def lr_factor(step: int, num_steps: int, train: TrainSpec) -> float:

@@ -1,10 +1,8 @@
 """Parameters, steps and FLOPs of a run, by arithmetic (torch-free). METHOD, Symbols."""
 
-import math
 from dataclasses import dataclass
 
-from warmcore.schedule import cooldown_start
-from warmcore.spec import ModelSpec, RunSpec
+from warmcore.specs.model import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,29 +37,6 @@ def count_params(model: ModelSpec) -> ParamCount:
     )
 
 
-def num_steps(run: RunSpec) -> int:
-    """Optimizer steps that the run ends after: its budget's; a trunk's, where the last cools."""
-    total = budget_steps(run)
-    return cooldown_start(total, run.train) if run.branches else total
-
-
-def budget_steps(run: RunSpec) -> int:
-    """Optimizer steps of the run's token budget, rounded up, at least 1; of a trunk's largest."""
-    tokens_per_param = run.branches[-1] if run.branches else run.train.tokens_per_param
-    tokens = run.train.num_tokens or tokens_per_param * count_params(run.model).total
-    return max(1, math.ceil(tokens / tokens_per_step(run)))
-
-
-def tokens_per_step(run: RunSpec) -> int:
-    """Batch times context."""
-    return run.train.batch_size * run.data.context
-
-
-def num_tokens(run: RunSpec) -> int:
-    """D: the tokens that the run trains on, whole batches."""
-    return num_steps(run) * tokens_per_step(run)
-
-
 def flops_per_token(model: ModelSpec, context: int) -> float:
     """Training FLOPs per token: 6*(N_hidden + N_unembedding) + causal attention.
 
@@ -72,13 +47,6 @@ def flops_per_token(model: ModelSpec, context: int) -> float:
     params = count_params(model)
     attention = 6 * model.depth * model.width * context
     return 6.0 * (params.hidden + params.unembedding) + attention
-
-
-def train_flops(run: RunSpec, tokens: int | None = None) -> float:
-    """FLOPs of training `run` on `tokens` (the whole budget when None)."""
-    return flops_per_token(run.model, run.data.context) * (
-        num_tokens(run) if tokens is None else tokens
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

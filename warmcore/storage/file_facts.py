@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import BinaryIO
 
-from warmcore.fields import NonNegativeInt, Spec
+from warmcore.specs.fields import NonNegativeInt, Spec
 
 MANIFEST = "checkpoint.json"
 

@@ -7,7 +7,7 @@ from urllib.parse import unquote, urlsplit
 
 import fsspec
 
-from warmcore.file_facts import MANIFEST
+from warmcore.storage.file_facts import MANIFEST
 
 
 def local_path(uri: str) -> Path | None:

@@ -21,8 +21,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from warmcore.blocks import BLOCK_ELEMENTS, fill_
-from warmcore.file_facts import FileFacts
+from warmcore.storage.file_facts import FileFacts
+from warmcore.tensors.row_blocks import BLOCK_ELEMENTS, fill_
 
 DTYPES = {
     "F64": torch.float64,
@@ -32,8 +32,6 @@ DTYPES = {
     "I64": torch.int64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
 # As many as smooth out what takes turns; with the one in each thread, some 10 MB are held.
 CHUNKS_AHEAD = 8
 # Larger ones make the page cache take pages of 1 MB or 2 MB, which a virtual machine may first have
@@ -183,3 +181,8 @@ def is_finite(tensor: Tensor) -> bool:
 def layout_like(shapes: Iterable[tuple[str, str, tuple[int, ...]]], source: Layout) -> Layout:
     """Layout of (name, name in `source`, shape), each in the dtype of its source."""
     return {n: TensorInfo(dtype=source[s].dtype, shape=shape) for n, s, shape in shapes}
+
+
+def saving_order(name: str) -> tuple[bool, str]:
+    """By name, but steps last: they are float32, and would misalign what is float64."""
+    return name.endswith(".step"), name

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from warmcore.parallel import shard_like
-from warmcore.spec import AverageName, TrainSpec
+from warmcore.specs import AverageName, TrainSpec
+from warmcore.training.ranks import shard_like
 
 Tensors = dict[str, Tensor]
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from warmcore.data import Tokens
+from warmcore.corpus.prepare import Tokens
 
 Windows = NDArray[np.int64]
 

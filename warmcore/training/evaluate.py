@@ -2,11 +2,11 @@
 
 import torch
 
-from warmcore.batches import read_windows, val_windows
-from warmcore.data import Tokens
-from warmcore.model import Decoder, loss_nats
-from warmcore.objective import LossFunction
-from warmcore.parallel import ALONE, Ranks
+from warmcore.corpus.prepare import Tokens
+from warmcore.model.decoder import Decoder, loss_nats
+from warmcore.training.batches import read_windows, val_windows
+from warmcore.training.loss import LossFunction
+from warmcore.training.ranks import ALONE, Ranks
 
 # Tokens per forward pass: small enough that a small model's activations stay in the cache.
 BATCH_TOKENS = 4096

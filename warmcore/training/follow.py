@@ -1,8 +1,8 @@
 """What every rank but 0 does: whatever rank 0 does, until that says that it is the end."""
 
-from warmcore.data import prepare
-from warmcore.parallel import Beginning, Ranks
-from warmcore.train import Training
+from warmcore.corpus.prepare import prepare
+from warmcore.training.ranks import Beginning, Ranks
+from warmcore.training.training import Training
 
 
 def follow(ranks: Ranks, *, device: str = "cpu") -> None:

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, start_processes
 
-from warmcore.follow import follow
-from warmcore.parallel import Ranks, backend
-from warmcore.spec import Strategy
+from warmcore.specs import Strategy
+from warmcore.training.follow import follow
+from warmcore.training.ranks import Ranks, backend
 
 Lead = Callable[[Ranks, str], int]
 

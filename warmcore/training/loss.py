@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from warmcore.model import loss_nats
-from warmcore.spec import Precision
+from warmcore.model.decoder import loss_nats
+from warmcore.specs import Precision
 
 LossFunction = Callable[[nn.Module, Tensor], Tensor]
 

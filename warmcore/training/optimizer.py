@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
-from warmcore.muon import EPS as MUON_EPS
-from warmcore.muon import MuonAdamW
-from warmcore.mup import Role, factors, role_of
-from warmcore.parallel import shard_like, whole
-from warmcore.spec import ClipRule, ModelSpec, TrainSpec
+from warmcore.model.mup import Role, factors, role_of
+from warmcore.specs import ClipRule, ModelSpec, TrainSpec
+from warmcore.tensors.files import saving_order
+from warmcore.training.muon import EPS as MUON_EPS
+from warmcore.training.muon import MuonAdamW
+from warmcore.training.ranks import shard_like, whole
 
 ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
 MUON_KEYS = ("momentum_buffer",)
@@ -90,11 +91,6 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
         for key, value in optimizer.state[parameter].items()
     }
     return {name: tensors[name] for name in sorted(tensors, key=saving_order)}
-
-
-def saving_order(name: str) -> tuple[bool, str]:
-    """By name, but steps last: they are float32, and would misalign what is float64."""
-    return name.endswith(".step"), name
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from warmcore.model import Decoder
-from warmcore.spec import RunSpec, Strategy
-from warmcore.tensors import TensorStream
+from warmcore.model.decoder import Decoder
+from warmcore.specs import RunSpec, Strategy
+from warmcore.tensors.files import TensorStream
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

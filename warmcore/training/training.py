@@ -12,25 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from warmcore.averages import Averages
-from warmcore.batches import train_batch
-from warmcore.branching import evaluations_of, past_evaluations
-from warmcore.checkpoint import (
+from warmcore.checkpoint.checkpoint import (
     Checkpoint,
     SavedCheckpoint,
     load_checkpoint,
     read_manifest,
     save_checkpoint,
 )
-from warmcore.data import Corpus
-from warmcore.divergence import why_broken, why_diverged
-from warmcore.evaluate import val_loss_nats
-from warmcore.flops import budget_steps, num_steps, tokens_per_step
-from warmcore.grown import Grown, weights_generator
-from warmcore.manifest import Progress
-from warmcore.model import Decoder, init_, load_weights
-from warmcore.objective import backward, compiled, loss_in
-from warmcore.optim import (
+from warmcore.checkpoint.progress import Progress
+from warmcore.corpus.prepare import Corpus
+from warmcore.growth.from_checkpoint import Grown, weights_generator
+from warmcore.model.decoder import Decoder, init_, load_weights
+from warmcore.specs import AverageName, RunSpec, derived_seed, growth_rules
+from warmcore.specs.branching import past_evaluations
+from warmcore.specs.schedule import lr_factor
+from warmcore.specs.train import check_shared
+from warmcore.tensors.files import TensorStream
+from warmcore.training.averages import Averages
+from warmcore.training.batches import train_batch
+from warmcore.training.divergence import why_broken, why_diverged
+from warmcore.training.evaluate import val_loss_nats
+from warmcore.training.loss import backward, compiled, loss_in
+from warmcore.training.optimizer import (
     build_optimizer,
     clip_,
     load_optimizer_tensors,
@@ -38,11 +41,7 @@ from warmcore.optim import (
     set_lr,
     vector_weight,
 )
-from warmcore.parallel import ALONE, Beginning, Ranks, unsharded
-from warmcore.schedule import lr_factor
-from warmcore.sharing import check_shared
-from warmcore.spec import AverageName, RunSpec, derived_seed
-from warmcore.tensors import TensorStream
+from warmcore.training.ranks import ALONE, Beginning, Ranks, unsharded
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +103,14 @@ class Training:
         self.optimizer = build_optimizer(model.named_parameters(), spec.model, spec.train)
         self.base_hash: str | None = None
         self.progress = Progress()
-        self.num_steps = num_steps(spec)
-        self._budget_steps = budget_steps(spec)
+        self.num_steps = spec.num_steps
+        self._budget_steps = spec.budget_steps
         self._loss_of = loss_in(spec.train.precision)
         self._train_loss_of = (
             compiled(self._loss_of, model.device) if spec.train.compile else self._loss_of
         )
         self.averages = Averages(train=spec.train, num_steps=self._budget_steps)
-        self._evaluation_steps = evaluations_of(spec)
+        self._evaluation_steps = spec.evaluation_steps
         self._data_seed = derived_seed("data", spec.seed)
 
     @classmethod
@@ -146,7 +145,7 @@ class Training:
         manifest, _ = read_manifest(base, expected_hash=spec.growth.base.hash)
         manifest.check_tokenizer(corpus.tokenizer)  # says more than that vocabularies differ
         grown = Grown.from_base(spec, base)
-        for warning in spec.growth.warnings(grown.growth.base, spec.model):
+        for warning in growth_rules.warnings(spec.growth, grown.growth.base, spec.model):
             log.warning(warning)
         ranks.lead(Beginning(how="start", spec=spec, checkpoint=base))
         load_weights(model, grown.weights.tensors)
@@ -224,7 +223,7 @@ class Training:
     @property
     def tokens(self) -> int:
         """Tokens trained on."""
-        return self.step * tokens_per_step(self.spec)
+        return self.step * self.spec.tokens_per_step
 
     @property
     def last_val_loss_nats(self) -> float | None:

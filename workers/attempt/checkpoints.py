@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-from warmcore import places
-from warmcore.checkpoint import MANIFEST, SavedCheckpoint, read_manifest
-from warmcore.places import filesystem, local_path
-from warmcore.spec import CheckpointRef
-from warmcore.train import Training
+from warmcore.checkpoint.checkpoint import MANIFEST, SavedCheckpoint, read_manifest
+from warmcore.specs import CheckpointRef
+from warmcore.storage import locations
+from warmcore.storage.locations import filesystem, local_path
+from warmcore.training.training import Training
 
 __all__ = ["delete", "local", "local_path", "save", "store"]
 
@@ -64,7 +64,7 @@ def delete(uri: str, *, of_run: str) -> None:
     escapes = path is not None and root is not None and not _is_below(path, root)
     if not uri.startswith(of_run) or not _CHECKPOINT.fullmatch(uri[len(of_run) :]) or escapes:
         raise ValueError(f"{uri} is no checkpoint below {of_run}; it is not deleted")
-    places.delete(uri)
+    locations.delete(uri)
 
 
 def _is_below(path: Path, root: Path) -> bool:

@@ -14,16 +14,15 @@ from typing import Literal
 
 from service.client import Client, StaleLeaseError
 from service.protocol import CheckpointReport, FinishRequest, Lease, Outcome, Timing
-from warmcore import data
-from warmcore.branching import branch_steps, evaluations_of
-from warmcore.checkpoint import CheckpointCorruptError
-from warmcore.parallel import ALONE, Ranks
-from warmcore.train import DivergedEvent, EvaluationEvent, StepEvent, Training
-from workers import artifacts, resume
-from workers.curve import Curve
+from warmcore.checkpoint.checkpoint import CheckpointCorruptError
+from warmcore.corpus import prepare
+from warmcore.training.ranks import ALONE, Ranks
+from warmcore.training.training import DivergedEvent, EvaluationEvent, StepEvent, Training
+from workers.attempt import checkpoints, resume
+from workers.attempt.measurements import Curve
+from workers.attempt.provenance import provenance
+from workers.attempt.reporter import Reporter
 from workers.failures import UnrunnableError
-from workers.provenance import provenance
-from workers.reporter import Reporter
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Options:
     """What the worker decides, not the spec."""
 
     checkpoint_seconds: float = 30.0
-    store_patience_seconds: float = 600.0  # as long as for the service: see workers.process
+    store_patience_seconds: float = 600.0  # as in processes.single
     device: str = "cpu"
     num_threads: int = 1
     ranks: Ranks = ALONE
@@ -88,11 +87,11 @@ class _DrainedError(Exception):
 class _Attempt:
     def __init__(self, lease: Lease, client: Client, reporter: Reporter, options: Options) -> None:
         self._lease, self._client, self._reporter, self._options = lease, client, reporter, options
-        self._corpus = data.prepare(lease.spec.data)
+        self._corpus = prepare.prepare(lease.spec.data)
         self._training = self._resumed() or self._started()
         self._curve = Curve(log_every=lease.spec.train.log_every, tokens=self._training.tokens)
-        self._evaluation_steps = frozenset(evaluations_of(lease.spec))
-        self._branch_steps = frozenset(branch_steps(lease.spec)[:-1])  # the last one is final
+        self._evaluation_steps = frozenset(lease.spec.evaluation_steps)
+        self._branch_steps = frozenset(lease.spec.branch_steps[:-1])  # the last one is final
         self._saved_step = self._training.step
         self._published: CheckpointReport | None = None
         self._saved_at = time.monotonic()
@@ -126,7 +125,7 @@ class _Attempt:
         if spec.start_checkpoint is None:
             return Training.start(spec, self._corpus, device=device, ranks=ranks)
         try:
-            with artifacts.local(spec.start_checkpoint) as base:
+            with checkpoints.local(spec.start_checkpoint) as base:
                 return Training.start(spec, self._corpus, device=device, base=base, ranks=ranks)
         except CheckpointCorruptError as error:  # another attempt may read it from another machine
             name = "trunk" if spec.trunk else "growth.base"
@@ -229,14 +228,14 @@ class _Attempt:
         log.info("checkpoint", extra={"step": report.step, "final": final})
         for superseded in reply.superseded:
             with contextlib.suppress(Exception):  # tidying must not end a run
-                artifacts.delete(superseded, of_run=self._lease.artifact_uri.rpartition("/")[0])
+                checkpoints.delete(superseded, of_run=self._lease.artifact_uri.rpartition("/")[0])
 
     def _saved(self) -> CheckpointReport:
         """This step's checkpoint, in place; the curve up to it accepted. Never written twice."""
         if self._published is not None and self._published.step == self._training.step:
             return self._published
         uri = f"{self._lease.artifact_uri}/step-{self._training.step:08d}"
-        saved = artifacts.save(self._training, uri)
+        saved = checkpoints.save(self._training, uri)
         self._report_all()
         return CheckpointReport(
             step=saved.step,

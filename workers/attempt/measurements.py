@@ -3,7 +3,7 @@
 import math
 
 from service.protocol import Measurement
-from warmcore.train import EvaluationEvent, StepEvent
+from warmcore.training.training import EvaluationEvent, StepEvent
 
 
 class Curve:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import warmcore
 from service.protocol import Provenance
-from warmcore.train import Training
+from warmcore.training.training import Training
 
 _PACKAGES = ("torch", "numpy", "safetensors", "ray", "pydantic")
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from warmcore.checkpoint import CheckpointCorruptError
-from warmcore.spec import CheckpointRef
-from workers import artifacts
+from warmcore.checkpoint.checkpoint import CheckpointCorruptError
+from warmcore.specs import CheckpointRef
+from workers.attempt import checkpoints
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def _patiently(
     pause = _FIRST_SECONDS
     while True:
         try:
-            with artifacts.local(ref) as checkpoint:
+            with checkpoints.local(ref) as checkpoint:
                 return read(checkpoint)
         except _GONE:
             raise

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service import logs
-from workers import environment
-from workers.link import FleetRefusedError
-from workers.stop import Stop
+from service.observability import logs
+from workers.fleet import ray_environment
+from workers.fleet.service_link import FleetRefusedError
+from workers.fleet.signals import Stop
 
 if TYPE_CHECKING:
-    from workers.dispatcher import Dispatcher
-    from workers.engine import Engine
+    from workers.fleet.dispatcher import Dispatcher
+    from workers.fleet.ray_engine import Engine
 
 API_KEY_VARIABLE = "WARMSCALE_API_KEY"
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
     started = time.monotonic()
     with logs.about(fleet=args.name), _engine(args) as engine:
-        from workers.dispatcher import Dispatcher, Options  # noqa: PLC0415 - see `_engine`
+        from workers.fleet.dispatcher import Dispatcher, Options  # noqa: PLC0415 - see `_engine`
 
         options = Options(
             url=args.url,
@@ -73,7 +73,7 @@ def _work(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
 
 
 def _run(dispatcher: "Dispatcher") -> int:
-    from workers.engine import RayLostError  # noqa: PLC0415 - see `_engine`
+    from workers.fleet.ray_engine import RayLostError  # noqa: PLC0415 - see `_engine`
 
     try:
         dispatcher.run()
@@ -89,10 +89,10 @@ def _run(dispatcher: "Dispatcher") -> int:
 def _engine(args: argparse.Namespace) -> contextlib.AbstractContextManager["Engine"]:
     """Set what Ray reads when it is imported, and only then import it."""
     if args.ray_address is None:
-        environment.set_for_local_ray()
+        ray_environment.set_for_local_ray()
     else:
-        environment.set_for_any_ray()
-    from workers import engine  # noqa: PLC0415
+        ray_environment.set_for_any_ray()
+    from workers.fleet import ray_engine as engine  # noqa: PLC0415
 
     if args.ray_address is None:
         return engine.local(cpus=args.cpus, gpus=args.gpus)

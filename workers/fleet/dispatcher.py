@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.protocol import FinishRequest, Lease, LeaseRequest, RunKind
-from workers.engine import Engine, Handle, RayLostError
 from workers.failures import failure
-from workers.link import FleetRefusedError, Link
-from workers.nodes import Nodes, Placement
-from workers.process import Connection
-from workers.telling import subject
+from workers.fleet.capacity import Nodes, Placement
+from workers.fleet.ray_engine import Engine, Handle, RayLostError
+from workers.fleet.service_link import FleetRefusedError, Link
+from workers.processes.single import Connection
+from workers.run_logs import subject
 
 if TYPE_CHECKING:
     from collections.abc import Callable

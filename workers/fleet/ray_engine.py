@@ -1,4 +1,6 @@
-"""Ray, as far as a fleet needs it. `workers.environment` must have been set before importing this.
+"""Ray, as far as a fleet needs it.
+
+Set the environment of `workers.fleet.ray_environment` before importing this module.
 
 Runs are tasks, not actors: when a fleet is killed its tasks die with it, while detached actors
 would train on. `max_retries=0`: the service alone decides what is tried again.
@@ -22,10 +24,12 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from service.protocol import Lease, Resources
-from workers import begun, group, nodes, process, telling
+from workers import run_logs
 from workers.failures import UnrunnableError
-from workers.nodes import Placement
-from workers.stop import exit_unless_done
+from workers.fleet import capacity as nodes
+from workers.fleet.capacity import Placement
+from workers.fleet.signals import exit_unless_done
+from workers.processes import begun_marks, group, single
 
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; results are single words
 _ANSWER_SECONDS = 8.0
@@ -94,7 +98,7 @@ class Engine:
             raise RayLostError(f"Ray does not answer: {why}") from error
 
     def submit(
-        self, lease: Lease, node: str, connection: process.Connection, checkpoint_seconds: float
+        self, lease: Lease, node: str, connection: single.Connection, checkpoint_seconds: float
     ) -> Handle:
         """Start `lease` on `node`.
 
@@ -102,7 +106,7 @@ class Engine:
             UnrunnableError: Ray takes no such resources.
         """
         is_shared = lease.resources.num_processes > 1
-        function: Any = group.run_group if is_shared else process.run_lease
+        function: Any = group.run_group if is_shared else single.run_lease
         resources = _NONE if is_shared else lease.resources  # Ray Train places the processes
         try:
             run = _on(Placement(node=node, resources=resources), function)
@@ -121,7 +125,7 @@ class Engine:
             RayLostError: nobody answers.
         """
         mark = handle.mark
-        return mark is None or self._answer(lambda: begun.is_said(mark))
+        return mark is None or self._answer(lambda: begun_marks.is_said(mark))
 
     def free_groups(self) -> None:
         """Free what processes hold whose leading task was killed; for when no group runs.
@@ -136,7 +140,7 @@ class Engine:
     def warm_up(self, timeout_seconds: float = 120.0) -> set[int]:
         """Start a worker process per free slot, with kernels loaded; gives the process ids."""
         refs = [
-            _on(slot, process.warm_up).remote(device=None if slot.resources.gpus else "cpu")
+            _on(slot, single.warm_up).remote(device=None if slot.resources.gpus else "cpu")
             for node, free in self.available().items()
             for slot in _slots(node, free)
         ]
@@ -184,7 +188,7 @@ def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engi
 def _hear_workers() -> None:
     """Put what worker processes log among our lines; Ray would print it with marks of its own."""
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
-    global_worker_stdstream_dispatcher.add_handler("warmscale", telling.forward)
+    global_worker_stdstream_dispatcher.add_handler("warmscale", run_logs.forward)
 
 
 def _num_cpus() -> int:

@@ -10,7 +10,7 @@ from http import HTTPStatus
 
 from service.client import UNREAD_STATUS, Client, ServiceError, StaleLeaseError
 from service.protocol import FinishRequest, Lease, LeaseRequest
-from workers.telling import subject
+from workers.run_logs import subject
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
 """A run that several processes share: a Ray Train `TorchTrainer`, led from a task of its own.
 
-Rank 0 does what a run of one process does (`workers.run`), and the others follow it. Ray Train
-places and joins the processes and ends all when one fails; that is then the task's failure, and
-what is tried again the service decides, as ever. All processes are on one node: a folder there
-carries the word to drain to rank 0, since its code does not run where Ray delivers signals.
+Rank 0 executes the attempt (`workers.attempt.execute`), and the other ranks follow it. Ray Train
+places and joins the processes, and ends all of them when one fails. The task then fails, and the
+service decides whether to retry the run. All processes are on one node: a file in a folder of that
+node asks rank 0 to drain, because rank 0's code does not run where Ray delivers signals.
 """
-# As in `workers.process`: the fleet's driver imports this file and never needs torch.
+# As in `workers.processes.single`: the fleet's driver imports this file and never needs torch.
 # ruff: noqa: PLC0415
 
 import contextlib
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.protocol import Lease
-from workers import telling
+from workers import run_logs
+from workers.attempt.reporter import Reporter
 from workers.failures import UnrunnableError
-from workers.process import Connection, client_of, device_of, drain_on_cancel
-from workers.reporter import Reporter
+from workers.processes.single import Connection, client_of, device_of, drain_on_cancel
 
 if TYPE_CHECKING:
-    from workers.run import Ending
+    from workers.attempt.execute import Ending
 
 _TICK_SECONDS = 0.2
 # Of one word between ranks: rank 0 may be waiting out an outage of the service.
@@ -71,7 +71,7 @@ def run_group(
 ) -> "Ending":
     """Run a lease in as many processes as it asks for, on this node; this one only waits."""
     with (
-        telling.about(lease),
+        run_logs.about(lease),
         drain_on_cancel() as draining,
         tempfile.TemporaryDirectory(prefix="warmscale-") as folder,
         contextlib.ExitStack() as starting,
@@ -100,7 +100,7 @@ def _fit(shared: Shared, node: str) -> "Ending":
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from warmcore.parallel import backend
+    from warmcore.training.ranks import backend
 
     needs, size = shared.lease.resources, shared.lease.resources.num_processes
     each = {"CPU": needs.cpus / size, "GPU": needs.gpus / size}
@@ -138,14 +138,14 @@ def _cause(failures: Mapping[int, BaseException]) -> UnrunnableError | None:
 
 def _share(shared: Shared) -> "Ending | None":
     """One process's part; rank 0 tells how it ended."""
-    from warmcore.follow import follow
-    from warmcore.parallel import Ranks
-    from workers import cpus
-    from workers.run import Options, execute
+    from warmcore.training.follow import follow
+    from warmcore.training.ranks import Ranks
+    from workers.attempt import cpus
+    from workers.attempt.execute import Options, execute
 
     needs, size = shared.lease.resources, shared.lease.resources.num_processes
     ranks, device = Ranks.joined(needs.strategy), device_of(needs.gpus / size)
-    with telling.about(shared.lease), cpus.pinned(needs.cpus // size) as num_threads:
+    with run_logs.about(shared.lease), cpus.pinned(needs.cpus // size) as num_threads:
         if ranks.rank:
             return follow(ranks, device=device)
         shared.has_begun.touch()

@@ -17,10 +17,11 @@ import ray
 
 from service.client import Client
 from service.protocol import Lease
-from workers import begun, telling
+from workers import run_logs
+from workers.processes import begun_marks
 
 if TYPE_CHECKING:
-    from workers.run import Ending
+    from workers.attempt.execute import Ending
 
 # A run outlives an outage of this length; then it gives up, with its last checkpoint published.
 PATIENCE_SECONDS = 600.0
@@ -36,10 +37,10 @@ class Connection:
 
 def warm_up(*, device: str | None = None) -> int:
     """Import everything and train two tiny steps; gives the process id."""
-    from warmcore.data import prepare
-    from warmcore.spec import DataSpec, ModelSpec, RunSpec, TrainSpec
-    from warmcore.train import Training
-    from workers import run
+    from warmcore.corpus.prepare import prepare
+    from warmcore.specs import DataSpec, ModelSpec, RunSpec, TrainSpec
+    from warmcore.training.training import Training
+    from workers.attempt import execute as run
 
     del run  # imported for its imports: the first run would otherwise pay for them
     with tempfile.TemporaryDirectory(prefix="warmscale-") as folder:
@@ -65,19 +66,19 @@ def run_lease(
     mark: str | None = None,
 ) -> "Ending":
     """Run a lease in this process; `mark` says to the fleet that this has begun."""
-    with begun.said(mark):  # before torch is imported, which may take longer than a lease
+    with begun_marks.said(mark):  # before torch is imported, which may take longer than a lease
         return _run_pinned(lease, connection, checkpoint_seconds, leased_at)
 
 
 def _run_pinned(
     lease: Lease, connection: Connection, checkpoint_seconds: float, leased_at: float
 ) -> "Ending":
-    from workers import cpus
-    from workers.run import Options, execute
+    from workers.attempt import cpus
+    from workers.attempt.execute import Options, execute
 
     client = client_of(connection)
     with (
-        telling.about(lease),
+        run_logs.about(lease),
         drain_on_cancel() as draining,
         cpus.pinned(lease.resources.cpus) as num_threads,
     ):

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli_admin import on_database
-from service.cli_common import Exit, Home, Json, fail
-from service.home import DEFAULT
+from service.cli.admin.session import on_database
+from service.cli.common import Exit, Home, Json, fail
+from service.local_stack.home import DEFAULT
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
     from sqlalchemy.orm import Session
 
-    from service.tables import Event
+    from service.database.tables import Event
 
 
 def events(
@@ -43,7 +43,7 @@ def events(
 def _study_id(session: "Session", study: str) -> str:
     from sqlalchemy import or_, select
 
-    from service.tables import Study
+    from service.database.tables import Study
 
     query = select(Study.id).where(or_(Study.id == study, Study.optuna_name == study))
     found = session.scalars(query).first()
@@ -56,7 +56,7 @@ def _study_id(session: "Session", study: str) -> str:
 def _query(study_id: str | None, actor: str | None, type_: str | None) -> "Select[Event]":
     from sqlalchemy import select
 
-    from service.tables import Event
+    from service.database.tables import Event
 
     query = select(Event).order_by(Event.id.desc())
     if study_id is not None:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli_admin import reached
-from service.cli_common import Exit, Home, Json, fail, settings
-from service.home import DEFAULT
+from service.cli.admin.session import reached
+from service.cli.common import Exit, Home, Json, fail, settings
+from service.local_stack.home import DEFAULT
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from service.checkpoints.collect import Collected, Options
+    from service.operations.checkpoint_cleanup.collect import Collected, Options
 
 checkpoints = typer.Typer(help="Checkpoints.", no_args_is_help=True)
 
@@ -41,7 +41,7 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Say, or delete, which checkpoints no run can need any more, and why the others are kept."""
-    from service.checkpoints.collect import Options
+    from service.operations.checkpoint_cleanup.collect import Options
 
     options = Options(
         older_than_days=older_than_days,
@@ -63,11 +63,11 @@ def _collect(
     from sqlalchemy import NullPool, create_engine
     from sqlalchemy.orm import sessionmaker
 
-    from service import db
-    from service.checkpoints.collect import collect
+    from service.database import engine
+    from service.operations.checkpoint_cleanup.collect import collect
 
     chosen = settings(home)
-    with reached(), db.database(chosen) as url:
+    with reached(), engine.database(chosen) as url:
         sessions = sessionmaker(create_engine(url, poolclass=NullPool), expire_on_commit=False)
         with sessions() as session:
             ids = _chosen(session, study, project)
@@ -78,10 +78,10 @@ def _chosen(session: "Session", study: str | None, project: str | None) -> list[
     """Ids of the studies to look at: a name says one of them, or nothing is done."""
     from sqlalchemy import select
 
-    from service.caller import Caller
-    from service.errors import Problem
-    from service.studies.store import find
-    from service.tables import Study
+    from service.access.caller import Caller
+    from service.access.lookup import find
+    from service.database.tables import Study
+    from service.problems import Problem
 
     operator = Caller(key_id="", scopes=frozenset(), project=project)
     if study is None:

@@ -1,30 +1,32 @@
 """`warmscale db current · history · downgrade · backup · restore`."""
 
 import json
+import logging
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli_admin import reached
-from service.cli_common import Exit, Home, Json, fail, settings
-from service.home import DEFAULT
+from service.cli.admin.session import reached
+from service.cli.common import Exit, Home, Json, fail, settings
+from service.local_stack.home import DEFAULT
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
-    from service.backup.archive import Manifest
+    from service.operations.backup.archive import Manifest
 
 BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup's one file.")]
 
 
 @contextmanager
 def _database(home: Path) -> Generator["URL"]:
-    from service import db
-    from service.backup.archive import BackupError
-    from service.backup.load import InUseError, NotEmptyError
+    from service.database import engine as db
+    from service.operations.backup.archive import BackupError
+    from service.operations.backup.load import InUseError, NotEmptyError
 
     try:
         with reached(), db.database(settings(home)) as url:
@@ -39,8 +41,8 @@ def current(*, home: Home = DEFAULT, as_json: Json = False) -> None:
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
-    from service.migrations import revisions
-    from service.revisions import complaint
+    from service.operations.migrations import revisions
+    from service.operations.revisions import complaint
 
     with _database(home) as url:
         engine = create_engine(url, poolclass=NullPool)
@@ -60,7 +62,7 @@ def current(*, home: Home = DEFAULT, as_json: Json = False) -> None:
 
 def history() -> None:
     """Print the revisions that this version knows, oldest first."""
-    from service.migrations import scripts
+    from service.operations.migrations import scripts
 
     for script in scripts():
         typer.echo(f"{script.revision}  {(script.doc or '').splitlines()[0]}")
@@ -76,9 +78,9 @@ def downgrade(
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
-    from service import migrations
-    from service.revisions import found
-    from service.tables import SCHEMA
+    from service.database.tables import SCHEMA
+    from service.operations import migrations
+    from service.operations.revisions import found
 
     with _database(home) as url:
         engine = create_engine(url, poolclass=NullPool)
@@ -97,7 +99,7 @@ def backup(path: BackupFile, *, home: Home = DEFAULT, as_json: Json = False) -> 
 
     The service goes on meanwhile. The hashes of API keys are in it; checkpoints' files are not.
     """
-    from service.backup.dump import backup as write
+    from service.operations.backup.dump import backup as write
 
     with _database(home) as url, _progress(as_json=as_json) as progress:
         manifest = write(url, path, progress)
@@ -117,7 +119,7 @@ def restore(
 
     A backup of an earlier version is upgraded. Its API keys are good again, those made since not.
     """
-    from service.backup.load import restore as read
+    from service.operations.backup.load import restore as read
 
     with _database(home) as url, _progress(as_json=as_json) as progress:
         manifest = read(url, path, progress, replace=replace)
@@ -161,3 +163,45 @@ def _say(done: str, path: Path, manifest: "Manifest", *, as_json: bool) -> None:
         f"{done} {path}: {manifest.num_rows} rows ({path.stat().st_size} bytes) of "
         f"{manifest.made_at:%Y-%m-%d %H:%M:%S} UTC, at {at}"
     )
+
+
+db = typer.Typer(help="The database.", no_args_is_help=True)
+
+
+@db.command()
+def upgrade(home: Home = DEFAULT) -> None:
+    """Create the tables, or bring them to the newest version. Safe to repeat."""
+    from service.database import engine as database  # a second of imports
+    from service.operations import migrations
+
+    logging.basicConfig(level=logging.WARNING)
+    with reached(), database.database(settings(home)) as url:
+        database.use_utc()
+        migrations.upgrade(url)
+        typer.echo(f"{url.render_as_string(hide_password=True)} is up to date")
+
+
+@db.command()
+def check(
+    *,
+    files: Annotated[
+        bool, typer.Option("--files", help="Read every kept checkpoint; for when nothing trains.")
+    ] = False,
+    at_rest: Annotated[
+        bool, typer.Option("--at-rest", help="Nothing is under way: what is pending is wrong too.")
+    ] = False,
+    as_json: Json = False,
+    home: Home = DEFAULT,
+) -> None:
+    """Check what must always hold (docs/guarantees.md); 0: it does. Changes nothing."""
+    from sqlalchemy import NullPool, create_engine
+
+    from service.database.engine import database
+    from service.operations import invariants
+
+    with reached(), database(settings(home)) as url:
+        engine = create_engine(url, poolclass=NullPool)
+        with invariants.snapshot(engine) as session:
+            report = invariants.check(session, at_rest=at_rest, with_files=files)
+    typer.echo(json.dumps(asdict(report)) if as_json else invariants.described(report))
+    raise typer.Exit(Exit.FAILED if report.violations else Exit.OK)

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from service.cli_admin import on_database
-from service.cli_common import Exit, Home, Json, checked_project, fail, print_json, settings
-from service.home import DEFAULT
+from service.cli.admin.session import on_database
+from service.cli.common import Exit, Home, Json, checked_project, fail, print_json, settings
+from service.local_stack.home import DEFAULT
 
 webhook = typer.Typer(
     help="Tell other programs when a study or a run has ended.", no_args_is_help=True
@@ -28,7 +28,7 @@ def add(
     home: Home = DEFAULT,
 ) -> None:
     """Add a webhook and print its secret: this is the only time that it is shown."""
-    from service.events import NOTIFIED
+    from service.events.audit_log import NOTIFIED
     from service.webhooks import addresses, store
 
     types = [name.strip() for name in events.split(",") if name.strip()] or sorted(NOTIFIED)
@@ -89,7 +89,7 @@ def retry(webhook_id: Id, home: Home = DEFAULT) -> None:
 @webhook.command(name="test")
 def try_(webhook_id: Id, home: Home = DEFAULT) -> None:
     """Send a signed message of type `webhook.test` from here, now, once."""
-    from service.tables import Webhook
+    from service.database.tables import Webhook
 
     with on_database(home) as session:
         row = session.get(Webhook, webhook_id)

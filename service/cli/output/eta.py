@@ -5,10 +5,9 @@ from collections.abc import Iterable
 
 from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import RunView
-from service.studies.budgets import flops_with_branches
+from service.specs.budgets import flops_with_branches
+from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts, StudyView
-from service.studies.study_spec import StudySpec
-from warmcore.flops import train_flops
 
 _WINDOW_SECONDS = 60.0
 _ENOUGH_SECONDS = 5.0
@@ -46,7 +45,7 @@ def remaining_flops(study: StudyView, running: Iterable[RunView]) -> float:
     """What the trials and targets that have not ended are still to cost, were none pruned."""
     spec, runs = study.spec, list(running)
     trials = spec.hpo.trials - _ended(study.trials)
-    flops = max(0, trials) * train_flops(spec.trial_run(0))
+    flops = max(0, trials) * spec.trial_run(0).train_flops
     if spec.rungs:
         flops += max(0.0, 1 - _ended(study.targets) / spec.num_target_runs) * _target_flops(spec)
     return max(0.0, flops - sum(run.cost_flops for run in runs))

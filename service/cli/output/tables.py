@@ -8,7 +8,7 @@ from rich.table import Table
 
 from service.protocol import CheckpointView, RunView
 from service.results.schemas import BudgetResult, Costs, StudyResults, TargetRun, Verdict
-from service.results.words import (
+from service.results.wording import (
     arm_name,
     at_budget,
     direction,

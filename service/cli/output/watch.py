@@ -16,12 +16,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from service.cli_tables import console, counts
+from service.cli.output.eta import Pace
+from service.cli.output.tables import console, counts
 from service.client import Client, ServiceError
 from service.lifecycle import FINAL_STUDY_STATES
-from service.pace import Pace
 from service.protocol import RunView
-from service.results.words import label, nats, spelled, tokens
+from service.results.wording import label, nats, spelled, tokens
 from service.studies.schemas import StudyView
 
 Style = Literal["live", "plain", "json"]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from psycopg import sql
 from sqlalchemy import Connection, text
 
-from service.backup.archive import Sequence
-from service.tables import OPTUNA_SCHEMA, SCHEMA
+from service.database.tables import OPTUNA_SCHEMA, SCHEMA
+from service.operations.backup.archive import Sequence
 
 SCHEMAS = (SCHEMA, OPTUNA_SCHEMA)
 _VERSION_TABLE = "alembic_version"  # made anew from the revision in the manifest

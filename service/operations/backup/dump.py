@@ -10,10 +10,10 @@ from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
 from service import __version__
-from service.backup import catalog
-from service.backup.archive import BackupError, Manifest, Writer, written
-from service.backup.catalog import TableShape
-from service.migrations import revisions, tables_held
+from service.operations.backup import catalog
+from service.operations.backup.archive import BackupError, Manifest, Writer, written
+from service.operations.backup.catalog import TableShape
+from service.operations.migrations import revisions, tables_held
 
 # So that the text means the same on every server, whatever its or the user's settings are.
 TEXT_FORMAT = """

@@ -9,14 +9,14 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
-from service import optuna_schema
-from service.backup import catalog
-from service.backup.archive import BackupError, Manifest, Reader, Table, opened
-from service.backup.catalog import SCHEMAS, TableShape
-from service.backup.dump import TEXT_FORMAT
-from service.migrations import config_on, known_revisions, tables_held
-from service.revisions import Revision, check_not_newer
-from service.tables import OPTUNA_SCHEMA, SCHEMA
+from service.database.tables import OPTUNA_SCHEMA, SCHEMA
+from service.operations.backup import catalog
+from service.operations.backup.archive import BackupError, Manifest, Reader, Table, opened
+from service.operations.backup.catalog import SCHEMAS, TableShape
+from service.operations.backup.dump import TEXT_FORMAT
+from service.operations.migrations import config_on, known_revisions, tables_held
+from service.operations.revisions import Revision, check_not_newer
+from service.optuna_bridge import schema as optuna_schema
 
 APPLICATION = "warmscale restore"
 Progress = Callable[[str, int], None]

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session, sessionmaker
 
-from service.checkpoints import folders, store
-from service.checkpoints.folders import ElsewhereError, Folder
-from service.checkpoints.policy import Decision
+from service.database.tables import Checkpoint
 from service.lifecycle import LIVE_RUN_STATES
-from service.tables import Checkpoint
+from service.operations.checkpoint_cleanup import folders, store
+from service.operations.checkpoint_cleanup.folders import ElsewhereError, Folder
+from service.operations.checkpoint_cleanup.policy import Decision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from warmcore import places
-from warmcore.file_facts import MANIFEST
+from warmcore.storage import locations
+from warmcore.storage.file_facts import MANIFEST
 
 
 class ElsewhereError(Exception):
@@ -47,7 +47,7 @@ def root_of(uri: str, study_id: str, run_id: str, attempt: int) -> str:
 
 def listed(root: str, study_id: str) -> list[Folder]:
     """Every folder of every attempt of a study's runs below `root`."""
-    files, base = places.filesystem(f"{root}/{study_id}")
+    files, base = locations.filesystem(f"{root}/{study_id}")
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path, info in files.find(base, detail=True).items():
         parts = str(path)[len(base) + 1 :].split("/")
@@ -89,9 +89,9 @@ def delete(uri: str, root: str) -> None:
     Raises:
         ElsewhereError: a link leads to another place.
     """
-    path, base = places.local_path(uri), places.local_path(root)
+    path, base = locations.local_path(uri), locations.local_path(root)
     if path is None or base is None:
-        places.delete(uri)
+        locations.delete(uri)
         return
     try:
         with suppress(FileNotFoundError), ExitStack() as opened:

@@ -3,10 +3,11 @@
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from service.checkpoints.policy import Decision, Fact, decide
-from service.events import record
-from service.studies.advance import best_growable, lock
-from service.tables import Checkpoint, Run
+from service.database.tables import Checkpoint, Run
+from service.events.audit_log import record
+from service.operations.checkpoint_cleanup.policy import Decision, Fact, decide
+from service.runs.store import best_growable
+from service.studies.locks import lock
 
 _DAY_SECONDS = 86400.0
 

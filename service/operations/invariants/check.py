@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from sqlalchemy import Engine, text
 from sqlalchemy.orm import Session
 
-from service.invariants import curves, files, leases, lifecycles, specs, trials
-from service.invariants.rules import Violation
+from service.operations.invariants import curves, files, leases, lifecycles, specs, trials
+from service.operations.invariants.rules import Violation
 
 _RULES = (*lifecycles.RULES, *leases.RULES, *trials.RULES)
 

@@ -10,9 +10,8 @@ from typing import Any
 from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
-from service.invariants.rules import Violation
-from warmcore.branching import evaluations_of, start_step
-from warmcore.spec import RunSpec
+from service.operations.invariants.rules import Violation
+from warmcore.specs import RunSpec
 
 _ENDED = """
 SELECT r.study_id, r.id, r.state, r.spec, r.num_steps,
@@ -63,10 +62,10 @@ def expected_points(spec: RunSpec, num_steps: int) -> dict[int, int | None]:
     A branch begins where it left its trunk, and its points with it. Number 0, before the first
     step, is no evaluation that a pruner hears of.
     """
-    start = start_step(spec)
+    start = spec.start_step
     logged = range(start - start % spec.train.log_every, num_steps + 1, spec.train.log_every)
     points: dict[int, int | None] = dict.fromkeys(step for step in logged if step > start)
-    for number, step in enumerate(evaluations_of(spec)):
+    for number, step in enumerate(spec.evaluation_steps):
         if step > start or spec.trunk is None:
             points[step] = number or None
     return points

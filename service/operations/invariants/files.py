@@ -10,8 +10,8 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from service.invariants.rules import Violation
-from warmcore.file_facts import MANIFEST, FileFacts, facts_of
+from service.operations.invariants.rules import Violation
+from warmcore.storage.file_facts import MANIFEST, FileFacts, facts_of
 
 _KEPT = """
 SELECT r.study_id, r.id AS run_id, c.id, c.uri, c.hash

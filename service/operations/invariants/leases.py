@@ -5,7 +5,7 @@ place in that order. A measurement has its time alone: the start of its transact
 the database, which is after the lease's event and before the end's, as both held the row's lock.
 """
 
-from service.invariants.rules import Rule
+from service.operations.invariants.rules import Rule
 
 _SPANS = """
 WITH spans AS (

@@ -3,7 +3,7 @@
 Events of one run are ordered by id: each was inserted under the lock of the run's row.
 """
 
-from service.invariants.rules import Rule
+from service.operations.invariants.rules import Rule
 
 _RUN_EVENTS = """
 WITH told AS (

@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.invariants.rules import Violation
+from service.database.tables import Study
 from service.lifecycle import FINAL_STUDY_STATES
-from service.studies.specs import UnreadableSpecError, parsed
-from service.tables import Study
+from service.operations.invariants.rules import Violation
+from service.specs.stored import UnreadableSpecError, parsed
 
 
 def violations(session: Session) -> Iterator[Violation]:

@@ -5,7 +5,7 @@ it ends. So a trial may run without a run yet, and may not have been told of its
 lease request mends both.
 """
 
-from service.invariants.rules import Rule
+from service.operations.invariants.rules import Rule
 
 _PAIRS = """
 WITH pairs AS (

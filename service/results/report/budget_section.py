@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from service.results.figures import COLD, WARM, Figure
-from service.results.markup import Column, plot, section, table
 from service.results.numbers import bounded
+from service.results.report.figures import COLD, WARM, Figure
+from service.results.report.markup import Column, plot, section, table
 from service.results.schemas import BudgetResult, Verdict
-from service.results.words import flops, headline, signed, span, times, tokens
+from service.results.wording import flops, headline, signed, span, times, tokens
 
 _NOTE = (
     "One constant phase an arm and seed (the trunk), cooled down at each budget by a run of its "

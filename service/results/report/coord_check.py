@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from math import log10
 from typing import Any
 
-from service.results.figures import STATE_COLOURS, Figure, log_ticks
-from service.results.markup import Column, plot, section, table
-from service.results.report import document
-from warmcore.coordinates import KINDS, AxisCheck, CoordCheck, Kind
+from service.results.report.figures import STATE_COLOURS, Figure, log_ticks
+from service.results.report.markup import Column, plot, section, table
+from service.results.report.page import document
+from warmcore.specs.coord_check import KINDS, AxisCheck, CoordCheck, Kind
 
 # Of middling brightness throughout: the page is light or dark.
 _STEPS = ("#d9a441", "#cb8a4d", "#b37362", "#97637c", "#7a5b93", "#5f5fa6", "#4a72b6", "#3f86c9")

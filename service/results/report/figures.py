@@ -13,8 +13,8 @@ from service.protocol import Arm
 from service.results.numbers import bounded, thinned
 from service.results.schemas import ReportTrial, StudyResults, TargetRun, Verdict
 from service.results.verdict import last_rung
-from service.results.words import arm_name, nats, spelled
-from service.studies.study_spec import StudySpec
+from service.results.wording import arm_name, nats, spelled
+from service.specs.study import StudySpec
 
 Figure = dict[str, Any]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Generic, Literal, TypeVar
 
-from service.results.figures import STATE_COLOURS
+from service.results.report.figures import STATE_COLOURS
 
 T = TypeVar("T")
 Kind = Literal["number", "text", "long", "code", "state"]

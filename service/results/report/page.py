@@ -11,8 +11,8 @@ from itertools import chain
 from string import Template
 from typing import Any
 
-from service.results.budget_views import budget_figures, budget_section
-from service.results.figures import (
+from service.results.report.budget_section import budget_figures, budget_section
+from service.results.report.figures import (
     MAX_DRAWN_TRIALS,
     MAX_TABLE_TRIALS,
     Figure,
@@ -21,7 +21,7 @@ from service.results.figures import (
     figures,
     shown_state,
 )
-from service.results.markup import Column, cards, plot, section, table
+from service.results.report.markup import Column, cards, plot, section, table
 from service.results.schemas import (
     BestTrialResult,
     Costs,
@@ -31,7 +31,7 @@ from service.results.schemas import (
     TargetRun,
     Verdict,
 )
-from service.results.words import (
+from service.results.wording import (
     arm_name,
     at_budget,
     direction,
@@ -45,7 +45,7 @@ from service.results.words import (
     times,
     tokens,
 )
-from service.studies.study_spec import StudySpec
+from service.specs.study import StudySpec
 
 _PIECE_BYTES = 2**18
 
@@ -89,7 +89,7 @@ def _plotly() -> Iterator[bytes]:
 
 
 def _asset(name: str) -> str:
-    return files("service.results").joinpath("page", name).read_text(encoding="utf-8")
+    return files("service.results.report.page").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _embedded(drawn: dict[str, Figure]) -> str:

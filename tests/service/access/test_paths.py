@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from service.caller import Caller
+from service.access.caller import Caller
+from service.access.paths import check_data, check_published
 from service.client import ServiceError
-from service.errors import Problem
-from service.places import check_base, check_data, check_published
+from service.problems import Problem
 from service.settings import Settings
-from warmcore import patterns
-from warmcore.data_spec import DataSpec
+from service.studies.imported_base import check_base
+from warmcore.corpus import glob_patterns
+from warmcore.specs.data import DataSpec
 
 
 @pytest.fixture
@@ -211,7 +212,7 @@ def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path)
 def test_a_pattern_that_leads_through_too_many_folders_is_refused_by_field_and_value(
     api, study_spec, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(patterns, "_MOST_LOOKS", 3)
+    monkeypatch.setattr(glob_patterns, "_MOST_LOOKS", 3)
     for i in range(4):
         (tmp_path / f"{i}").mkdir()
     source = f"{tmp_path}/*/*.txt"

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
-from service import auth
-from service.caller import Caller
+from service.access import authentication, keys
+from service.access.caller import Caller
 from service.client import Client, ServiceError
+from service.database.tables import Run, Study
 from service.protocol import PROJECT_PATTERN
-from service.tables import Run, Study
 from tests.by_hand import Worker
 
 SCOPES = ("read", "write", "work")
@@ -25,7 +25,7 @@ def bearer(key):
 
 def key_of(api, scopes=SCOPES, project="a"):
     with api.sessions.begin() as session:
-        return auth.create_key(session, "test", list(scopes), project=project)[1]
+        return keys.create_key(session, "test", list(scopes), project=project)[1]
 
 
 @pytest.fixture
@@ -231,26 +231,28 @@ def test_what_is_foreign_and_what_is_not_there_are_refused_in_the_same_words(api
 def test_only_admins_fleets_and_scrapers_have_keys_for_every_project(api, scopes):
     key = key_of(api, scopes, None)
     with api.sessions.begin() as session:
-        caller = auth.caller_of(session, key)
+        caller = keys.caller_of(session, key)
         assert caller.project == "default"
         with pytest.raises(IntegrityError, match="ck_api_keys_project"):
             session.execute(
-                update(auth.ApiKey).where(auth.ApiKey.id == caller.key_id).values(project=None)
+                update(authentication.ApiKey)
+                .where(authentication.ApiKey.id == caller.key_id)
+                .values(project=None)
             )
 
 
 def test_keys_are_listed_with_their_last_use_and_without_themselves(api):
     key = key_of(api, ["read"], "a")
     with api.sessions() as session:
-        (unused,) = [k for k in auth.list_keys(session) if k.project == "a"]
+        (unused,) = [k for k in keys.list_keys(session) if k.project == "a"]
     assert (unused.last_used_at, unused.state) == (None, "good")
     httpx.get(f"{api.url}/v1/studies", headers=bearer(key))
     with api.sessions() as session:
-        (used,) = [k for k in auth.list_keys(session) if k.project == "a"]
+        (used,) = [k for k in keys.list_keys(session) if k.project == "a"]
         now = session.scalar(select(func.now()))
     assert 0 <= (now - used.last_used_at).total_seconds() < 60
     assert key not in used.model_dump_json()
-    assert auth.hash_key(key) not in used.model_dump_json()
+    assert keys.hash_key(key) not in used.model_dump_json()
 
 
 names = st.from_regex(PROJECT_PATTERN, fullmatch=True)

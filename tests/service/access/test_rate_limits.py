@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.ports import free_port
-from service import auth
-from service.errors import Problem
-from service.limits import Buckets, Limits
+from service.access import keys
+from service.access.rate_limits import Buckets, Limits
+from service.problems import Problem
 from service.settings import Settings
-from service.shield import SAFE_HEADERS
+from service.web.protection import SAFE_HEADERS
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_every_answer_has_the_headers_whoever_makes_it(api, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("service.runs.store.get", broken)
+    monkeypatch.setattr("service.access.lookup.get", broken)
     auth = ("any", api.key)
     paths = ("/healthz", "/v1/studies", "/v1/nowhere", "/docs", "/openapi.json", "/dashboard/")
     answers = [httpx.get(f"{api.url}{path}", auth=auth) for path in paths]
@@ -115,10 +115,10 @@ def test_docs_loads_nothing_and_runs_nothing(api):
 
 
 def test_a_key_is_slowed_down_alone_and_told_for_how_long(api):
-    from service import auth
+    from service.access import keys
 
     with api.sessions.begin() as session:
-        other = auth.create_key(session, "other", ["read"])[1]
+        other = keys.create_key(session, "other", ["read"])[1]
     with httpx.Client(base_url=api.url) as http:
         answers = [http.get("/v1/studies", headers=bearer(api)) for _ in range(80)]
         refused = [a for a in answers if a.status_code == 429]
@@ -189,7 +189,7 @@ def test_who_waits_as_long_as_told_passes(per_second, at_once):
 
 def test_a_key_that_may_not_is_limited_as_any_other(api):
     with api.sessions.begin() as session:
-        _, key = auth.create_key(session, "metrics", ["metrics"])
+        _, key = keys.create_key(session, "metrics", ["metrics"])
     headers = {"Authorization": f"Bearer {key}"}
     found = {httpx.get(f"{api.url}/v1/studies", headers=headers).status_code for _ in range(120)}
     assert found == {403, 429}

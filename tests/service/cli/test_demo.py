@@ -1,6 +1,6 @@
 import pytest
 
-from service.demo import fleet_figures
+from service.cli.demo import fleet_figures
 from service.protocol import RunView, Timing
 
 

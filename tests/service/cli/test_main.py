@@ -5,10 +5,10 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from service import home as homes
-from service.cli import app
-from service.cli_spec import SpecError, anchored, load
-from service.home import Access, HomeInUseError
+from service.cli.main import app
+from service.cli.spec_file import SpecError, anchored, load
+from service.local_stack import home as homes
+from service.local_stack.home import Access, HomeInUseError
 
 runner = CliRunner()
 
@@ -165,7 +165,7 @@ def test_what_is_not_there_is_not_found(warmscale, command):
 
 
 def test_a_service_that_is_away_is_said_to_be_unreachable(tmp_path, monkeypatch):
-    monkeypatch.setattr("service.cli_common.PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr("service.cli.common.PATIENCE_SECONDS", 0.0)
     homes.write_access(tmp_path, Access(url="http://127.0.0.1:9", key="ws_x"))
     refused = runner.invoke(app, ["study", "watch", "x", "--home", str(tmp_path)])
     assert refused.exit_code == 3

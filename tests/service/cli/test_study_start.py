@@ -6,11 +6,11 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
-from service import auth
-from service import home as homes
-from service.cli import app
+from service.access import authentication
+from service.cli.main import app
 from service.client import Client
-from service.home import Access
+from service.local_stack import home as homes
+from service.local_stack.home import Access
 
 runner = CliRunner()
 
@@ -187,8 +187,8 @@ def test_a_key_expires_after_its_days(keys, api):
     with Client(api.url, made.stdout.strip(), patience_seconds=0) as ci:
         assert ci.get("/v1/studies")["items"] == []
         with api.sessions.begin() as session:
-            session.query(auth.ApiKey).filter_by(name="ci").update(
-                {"expires_at": auth.func.now() - auth.timedelta(seconds=1)}
+            session.query(authentication.ApiKey).filter_by(name="ci").update(
+                {"expires_at": authentication.func.now() - authentication.timedelta(seconds=1)}
             )
         with pytest.raises(Exception, match="expired or revoked"):
             ci.get("/v1/studies")

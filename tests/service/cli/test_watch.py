@@ -6,12 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from service.cli.output.eta import Pace, remaining_flops
+from service.cli.output.watch import clock, picture, snapshots, watch
 from service.client import Client, ServiceError
-from service.pace import Pace, remaining_flops
+from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts, StudyView
-from service.studies.study_spec import StudySpec
-from service.watch import clock, picture, snapshots, watch
-from warmcore.flops import train_flops
 
 HPO = {"trials": 2, "parallel": 2, "sampler": "random", "pruner": "none"}
 
@@ -146,7 +145,7 @@ def view(trials=None, targets=None, cost=0.0, **changes):
 
 def test_a_fresh_study_has_all_of_its_flops_to_spend():
     study = view()
-    trial, target = train_flops(study.spec.trial_run(0)), train_flops(study.spec.rung_run(0, 0))
+    trial, target = study.spec.trial_run(0).train_flops, study.spec.rung_run(0, 0).train_flops
     assert remaining_flops(study, []) == pytest.approx(4 * trial + 4 * target)
 
 
@@ -156,7 +155,7 @@ def test_a_finished_study_has_none():
 
 def test_a_ladder_counts_every_rung_and_one_cold_run_a_seed():
     study = view(RunCounts(succeeded=4), target=None, ladder=[{"width": 48}, {"width": 64}])
-    low, high = (train_flops(study.spec.rung_run(rung, 0)) for rung in (0, 1))
+    low, high = (study.spec.rung_run(rung, 0).train_flops for rung in (0, 1))
     assert remaining_flops(study, []) == pytest.approx(2 * (low + 2 * high))
 
 

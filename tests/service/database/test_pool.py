@@ -4,8 +4,8 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import OperationalError
 
-from service import pool
-from service.db import make_engine
+from service.database import pool
+from service.database.engine import make_engine
 
 
 @pytest.fixture

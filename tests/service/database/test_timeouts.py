@@ -8,11 +8,12 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from service import db, sampler
 from service.client import Client, ServiceError
-from service.leases import trials
-from service.studies.advance import lock
-from service.tables import Run
+from service.database import engine as db
+from service.database.tables import Run
+from service.leases import new_trials
+from service.optuna_bridge import sampler
+from service.studies.locks import lock
 from tests.by_hand import Worker
 from tests.conftest import serving
 
@@ -121,13 +122,13 @@ def test_a_lease_is_as_long_as_it_says_though_its_transaction_was_slow(
     api, submit, worker, monkeypatch
 ):
     submit()
-    write = trials.write
+    write = new_trials.write
 
     def slow(session, drawn):
         session.execute(text("SELECT pg_sleep(1)"))
         return write(session, drawn)
 
-    monkeypatch.setattr(trials, "write", slow)
+    monkeypatch.setattr(new_trials, "write", slow)
     worker.one()
     with api.sessions() as session:
         left = "SELECT extract(epoch FROM lease_expires_at - created_at) FROM warmscale.runs"

@@ -9,14 +9,15 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import DBAPIError
 from typer.testing import CliRunner
 
-from service import auth, cli
-from service.caller import Caller
+from service.access import keys
+from service.access.caller import Caller
+from service.cli import main
 from service.client import Client
-from service.drain import Drain
-from service.leases.desk import Desk
+from service.database.tables import ApiKey, Event, Run
+from service.events.wakeups import Wakeups
+from service.leases.queue import Desk
 from service.protocol import LeaseRequest, Resources
-from service.tables import ApiKey, Event, Run
-from service.wakeups import Wakeups
+from service.web.shutdown import Drain
 from tests.by_hand import Worker
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
@@ -29,7 +30,7 @@ def key_of(api):
 
     def make(*scopes):
         with api.sessions.begin() as session:
-            id_, key = auth.create_key(session, "-".join(scopes), list(scopes), project="default")
+            id_, key = keys.create_key(session, "-".join(scopes), list(scopes), project="default")
         clients.append(Client(api.url, key, patience_seconds=2))
         return id_, clients[-1]
 
@@ -118,7 +119,7 @@ def run(api, database_url, settings, monkeypatch):
     monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
 
     def invoke(*arguments, code=0):
-        result = CliRunner().invoke(cli.app, [*arguments, "--home", str(settings.home)])
+        result = CliRunner().invoke(main.app, [*arguments, "--home", str(settings.home)])
         assert result.exit_code == code, result.output
         return result.stdout.strip() if code == 0 else result.output
 

@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.orm import Session
 
-from service import wakeups
-from service.events import record
-from service.tables import Study
-from service.wakeups import WEBHOOKS, WORK, Wakeups
+from service.database.tables import Study
+from service.events import wakeups
+from service.events.audit_log import record
+from service.events.wakeups import WEBHOOKS, WORK, Wakeups
 from service.webhooks import store
 
 LONG = 20.0  # never waited for in full by what passes

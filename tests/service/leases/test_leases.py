@@ -8,9 +8,9 @@ import pytest
 from sqlalchemy import text, update
 
 from service.client import ServiceError, StaleLeaseError
-from service.leases import desk
+from service.database.tables import Run
+from service.leases import queue
 from service.protocol import Resources
-from service.tables import Run
 from tests.by_hand import ask
 
 LONG = 60.0  # what a poll may wait for: nothing here takes it, on a slow machine neither
@@ -219,7 +219,7 @@ def test_a_paused_study_leases_nothing_until_it_resumes(api, submit, worker):
 def test_a_long_poll_is_answered_by_work_that_comes_and_not_by_its_end(
     api, submit, worker, monkeypatch
 ):
-    monkeypatch.setattr(desk, "_LOOK_SECONDS", LONG)
+    monkeypatch.setattr(queue, "_LOOK_SECONDS", LONG)
     with ThreadPoolExecutor(1) as pool:
         poll = pool.submit(worker.one, wait_seconds=LONG)
         wait_until(lambda: standing_in_line(api) == 1)
@@ -254,7 +254,7 @@ def test_a_trial_killed_before_its_parameters_were_drawn_is_adopted_whole(api, s
     import optuna
     from optuna.storages import RDBStorage
 
-    from service.db import optuna_url
+    from service.database.engine import optuna_url
 
     study = submit()
     storage = RDBStorage(optuna_url(api.engine.url), skip_table_creation=True)  # another process's

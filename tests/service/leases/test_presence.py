@@ -5,9 +5,9 @@ import time
 import pytest
 from sqlalchemy import text, update
 
+from service.database.tables import Run
 from service.leases import repair
-from service.leases.repair import Presence
-from service.tables import Run
+from service.leases.presence import Presence
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 TWO = {"trials": 2, "parallel": 2, "sampler": "random", "pruner": "none"}

@@ -13,15 +13,16 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import InternalError
 
-from service.drain import Drain
-from service.errors import Problem
-from service.leases import desk as desks
-from service.leases import store, trials
-from service.leases.desk import Desk
+from service.database.tables import Event, Run
+from service.events.wakeups import Wakeups
+from service.leases import new_trials
+from service.leases import queue as desks
+from service.leases import rounds as store
+from service.leases.queue import Desk
+from service.problems import Problem
 from service.protocol import LeaseRequest, Resources
-from service.studies.advance import lock
-from service.tables import Event, Run
-from service.wakeups import Wakeups
+from service.studies.locks import lock
+from service.web.shutdown import Drain
 from tests.by_hand import EVERYWHERE, Worker
 from tests.conftest import serving, settings_below
 
@@ -184,7 +185,7 @@ def test_a_replica_waits_for_the_row_that_another_holds(api, submit, worker):
 
 
 def test_a_replica_does_not_wait_for_ever_and_looks_again(api, submit, worker, monkeypatch):
-    monkeypatch.setattr(trials, "_LOCK_TIMEOUT", "100ms")
+    monkeypatch.setattr(new_trials, "_LOCK_TIMEOUT", "100ms")
     study = submit(hpo=OPEN)
     with api.sessions() as other, ThreadPoolExecutor(1) as pool:
         lock(other, study["id"])
@@ -214,13 +215,13 @@ def test_work_that_one_replica_commits_wakes_who_waits_at_another(
 def test_what_the_database_refuses_ends_no_study(api, submit, worker, monkeypatch):
     """A replica that stood still has lost its session, say: that is not the study's fault."""
     name = submit(hpo=OPEN)["name"]
-    written = trials.write
+    written = new_trials.write
 
     def ended(session, drawn):
-        monkeypatch.setattr(trials, "write", written)
+        monkeypatch.setattr(new_trials, "write", written)
         raise InternalError("INSERT", {}, Exception("idle-in-transaction timeout"))
 
-    monkeypatch.setattr(trials, "write", ended)
+    monkeypatch.setattr(new_trials, "write", ended)
     (lease,) = worker.lease(1, wait_seconds=LONG)
     assert lease.trial_number == 0
     assert api.client.get(f"/v1/studies/{name}")["state"] == "active"

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from sqlalchemy import func, select, text
 
-from service.caller import Caller
+from service.access.caller import Caller
+from service.access.caller_cache import KEPT_SECONDS, RecentCallers
 from service.client import StaleLeaseError
+from service.database.tables import Measurement as MeasurementRow
+from service.database.tables import Run
+from service.leases import reports
 from service.protocol import Measurement
-from service.recent import KEPT_SECONDS, RecentCallers
-from service.runs import reports
-from service.tables import Measurement as MeasurementRow
-from service.tables import Run
 
 SHOWN = ("step", "tokens", "loss_nats", "val_loss_nats", "tokens_per_second")
 EVERYTHING = Caller(key_id="key_1", scopes=frozenset({"work"}), project=None)

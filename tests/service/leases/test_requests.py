@@ -3,9 +3,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.leases.bids import Bid, Opening, allot
+from service.database.tables import Study
+from service.leases.requests import Bid, Opening, allot
 from service.protocol import LeaseRequest, Resources
-from service.tables import Study
 from tests.by_hand import EVERYWHERE
 
 STUDIES = ("st_a", "st_b", "st_c")

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from service import child as children
-from service.child import Child, ChildError, spelled
+from service.local_stack import child_process as children
+from service.local_stack.child_process import Child, ChildError, spelled
 
 
 @pytest.fixture

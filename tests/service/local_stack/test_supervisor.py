@@ -3,8 +3,10 @@
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from service import auth, cli_up, up
-from service.home import Access
+from service.access import keys
+from service.cli import serve
+from service.local_stack import supervisor
+from service.local_stack.home import Access
 
 
 def test_a_fleet_gets_a_key_that_may_work_and_nothing_else(
@@ -13,14 +15,14 @@ def test_a_fleet_gets_a_key_that_may_work_and_nothing_else(
     monkeypatch.setenv("WARMSCALE_DATABASE_URL", "postgresql://secret")
     access = Access(url="http://127.0.0.1:1", key="ws_all")
     settings = settings.model_copy(update={"home": tmp_path})
-    api, fleet = up._children(settings, database_url, access, [])
+    api, fleet = supervisor._children(settings, database_url, access, [])
     held = api.environment["WARMSCALE_API_KEY"], api.environment["WARMSCALE_FLEET_KEY"]
     assert fleet.environment["WARMSCALE_API_KEY"] == held[1]
     assert not {"ws_all", "postgresql://secret"} & set(fleet.environment.values())
-    cli_up.admit(database_url, *held)
-    cli_up.admit(database_url, *held)
+    serve.admit(database_url, *held)
+    serve.admit(database_url, *held)
     engine = create_engine(database_url)
     with Session(engine) as session:
-        assert auth.caller_of(session, held[0]).scopes == {"admin"}
-        assert auth.caller_of(session, held[1]).scopes == {"work"}
+        assert keys.caller_of(session, held[0]).scopes == {"admin"}
+        assert keys.caller_of(session, held[1]).scopes == {"work"}
     engine.dispose()

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service import context, logs
+from service.observability import logs, request_context
 
 KEY = "ws_" + "k" * 43
 
@@ -72,8 +72,8 @@ def test_what_a_process_is_about_is_on_the_lines_of_all_its_threads_and_ends():
 
 def test_a_request_and_what_was_noted_of_it_are_on_its_lines():
     def ask():
-        context.begin({"path_params": {"run_id": "run_1"}}, "id-1")
-        context.note(key_id="key_1", attempt=3)
+        request_context.begin({"path_params": {"run_id": "run_1"}}, "id-1")
+        request_context.note(key_id="key_1", attempt=3)
         return json.loads(lines_of(record())[0])
 
     from contextvars import copy_context

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from service import tracing
+from service.observability import tracing
 from service.protocol import traceparent
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}

@@ -10,22 +10,22 @@ import sys
 from pathlib import Path
 
 from tests.by_hand import Worker
-from tests.service.scenario import play
+from tests.service.operations.scenario import play
 
 SAMPLES = Path(__file__).with_name("samples")
 
 
 def main(folder, steps):
-    from service import db
+    from service.database import engine
 
-    db.use_utc()
-    with db.start_embedded(Path(folder)) as server:
-        url = db.normalized(server.get_uri())
+    engine.use_utc()
+    with engine.start_embedded(Path(folder)) as server:
+        url = engine.normalized(server.get_uri())
         if "--play" in steps:
             played(url, Path(folder))
         if "--dump" in steps:
-            from service.backup.dump import backup
-            from service.migrations import scripts
+            from service.operations.backup.dump import backup
+            from service.operations.migrations import scripts
 
             aside = Path(folder) / "new.backup"
             revision = backup(url, aside, lambda *_: None).revisions["warmscale"]
@@ -37,9 +37,9 @@ def played(url, folder):
     from tests import conftest
 
     try:
-        from service.migrations import upgrade
+        from service.operations.migrations import upgrade
     except ImportError:
-        from service.db import upgrade
+        from service.database.engine import upgrade
     upgrade(url)
     settings = conftest.settings_below(folder).model_copy(update={"artifacts": "s3://bucket/all"})
     with conftest.serving(settings, url) as api:

@@ -58,9 +58,8 @@ def budgets(worker, submit):
     study = submit("budgets", target={"width": 64, "budgets": [2, 4]})
     worker.complete(worker.one(study=study), 2.0)
     trunk, _ = worker.lease(2, study=study)
-    from warmcore.branching import branch_steps
 
-    worker.publish(trunk, branch_steps(trunk.spec)[0], final=False)
+    worker.publish(trunk, trunk.spec.branch_steps[0], final=False)
 
 
 def train(worker, lease, loss):

@@ -18,18 +18,25 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from typer.testing import CliRunner
 
-from service import migrations
-from service.backup import archive, catalog
-from service.backup.archive import BackupError
-from service.backup.dump import backup
-from service.backup.load import InUseError, NotEmptyError, restore
-from service.cli import app
-from service.revisions import NewerDatabaseError
+from service.cli.main import app
+from service.operations import migrations
+from service.operations.backup import archive, catalog
+from service.operations.backup.archive import BackupError
+from service.operations.backup.dump import backup
+from service.operations.backup.load import InUseError, NotEmptyError, restore
+from service.operations.revisions import NewerDatabaseError
 from tests.by_hand import Worker
 from tests.conftest import fresh_database, serving
-
-from .scenario import play
-from .test_migrations import HEAD, REVISIONS, connected, end_all, fresh, sample, standing
+from tests.service.operations.scenario import play
+from tests.service.operations.test_migrations import (
+    HEAD,
+    REVISIONS,
+    connected,
+    end_all,
+    fresh,
+    sample,
+    standing,
+)
 
 runner = CliRunner()
 
@@ -250,7 +257,7 @@ KILLED = """
 import sys
 from pathlib import Path
 from service import db
-from service.backup import load
+from service.operations.backup import load
 db.use_utc()
 def stop(name, size):
     if name == "warmscale.runs":

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 from typer.testing import CliRunner
 
-from service.checkpoints import folders, store
-from service.checkpoints.collect import Options, collect
-from service.checkpoints.policy import Fact, decide
-from service.cli import app
+from service.cli.main import app
 from service.client import ServiceError
+from service.database.tables import Checkpoint
 from service.lifecycle import LIVE_RUN_STATES
-from service.tables import Checkpoint
+from service.operations.checkpoint_cleanup import folders, store
+from service.operations.checkpoint_cleanup.collect import Options, collect
+from service.operations.checkpoint_cleanup.policy import Fact, decide
 
 runner = CliRunner()
 ALL = Options(older_than_days=0.0, orphans_older_than_hours=1.0, delete=True)

@@ -13,14 +13,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
-from service import invariants
-from service.cli import app
-from service.invariants.curves import expected_points
+from service.cli.main import app
+from service.operations import invariants
+from service.operations.invariants.curves import expected_points
 from service.protocol import Provenance
 from tests.by_hand import Worker
-from warmcore.branching import branch_of, branch_steps
-from warmcore.flops import num_steps
-from warmcore.spec import CheckpointRef, RunSpec
+from warmcore.specs import CheckpointRef, RunSpec
+from warmcore.specs.run import branch_of
 
 OURS = Provenance(warmscale_version="0", code_hash="0" * 64)
 HPO = {"trials": 7, "parallel": 4, "sampler": "random", "pruner": "none"}
@@ -281,9 +280,9 @@ def test_a_branch_is_expected_to_begin_where_it_left_its_trunk(module_study_spec
     trunk = RunSpec.model_validate(
         {"model": model, "data": data, "train": train, "seed": 0, "branches": (1.0, 2.0)}
     )
-    start = branch_steps(trunk)[0]
+    start = trunk.branch_steps[0]
     whole = branch_of(trunk, 1.0, None)
-    total = num_steps(whole)
+    total = whole.num_steps
     branch = whole.model_copy(update={"trunk": CheckpointRef(uri="file:///trunk", hash="0" * 64)})
     own = {s: n for s, n in expected_points(whole, total).items() if s > start}
     assert expected_points(branch, total) == own
@@ -362,7 +361,7 @@ def checkpoint(tmp_path):
 
 
 def faults(folder, expected_hash):
-    from service.invariants import files
+    from service.operations.invariants import files
 
     return list(files.faults(folder.as_uri(), expected_hash))
 

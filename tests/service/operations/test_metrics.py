@@ -8,9 +8,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import func, text, update
 
 from benchmarks.ports import free_port
-from service import events, metrics
 from service.client import StaleLeaseError
-from service.tables import Run
+from service.database.tables import Run
+from service.events import audit_log
+from service.observability import metrics
 from tests.conftest import serving
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
@@ -113,7 +114,7 @@ def counted(monkeypatch):
 
 def record(session, *types):
     for type_ in types:
-        events.record(session, type_, study_id=None)
+        audit_log.record(session, type_, study_id=None)
 
 
 def test_what_is_rolled_back_is_not_counted(api, counted):

@@ -15,12 +15,15 @@ from alembic import command
 from sqlalchemy import create_engine, inspect, text
 from typer.testing import CliRunner
 
-from service import cli_up, db, migrations, optuna_schema
-from service.backup import archive, catalog, load
-from service.cli import app
-from service.migrations import LockBusyError, Patience, revisions, scripts
-from service.revisions import NewerDatabaseError
-from service.sampler import Sampler
+from service.cli import serve
+from service.cli.main import app
+from service.database import engine as db
+from service.operations import migrations
+from service.operations.backup import archive, catalog, load
+from service.operations.migrations import LockBusyError, Patience, revisions, scripts
+from service.operations.revisions import NewerDatabaseError
+from service.optuna_bridge import schema as optuna_schema
+from service.optuna_bridge.sampler import Sampler
 from tests.by_hand import Worker
 from tests.conftest import serving
 
@@ -179,9 +182,7 @@ def end_all(api):
             break
         for lease in leases:
             if lease.spec.branches:
-                from warmcore.branching import branch_steps
-
-                for step in branch_steps(lease.spec):
+                for step in lease.spec.branch_steps:
                     worker.publish(lease, step, final=False)
             worker.complete(lease, 1.75)
     states = {s["name"]: s["state"] for s in api.client.get("/v1/studies")["items"]}
@@ -359,7 +360,7 @@ def test_the_command_line_says_where_a_database_stands(monkeypatch, database_url
 def test_serving_an_empty_or_older_database_is_refused_before_it_listens(empty_url, capsys):
     for state in ("has no tables", f"is at {REVISIONS[0]}"):
         with pytest.raises(typer.Exit) as refused:
-            cli_up._prepare(empty_url, upgraded=False)
+            serve._prepare(empty_url, upgraded=False)
         assert (refused.value.exit_code, state in capsys.readouterr().err) == (4, True)
         put(empty_url, REVISIONS[0])
 

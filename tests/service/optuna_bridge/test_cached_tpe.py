@@ -10,7 +10,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import TPESampler
 from optuna.trial import TrialState, create_trial
 
-from service.tpe import Memory, RememberingTPESampler
+from service.optuna_bridge.cached_tpe import Memory, RememberingTPESampler
 
 KINDS = {
     "lr": FloatDistribution(1e-5, 1e-1, log=True),

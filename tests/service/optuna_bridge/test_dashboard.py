@@ -5,7 +5,7 @@ import re
 import httpx
 import pytest
 
-from service import auth
+from service.access import keys
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def api(shared_api):
 
 def key_of(api, project, *scopes):
     with api.sessions.begin() as session:
-        return auth.create_key(session, "test", list(scopes or ["read", "write"]), project=project)[
+        return keys.create_key(session, "test", list(scopes or ["read", "write"]), project=project)[
             1
         ]
 
@@ -63,7 +63,7 @@ def test_what_shows_a_study_of_another_project_is_not_there(api, made, path):
 
 def test_every_route_of_the_dashboard_is_a_page_of_a_study_or_closed(api):
     """A dashboard of a newer version may have routes that nobody here has looked at."""
-    from service import dashboard
+    from service.optuna_bridge import dashboard
 
     bottle = api.app.state.sampler.dashboard(lambda _: True)
     reads = [r.rule for r in bottle.routes if r.method == "GET"]

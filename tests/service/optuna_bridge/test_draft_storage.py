@@ -9,13 +9,13 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from service.drafts import MovedOnError, write
-from service.history import History
-from service.optuna_terms import distribution, make_pruner
-from service.studies.space import grid_points
-from service.studies.study_spec import StudySpec
+from service.optuna_bridge.draft_storage import MovedOnError, write
+from service.optuna_bridge.translation import distribution, make_pruner
+from service.optuna_bridge.trial_history import History
+from service.specs.search_space import grid_points
+from service.specs.study import StudySpec
 from tests.by_hand import ask, evaluate, tell
-from warmcore.spec import derived_seed
+from warmcore.specs import derived_seed
 
 SPACE = {
     "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},

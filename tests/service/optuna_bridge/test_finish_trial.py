@@ -8,10 +8,10 @@ from sqlalchemy import event, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from service import tells
 from service.client import ServiceError
+from service.database.tables import Run
+from service.optuna_bridge import finish_trial
 from service.runs import store as runs
-from service.tables import Run
 from tests.by_hand import evaluate, tell
 
 ENDS = {
@@ -153,8 +153,13 @@ def test_a_report_is_one_statement_and_a_finish_one_commit(api, submit, worker):
 
 def test_ends_have_optuna_s_words():
     ends = [("succeeded", False), ("pruned", False), ("failed", False), ("cancelled", False)]
-    assert [tells.end_of(s, diverged=d) for s, d in ends] == ["COMPLETE", "PRUNED", "FAIL", "FAIL"]
-    assert tells.end_of("failed", diverged=True) == "PRUNED"
+    assert [finish_trial.end_of(s, diverged=d) for s, d in ends] == [
+        "COMPLETE",
+        "PRUNED",
+        "FAIL",
+        "FAIL",
+    ]
+    assert finish_trial.end_of("failed", diverged=True) == "PRUNED"
 
 
 def test_a_trial_s_number_is_found_by_an_index(sampler):

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from service.db import optuna_url
-from service.sampler import Sampler
-from service.studies.study_spec import StudySpec
+from service.database.engine import optuna_url
+from service.optuna_bridge.sampler import Sampler
+from service.specs.study import StudySpec
 from tests.by_hand import ask, evaluate, tell
 
 SPACE = {
@@ -108,8 +108,8 @@ def test_gp_runs_without_torch_in_the_service(database_url, spec):
     program = """
 import sys
 import optuna
-from service.sampler import Sampler
-from service.studies.study_spec import StudySpec
+from service.optuna_bridge.sampler import Sampler
+from service.specs.study import StudySpec
 from tests.by_hand import ask
 if __name__ == "__main__":
     spec = StudySpec.model_validate_json(sys.argv[2])

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import text
 
-from service import known
-from service.studies.study_spec import StudySpec
+from service.optuna_bridge import study_cache
+from service.specs.study import StudySpec
 from tests.by_hand import ask, evaluate, tell
 
 
@@ -36,7 +36,7 @@ def search(sampler, spec, n):
 
 
 def test_no_more_studies_are_known_than_there_may_be(sampler, studies, monkeypatch):
-    monkeypatch.setattr(known, "_STUDIES", 3)
+    monkeypatch.setattr(study_cache, "_STUDIES", 3)
     specs = studies(5)
     for spec in specs:
         search(sampler, spec, 1)
@@ -51,7 +51,7 @@ def test_no_more_studies_are_known_than_there_may_be(sampler, studies, monkeypat
 def test_no_more_trials_are_known_than_there_may_be_but_one_study_always_is(
     sampler, studies, monkeypatch
 ):
-    monkeypatch.setattr(known, "_TRIALS", 6)
+    monkeypatch.setattr(study_cache, "_TRIALS", 6)
     one, two, large = studies(3)
     search(sampler, one, 3)
     search(sampler, two, 3)
@@ -63,7 +63,7 @@ def test_no_more_trials_are_known_than_there_may_be_but_one_study_always_is(
 def test_what_is_forgotten_draws_as_if_it_had_not_been(sampler, studies, monkeypatch):
     same, other = studies(2)
     expected = search(sampler, same, 16)
-    monkeypatch.setattr(known, "_STUDIES", 1)
+    monkeypatch.setattr(study_cache, "_STUDIES", 1)
     found = []
     for _ in range(16):
         found += search(sampler, other, 1)
@@ -72,7 +72,7 @@ def test_what_is_forgotten_draws_as_if_it_had_not_been(sampler, studies, monkeyp
 
 
 def test_studies_are_forgotten_under_draws_that_run(sampler, studies, monkeypatch):
-    monkeypatch.setattr(known, "_STUDIES", 1)
+    monkeypatch.setattr(study_cache, "_STUDIES", 1)
     specs = studies(4)
     with ThreadPoolExecutor(4) as pool:
         drawn = [*pool.map(lambda spec: search(sampler, spec, 8), specs)]

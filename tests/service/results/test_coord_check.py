@@ -7,10 +7,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from service.cli import app
-from service.results.coordinates import page
-from warmcore.coordinates import KINDS, AxisCheck, CoordCheck
-from warmcore.spec import ModelSpec, TrainSpec
+from service.cli.main import app
+from service.results.report.coord_check import page
+from warmcore.specs import ModelSpec, TrainSpec
+from warmcore.specs.coord_check import KINDS, AxisCheck, CoordCheck
 
 
 def check_with(exponent):

@@ -10,9 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.results import report
 from service.results.costs import costs_of
-from service.results.figures import MAX_DRAWN_TRIALS, MAX_TABLE_TRIALS, log_ticks, loss_against
+from service.results.report import page as report
+from service.results.report.figures import (
+    MAX_DRAWN_TRIALS,
+    MAX_TABLE_TRIALS,
+    log_ticks,
+    loss_against,
+)
 from service.results.schemas import (
     Costs,
     Evaluation,
@@ -22,8 +27,8 @@ from service.results.schemas import (
     TargetRun,
 )
 from service.results.verdict import Verdict, judge
+from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts
-from service.studies.study_spec import StudySpec
 
 EVIL = "</script><script>alert('x')</script><img src=//evil.example/a.png>"
 SPEC = StudySpec.model_validate(

@@ -8,17 +8,15 @@ import threading
 import pytest
 from sqlalchemy import text
 
-from service.cli_tables import results, show
+from service.cli.output.tables import results, show
 from service.client import ServiceError
+from service.leases import attempts
 from service.protocol import CheckpointReport
 from service.results.schemas import StudyResults
-from service.runs import store as runs
+from service.specs.budgets import flops_with_branches
+from service.specs.study import StudySpec
 from service.studies import branches
-from service.studies.budgets import flops_with_branches
-from service.studies.study_spec import StudySpec
 from tests.by_hand import EVERYWHERE
-from warmcore.branching import branch_steps, start_step
-from warmcore.flops import num_tokens
 
 BUDGETS = [2, 4]
 
@@ -65,7 +63,7 @@ def checkpoint(lease, step):
 
 def train_trunk(worker, lease):
     """Publish at every branch point and end."""
-    steps = branch_steps(lease.spec)
+    steps = lease.spec.branch_steps
     for step in steps:
         publish(worker, lease, step, final=step == steps[-1])
     return worker.finish(lease, loss=2.2)
@@ -83,7 +81,7 @@ def test_the_last_trial_enqueues_a_trunk_for_each_arm_and_seed(study, worker, vi
 def test_each_branch_point_enqueues_its_run_where_it_is_published(study, worker, api):
     study()
     trunk = worker.one()
-    first, second = branch_steps(trunk.spec)
+    first, second = trunk.spec.branch_steps
     worker.lease(8)
     publish(worker, trunk, first - 1)
     assert worker.lease(8) == ()
@@ -94,19 +92,19 @@ def test_each_branch_point_enqueues_its_run_where_it_is_published(study, worker,
     assert branch.spec.trunk.uri == f"{trunk.artifact_uri}/step-{first:08d}"
     assert branch.spec.train.tokens_per_param == 2
     assert branch.spec.growth == trunk.spec.growth
-    assert start_step(branch.spec) == first
+    assert branch.spec.start_step == first
     run = api.client.get(f"/v1/runs/{branch.run_id}")
     assert (run["trunk_id"], run["branch"], run["step"]) == (trunk.run_id, 1, first)
     assert run["cost_flops"] == 0
     publish(worker, trunk, second, final=True)
     (last,) = worker.lease(8)
-    assert start_step(last.spec) == second
+    assert last.spec.start_step == second
 
 
 def test_a_branchs_checkpoint_is_kept_however_many_follow(study, worker, api):
     study()
     trunk = worker.one()
-    first, second = branch_steps(trunk.spec)
+    first, second = trunk.spec.branch_steps
     replies = [publish(worker, trunk, s) for s in (first, first + 1, first + 2, first + 3)]
     superseded = [uri for reply in replies for uri in reply.superseded]
     assert superseded == [f"{trunk.artifact_uri}/step-{first + 1:08d}"]
@@ -133,7 +131,7 @@ def test_a_study_of_several_budgets_completes_with_its_last_branch(study, worker
 def test_a_trunk_that_skips_a_branch_point_has_not_succeeded(study, worker):
     study()
     trunk = worker.one()
-    first, second = branch_steps(trunk.spec)
+    first, second = trunk.spec.branch_steps
     publish(worker, trunk, second, final=True)
     with pytest.raises(ServiceError, match=f"publish the checkpoints at steps {first} of") as bad:
         worker.finish(trunk)
@@ -146,7 +144,7 @@ def test_the_next_attempt_of_a_trunk_does_not_branch_twice(study, worker, api):
     name = study()
     trunk = worker.one()
     others = worker.lease(8)
-    steps = branch_steps(trunk.spec)
+    steps = trunk.spec.branch_steps
     publish(worker, trunk, steps[0])
     (branch,) = worker.lease(8)
     worker.finish(trunk, "released")
@@ -156,7 +154,7 @@ def test_the_next_attempt_of_a_trunk_does_not_branch_twice(study, worker, api):
         publish(worker, again, step, final=step == steps[-1])
     worker.finish(again)
     (second,) = worker.lease(8)
-    assert {start_step(x.spec) for x in (branch, second)} == set(steps)
+    assert {x.spec.start_step for x in (branch, second)} == set(steps)
     assert branch.spec.trunk.uri.startswith(trunk.artifact_uri)
     assert len(api.client.get("/v1/runs", study=name)["items"]) == 1 + 1 + len(others) + 2
 
@@ -165,7 +163,7 @@ def test_a_branch_that_fails_is_tried_again_from_its_trunk(study, worker):
     study()
     trunk = worker.one()
     worker.lease(8)
-    publish(worker, trunk, branch_steps(trunk.spec)[0])
+    publish(worker, trunk, trunk.spec.branch_steps[0])
     (branch,) = worker.lease(8)
     worker.finish(branch, "released")
     (again,) = worker.lease(8)
@@ -175,7 +173,7 @@ def test_a_branch_that_fails_is_tried_again_from_its_trunk(study, worker):
 def test_a_diverged_trunk_leaves_the_branches_that_it_has(study, worker, view):
     name = study(warmstart={"seeds": 1, "control": False})
     trunk = worker.one()
-    publish(worker, trunk, branch_steps(trunk.spec)[0])
+    publish(worker, trunk, trunk.spec.branch_steps[0])
     worker.finish(trunk, "diverged", error="loss is nan")
     assert view(name)["state"] == "active"
     worker.finish(worker.one(), loss=2.0)
@@ -194,7 +192,7 @@ def test_a_paused_study_keeps_its_branches_until_it_goes_on(study, worker, api):
     trunk = worker.one()
     worker.lease(8)
     api.client.post(f"/v1/studies/{name}/pause")
-    publish(worker, trunk, branch_steps(trunk.spec)[0])
+    publish(worker, trunk, trunk.spec.branch_steps[0])
     assert worker.lease(8) == ()
     api.client.post(f"/v1/studies/{name}/resume")
     assert len(worker.lease(8)) == 1
@@ -204,7 +202,7 @@ def test_a_cancelled_study_branches_no_more(study, worker, api):
     name = study()
     trunk = worker.one()
     api.client.post(f"/v1/studies/{name}/cancel")
-    assert publish(worker, trunk, branch_steps(trunk.spec)[0]).decision == "cancel"
+    assert publish(worker, trunk, trunk.spec.branch_steps[0]).decision == "cancel"
     assert {r["state"] for r in api.client.get("/v1/runs", study=name, kind="target")["items"]} == {
         "cancelled"
     }
@@ -214,14 +212,14 @@ def test_a_cancel_during_a_publish_misses_no_branch(study, worker, api):
     """The publish holds the study's lock: the cancel comes after it and sees what it enqueued."""
     name = study()
     trunk = worker.one()
-    step = branch_steps(trunk.spec)[0]
+    step = trunk.spec.branch_steps[0]
     cancelled = threading.Thread(target=api.client.post, args=(f"/v1/studies/{name}/cancel",))
     with api.sessions.begin() as session:
         branches.lock_study(session, trunk.run_id, step)
-        run = runs.renew(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
+        run = attempts.renew(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
         cancelled.start()
         _wait_for_a_waiting_lock(api)
-        runs.publish(session, run, checkpoint(trunk, step))
+        attempts.publish(session, run, checkpoint(trunk, step))
     cancelled.join()
     found = api.client.get("/v1/runs", study=name, kind="target")["items"]
     assert {run["state"] for run in found} == {"cancelled"}
@@ -234,11 +232,11 @@ def test_a_crash_in_the_middle_of_a_publish_leaves_neither_checkpoint_nor_branch
     study()
     trunk = worker.one()
     worker.lease(8)
-    step = branch_steps(trunk.spec)[0]
+    step = trunk.spec.branch_steps[0]
     with pytest.raises(ZeroDivisionError), api.sessions.begin() as session:
         branches.lock_study(session, trunk.run_id, step)
-        run = runs.renew(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
-        runs.publish(session, run, checkpoint(trunk, step))
+        run = attempts.renew(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
+        attempts.publish(session, run, checkpoint(trunk, step))
         raise ZeroDivisionError
     assert api.client.get(f"/v1/runs/{trunk.run_id}/checkpoints")["items"] == []
     assert worker.lease(8) == ()
@@ -261,12 +259,12 @@ def found(study, worker, api):
     """What a study found whose trunks were measured at every branch point."""
     name = study()
     for trunk in worker.lease(8):
-        for k, step in enumerate(branch_steps(trunk.spec), start=1):
+        for k, step in enumerate(trunk.spec.branch_steps, start=1):
             point = {"step": step, "tokens": step * 256, "val_loss_nats": 2.6 - k / 10}
             worker.report(trunk, point | {"evaluation": k})
         train_trunk(worker, trunk)
     for lease in worker.lease(16):
-        total = num_tokens(lease.spec)
+        total = lease.spec.num_tokens
         loss = LOSSES[lease.arm, lease.spec.train.tokens_per_param]
         worker.report(lease, {"step": total // 256, "tokens": total, "val_loss_nats": loss})
         publish(worker, lease, total // 256, final=True)
@@ -319,7 +317,7 @@ def test_a_budget_waits_for_its_own_runs_alone(study, worker, api):
     name = study(warmstart={"seeds": 1})
     warm, cold = sorted(worker.lease(8), key=lambda lease: lease.arm, reverse=True)
     for trunk in (warm, cold):
-        publish(worker, trunk, branch_steps(trunk.spec)[0])
+        publish(worker, trunk, trunk.spec.branch_steps[0])
     for lease in worker.lease(8):
         worker.finish(lease, loss=2.0)
     read = StudyResults.model_validate(api.client.get(f"/v1/studies/{name}/results"))

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from service.client import ServiceError
-from warmcore.tokenizer import byte_json
+from warmcore.corpus.tokenizer import byte_json
 
 
 def problem(call, *args, **kwargs):

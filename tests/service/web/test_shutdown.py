@@ -12,13 +12,13 @@ import pytest
 from sqlalchemy import create_engine, select, text
 from sqlalchemy.orm import Session
 
-from service import auth
+from service.access import keys
 from service.client import Client
-from service.leases import trials
-from service.studies.advance import lock
-from service.tables import ApiKey
+from service.database.tables import ApiKey
+from service.leases import new_trials
+from service.studies.locks import lock
 from tests.by_hand import Worker
-from tests.service.replicas import Serving
+from tests.service.whole_service.replicas import Serving
 
 LONG = 60.0  # what a poll may wait for
 
@@ -65,8 +65,8 @@ def test_sigterm_finishes_what_runs_answers_what_waits_and_exits_with_0(
     serving, engine, study_spec
 ):
     with Session(engine) as session, session.begin():
-        _, key = auth.create_key(session, "test", ["admin"])
-        work = [auth.create_key(session, name, ["work"])[1] for name in ("a", "b")]
+        _, key = keys.create_key(session, "test", ["admin"])
+        work = [keys.create_key(session, name, ["work"])[1] for name in ("a", "b")]
     serving.wait_until_ready()
     headers, begun = {"Authorization": f"Bearer {key}"}, threading.Event()
     with (
@@ -109,7 +109,7 @@ def all_used(engine):
 
 def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker, monkeypatch):
     submit()
-    reached, gone, lease_of = threading.Event(), threading.Event(), trials.lease_of
+    reached, gone, lease_of = threading.Event(), threading.Event(), new_trials.lease_of
 
     def slow(*arguments, **more):  # too late to grant nothing
         reached.set()
@@ -117,7 +117,7 @@ def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker,
         time.sleep(0.2)  # the server's loop hears of it
         return lease_of(*arguments, **more)
 
-    monkeypatch.setattr(trials, "lease_of", slow)
+    monkeypatch.setattr(new_trials, "lease_of", slow)
     body = json.dumps({"worker": "gone", "resources": {"cpus": 1}})
     request = (
         f"POST /v1/leases HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {api.key}\r\n"

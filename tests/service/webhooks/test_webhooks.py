@@ -16,11 +16,12 @@ from sqlalchemy import create_engine, func, select, text, update
 from sqlalchemy.orm import sessionmaker
 from typer.testing import CliRunner
 
-from service import cli, events
-from service.tables import Delivery
-from service.wakeups import Wakeups
+from service.cli import main
+from service.database.tables import Delivery
+from service.events import audit_log
+from service.events.wakeups import Wakeups
 from service.webhooks import addresses, outbox, sending, signing, store
-from tests.service.receiver import Receiver, is_signed
+from tests.service.webhooks.receiver import Receiver, is_signed
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
@@ -77,7 +78,7 @@ def outbox_of(sessions, n, url):
         session.execute(text("INSERT INTO warmscale.studies (id, name, state, spec) "
                              "VALUES ('st_1', 's', 'active', '{}')"))  # fmt: skip
         for _ in range(n):
-            events.record(session, "study.failed", study_id="st_1")
+            audit_log.record(session, "study.failed", study_id="st_1")
     return webhook_id
 
 
@@ -149,7 +150,7 @@ def test_the_delays_grow_to_a_day_at_most():
 def test_an_event_that_is_rolled_back_is_told_to_nobody(sessions, receiver):
     outbox_of(sessions, 1, receiver.url)
     with sessions() as session:
-        events.record(session, "study.failed", study_id="st_1")
+        audit_log.record(session, "study.failed", study_id="st_1")
         assert session.scalar(select(func.count()).select_from(Delivery)) == 2
         session.rollback()
         assert session.scalar(select(func.count()).select_from(Delivery)) == 1
@@ -398,7 +399,7 @@ def test_the_command_line_shows_the_secret_once(database_url, settings, receiver
     monkeypatch.setenv("WARMSCALE_WEBHOOK_ALLOW_PRIVATE", "true")
 
     def run(*arguments):
-        return CliRunner().invoke(cli.app, ["webhook", *arguments, "--home", str(settings.home)])
+        return CliRunner().invoke(main.app, ["webhook", *arguments, "--home", str(settings.home)])
 
     secret = run("add", receiver.url, "--events", "run.failed").stdout.strip()
     assert secret.startswith("whsec_")

@@ -7,14 +7,15 @@ import pytest
 from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 
-from service import invariants
+from service.access import lookup
 from service.client import ServiceError
-from service.leases import store
-from service.leases.repair import Presence
+from service.database.tables import Event, Run, Study
+from service.leases import attempts
+from service.leases import rounds as store
+from service.leases.presence import Presence
+from service.operations import invariants
 from service.runs import store as runs
 from service.studies import advance
-from service.studies import store as studies
-from service.tables import Event, Run, Study
 from tests.by_hand import EVERYWHERE
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
@@ -173,7 +174,7 @@ def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit
     study = submit()
     lease = worker.one()
     with api.sessions.begin() as session:
-        run = runs.renew(session, EVERYWHERE, lease.run_id, lease.lease_token, 5.0)
+        run = attempts.renew(session, EVERYWHERE, lease.run_id, lease.lease_token, 5.0)
         cancel = threading.Thread(
             target=lambda: api.client.post(f"/v1/studies/{study['id']}/cancel")
         )
@@ -278,14 +279,14 @@ def test_every_event_has_its_transaction(api, submit):
 
 
 def test_the_runs_of_a_study_are_pinned_to_the_corpus_as_it_was(api, submit, worker, corpus):
-    from warmcore import data
+    from warmcore.corpus import prepare
 
     study = submit()
     lease = worker.one()
     assert lease.spec.data.hash == study["spec"]["data"]["hash"] is not None
     (corpus / "more.txt").write_text("one more document\n" * 40)
     with pytest.raises(ValueError, match="has changed"):
-        data.prepare(lease.spec.data)
+        prepare.prepare(lease.spec.data)
 
 
 def test_a_study_may_name_the_corpus_it_expects(api, study_spec, corpus):
@@ -320,4 +321,4 @@ def test_a_grid_trial_that_is_adopted_keeps_its_point(api, submit, worker):
 def test_studies_are_found_by_id_before_name(api, submit):
     first = submit()
     with api.sessions() as session:
-        assert studies.find(session, EVERYWHERE, first["name"]).id == first["id"]
+        assert lookup.find(session, EVERYWHERE, first["name"]).id == first["id"]

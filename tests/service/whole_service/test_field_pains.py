@@ -8,8 +8,8 @@ finished and can not be updated" (optuna #5582) in test_replicas.
 import pytest
 from sqlalchemy import create_engine, text, update
 
-from service.leases.repair import Presence
-from service.tables import Run
+from service.database.tables import Run
+from service.leases.presence import Presence
 from tests.by_hand import Worker
 from tests.conftest import serving, violations
 

@@ -12,12 +12,14 @@ from sqlalchemy import create_engine, func, select, text
 from sqlalchemy.orm import Session
 
 from benchmarks.ports import free_port
-from service import auth, db, migrations
+from service.access import keys
 from service.client import ServiceError, StaleLeaseError
-from service.tables import Event, Run
+from service.database import engine as db
+from service.database.tables import Event, Run
+from service.operations import migrations
 from tests.by_hand import Worker
 from tests.conftest import scratch, serving, settings_below, violations
-from tests.service.replicas import Serving, balanced
+from tests.service.whole_service.replicas import Serving, balanced
 
 LISTENER = 1
 
@@ -74,7 +76,7 @@ def test_a_study_on_two_replicas_of_which_one_is_killed_has_each_step_once(
     settings, database_url, engine, study_spec, tmp_path
 ):
     with Session(engine) as session, session.begin():
-        _, key = auth.create_key(session, "test", ["admin"])
+        _, key = keys.create_key(session, "test", ["admin"])
     chosen = settings.model_copy(update={"lease_seconds": 2.0, "pool_size": 3})
     each = [chosen.model_copy(update={"port": free_port()}) for _ in range(2)]
     replicas = [Serving(one, database_url, tmp_path / f"api-{n}.log") for n, one in enumerate(each)]

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from service import auth
+from service.access import keys
 from service.client import Client
 from tests.by_hand import Worker
 from tests.conftest import violations
-from tests.service.replicas import Serving
+from tests.service.whole_service.replicas import Serving
 
 
 def asked_until_there_is_work(worker):
@@ -25,7 +25,7 @@ def test_a_client_that_waits_is_given_work_by_the_api_that_was_started_again(
 ):
     engine = create_engine(database_url)
     with Session(engine) as session, session.begin():
-        _, key = auth.create_key(session, "test", ["admin"])
+        _, key = keys.create_key(session, "test", ["admin"])
     serving = Serving(settings, database_url, tmp_path / "api.log")
     try:
         serving.wait_until_ready()

@@ -4,7 +4,7 @@ Rules act on one study over HTTP, many of them from several threads at once and 
 replicas; the model holds what may be answered. Whatever happened, the study can then be brought to
 its end, and the one checker of what must always hold finds nothing.
 
-A long run: WARMSCALE_STATEFUL_EXAMPLES=300 pytest tests/service/test_stateful.py
+A long run: WARMSCALE_STATEFUL_EXAMPLES=300 pytest tests/service/whole_service/test_stateful.py
 """
 
 import functools
@@ -22,9 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, run_state_mac
 from sqlalchemy import func, select, text, update
 
 from service.client import Client, ServiceError, StaleLeaseError
-from service.leases.repair import Presence
+from service.database.tables import Run
+from service.leases.presence import Presence
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES, after_attempt
-from service.tables import Run
 from tests.by_hand import Worker
 from tests.conftest import fresh_database, scratch, serving, settings_below, violations
 

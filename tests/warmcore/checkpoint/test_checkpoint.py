@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 
-from warmcore import folders
-from warmcore.checkpoint import (
+from warmcore.checkpoint.checkpoint import (
     MANIFEST,
     MODEL,
     OPTIMIZER,
@@ -14,7 +13,8 @@ from warmcore.checkpoint import (
     list_checkpoints,
     load_checkpoint,
 )
-from warmcore.train import Training
+from warmcore.storage import folders
+from warmcore.training.training import Training
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore import coord_cli
 from warmcore.__main__ import main
-from warmcore.coord_check import Setup, check_axis, resized
-from warmcore.coordinates import KINDS, AxisCheck, CoordCheck, slope
-from warmcore.spec import ModelSpec, TrainSpec
+from warmcore.coord_check import cli
+from warmcore.coord_check.check import Setup, check_axis, resized
+from warmcore.specs import ModelSpec, TrainSpec
+from warmcore.specs.coord_check import KINDS, AxisCheck, CoordCheck, slope
 
 exponents = st.floats(-3, 3)
 
@@ -94,7 +94,7 @@ def test_the_exit_code_says_whether_all_slopes_are_within_the_tolerance(
 
 def test_the_file_has_the_slopes_and_what_they_are_of(run_yaml, capsys):
     code = checked(run_yaml, "--optimizer", "muon", "--parametrization", "standard", "--json")
-    content = (run_yaml.parent / "out" / coord_cli.FILE).read_text()
+    content = (run_yaml.parent / "out" / cli.FILE).read_text()
     assert json.loads(capsys.readouterr().out) == json.loads(content)
     found = CoordCheck.model_validate_json(content)
     assert (found.train.optimizer, found.model.parametrization) == ("muon", "standard")

@@ -5,10 +5,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore import corpus as corpus_module
-from warmcore.corpus import split_corpus
-from warmcore.listing import list_files
-from warmcore.spec import DataSpec
+from warmcore.corpus import documents as corpus_module
+from warmcore.corpus.documents import split_corpus
+from warmcore.corpus.inspection import inspect
+from warmcore.corpus.sources import list_files
+from warmcore.specs import DataSpec
 
 CONTEXT = 16
 
@@ -133,7 +134,7 @@ def test_the_standard_library_is_a_corpus_without_tests_or_installed_packages():
 
 def test_facts_of_a_small_corpus_are_those_of_its_split(tmp_path):
     (tmp_path / "a").write_bytes(words(0, 4000))
-    facts = DataSpec(source=str(tmp_path), context=CONTEXT).inspect()
+    facts = inspect(DataSpec(source=str(tmp_path), context=CONTEXT))
     split = split_of(tmp_path)
     assert facts.num_bytes == 4000
     assert facts.num_documents == len(split.train) + len(split.val)
@@ -145,13 +146,13 @@ def test_a_large_corpus_is_measured_but_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "MAX_INSPECTED_BYTES", 3999)
     monkeypatch.setattr(corpus_module, "split_corpus", None)
     (tmp_path / "a").write_bytes(words(0, 4000))
-    facts = DataSpec(source=str(tmp_path)).inspect()
+    facts = inspect(DataSpec(source=str(tmp_path)))
     assert (facts.num_documents, facts.num_bytes, facts.data_hash) == (1, 4000, None)
 
 
 def message_of(source, context=128):
     with pytest.raises(ValueError) as caught:
-        DataSpec(source=str(source), context=context).inspect()
+        inspect(DataSpec(source=str(source), context=context))
     return str(caught.value)
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warmcore import patterns
-from warmcore.listing import list_files
-from warmcore.patterns import matching
+from warmcore.corpus import glob_patterns
+from warmcore.corpus.glob_patterns import matching
+from warmcore.corpus.sources import list_files
 
 names = st.sampled_from(["a", "b.txt", ".c", "ab"])
 trees = st.lists(st.lists(names, min_size=1, max_size=3).map("/".join), max_size=8)
@@ -62,7 +62,7 @@ def test_links_round_about_end(tmp_path, monkeypatch):
         (tmp_path / here).mkdir()
         (tmp_path / here / "one.txt").write_text(here)
         (tmp_path / here / "over").symlink_to(tmp_path / there)
-    monkeypatch.setattr(patterns, "_MOST_LOOKS", 30)
+    monkeypatch.setattr(glob_patterns, "_MOST_LOOKS", 30)
     assert len(list_files(f"{tmp_path}/*/*/*.txt")) == 2
     with pytest.raises(ValueError, match="matches no files"):
         list_files(f"{tmp_path}/{'*/' * 40}*.txt")
@@ -82,7 +82,7 @@ def test_a_walk_that_doubles_at_every_level_is_refused_by_its_pattern(tmp_path, 
         (tmp_path / f"{i}").mkdir()
         for side in "lr":
             (tmp_path / f"{i}" / side).symlink_to(tmp_path / f"{i + 1}")
-    monkeypatch.setattr(patterns, "_MOST_LOOKS", 1000)
+    monkeypatch.setattr(glob_patterns, "_MOST_LOOKS", 1000)
     pattern = f"{tmp_path}/0/{'*/' * 18}*"
     with pytest.raises(ValueError, match="more than 1000 folders; a folder, or a pattern") as error:
         list_files(pattern)

@@ -5,11 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-from warmcore import data as data_module
-from warmcore.corpus import split_corpus
-from warmcore.data import prepare
-from warmcore.listing import list_files
-from warmcore.spec import DataSpec
+from warmcore.corpus import prepare as data_module
+from warmcore.corpus.documents import split_corpus
+from warmcore.corpus.prepare import prepare
+from warmcore.corpus.sources import list_files
+from warmcore.specs import DataSpec
 
 
 def test_tokens_are_the_documents_bytes_each_ended_by_zero(data_spec, cache):
@@ -56,9 +56,9 @@ def test_a_preparer_killed_half_way_leaves_nothing_that_is_taken_for_a_corpus(
 PREPARE = """
 import sys
 from pathlib import Path
-from warmcore.data import prepare
-from warmcore.listing import list_files
-from warmcore.spec import DataSpec
+from warmcore.corpus.prepare import prepare
+from warmcore.corpus.sources import list_files
+from warmcore.specs import DataSpec
 sys.stdin.readline()
 spec = DataSpec(source=sys.argv[1], context=16, tokenizer=sys.argv[3])
 corpus = prepare(spec, Path(sys.argv[2]))

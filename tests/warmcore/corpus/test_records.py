@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore import hub, listing, records
-from warmcore.corpus import inspect, split_corpus
-from warmcore.data import prepare
-from warmcore.listing import list_files
-from warmcore.spec import DataSpec
+from warmcore.corpus import hub, records, sources
+from warmcore.corpus.documents import inspect, split_corpus
+from warmcore.corpus.prepare import prepare
+from warmcore.corpus.sources import list_files
+from warmcore.specs import DataSpec
 
 CONTEXT = 8
 
@@ -225,7 +225,7 @@ def test_a_pattern_goes_down_any_number_of_folders_once(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "x.txt").write_text("text")
     assert [file.path.name for file in list_files(f"{tmp_path}/**/*.txt")] == ["x.txt"]
-    monkeypatch.setattr(listing, "matching", None)
+    monkeypatch.setattr(sources, "matching", None)
     source = f"{tmp_path}/**/**/*.txt"
     with pytest.raises(ValueError, match=r"has 2 \*\*, and 1 would work"):
         list_files(source)

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore import data as data_module
-from warmcore.batches import read_windows
-from warmcore.data import prepare
-from warmcore.inspection import look
-from warmcore.spec import DataSpec
-from warmcore.tokenizer import byte_json
+from warmcore.corpus import prepare as data_module
+from warmcore.corpus.inspection import look
+from warmcore.corpus.prepare import prepare
+from warmcore.corpus.tokenizer import byte_json
+from warmcore.specs import DataSpec
+from warmcore.training.batches import read_windows
 
 CONTEXT = 8
 VOCAB = 1000

@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from warmcore.checkpoint import read_manifest
-from warmcore.corpus import split_corpus
-from warmcore.data import prepare, tokenizer_json
-from warmcore.export import export_hf
-from warmcore.importer import import_hf
-from warmcore.listing import list_files
-from warmcore.spec import DataSpec, ModelSpec, RunSpec
-from warmcore.tokenizer import END_OF_TEXT, TextTokenizer, byte_json, train_bpe
-from warmcore.train import Training
+from warmcore.checkpoint.checkpoint import read_manifest
+from warmcore.corpus.documents import split_corpus
+from warmcore.corpus.inspection import inspect
+from warmcore.corpus.prepare import prepare, tokenizer_json
+from warmcore.corpus.sources import list_files
+from warmcore.corpus.tokenizer import END_OF_TEXT, TextTokenizer, byte_json, train_bpe
+from warmcore.huggingface.export import export_hf
+from warmcore.huggingface.importer import import_hf
+from warmcore.specs import DataSpec, ModelSpec, RunSpec
+from warmcore.training.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_the_exported_byte_tokenizer_is_the_bytes(text):
 TRAIN = """
 import hashlib, sys
 from pathlib import Path
-from warmcore.tokenizer import train_bpe
+from warmcore.corpus.tokenizer import train_bpe
 texts = [path.read_text() for path in sorted(Path(sys.argv[1]).iterdir())]
 texts = texts[::-1] if sys.argv[2] == "reversed" else texts
 print(hashlib.sha256(train_bpe(texts, 400)).hexdigest())
@@ -153,7 +154,7 @@ def test_a_changed_tokenizer_file_is_refused_where_it_was_pinned(data_spec, bpe,
     path = tmp_path / "tokenizer.json"
     path.write_bytes(bpe.json)
     spec = file_spec(data_spec, path)
-    facts = spec.inspect()
+    facts = inspect(spec)
     pinned = facts.pinned(spec)
     assert (pinned.vocab_size, pinned.tokenizer_hash) == (
         max(json.loads(bpe.json)["model"]["vocab"].values()) + 1,
@@ -170,9 +171,9 @@ def test_text_that_is_no_utf8_is_named_with_its_place(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"good " * 400 + b"\xe9t\xe9")
     spec = DataSpec(source=str(tmp_path), tokenizer="bpe:300", context=16)
     with pytest.raises(ValueError, match=r"latin\.txt is no UTF-8 at byte 2000; .*tokenizer byte"):
-        spec.inspect()
+        inspect(spec)
     byte = spec.model_copy(update={"tokenizer": "byte"})
-    assert byte.inspect().data_hash
+    assert inspect(byte).data_hash
 
 
 def test_pieces_never_end_within_a_character(tmp_path):
@@ -199,7 +200,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(data_spec, tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^tokenizer {path} is no tokenizer.json"):
-        file_spec(data_spec, path).inspect()
+        inspect(file_spec(data_spec, path))
 
 
 def test_the_model_has_the_vocabulary_of_its_tokenizer(data_spec, bpe_spec):

@@ -3,9 +3,9 @@
 import torch
 from hypothesis import strategies as st
 
-from warmcore.growth import Growth
-from warmcore.model import Decoder, parameter_shapes
-from warmcore.spec import ModelSpec
+from warmcore.growth.growth import Growth
+from warmcore.model.decoder import Decoder, parameter_shapes
+from warmcore.specs import ModelSpec
 
 CONTEXT = 12
 PADDING = ("shrink_perturb", "slice", "zero_pad")

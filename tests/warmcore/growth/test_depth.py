@@ -5,15 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warmcore.coord_check import Setup, check_axis
-from warmcore.depth import layers_of
-from warmcore.model import loss_nats, parameter_shapes
-from warmcore.mup import factors, multipliers
-from warmcore.optim import ROLES
-from warmcore.spec import GrowthOptions, ModelSpec, TrainSpec
-from warmcore.train import StepEvent, Training
-
-from .families import (
+from tests.warmcore.growth.families import (
     COPYING,
     PADDING,
     TOKENS,
@@ -28,6 +20,13 @@ from .families import (
     tensors_of,
     wider,
 )
+from warmcore.coord_check.check import Setup, check_axis
+from warmcore.growth.depth import layers_of
+from warmcore.model.decoder import loss_nats, parameter_shapes
+from warmcore.model.mup import factors, multipliers
+from warmcore.specs import GrowthOptions, ModelSpec, TrainSpec, growth_rules
+from warmcore.training.optimizer import ROLES
+from warmcore.training.training import StepEvent, Training
 
 FLAT = 0.05
 OPERATORS = ("stack", "interleave", "identity")
@@ -114,7 +113,7 @@ def test_repeated_layers_are_the_bases_and_the_function_is_not(operator, base, r
             copy = grown[f"blocks.{place}.{name}.weight"]
             assert torch.equal(copy, tensors[f"blocks.{layer.source}.{name}.weight"])
     assert relative_gap(logits(target, grown), logits(base, tensors)) > 1e-6
-    (warning,) = options.warnings(base, target)
+    (warning,) = growth_rules.warnings(options, base, target)
     assert f"depth_operator {operator} changes the function" in warning
 
 

@@ -10,22 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from warmcore.checkpoint import (
+from tests.warmcore.growth.families import COPYING, PADDING, seeded
+from warmcore.checkpoint.checkpoint import (
     MODEL,
     OPTIMIZER,
     CheckpointCorruptError,
     load_checkpoint,
     save_checkpoint,
 )
-from warmcore.grown import Grown, grow_checkpoint
-from warmcore.growth import Growth
-from warmcore.manifest import Progress
-from warmcore.model import parameter_shapes
-from warmcore.spec import CheckpointRef, GrowthSpec
-from warmcore.tensors import TensorFile, TensorInfo, TensorStream, write_tensors
-from warmcore.train import EvaluationEvent, StepEvent, Training
-
-from .families import COPYING, PADDING, seeded
+from warmcore.checkpoint.progress import Progress
+from warmcore.growth.from_checkpoint import Grown, grow_checkpoint
+from warmcore.growth.growth import Growth
+from warmcore.model.decoder import parameter_shapes
+from warmcore.specs import CheckpointRef, GrowthSpec
+from warmcore.tensors.files import TensorFile, TensorInfo, TensorStream, write_tensors
+from warmcore.training.training import EvaluationEvent, StepEvent, Training
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +126,8 @@ def test_tensors_of_the_base_are_read_one_at_a_time(grown_run, base, monkeypatch
 PEAK = """
 import sys
 from pathlib import Path
-from warmcore.grown import grow_checkpoint
-from warmcore.spec import RunSpec
+from warmcore.growth.from_checkpoint import grow_checkpoint
+from warmcore.specs import RunSpec
 
 def resident(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -7,13 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warmcore import growth as growth_module
-from warmcore.growth import Growth
-from warmcore.model import Decoder, init_
-from warmcore.mup import GAINS, role_of
-from warmcore.spec import GrowthOptions, ModelSpec
-
-from .families import (
+from tests.warmcore.growth.families import (
     CONTEXT,
     COPYING,
     PADDING,
@@ -26,6 +20,11 @@ from .families import (
     unequal_families,
     wider,
 )
+from warmcore.growth import growth as growth_module
+from warmcore.growth.growth import Growth
+from warmcore.model.decoder import Decoder, init_
+from warmcore.model.mup import GAINS, role_of
+from warmcore.specs import GrowthOptions, ModelSpec, growth_rules
 
 CLONE = GrowthOptions(operator="clone")
 several = st.sampled_from([2, 3, 4])
@@ -89,10 +88,10 @@ def test_net2net_at_other_ratios_is_not_exact_and_says_so():
     options = GrowthOptions(operator="net2net")
     grown = grow(tensors, base, target, options, seeded())
     assert relative_gap(logits(target, grown), logits(base, tensors)) > 1e-6
-    (warning,) = options.warnings(base, target)
+    (warning,) = growth_rules.warnings(options, base, target)
     assert "only approximates the base at width ratio 1.5" in warning
     assert "width 32 or 64 it is exact" in warning
-    assert not list(options.warnings(base, wider(base, 2)))
+    assert not list(growth_rules.warnings(options, base, wider(base, 2)))
 
 
 @pytest.mark.parametrize("name", ["embedding", "attention"])
@@ -103,7 +102,7 @@ def test_another_multiplier_changes_the_function_and_says_so(name):
     options = GrowthOptions(operator="clone")
     grown = grow(tensors, base, target, options, seeded())
     assert relative_gap(logits(target, grown), logits(base, tensors)) > 1e-6
-    (warning,) = options.warnings(base, target)
+    (warning,) = growth_rules.warnings(options, base, target)
     assert f"{name}_multiplier 2 in place of the base's 1 changes the function" in warning
 
 
@@ -113,7 +112,7 @@ def test_another_output_multiplier_is_made_up_for():
     tensors, options = tensors_of(base), GrowthOptions(operator="clone")
     grown = grow(tensors, base, target, options, seeded())
     assert relative_gap(logits(target, grown), logits(base, tensors)) < 1e-9
-    assert not list(options.warnings(base, target))
+    assert not list(growth_rules.warnings(options, base, target))
 
 
 @given(families(ratios=several), st.integers(0, 99))

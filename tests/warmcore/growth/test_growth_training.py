@@ -7,19 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from warmcore.growth import Growth
-from warmcore.model import Decoder, init_, loss_nats
-from warmcore.optim import (
-    build_optimizer,
-    clip_,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    vector_weight,
-)
-from warmcore.spec import GrowthOptions, ModelSpec, TrainSpec
-from warmcore.units import Copies, axes_of, unit_map
-
-from .families import (
+from tests.warmcore.growth.families import (
     CONTEXT,
     COPYING,
     PADDING,
@@ -33,6 +21,17 @@ from .families import (
     tensors_of,
     unequal_families,
     wider,
+)
+from warmcore.growth.growth import Growth
+from warmcore.growth.units import Copies, axes_of, unit_map
+from warmcore.model.decoder import Decoder, init_, loss_nats
+from warmcore.specs import GrowthOptions, ModelSpec, TrainSpec
+from warmcore.training.optimizer import (
+    build_optimizer,
+    clip_,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    vector_weight,
 )
 
 CLONE = GrowthOptions(operator="clone")

@@ -14,12 +14,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from warmcore.checkpoint import load_checkpoint, save_checkpoint
-from warmcore.manifest import Progress
-from warmcore.model import Decoder, init_
-from warmcore.tensors import TensorStream
-
-from .families import seeded
+from tests.warmcore.growth.families import seeded
+from warmcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from warmcore.checkpoint.progress import Progress
+from warmcore.model.decoder import Decoder, init_
+from warmcore.tensors.files import TensorStream
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

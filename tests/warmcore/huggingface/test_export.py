@@ -11,17 +11,23 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from warmcore import export
-from warmcore.checkpoint import MODEL, CheckpointCorruptError, load_checkpoint
-from warmcore.export import INDEX, WEIGHTS, export_hf
-from warmcore.hf_tensors import folded_factor, hf_name
-from warmcore.model import rope_table
-from warmcore.spec import ModelSpec
-from warmcore.tensors import TensorFile
-from warmcore.train import Training
-
-from .families import relative_gap, seeded
-from .llamas import TOKENS, checkpoint_of, decoder_of, loaded, our_logits, their_logits
+from tests.warmcore.growth.families import relative_gap, seeded
+from tests.warmcore.huggingface.llamas import (
+    TOKENS,
+    checkpoint_of,
+    decoder_of,
+    loaded,
+    our_logits,
+    their_logits,
+)
+from warmcore.checkpoint.checkpoint import MODEL, CheckpointCorruptError, load_checkpoint
+from warmcore.huggingface import export
+from warmcore.huggingface.export import INDEX, WEIGHTS, export_hf
+from warmcore.huggingface.tensors import folded_factor, hf_name
+from warmcore.model.decoder import rope_table
+from warmcore.specs import ModelSpec
+from warmcore.tensors.files import TensorFile
+from warmcore.training.training import Training
 
 # Every factor of the fold differs from 1.
 SCALED = {

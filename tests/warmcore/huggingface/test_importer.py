@@ -10,18 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForSequenceClassification, MistralForCausalLM
 
-from warmcore.checkpoint import load_checkpoint, read_manifest
-from warmcore.data import prepare
-from warmcore.export import INDEX, WEIGHTS, export_hf
-from warmcore.file_facts import file_facts
-from warmcore.grown import grow_checkpoint
-from warmcore.importer import import_hf
-from warmcore.spec import CheckpointRef, DataSpec, GrowthSpec
-from warmcore.tokenizer import byte_json, train_bpe
-from warmcore.train import Training
-
-from .families import relative_gap, wider
-from .llamas import (
+from tests.warmcore.growth.families import relative_gap, wider
+from tests.warmcore.huggingface.llamas import (
     SHAPE,
     checkpoint_of,
     loaded,
@@ -29,6 +19,15 @@ from .llamas import (
     their_logits,
     theirs,
 )
+from warmcore.checkpoint.checkpoint import load_checkpoint, read_manifest
+from warmcore.corpus.prepare import prepare
+from warmcore.corpus.tokenizer import byte_json, train_bpe
+from warmcore.growth.from_checkpoint import grow_checkpoint
+from warmcore.huggingface.export import INDEX, WEIGHTS, export_hf
+from warmcore.huggingface.importer import import_hf
+from warmcore.specs import CheckpointRef, DataSpec, GrowthSpec
+from warmcore.storage.file_facts import file_facts
+from warmcore.training.training import Training
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from warmcore.flops import count_params
-from warmcore.model import Decoder, init_, loss_nats, parameter_shapes
-from warmcore.mup import GAINS, role_of
-from warmcore.optim import ROLES
-from warmcore.spec import ModelSpec
+from warmcore.model.decoder import Decoder, init_, loss_nats, parameter_shapes
+from warmcore.model.mup import GAINS, role_of
+from warmcore.specs import ModelSpec
+from warmcore.specs.sizes import count_params
+from warmcore.training.optimizer import ROLES
 
 
 def seeded(seed=0):

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore import fused
-from warmcore.model import Decoder, init_, loss_nats
-from warmcore.spec import ModelSpec
+from warmcore.model import fused
+from warmcore.model.decoder import Decoder, init_, loss_nats
+from warmcore.specs import ModelSpec
 
 
 @st.composite

@@ -2,11 +2,11 @@ import math
 
 import pytest
 
-from warmcore.coord_check import Setup, check_axis
-from warmcore.mup import GAINS, factors, multipliers, role_of
-from warmcore.optim import ROLES
-from warmcore.spec import ModelSpec, TrainSpec
-from warmcore.train import StepEvent, Training
+from warmcore.coord_check.check import Setup, check_axis
+from warmcore.model.mup import GAINS, factors, multipliers, role_of
+from warmcore.specs import ModelSpec, TrainSpec
+from warmcore.training.optimizer import ROLES
+from warmcore.training.training import StepEvent, Training
 
 FLAT = 0.05
 CONTEXT = 32

@@ -9,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from warmcore.branching import branch_of, branch_steps, evaluations_of, start_step
-from warmcore.checkpoint import CheckpointCorruptError
-from warmcore.flops import budget_steps, num_steps
-from warmcore.optim import optimizer_tensors
-from warmcore.schedule import lr_factor, warmup_steps
-from warmcore.spec import CheckpointRef, GrowthSpec, RunSpec
-from warmcore.train import EvaluationEvent, Training
+from warmcore.checkpoint.checkpoint import CheckpointCorruptError
+from warmcore.specs import CheckpointRef, GrowthSpec, RunSpec
+from warmcore.specs.run import branch_of
+from warmcore.specs.schedule import lr_factor, warmup_steps
+from warmcore.training.optimizer import optimizer_tensors
+from warmcore.training.training import EvaluationEvent, Training
 
 BUDGETS = (0.05, 0.1, 0.15)  # 9, 18 and 27 steps of the model below
 PLACE = CheckpointRef(uri="trunk", hash="0" * 64)
@@ -72,7 +71,7 @@ def checkpoints(grown_trunk, corpus, tmp_path_factory):
     training = Training.start(spec, corpus, base=base)
     saved = {}
     for event in training.events():
-        if isinstance(event, EvaluationEvent) and event.step in branch_steps(spec):
+        if isinstance(event, EvaluationEvent) and event.step in spec.branch_steps:
             saved[event.step] = training.save(folder / str(event.step))
     return {budget: saved[step] for budget, step in zip(spec.branches, saved, strict=True)}
 
@@ -108,7 +107,7 @@ def test_a_run_with_a_warmup_of_its_own_is_not_the_branch(grown_trunk, checkpoin
     other = own.model_copy(update={"train": own.train.model_copy(update={"warmup_steps": None})})
     branch = Training.start(branch_of(spec, budget, ref(saved)), corpus, base=saved.path)
     curve = timeless(branch.events())
-    assert warmup_steps(budget_steps(other), other.train) != own.train.warmup_steps
+    assert warmup_steps(other.budget_steps, other.train) != own.train.warmup_steps
     assert events_after(Training.start(other, corpus, base=base).events(), saved.step) != curve
 
 
@@ -129,10 +128,10 @@ def test_the_largest_budgets_branch_is_the_run_that_has_no_trunk_at_all(trunk_sp
     spec = trunk_spec()
     alone = spec.train.model_copy(update={"tokens_per_param": BUDGETS[-1]})
     whole = branch_of(spec, BUDGETS[-1], None)
-    assert num_steps(whole) == budget_steps(spec)
-    for step in range(num_steps(whole)):
-        assert lr_factor(step, num_steps(whole), whole.train) == lr_factor(
-            step, num_steps(whole), alone
+    assert whole.num_steps == spec.budget_steps
+    for step in range(whole.num_steps):
+        assert lr_factor(step, whole.num_steps, whole.train) == lr_factor(
+            step, whole.num_steps, alone
         )
 
 
@@ -150,25 +149,25 @@ def test_trunk_and_branch_agree_on_every_step_before_the_cooldown(
         spec = trunk_spec(branches=budgets, **fields)
     except ValidationError:
         return  # too close to each other, or to the warmup
-    horizon, ends = budget_steps(spec), branch_steps(spec)
-    assert ends[-1] == num_steps(spec)
+    horizon, ends = spec.budget_steps, spec.branch_steps
+    assert ends[-1] == spec.num_steps
     for budget, start in zip(budgets, ends, strict=True):
         branch = branch_of(spec, budget, PLACE)
-        assert start_step(branch) == start < num_steps(branch)
+        assert branch.start_step == start < branch.num_steps
         for step in {0, warmup_steps(horizon, spec.train), start // 2, start - 1}:
-            own = lr_factor(step, num_steps(branch), branch.train)
+            own = lr_factor(step, branch.num_steps, branch.train)
             assert own == lr_factor(step, horizon, spec.train)
         assert lr_factor(start - 1, horizon, spec.train) == 1
-        assert lr_factor(start, num_steps(branch), branch.train) < 1
-        past = {step for step in evaluations_of(branch) if step <= start}
-        assert past | {start} <= set(evaluations_of(spec))
+        assert lr_factor(start, branch.num_steps, branch.train) < 1
+        past = {step for step in branch.evaluation_steps if step <= start}
+        assert past | {start} <= set(spec.evaluation_steps)
 
 
 def test_a_trunk_ends_where_its_last_budget_cools_down(trunk_spec, corpus):
     spec = trunk_spec()
     *_, last = Training.start(spec, corpus).events()
-    assert branch_steps(spec) == (6, 11, 16)
-    assert (last.step, last.evaluation) == (16, len(evaluations_of(spec)) - 1)
+    assert spec.branch_steps == (6, 11, 16)
+    assert (last.step, last.evaluation) == (16, len(spec.evaluation_steps) - 1)
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from warmcore.schedule import cooldown, cosine, lr_factor
-from warmcore.spec import CooldownShape, ScheduleName, TrainSpec
+from warmcore.specs import CooldownShape, ScheduleName, TrainSpec
+from warmcore.specs.schedule import cooldown, cosine, lr_factor
 
 fractions = st.floats(0.0, 0.5)
 positive_fractions = st.floats(1e-3, 0.5)

@@ -10,12 +10,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.cli_spec import SpecError, load
-from service.studies.study_spec import StudySpec
+from service.cli.spec_file import SpecError, load
+from service.specs.study import StudySpec
 from warmcore import __main__ as command
-from warmcore import plain_yaml
-from warmcore.spec import RunSpec
-from warmcore.spec_file import read_spec
+from warmcore.run_file import read_spec
+from warmcore.specs import RunSpec
+from warmcore.storage import plain_yaml
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 JUNK = st.recursive(

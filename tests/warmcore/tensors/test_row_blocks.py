@@ -7,14 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore import blocks
-from warmcore.blocks import fill_, row_blocks
-from warmcore.growth import Growth
-from warmcore.model import Decoder, init_
-from warmcore.spec import GrowthOptions, ModelSpec
-from warmcore.tensors import TensorStream, write_tensors
-
-from .families import COPYING, PADDING, moments_of, seeded, tensors_of, wider
+from tests.warmcore.growth.families import COPYING, PADDING, moments_of, seeded, tensors_of, wider
+from warmcore.growth.growth import Growth
+from warmcore.model.decoder import Decoder, init_
+from warmcore.specs import GrowthOptions, ModelSpec
+from warmcore.tensors import row_blocks as blocks
+from warmcore.tensors.files import TensorStream, write_tensors
+from warmcore.tensors.row_blocks import fill_, row_blocks
 
 BASE = ModelSpec(width=32, depth=1, head_dim=4, group_size=2, vocab_size=50)
 TARGET = wider(BASE, 2, depth=2)

@@ -10,15 +10,15 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
-from warmcore.averages import Averages
-from warmcore.checkpoint import load_checkpoint
-from warmcore.evaluate import val_loss_nats
-from warmcore.export import WEIGHTS, export_hf
-from warmcore.hf_tensors import folded_factor, hf_name
-from warmcore.model import Decoder
-from warmcore.optim import optimizer_tensors
-from warmcore.spec import CheckpointRef, GrowthSpec, TrainSpec
-from warmcore.train import EvaluationEvent, StepEvent, Training
+from warmcore.checkpoint.checkpoint import load_checkpoint
+from warmcore.huggingface.export import WEIGHTS, export_hf
+from warmcore.huggingface.tensors import folded_factor, hf_name
+from warmcore.model.decoder import Decoder
+from warmcore.specs import CheckpointRef, GrowthSpec, TrainSpec
+from warmcore.training.averages import Averages
+from warmcore.training.evaluate import val_loss_nats
+from warmcore.training.optimizer import optimizer_tensors
+from warmcore.training.training import EvaluationEvent, StepEvent, Training
 
 BOTH = {"ema_half_life": 0.1, "swa_fraction": 0.5}
 lengths, half_lives = st.integers(2, 60), st.floats(0.01, 0.9)

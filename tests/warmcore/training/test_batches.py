@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore.batches import (
+from warmcore.training.batches import (
     count_windows,
     epoch_order,
     read_windows,

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore.checkpoint import load_checkpoint
-from warmcore.divergence import LossWatch, why_broken, why_diverged
-from warmcore.spec import CheckpointRef, GrowthSpec
-from warmcore.train import DivergedEvent, EvaluationEvent, StepEvent, Training
+from warmcore.checkpoint.checkpoint import load_checkpoint
+from warmcore.checkpoint.progress import LossWatch
+from warmcore.specs import CheckpointRef, GrowthSpec
+from warmcore.training.divergence import why_broken, why_diverged
+from warmcore.training.training import DivergedEvent, EvaluationEvent, StepEvent, Training
 
 VOCAB = 256
 KNOWS_NOTHING = math.log(VOCAB)

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore import optim as optim_module
-from warmcore.coord_check import Setup, check_axis
-from warmcore.grown import grow_checkpoint
-from warmcore.model import Decoder, init_
-from warmcore.mup import GAINS, factors, role_of
-from warmcore.optim import ADAM_KEYS, ROLES, build_optimizer, optimizer_tensors
-from warmcore.spec import CheckpointRef, GrowthSpec, ModelSpec, TrainSpec
-from warmcore.train import StepEvent, Training
+from warmcore.coord_check.check import Setup, check_axis
+from warmcore.growth.from_checkpoint import grow_checkpoint
+from warmcore.model.decoder import Decoder, init_
+from warmcore.model.mup import GAINS, factors, role_of
+from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec, TrainSpec
+from warmcore.training import optimizer as optim_module
+from warmcore.training.optimizer import ADAM_KEYS, ROLES, build_optimizer, optimizer_tensors
+from warmcore.training.training import StepEvent, Training
 
 FLAT = 0.05
 MUON = TrainSpec(optimizer="muon", lr=0.01, weight_decay=0.3, muon_lr_ratio=2.0)

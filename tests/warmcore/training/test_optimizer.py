@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore.model import Decoder, init_
-from warmcore.mup import factors, role_of
-from warmcore.optim import (
+from warmcore.model.decoder import Decoder, init_
+from warmcore.model.mup import factors, role_of
+from warmcore.specs import ModelSpec, TrainSpec
+from warmcore.training.optimizer import (
     build_optimizer,
     clip_,
     load_optimizer_tensors,
@@ -15,7 +16,6 @@ from warmcore.optim import (
     set_lr,
     vector_weight,
 )
-from warmcore.spec import ModelSpec, TrainSpec
 
 SPEC = ModelSpec(width=32, depth=2, head_dim=8, base_width=8, vocab_size=20)
 TRAIN = TrainSpec(lr=0.01, weight_decay=0.3, eps=1e-6)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from warmcore.checkpoint import load_checkpoint
-from warmcore.parallel import Ranks
-from warmcore.sharing import check_shared
-from warmcore.spec import CheckpointRef, GrowthSpec
-from warmcore.train import Training
+from warmcore.checkpoint.checkpoint import load_checkpoint
+from warmcore.specs import CheckpointRef, GrowthSpec
+from warmcore.specs.train import check_shared
+from warmcore.training.ranks import Ranks
+from warmcore.training.training import Training
 
 # Relative: the same sums in another order, in float32 (6e-8), added up over the steps.
 LOSS, NORM = 1e-6, 1e-5

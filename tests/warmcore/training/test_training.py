@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 
-from warmcore import train as train_module
-from warmcore.batches import train_batch
-from warmcore.checkpoint import CheckpointCorruptError, load_checkpoint
-from warmcore.data import prepare
-from warmcore.growth import Growth
-from warmcore.optim import optimizer_tensors
-from warmcore.schedule import evaluation_steps
-from warmcore.spec import CheckpointRef, GrowthSpec
-from warmcore.train import EvaluationEvent, StepEvent, Training
+from warmcore.checkpoint.checkpoint import CheckpointCorruptError, load_checkpoint
+from warmcore.corpus.prepare import prepare
+from warmcore.growth.growth import Growth
+from warmcore.specs import CheckpointRef, GrowthSpec
+from warmcore.specs.schedule import evaluation_steps
+from warmcore.training import training as train_module
+from warmcore.training.batches import train_batch
+from warmcore.training.optimizer import optimizer_tensors
+from warmcore.training.training import EvaluationEvent, StepEvent, Training
 
 NUM_STEPS = 12
 

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from warmcore import optim
-from warmcore.data import prepare
-from warmcore.follow import follow
-from warmcore.launch import leave
-from warmcore.parallel import Ranks
-from warmcore.spec import RunSpec
-from warmcore.train import Training
+from warmcore.corpus.prepare import prepare
+from warmcore.specs import RunSpec
+from warmcore.training import optimizer
+from warmcore.training.follow import follow
+from warmcore.training.launch import leave
+from warmcore.training.ranks import Ranks
+from warmcore.training.training import Training
 
 
 def main(rank, plan):
@@ -63,12 +63,12 @@ def wrong(fault):
         case "all read the first rows":
             return mock.patch.object(Ranks, "rows", lambda ranks, batch: batch.chunk(ranks.size)[0])
         case "each clips by the norm of its shards":
-            right = optim.get_total_norm
+            right = optimizer.get_total_norm
 
             def local(gradients, **options):
                 return right([gradient.to_local() for gradient in gradients], **options)
 
-            return mock.patch.object(optim, "get_total_norm", local)
+            return mock.patch.object(optimizer, "get_total_norm", local)
         case "gradients are not averaged":
             return mock.patch.object(Ranks, "averaging", lambda _, model: model)
         case None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from workers import cpus
+from workers.attempt import cpus
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from workers import cpus
+from workers.attempt import cpus
 with cpus.leased(1, folder=Path(sys.argv[1])) as held:
     print(min(held), flush=True)
     time.sleep(60)

@@ -7,14 +7,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from service.client import StaleLeaseError
-from warmcore import data
-from warmcore.branching import branch_of, branch_steps
-from warmcore.checkpoint import CheckpointCorruptError
-from warmcore.train import EvaluationEvent, Training
+from tests.workers.spy import Spy
+from warmcore.checkpoint.checkpoint import CheckpointCorruptError
+from warmcore.corpus import prepare as data
+from warmcore.specs.run import branch_of
+from warmcore.training.training import EvaluationEvent, Training
+from workers.attempt.execute import Options, execute
 from workers.failures import UnrunnableError, failure
-from workers.run import Options, execute
-
-from .spy import Spy
 
 EVALUATED_OFTEN = {"num_steps": 3_000, "evaluations": 300}
 
@@ -278,9 +277,9 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
     trunk = worker.one(study=trial.study_id)
     ending, sent = run(trunk)
     assert ending == "succeeded"
-    assert tuple(c.step for c in sent.checkpoints) == branch_steps(trunk.spec)
+    assert tuple(c.step for c in sent.checkpoints) == trunk.spec.branch_steps
     assert [c.final for c in sent.checkpoints] == [False, True]
-    for budget, start in zip(trunk.spec.branches, branch_steps(trunk.spec), strict=True):
+    for budget, start in zip(trunk.spec.branches, trunk.spec.branch_steps, strict=True):
         branch = worker.one(study=trial.study_id)
         _, first = run(branch, draining=_After(2))
         _, rest = run(worker.one(study=trial.study_id))

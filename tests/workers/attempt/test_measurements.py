@@ -1,8 +1,8 @@
 import dataclasses
 import math
 
-from warmcore.train import EvaluationEvent, StepEvent
-from workers.curve import Curve
+from warmcore.training.training import EvaluationEvent, StepEvent
+from workers.attempt.measurements import Curve
 
 
 def _step(step: int, *, seconds: float = 0.5, loss: float = 2.0, norm: float = 1.0) -> StepEvent:

@@ -6,7 +6,7 @@ import pytest
 
 from service.client import Client, StaleLeaseError
 from service.protocol import Measurement
-from workers.reporter import Reporter
+from workers.attempt.reporter import Reporter
 
 
 def _point(step: int, evaluation: int | None = None) -> Measurement:

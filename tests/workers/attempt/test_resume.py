@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from warmcore import places
-from warmcore.checkpoint import MANIFEST, load_checkpoint
-from warmcore.data import prepare
-from warmcore.spec import CheckpointRef
-from warmcore.train import Training
-from workers import artifacts, resume
+from warmcore.checkpoint.checkpoint import MANIFEST, load_checkpoint
+from warmcore.corpus.prepare import prepare
+from warmcore.specs import CheckpointRef
+from warmcore.storage import locations
+from warmcore.training.training import Training
+from workers.attempt import checkpoints, resume
 
 WEIGHTS = "model.safetensors"
 
@@ -22,7 +22,7 @@ def stored(request, tmp_path: Path, make_spec):
     training = Training.start(spec, prepare(spec.data))
     refs = []
     for name in ("older", "newer"):
-        saved = artifacts.save(training, f"{root}/{name}")
+        saved = checkpoints.save(training, f"{root}/{name}")
         refs.insert(0, CheckpointRef(uri=f"{root}/{name}", hash=saved.hash))
     return refs
 
@@ -56,7 +56,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_has_the_one_before_in_its_place(stored, name, damage):
-    files, root = places.filesystem(stored[0].uri)
+    files, root = locations.filesystem(stored[0].uri)
     if damage is None:
         files.rm(f"{root}/{name}")
     else:
@@ -70,15 +70,15 @@ def test_a_damaged_checkpoint_has_the_one_before_in_its_place(stored, name, dama
     found, used = went_on_from(stored, read=read)
     assert found is not None
     assert len(used) == 1
-    with artifacts.local(stored[1]) as older:
+    with checkpoints.local(stored[1]) as older:
         same = load_checkpoint(older).weights
     assert all(found.weights[key].equal(value) for key, value in same.items())
-    places.delete(stored[1].uri)
+    locations.delete(stored[1].uri)
     assert went_on_from(stored)[0] is None
 
 
 def test_the_newest_is_taken_where_nothing_is_wrong(stored):
-    places.delete(stored[1].uri)
+    locations.delete(stored[1].uri)
     assert went_on_from(stored)[0] is not None
 
 

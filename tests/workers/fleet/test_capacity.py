@@ -1,5 +1,5 @@
 from service.protocol import Resources
-from workers.nodes import Nodes, Placement, from_ray
+from workers.fleet.capacity import Nodes, Placement, from_ray
 
 
 def _nodes(**total: Resources) -> Nodes:

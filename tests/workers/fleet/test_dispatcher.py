@@ -10,10 +10,10 @@ from ray.exceptions import RaySystemError, TaskCancelledError, WorkerCrashedErro
 
 from service.client import Client
 from service.protocol import Resources
-from workers.dispatcher import Dispatcher, Options
-from workers.engine import Engine
 from workers.failures import UnrunnableError
-from workers.link import FleetRefusedError
+from workers.fleet.dispatcher import Dispatcher, Options
+from workers.fleet.ray_engine import Engine
+from workers.fleet.service_link import FleetRefusedError
 
 
 class _Handle:

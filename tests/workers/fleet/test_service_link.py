@@ -10,7 +10,7 @@ import pytest
 
 from service.client import BadAnswerError, Client
 from service.protocol import FinishRequest, LeaseRequest, MeasurementBatch, Resources
-from workers.link import Link
+from workers.fleet.service_link import Link
 
 _PAGES = {"html": b"<html>Sign in</html>", "newer": json.dumps({"leases": [{"new": 1}]}).encode()}
 

@@ -1,0 +1,130 @@
+"""`warmscale serve`: the API in this process."""
+
+import logging
+import os
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import uvicorn
+from sqlalchemy import create_engine
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import NullPool
+
+from service.cli.common import Exit, fail
+from service.database.engine import database, reach, use_utc
+from service.database.tables import ApiKey
+from service.local_stack.child_process import die_with_parent
+from service.observability import logs, tracing
+from service.operations.migrations import LockBusyError, revisions, upgrade
+from service.operations.revisions import NewerDatabaseError, complaint
+from service.settings import Settings
+from service.web.shutdown import Server, end_on_sigterm
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+_DATABASE_PATIENCE_SECONDS = 60.0
+_PAUSE_SECONDS = 0.5
+_log = logging.getLogger(__name__)
+_GRACEFUL_SECONDS = 10  # the supervisor kills after 15, Kubernetes after 30
+
+
+def serve(settings: Settings, *, supervised: bool) -> None:
+    """Run the API in this process. A supervised or embedded one prepares its database itself."""
+    end_on_sigterm()
+    use_utc()
+    # Before any upgrade: Optuna's silences every logger there is if the root has no handler.
+    logs.configure(settings.log_format)
+    if not settings.is_loopback:
+        _log.warning(
+            "plain HTTP: keys can be read on the way; put a proxy with TLS in front",
+            extra={"host": settings.host},
+        )
+    if supervised:
+        die_with_parent()
+    with traced(), database(settings) as url:
+        app = _application(settings, url, supervised=supervised)
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            server_header=False,
+            access_log=False,  # `service.web.request_log` writes the line
+            timeout_graceful_shutdown=_GRACEFUL_SECONDS,
+        )
+        Server(config, app.state.drain).run()
+
+
+def _application(settings: Settings, url: URL, *, supervised: bool) -> "FastAPI":
+    """The API on its database; where that goes away in between, it is waited for again."""
+    from service.app import create_app  # a second of imports
+    from service.optuna_bridge.sampler import TRANSIENT
+
+    deadline = time.monotonic() + _DATABASE_PATIENCE_SECONDS
+    while True:
+        try:
+            _prepare(url, upgraded=supervised or settings.database_url is None)
+            if supervised:
+                admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
+            return create_app(settings, url)
+        except TRANSIENT as error:
+            why = str(getattr(error, "orig", None) or error).strip()
+            if time.monotonic() > deadline:
+                fail(Exit.UNREACHABLE, f"cannot reach the database: {why}")
+            _log.warning("the database went away at the start", extra={"error": why})
+            time.sleep(_PAUSE_SECONDS)
+
+
+@contextmanager
+def traced() -> Generator[None]:
+    """Send traces while inside, if the environment asks for them; exit where that cannot be."""
+    try:
+        with tracing.exporting(os.environ):
+            yield
+    except tracing.TracesMissingError as error:
+        fail(Exit.USAGE, str(error))
+
+
+def _prepare(url: URL, *, upgraded: bool) -> None:
+    """Upgrade the database, or only see that somebody has: one that is not would fail at random."""
+    try:
+        reach(url, _DATABASE_PATIENCE_SECONDS)
+    except OperationalError as error:
+        fail(Exit.UNREACHABLE, f"cannot reach the database: {str(error.orig).strip()}")
+    try:
+        if upgraded:
+            upgrade(url)
+    except (LockBusyError, NewerDatabaseError) as error:
+        fail(Exit.CONFLICT, str(error))
+    engine = create_engine(url, poolclass=NullPool)
+    with engine.connect() as connection:
+        wrong = complaint(revisions(connection))
+    if wrong is not None:
+        fail(Exit.CONFLICT, wrong)
+
+
+def admit(url: URL, key: str, fleet_key: str) -> None:
+    """Let the supervisor's own key in, and its fleet's.
+
+    Raises:
+        SystemExit: the supervisor's was revoked, so it stays out.
+    """
+    from service.access import keys  # imports FastAPI
+
+    rows = [
+        {"name": "warmscale up", "hash": keys.hash_key(key), "scopes": ["admin"]},
+        {"name": "fleet of warmscale up", "hash": keys.hash_key(fleet_key), "scopes": ["work"]},
+    ]
+    engine = create_engine(url, poolclass=NullPool)
+    with Session(engine) as session, session.begin():
+        session.execute(insert(ApiKey).values(rows).on_conflict_do_nothing())
+        caller = keys.caller_of(session, key)
+    if caller is None:
+        raise SystemExit("the key in client.json was revoked; delete that file for a new one")

@@ -1,0 +1,174 @@
+"""One run and its branches without a service: trains, measures, checkpoints, resumes."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from warmcore.checkpoint.checkpoint import CheckpointCorruptError, checkpoint_path, list_checkpoints
+from warmcore.corpus.prepare import Corpus
+from warmcore.run_file import local_path, reference
+from warmcore.specs import RunSpec
+from warmcore.specs.run import branch_of
+from warmcore.training.ranks import ALONE, Ranks
+from warmcore.training.training import DivergedEvent, EvaluationEvent, Event, StepEvent, Training
+
+if TYPE_CHECKING:
+    from warmcore.checkpoint.progress import Progress
+
+
+log = logging.getLogger("warmcore")
+FINISHED, BAD_SPEC, DIVERGED, INTERRUPTED = 0, 2, 3, 130
+NUM_KEPT = 2  # the newest checkpoint, and the one before it in case that is damaged
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where and how a run runs, and what it leaves there."""
+
+    out: Path
+    checkpoint_seconds: float = 60.0
+    device: str = "cpu"
+    ranks: Ranks = ALONE
+
+
+def train(spec: RunSpec, corpus: Corpus, place: Place) -> int:
+    """Run `spec`, and then each of its branches in turn; return the exit code."""
+    run = LocalRun(spec, corpus, place)
+    code = run.finish()
+    for budget, step in zip(spec.branches, spec.branch_steps, strict=True):
+        if code != FINISHED:
+            return code
+        path = checkpoint_path(run.checkpoints, step).resolve()
+        branch = branch_of(spec, budget, reference(str(path), "trunk"))
+        log.info("cooling down at %g tokens per parameter, from step %d", budget, step)
+        folder = place.out / f"tpp-{budget:g}"
+        code = LocalRun(branch, corpus, dataclasses.replace(place, out=folder)).finish()
+    return code
+
+
+class LocalRun:
+    """A run with its folder: resumes or starts, trains, measures, checkpoints."""
+
+    def __init__(self, spec: RunSpec, corpus: Corpus, place: Place) -> None:
+        self._spec = spec
+        self._place = place
+        self.checkpoints = place.out / "checkpoints"
+        self._branch_steps = spec.branch_steps
+        self._saved: Progress | None = None
+        self._measurements = place.out / "measurements.jsonl"
+        self._interrupted = False
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._training = self._resumed(corpus) or self._started(corpus)
+
+    def finish(self) -> int:
+        """Train to the end and return the exit code."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
+        training = self._training
+        saved_at = time.monotonic()
+        with self._measurements.open("a") as file:
+            for event in training.events():
+                self._record(event, file)
+                if isinstance(event, DivergedEvent):
+                    return DIVERGED
+                if self._interrupted:
+                    self._save(file)
+                    log.info("interrupted at step %d; run again to continue", training.step)
+                    return INTERRUPTED
+                late = time.monotonic() - saved_at >= self._place.checkpoint_seconds
+                if late or self._branches_at(event):
+                    self._save(file)
+                    saved_at = time.monotonic()
+            self._save(file)
+        log.info("finished: val_loss_nats=%.4f", training.last_val_loss_nats)
+        return FINISHED
+
+    def _branches_at(self, event: Event) -> bool:
+        return isinstance(event, EvaluationEvent) and event.step in self._branch_steps
+
+    def _interrupt(self, _number: int, _frame: object) -> None:
+        self._interrupted = True  # the state is whole only between events
+
+    def _resumed(self, corpus: Corpus) -> Training | None:
+        for path in list_checkpoints(self.checkpoints):
+            try:
+                training = Training.resume(
+                    self._spec, corpus, path, device=self._place.device, ranks=self._place.ranks
+                )
+                self._cut_measurements(self._num_measured(training))
+            except (CheckpointCorruptError, _MeasurementsMissingError) as error:
+                log.warning("skipped %s", error)
+                continue
+            self._saved = training.progress
+            log.info("resumed from %s", path)
+            return training
+        return None
+
+    def _started(self, corpus: Corpus) -> Training:
+        ref = self._spec.start_checkpoint
+        field = "trunk" if self._spec.trunk else "growth.base"
+        base = local_path(ref.uri, field) if ref else None
+        training = Training.start(
+            self._spec, corpus, base=base, device=self._place.device, ranks=self._place.ranks
+        )
+        self._measurements.write_text("")
+        return training
+
+    def _num_measured(self, training: Training) -> int:
+        """Lines up to here; those up to a branch's beginning are its trunk's."""
+        log_every, start = self._spec.train.log_every, self._spec.start_step
+        before = sum(step <= start for step in self._spec.evaluation_steps) if start else 0
+        evaluations = len(training.progress.val_losses_nats) - before
+        return training.step // log_every - start // log_every + evaluations
+
+    def _cut_measurements(self, num_lines: int) -> None:
+        """Keep the first `num_lines`; what follows belongs to steps that will be done again."""
+        path = self._measurements
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        if len(lines) < num_lines:
+            raise _MeasurementsMissingError(f"{path} has {len(lines)} of {num_lines} lines")
+        aside = path.with_suffix(".aside")
+        aside.write_text("".join(lines[:num_lines]))
+        aside.rename(path)
+
+    def _record(self, event: Event, file: TextIO) -> None:
+        match event:
+            case StepEvent(step=step, loss_nats=loss, lr=lr):
+                if step % self._spec.train.log_every:
+                    return
+                log.info("step %d/%d loss=%.4f lr=%.2e", step, self._training.num_steps, loss, lr)
+            case EvaluationEvent(step=step):
+                log.info("step %d/%d %s", step, self._training.num_steps, _losses(event))
+            case DivergedEvent(step=step, reason=reason):
+                log.error("diverged after step %d: %s", step, reason)
+        file.write(json.dumps(dataclasses.asdict(event)) + "\n")
+
+    def _save(self, file: TextIO) -> None:
+        """Measurements reach the disk before the checkpoint that counts on them."""
+        if self._saved == self._training.progress:
+            return
+        file.flush()
+        os.fsync(file.fileno())
+        saved = self._training.save(checkpoint_path(self.checkpoints, self._training.step))
+        self._saved = self._training.progress
+        log.info("checkpoint %s hash=%s", saved.path, saved.hash)
+        kept = {checkpoint_path(self.checkpoints, step) for step in self._branch_steps}
+        others = [path for path in list_checkpoints(self.checkpoints) if path not in kept]
+        for old in others[NUM_KEPT:]:
+            shutil.rmtree(old)
+
+
+def _losses(event: EvaluationEvent) -> str:
+    names = {"val_loss": event.val_loss_nats}
+    names |= {"ema": event.ema_val_loss_nats, "swa": event.swa_val_loss_nats}
+    return " ".join(f"{name}={loss:.4f}" for name, loss in names.items() if loss is not None)
+
+
+class _MeasurementsMissingError(Exception):
+    """A checkpoint counts on measurements that are not there."""
