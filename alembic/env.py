@@ -3,8 +3,8 @@
 from alembic import context
 from sqlalchemy import Connection
 
-from service.migrations import locking_engine
-from service.tables import SCHEMA, Base
+from service.database.tables import SCHEMA, Base
+from service.operations.migrations import locking_engine
 
 
 def run(connection: Connection) -> None:

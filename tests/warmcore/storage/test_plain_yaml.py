@@ -17,7 +17,7 @@ from warmcore.run_file import read_spec
 from warmcore.specs import RunSpec
 from warmcore.storage import plain_yaml
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 JUNK = st.recursive(
     st.none()
     | st.booleans()
