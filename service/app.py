@@ -11,13 +11,13 @@ from sqlalchemy.orm import sessionmaker
 from service import __version__, problems
 from service.access.caller_cache import RecentCallers
 from service.access.rate_limits import Limits
-from service.database.engine import each_alone, make_engine, optuna_url
+from service.database.engine import autocommit_engine, make_engine, optuna_url
 from service.event_stream import Streams
 from service.events import audit_log
 from service.events.wakeups import Wakeups
 from service.leases.attempt_routes import router as attempts
 from service.leases.presence import Presence
-from service.leases.queue import Desk
+from service.leases.queue import LeaseQueue
 from service.leases.routes import router as leases
 from service.operations import probes
 from service.optuna_bridge import dashboard
@@ -27,9 +27,9 @@ from service.runs.routes import router as runs
 from service.settings import Settings
 from service.studies.routes import router as studies
 from service.web import docs_page, error_handlers, openapi
-from service.web.protection import Shield
-from service.web.request_log import Requests
-from service.web.shutdown import Drain
+from service.web.protection import ProtectionMiddleware
+from service.web.request_log import RequestLogMiddleware
+from service.web.shutdown import Shutdown
 from service.webhooks.outbox import Outbox
 
 # FastAPI tries one route after the other, three times over for a router in a router: what workers
@@ -65,18 +65,18 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     )
     app.state.settings, app.state.sampler = settings, sampler
     app.state.wakeups = wakeups
-    app.state.drain = Drain()
-    app.state.desk = Desk(app.state)
+    app.state.drain = Shutdown()
+    app.state.desk = LeaseQueue(app.state)
     app.state.recent = RecentCallers()
     app.state.limits = Limits(settings.requests_per_second)
     app.state.presence = Presence(settings.lease_seconds)
     app.state.streams = Streams(settings.max_event_streams)
     app.state.sessions = sessions
     app.state.engines = {"service": engine, "optuna": sampler.engine}
-    app.state.statements = sessionmaker(each_alone(engine), expire_on_commit=False)
+    app.state.statements = sessionmaker(autocommit_engine(engine), expire_on_commit=False)
     error_handlers.install(app, away=TRANSIENT)
-    app.add_middleware(Shield, settings=settings)
-    app.add_middleware(Requests)
+    app.add_middleware(ProtectionMiddleware, settings=settings)
+    app.add_middleware(RequestLogMiddleware)
     openapi.install(app)
     for router in _V1:
         app.include_router(router, prefix="/v1")

@@ -24,7 +24,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.access import keys
 from service.access.caller import Caller
-from service.access.lookup import find, get
+from service.access.lookup import find_run, find_study
 from service.database.tables import Event, Run
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.observability import metrics
@@ -153,7 +153,7 @@ class _Stream(EventSourceResponse):
 
 def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
     """Every event of a study and of its runs."""
-    study = find(session, caller, name_or_id)
+    study = find_study(session, caller, name_or_id)
     live = select(Run.id).where(Run.study_id == study.id, Run.state.in_(LIVE_RUN_STATES)).limit(1)
     over = study.state in FINAL_STUDY_STATES and session.scalar(live) is None
     return Topic(id=study.id, where=Event.study_id == study.id, over=over)
@@ -161,7 +161,7 @@ def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
 
 def of_run(session: Session, caller: Caller, run_id: str) -> Topic:
     """Every event of a run."""
-    run = get(session, caller, run_id)
+    run = find_run(session, caller, run_id)
     return Topic(id=run.id, where=Event.run_id == run.id, over=run.state in FINAL_RUN_STATES)
 
 
@@ -224,8 +224,8 @@ async def _follow(
     retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - jitter
     yield ServerSentEvent(comment="warmscale", retry=retry)
     drain, looked_at = request.app.state.drain, time.monotonic()
-    with request.app.state.wakeups.bell(batch.topic) as bell:
-        bell.ring()  # for what came since the first look
+    with request.app.state.wakeups.subscription(batch.topic) as bell:
+        bell.notify()  # for what came since the first look
         while True:
             for last, row in batch.rows:  # noqa: PLR1704 - the stream goes on after its newest row
                 yield ServerSentEvent(
@@ -236,7 +236,7 @@ async def _follow(
             if not batch.full:
                 await drain.pause(_SPACING_SECONDS)
                 # What waits for another transaction to end hears no bell of its own.
-                await drain.cut_short(bell.heard(0 if batch.soon else _LOOK_SECONDS))
+                await drain.cut_short(bell.wait(0 if batch.soon else _LOOK_SECONDS))
             if time.monotonic() - looked_at >= _KEY_SECONDS:
                 if not await run_in_threadpool(_is_good, request, caller):
                     return

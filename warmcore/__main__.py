@@ -24,7 +24,7 @@ import torch
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.coord_check import cli
 from warmcore.corpus.prepare import prepare
-from warmcore.local_run import BAD_SPEC, Place, log, train
+from warmcore.local_run import BAD_SPEC, RunLocation, log, train
 from warmcore.run_file import read_spec
 from warmcore.specs import Strategy
 from warmcore.training.loss import CompilerMissingError
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, ranks: Ranks, device: str) -> int:
         spec = read_spec(options.spec)
         corpus = prepare(spec.data)
         spec = spec.with_data(corpus.pinned(spec.data))
-        place = Place(
+        place = RunLocation(
             out=options.out or Path("runs") / options.spec.stem,
             checkpoint_seconds=options.checkpoint_seconds,
             device=device,

@@ -28,7 +28,7 @@ NUM_KEPT = 2  # the newest checkpoint, and the one before it in case that is dam
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class RunLocation:
     """Where and how a run runs, and what it leaves there."""
 
     out: Path
@@ -37,7 +37,7 @@ class Place:
     ranks: Ranks = ALONE
 
 
-def train(spec: RunSpec, corpus: Corpus, place: Place) -> int:
+def train(spec: RunSpec, corpus: Corpus, place: RunLocation) -> int:
     """Run `spec`, and then each of its branches in turn; return the exit code."""
     run = LocalRun(spec, corpus, place)
     code = run.finish()
@@ -55,7 +55,7 @@ def train(spec: RunSpec, corpus: Corpus, place: Place) -> int:
 class LocalRun:
     """A run with its folder: resumes or starts, trains, measures, checkpoints."""
 
-    def __init__(self, spec: RunSpec, corpus: Corpus, place: Place) -> None:
+    def __init__(self, spec: RunSpec, corpus: Corpus, place: RunLocation) -> None:
         self._spec = spec
         self._place = place
         self.checkpoints = place.out / "checkpoints"

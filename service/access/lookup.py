@@ -14,7 +14,7 @@ from service.database.tables import Run, Study
 from service.problems import conflict, not_found
 
 
-def get(session: Session, caller: Caller, run_id: str) -> Run:
+def find_run(session: Session, caller: Caller, run_id: str) -> Run:
     """The run of this id, as far as this caller can see.
 
     Raises:
@@ -29,7 +29,7 @@ def get(session: Session, caller: Caller, run_id: str) -> Run:
 Ts = TypeVarTuple("Ts")
 
 
-def find(session: Session, caller: Caller, name_or_id: str) -> Study:
+def find_study(session: Session, caller: Caller, name_or_id: str) -> Study:
     """The study of this id or name, as far as this caller can see.
 
     Raises:
@@ -38,7 +38,7 @@ def find(session: Session, caller: Caller, name_or_id: str) -> Study:
     return _only(session.scalars(_named(select(Study), caller, name_or_id)).all(), name_or_id)
 
 
-def find_id(session: Session, caller: Caller, name_or_id: str) -> str:
+def find_study_id(session: Session, caller: Caller, name_or_id: str) -> str:
     """As `find`, its id alone."""
     query = _named(select(Study.id, Study.project), caller, name_or_id)
     return _only(session.execute(query).all(), name_or_id).id

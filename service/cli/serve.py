@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from service.cli.common import Exit, fail
-from service.database.engine import database, reach, use_utc
+from service.database.engine import database, use_utc, wait_until_reachable
 from service.database.tables import ApiKey
 from service.local_stack.child_process import die_with_parent
 from service.observability import logs, tracing
@@ -95,7 +95,7 @@ def traced() -> Generator[None]:
 def _prepare(url: URL, *, upgraded: bool) -> None:
     """Upgrade the database, or only see that somebody has: one that is not would fail at random."""
     try:
-        reach(url, _DATABASE_PATIENCE_SECONDS)
+        wait_until_reachable(url, _DATABASE_PATIENCE_SECONDS)
     except OperationalError as error:
         fail(Exit.UNREACHABLE, f"cannot reach the database: {str(error.orig).strip()}")
     try:

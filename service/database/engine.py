@@ -105,12 +105,12 @@ def make_engine(url: URL, pool_size: int) -> Engine:
     return create_engine(url, pool_size=pool_size, max_overflow=0, **engine_options(url))
 
 
-def each_alone(engine: Engine) -> Engine:
+def autocommit_engine(engine: Engine) -> Engine:
     """The same connections, on which each statement is a transaction: no BEGIN, no COMMIT."""
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def reach(url: URL, patience_seconds: float) -> None:
+def wait_until_reachable(url: URL, patience_seconds: float) -> None:
     """Wait until the database answers: after an outage it and its service start together.
 
     Raises:

@@ -24,17 +24,17 @@ _RECONNECT_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
-class Bell:
+class Notification:
     """Rings for the notices of one topic; a ring that nobody waited for is kept."""
 
     def __init__(self) -> None:
         self._rung = asyncio.Event()
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """Wake who waits, or who will wait next."""
         self._rung.set()
 
-    async def heard(self, seconds: float) -> bool:
+    async def wait(self, seconds: float) -> bool:
         """Wait for a ring at most so long; whether there was one."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._rung.wait(), max(0.0, seconds))
@@ -48,12 +48,12 @@ class Wakeups:
 
     def __init__(self, url: URL) -> None:
         self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
-        self._bells: defaultdict[str, set[Bell]] = defaultdict(set)
+        self._bells: defaultdict[str, set[Notification]] = defaultdict(set)
 
     @contextmanager
-    def bell(self, topic: str) -> Generator[Bell]:
+    def subscription(self, topic: str) -> Generator[Notification]:
         """A bell for a topic: `WORK`, a study's id or a run's id."""
-        bell = Bell()
+        bell = Notification()
         self._bells[topic].add(bell)
         try:
             yield bell
@@ -93,11 +93,11 @@ class Wakeups:
         )
         async with connection:
             await connection.execute(f"LISTEN {CHANNEL}")
-            self._ring(list(self._bells))  # what was said while nobody listened
+            self._notify(list(self._bells))  # what was said while nobody listened
             async for notice in connection.notifies():
-                self._ring(notice.payload.split())
+                self._notify(notice.payload.split())
 
-    def _ring(self, topics: list[str]) -> None:
+    def _notify(self, topics: list[str]) -> None:
         for topic in topics:
             for bell in self._bells.get(topic, ()):
-                bell.ring()
+                bell.notify()

@@ -6,7 +6,7 @@ from sqlalchemy import Text, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from service.access.caller import Caller
-from service.access.lookup import get
+from service.access.lookup import find_run
 from service.database.tables import Checkpoint, Run, Study
 from service.events.audit_log import record
 from service.lifecycle import FINAL_RUN_STATES, after_attempt, retry_delay_seconds
@@ -65,7 +65,7 @@ def after_end(session: Session, caller: Caller, run_id: str, token: str) -> Deci
     Raises:
         Problem: 404 for no such run; 409 for a token that another attempt has replaced.
     """
-    if _ended(get(session, caller, run_id), token) == "cancelled":
+    if _ended(find_run(session, caller, run_id), token) == "cancelled":
         return "cancel"
     raise _stale(run_id)
 
@@ -159,7 +159,7 @@ def finish(session: Session, caller: Caller, run_id: str, token: str, finish: Fi
         run.timing = finish.timing.model_dump(mode="json")
     with session.no_autoflush:  # one UPDATE of the run, when all is known
         end_attempt(session, run, finish.outcome, error=finish.error, retryable=finish.retryable)
-        tell_end(session, study, run)
+        finish_trial_of(session, study, run)
     session.flush()
     advance(session, study)
     return run.state
@@ -173,7 +173,7 @@ def _locked_study(session: Session, caller: Caller, run_id: str) -> Study:
     return study
 
 
-def tell_end(session: Session, study: Study, run: Run) -> None:
+def finish_trial_of(session: Session, study: Study, run: Run) -> None:
     """Tell Optuna of a trial's end in this transaction, if it has come to one."""
     if run.trial_number is None or run.state not in FINAL_RUN_STATES:
         return

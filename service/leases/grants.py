@@ -30,7 +30,7 @@ def take(run: Run, request: LeaseRequest, settings: Settings, now: datetime) -> 
     run.started_at = run.started_at or now
 
 
-def leased(run: Run, caller: Caller) -> NewEvent:
+def leased_event(run: Run, caller: Caller) -> NewEvent:
     """The event of a run that was taken by this caller."""
     return event(
         "run.leased",

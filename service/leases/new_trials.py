@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.access.caller import Caller
 from service.database.tables import Run, Study
 from service.events.audit_log import NewEvent, event, record_all
-from service.leases.grants import clock, lease_of, leased, take
-from service.leases.requests import Bid, Opening
+from service.leases.grants import clock, lease_of, leased_event, take
+from service.leases.requests import OpenStudy, PendingRequest
 from service.lifecycle import LIVE_RUN_STATES
 from service.observability import tracing
 from service.optuna_bridge.draft_storage import Drawn, MovedOnError, WentBackError, write
@@ -25,7 +25,7 @@ from service.optuna_bridge.sampler import TRANSIENT, Sampler, Suggestion
 from service.protocol import Lease
 from service.runs.store import new_run
 from service.settings import Settings
-from service.specs.stored import UnreadableSpecError, note_left, parsed
+from service.specs.stored import UnreadableSpecError, log_skipped_study, parse_stored
 from service.specs.study import StudySpec
 from service.studies.advance import end
 from service.studies.locks import lock
@@ -45,19 +45,19 @@ class StudyFaultError(Exception):
         super().__init__(f"cannot start a trial: {type(error).__name__}: {error}")
 
 
-def openings(session: Session, within: ColumnElement[bool]) -> dict[str, Opening]:
+def openings(session: Session, within: ColumnElement[bool]) -> dict[str, OpenStudy]:
     """Active studies with fewer live trials than `parallel` and fewer trials than their budget.
 
     The oldest first. What only another version can read is left to that.
     """
-    found: dict[str, Opening] = {}
+    found: dict[str, OpenStudy] = {}
     for study, room in session.execute(_OPEN.where(within)):
         try:
-            needs = parsed(study.spec).resources.trial
+            needs = parse_stored(study.spec).resources.trial
         except UnreadableSpecError as error:
-            note_left(study.id, error.detail)
+            log_skipped_study(study.id, error.detail)
             continue
-        found[study.id] = Opening(study=study, room=room, needs=needs)
+        found[study.id] = OpenStudy(study=study, room=room, needs=needs)
     return found
 
 
@@ -95,7 +95,7 @@ def start(
     sampler: Sampler,
     settings: Settings,
     study: Study,
-    bids: list[Bid],
+    bids: list[PendingRequest],
 ) -> Generator[float, None, bool]:
     """Start a trial for every bid, as many as there is room for; False if it is held up.
 
@@ -105,13 +105,13 @@ def start(
     Raises:
         StudyFaultError: this study's fault, which must not stop the others.
     """
-    spec = parsed(study.spec)
+    spec = parse_stored(study.spec)
     try:
         for _ in range(_DRAWS):
             bids = [bid for bid in bids if bid.wanted]
             with tracing.span("ask", study=study.id, trials=len(bids)):
                 drawn = sampler.draw(study.optuna_name, spec, len(bids)) if bids else None
-            leases: list[tuple[Bid, Lease]] = []
+            leases: list[tuple[PendingRequest, Lease]] = []
             if drawn is None:
                 return True
             with suppress(MovedOnError), _forgetting(sampler, study), sessions.begin() as session:
@@ -159,8 +159,8 @@ def _start(
     *,
     spec: StudySpec,
     drawn: Drawn,
-    bids: list[Bid],
-) -> tuple[list[tuple[Bid, Lease]], list[Bid]]:
+    bids: list[PendingRequest],
+) -> tuple[list[tuple[PendingRequest, Lease]], list[PendingRequest]]:
     """Grants, and the bids that are to be drawn for again: the study was not as it was."""
     held = session.execute(_LOCK, {"study": study.id, "patience": _LOCK_TIMEOUT}).one_or_none()
     if held is None or held.optuna_id != drawn.study_id:
@@ -189,14 +189,15 @@ def _start(
     events = [
         one
         for bid, run in zip(bids, runs, strict=False)
-        for one in (_queued(run, bid.caller), leased(run, bid.caller))
+        for one in (queued_event(run, bid.caller), leased_event(run, bid.caller))
     ]
     record_all(session, events)
     leases = [lease_of(session, settings, run, study, needs=spec.resources.trial) for run in runs]
     return list(zip(bids, leases, strict=False)), bids[len(leases) :]
 
 
-def _queued(run: Run, caller: Caller) -> NewEvent:
+def queued_event(run: Run, caller: Caller) -> NewEvent:
+    """Build the event of a run that has been queued."""
     return event(
         "run.queued",
         study_id=run.study_id,

@@ -22,7 +22,7 @@ class Presence:
         self._last: float | None = None
         self._owes = False
 
-    def seen(self) -> bool:
+    def note_request(self) -> bool:
         """Note that a request was served just now; False while an absence is not made good.
 
         The first request after an absence may be a worker's report, which makes nothing good.
@@ -34,7 +34,7 @@ class Presence:
                 self._owes = True
             return not self._owes
 
-    def made_good(self) -> None:
+    def note_extended(self) -> None:
         """Note that live leases have been given their time again."""
         with self._lock:
             self._owes = False

@@ -16,10 +16,10 @@ from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.datastructures import State
 
 from service.access.caller import Caller
-from service.events.wakeups import WORK, Bell
+from service.events.wakeups import WORK, Notification
 from service.leases import rounds
 from service.leases.grants import give_back
-from service.leases.requests import Bid
+from service.leases.requests import PendingRequest
 from service.observability import request_context, tracing
 from service.optuna_bridge.sampler import TRANSIENT
 from service.problems import Problem
@@ -32,22 +32,22 @@ _AT_ONCE = 256  # bids a round serves: the next round takes those behind them
 
 
 @dataclass(kw_only=True)
-class _Place:
+class _Waiting:
     """A place in line."""
 
-    bid: Bid
+    bid: PendingRequest
     deadline: float
     answer: asyncio.Future[tuple[Lease, ...]]
 
 
-class Desk:
+class LeaseQueue:
     """Serves one replica's requests, on its event loop."""
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._line: list[_Place] = []
+        self._line: list[_Waiting] = []
         self._of_key = Counter[str]()  # places in line
-        self._bell = Bell()  # of the rounds that run, or of none
+        self._bell = Notification()  # of the rounds that run, or of none
         self._rounds: asyncio.Task[None] | None = None
         self._givings: set[asyncio.Task[None]] = set()
 
@@ -77,13 +77,13 @@ class Desk:
         if self._state.drain.begun:
             return ()
         loop = asyncio.get_running_loop()
-        place = _Place(
-            bid=Bid(caller=caller, request=request),
+        place = _Waiting(
+            bid=PendingRequest(caller=caller, request=request),
             deadline=loop.time() + request.wait_seconds,
             answer=loop.create_future(),
         )
         self._line.append(place)
-        self._bell.ring()
+        self._bell.notify()
         if self._rounds is None or self._rounds.done():
             self._rounds = asyncio.create_task(self._serve())
         try:
@@ -93,7 +93,7 @@ class Desk:
             self._take_back(place)
             raise
 
-    def _take_back(self, place: _Place) -> None:
+    def _take_back(self, place: _Waiting) -> None:
         """Queue again what was answered in the very moment that the client left."""
         answer = place.answer
         if answer.done() and not answer.cancelled() and not answer.exception():
@@ -108,7 +108,10 @@ class Desk:
 
     async def _serve(self) -> None:
         # What a round mends is no doing of the request that happened to start it.
-        with request_context.acting("service"), self._state.wakeups.bell(WORK) as self._bell:
+        with (
+            request_context.acting("service"),
+            self._state.wakeups.subscription(WORK) as self._bell,
+        ):
             while self._line:
                 line = tuple(self._line)
                 firsts = range(0, len(line), _AT_ONCE)
@@ -117,7 +120,7 @@ class Desk:
                 if self._line:
                     await self._pause(min(pauses))
 
-    async def _round(self, line: tuple[_Place, ...]) -> float:
+    async def _round(self, line: tuple[_Waiting, ...]) -> float:
         """Serve these; give the seconds until the next round of them has reason to be."""
         served = [place for place in line if not place.answer.done()]
         due = 0.0 if self._state.drain.begun else await self._served(served)
@@ -125,7 +128,7 @@ class Desk:
             self._answer(place)
         return _LOOK_SECONDS if due is None else min(due + _MARGIN_SECONDS, _LOOK_SECONDS)
 
-    async def _served(self, places: list[_Place]) -> float | None:
+    async def _served(self, places: list[_Waiting]) -> float | None:
         """Serve these together; where that fails each alone, so that one is told what one did."""
         due, bids = None, [place.bid for place in places]
         try:
@@ -143,7 +146,7 @@ class Desk:
             await self._served([place])
         return None
 
-    def _answer(self, place: _Place) -> None:
+    def _answer(self, place: _Waiting) -> None:
         """Answer who was granted something, or is not to wait; it is granted no more."""
         bid, answer = place.bid, place.answer
         leases, bid.granted = tuple(bid.granted), []
@@ -161,7 +164,7 @@ class Desk:
         """Until the bell, the first deadline, the end of this process, or so many seconds."""
         now = asyncio.get_running_loop().time()
         seconds = max(0.0, min(seconds, *(place.deadline - now for place in self._line)))
-        await self._state.drain.cut_short(self._bell.heard(seconds))
+        await self._state.drain.cut_short(self._bell.wait(seconds))
 
 
 async def give_back_to(state: State, caller: Caller, leases: tuple[Lease, ...]) -> None:

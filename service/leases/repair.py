@@ -7,10 +7,10 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.database.tables import Run, Study
 from service.events.audit_log import record
-from service.leases.attempts import end_attempt, tell_end
+from service.leases.attempts import end_attempt, finish_trial_of
 from service.leases.presence import Presence
 from service.lifecycle import FINAL_RUN_STATES
-from service.specs.stored import UnreadableSpecError, note_left
+from service.specs.stored import UnreadableSpecError, log_skipped_study
 from service.studies.advance import advance
 from service.studies.locks import locked
 
@@ -25,9 +25,9 @@ def expire(sessions: sessionmaker[Session], presence: Presence) -> frozenset[str
     Returns the studies whose leases are left to a replica of another version.
     """
     late = _late_studies(sessions)  # first: while the database is away nothing is served
-    if not presence.seen():
+    if not presence.note_request():
         _give_time_again(sessions, presence.lease_seconds)
-        presence.made_good()
+        presence.note_extended()
         late = _late_studies(sessions)
     left: set[str] = set()
     for study_id in late:
@@ -35,7 +35,7 @@ def expire(sessions: sessionmaker[Session], presence: Presence) -> frozenset[str
             with sessions.begin() as session:
                 _expire_in(session, study_id)
         except UnreadableSpecError as error:
-            note_left(study_id, error.detail)
+            log_skipped_study(study_id, error.detail)
             left.add(study_id)
     return frozenset(left)
 
@@ -81,7 +81,7 @@ def _expire_in(session: Session, study_id: str) -> None:
     advance(session, study)
 
 
-def tell_finished(sessions: sessionmaker[Session]) -> None:
+def finish_pending_trials(sessions: sessionmaker[Session]) -> None:
     """Tell Optuna of the finished trials that it has not heard of: cancelled ones, mostly.
 
     Another request may be telling the same, or be ending the run: what is locked is left to it.
@@ -96,4 +96,4 @@ def tell_finished(sessions: sessionmaker[Session]) -> None:
     )
     with sessions.begin() as session:
         for run, study in session.execute(query).all():
-            tell_end(session, study, run)
+            finish_trial_of(session, study, run)

@@ -16,11 +16,11 @@ from service.access.caller import Caller
 from service.leases import attempts
 from service.optuna_bridge.sampler import Sampler
 from service.protocol import Decision, Measurement
-from service.specs.stored import UnreadableSpecError, parsed
+from service.specs.stored import UnreadableSpecError, parse_stored
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heard:
+class WrittenReport:
     """A report that was written: whose it was, and whether its study's pruner has a say."""
 
     study_id: str
@@ -40,24 +40,24 @@ def report(
     """
     with state.statements() as session:
         lease_seconds = state.settings.lease_seconds
-        heard = hear(session, caller, run_id, token, points, lease_seconds=lease_seconds)
+        heard = write_report(session, caller, run_id, token, points, lease_seconds=lease_seconds)
         if heard is None:
             return attempts.after_end(session, caller, run_id, token)
-    state.presence.seen()
+    state.presence.note_request()
     return "prune" if _is_pruned(state.sampler, heard) else "continue"
 
 
-def _is_pruned(sampler: Sampler, heard: Heard) -> bool:
+def _is_pruned(sampler: Sampler, heard: WrittenReport) -> bool:
     if heard.judged_by is None or heard.trial_number is None:
         return False
     try:
-        spec = parsed(heard.judged_by)
+        spec = parse_stored(heard.judged_by)
     except UnreadableSpecError:
         return False  # another version's pruner may say so at a later report
     return sampler.prunes(heard.optuna_name, spec, heard.trial_number)
 
 
-def hear(
+def write_report(
     session: Session,
     caller: Caller,
     run_id: str,
@@ -65,7 +65,7 @@ def hear(
     points: tuple[Measurement, ...],
     *,
     lease_seconds: float,
-) -> Heard | None:
+) -> WrittenReport | None:
     """Write a report; None when no lease of this token stands.
 
     A lease that has run out but was not taken by anybody else yet is still good. A step or an
@@ -79,11 +79,11 @@ def hear(
         "lease_seconds": lease_seconds,
         "points": f"[{','.join(point.model_dump_json() for point in points)}]",
     }
-    row = session.execute(_HEAR, values).mappings().one_or_none()
-    return None if row is None else Heard(**row)
+    row = session.execute(_WRITE_REPORT, values).mappings().one_or_none()
+    return None if row is None else WrittenReport(**row)
 
 
-_HEAR = text("""
+_WRITE_REPORT = text("""
 WITH point AS MATERIALIZED (
     SELECT * FROM ROWS FROM (json_to_recordset(CAST(:points AS json)) AS (
         step bigint, tokens bigint, loss_nats float8, val_loss_nats float8,

@@ -11,7 +11,7 @@ from service.protocol import Lease, LeaseRequest, Resources, RunKind
 
 
 @dataclass(kw_only=True)
-class Bid:
+class PendingRequest:
     """A request for leases, and what it was given so far."""
 
     caller: Caller
@@ -41,7 +41,7 @@ class Bid:
 
 
 @dataclass(kw_only=True)
-class Opening:
+class OpenStudy:
     """A study that may start so many trials, and what each of them needs."""
 
     study: Study
@@ -49,16 +49,16 @@ class Opening:
     needs: Resources
 
 
-def allot(
-    bids: Iterable[Bid],
-    openings: Mapping[str, Opening],
+def assign_trials(
+    bids: Iterable[PendingRequest],
+    openings: Mapping[str, OpenStudy],
     studies: Mapping[str | None, Iterable[str]],
-) -> dict[str, list[Bid]]:
+) -> dict[str, list[PendingRequest]]:
     """Who gets a trial of which study, once for each trial; no study beyond its room.
 
     Every bid in its turn takes what fits it from the first of its scope's `studies` with room.
     """
-    allotted: dict[str, list[Bid]] = {}
+    allotted: dict[str, list[PendingRequest]] = {}
     room = {study: opening.room for study, opening in openings.items()}
     for bid in bids:
         free, wanted = bid.free, bid.wanted if bid.takes("trial") else 0

@@ -11,18 +11,18 @@ from sqlalchemy import ColumnElement, func, select
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.datastructures import State
 
-from service.access.lookup import find_id
+from service.access.lookup import find_study_id
 from service.database.tables import Run, Study
 from service.events.audit_log import record_all
 from service.leases import new_trials
-from service.leases.grants import clock, lease_of, leased, take
-from service.leases.repair import LATE, UNTOLD, expire, tell_finished
-from service.leases.requests import Bid, allot
+from service.leases.grants import clock, lease_of, leased_event, take
+from service.leases.repair import LATE, UNTOLD, expire, finish_pending_trials
+from service.leases.requests import PendingRequest, assign_trials
 from service.optuna_bridge.sampler import Sampler
 from service.problems import Problem
 from service.protocol import Lease, RunKind
 from service.settings import Settings
-from service.specs.stored import note_left
+from service.specs.stored import log_skipped_study
 from service.specs.study import StudyResources
 from warmcore.specs import RunSpec
 
@@ -44,7 +44,7 @@ _LOOK = select(
 )
 
 
-def serve(state: State, bids: list[Bid]) -> Generator[float | None]:
+def serve(state: State, bids: list[PendingRequest]) -> Generator[float | None]:
     """Grant every bid in its turn up to `max_runs` runs that fit together, as far as there are any.
 
     Yields whenever something has been granted, for that to be answered before more is drawn: 0. At
@@ -61,11 +61,11 @@ def serve(state: State, bids: list[Bid]) -> Generator[float | None]:
     _look_up(statements, bids)
     late, untold, waiting = _look(statements)
     left: frozenset[str] = frozenset()
-    if late or not presence.seen():
+    if late or not presence.note_request():
         left = expire(sessions, presence)
         _, untold, waiting = _look(statements)
     if untold:
-        tell_finished(sessions)
+        finish_pending_trials(sessions)
     if waiting:
         _lease_queued(sessions, state.settings, bids)
         if any(bid.granted for bid in bids):
@@ -85,7 +85,7 @@ def _look(statements: sessionmaker[Session]) -> tuple[bool, bool, bool]:
     return found[0], found[1], found[2]
 
 
-def _look_up(statements: sessionmaker[Session], bids: Iterable[Bid]) -> None:
+def _look_up(statements: sessionmaker[Session], bids: Iterable[PendingRequest]) -> None:
     known: dict[tuple[str | None, str | None], tuple[ColumnElement[bool], str]] = {}
     for bid in bids:
         if bid.within is not None:
@@ -100,16 +100,18 @@ def _look_up(statements: sessionmaker[Session], bids: Iterable[Bid]) -> None:
             bid.error = problem
 
 
-def _within(session: Session, bid: Bid) -> tuple[ColumnElement[bool], str]:
+def _within(session: Session, bid: PendingRequest) -> tuple[ColumnElement[bool], str]:
     """The studies that a bid takes from, one or its caller's, and a name for them."""
     if bid.request.study is None:
         return bid.caller.studies, f"project:{bid.caller.project}"
-    id_ = find_id(session, bid.caller, bid.request.study)
+    id_ = find_study_id(session, bid.caller, bid.request.study)
     return Study.id == id_, id_
 
 
-def _lease_queued(sessions: sessionmaker[Session], settings: Settings, bids: list[Bid]) -> None:
-    granted: list[tuple[Bid, Lease]] = []
+def _lease_queued(
+    sessions: sessionmaker[Session], settings: Settings, bids: list[PendingRequest]
+) -> None:
+    granted: list[tuple[PendingRequest, Lease]] = []
     nothing_left: set[tuple[object, ...]] = set()
     with sessions.begin() as session:
         for bid in bids:
@@ -123,7 +125,7 @@ def _lease_queued(sessions: sessionmaker[Session], settings: Settings, bids: lis
         bid.granted.append(lease)
 
 
-def _queued_for(session: Session, settings: Settings, bid: Bid) -> list[Lease]:
+def _queued_for(session: Session, settings: Settings, bid: PendingRequest) -> list[Lease]:
     granted: list[Lease] = []
     unreadable: list[str] = []
     while True:
@@ -134,7 +136,11 @@ def _queued_for(session: Session, settings: Settings, bid: Bid) -> list[Lease]:
 
 
 def _grant_waiting(
-    session: Session, settings: Settings, bid: Bid, before: list[Lease], unreadable: list[str]
+    session: Session,
+    settings: Settings,
+    bid: PendingRequest,
+    before: list[Lease],
+    unreadable: list[str],
 ) -> list[Lease]:
     """Grant what waits, beside what was granted `before`; note what this version cannot read.
 
@@ -159,13 +165,13 @@ def _grant_waiting(
             needs = StudyResources.model_validate(study.spec["resources"]).of(run.kind)
             RunSpec.model_validate(run.spec)
         except (KeyError, ValueError) as error:
-            note_left(study.id, f"its run {run.id}: {type(error).__name__}")
+            log_skipped_study(study.id, f"its run {run.id}: {type(error).__name__}")
             unreadable.append(run.id)
             continue
         if needs.fits(free):
             take(run, bid.request, settings, now)
             session.flush()
-            record_all(session, [leased(run, bid.caller)])
+            record_all(session, [leased_event(run, bid.caller)])
             granted.append(lease_of(session, settings, run, study, needs=needs))
             free = free.less(needs)
     return granted
@@ -176,7 +182,7 @@ def _start_trials(
     statements: sessionmaker[Session],
     sampler: Sampler,
     settings: Settings,
-    bids: list[Bid],
+    bids: list[PendingRequest],
 ) -> Generator[float, None, bool]:
     """Start trials until the bids are served or no study has room; False if some are held up."""
     held_up: set[str] = set()
@@ -194,8 +200,8 @@ def _start_trials(
 
 
 def _allotted(
-    statements: sessionmaker[Session], bids: list[Bid], held_up: set[str]
-) -> list[tuple[Study, list[Bid]]]:
+    statements: sessionmaker[Session], bids: list[PendingRequest], held_up: set[str]
+) -> list[tuple[Study, list[PendingRequest]]]:
     takers = [bid for bid in bids if bid.wanted and bid.takes("trial")]
     if not takers:
         return []
@@ -204,7 +210,7 @@ def _allotted(
         found = {scope: new_trials.openings(session, within) for scope, within in scopes.items()}
     openings = {id_: o for of in found.values() for id_, o in of.items() if id_ not in held_up}
     studies = {scope: [id_ for id_ in of if id_ in openings] for scope, of in found.items()}
-    allotted = allot(takers, openings, studies)
+    allotted = assign_trials(takers, openings, studies)
     return [(openings[id_].study, bids) for id_, bids in allotted.items()]
 
 

@@ -27,7 +27,7 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from service.database.engine import each_alone, engine_options
+from service.database.engine import autocommit_engine, engine_options
 from service.optuna_bridge.cached_tpe import Memory
 from service.optuna_bridge.draft_storage import DraftStorage, Drawn
 from service.optuna_bridge.study_cache import KnownStudies
@@ -91,7 +91,7 @@ class Sampler:
             url, engine_kwargs=pool | engine_options(make_url(url)), skip_table_creation=True
         )
         self._rdb, self.engine = rdb, rdb.engine
-        self._statements = each_alone(rdb.engine)
+        self._statements = autocommit_engine(rdb.engine)
         self.storage: BaseStorage = optuna.storages.get_storage(rdb)  # of studies, not of trials
         self._turns = BoundedSemaphore(pool_size)
         self._gp: ProcessPoolExecutor | None = None

@@ -4,11 +4,11 @@ from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, StreamingResponse
 
 from service.access.authentication import Reader
-from service.access.lookup import find
+from service.access.lookup import find_study
 from service.results import store
 from service.results.report import page as report
 from service.results.schemas import StudyResults
-from service.specs.stored import parsed
+from service.specs.stored import parse_stored
 from service.web.dependencies import DbSession
 from service.web.json_body import Route
 from service.web.protection import NO_FRAMES
@@ -19,14 +19,14 @@ router = APIRouter(prefix="/studies", tags=["results"], route_class=Route)
 @router.get("/{study}/results")
 def read_results(caller: Reader, session: DbSession, study: str) -> StudyResults:
     """Best trial, target runs, costs, and the verdict or what it waits for."""
-    return store.results(session, find(session, caller, study))
+    return store.results(session, find_study(session, caller, study))
 
 
 @router.get("/{study}/report", response_class=HTMLResponse)
 def read_report(caller: Reader, session: DbSession, study: str) -> StreamingResponse:
     """The same as one self-contained page with plots."""
-    found = find(session, caller, study)
-    spec, trials = parsed(found.spec), store.report_trials(session, found.id)
+    found = find_study(session, caller, study)
+    spec, trials = parse_stored(found.spec), store.report_trials(session, found.id)
     page = report.page(store.results(session, found), trials, spec)
     headers = {"Content-Security-Policy": NO_FRAMES}  # the rest stands in the page
     return StreamingResponse(page, media_type="text/html; charset=utf-8", headers=headers)

@@ -26,7 +26,7 @@ from service.results.schemas import (
 from service.results.verdict import Pending, judge
 from service.results.wording import why_no_target
 from service.runs.store import best_growable, best_trial
-from service.specs.stored import parsed
+from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
 from service.studies.advance import base_of
 from service.studies.schemas import RunCounts
@@ -41,7 +41,7 @@ MAX_SHOWN_POINTS = 1000
 
 def results(session: Session, study: Study) -> StudyResults:
     """Everything that the study has found so far."""
-    spec = parsed(study.spec)
+    spec = parse_stored(study.spec)
     best = _best(session, study.id)
     targets = _targets(session, study.id)
     trials = _trial_counts(session, study.id)

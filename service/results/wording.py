@@ -58,21 +58,21 @@ def spelled(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def times(value: float | None) -> str:
+def format_speedup(value: float | None) -> str:
     """A speedup, or that there is none."""
     return "never" if value is None else f"{value:.2f}x"
 
 
-def signed(verdict: Verdict | None) -> str:
+def format_difference(verdict: Verdict | None) -> str:
     """Warm - cold with its sign, or a dash."""
     return "-" if verdict is None else digits(verdict.difference_nats, "+")
 
 
-def span(verdict: Verdict | None) -> str:
+def format_interval(verdict: Verdict | None) -> str:
     """The interval of warm - cold, or a dash."""
     if verdict is None or verdict.interval_nats is None:
         return "-"
-    return ends(verdict.interval_nats)
+    return format_ends(verdict.interval_nats)
 
 
 def arm_name(run: TargetRun) -> str:
@@ -92,7 +92,7 @@ def label(run: RunView) -> str:
     return f"target {run.arm}{budget}"
 
 
-def shared(costs: Costs) -> list[tuple[str, float | None]]:
+def shared_costs(costs: Costs) -> list[tuple[str, float | None]]:
     """What trunks saved, where there are any."""
     if costs.targets_flops == costs.targets_alone_flops:
         return []
@@ -124,7 +124,7 @@ def direction(difference_nats: float) -> str:
     return f"{digits(abs(difference_nats))} nats {'lower' if difference_nats < 0 else 'higher'}"
 
 
-def ends(interval: Interval) -> str:
+def format_ends(interval: Interval) -> str:
     """An interval by its ends."""
     return f"{digits(interval.low, '+')} to {digits(interval.high, '+')}"
 
@@ -135,7 +135,7 @@ def count_seeds(seeds: int) -> str:
 
 
 def _span(interval: Interval) -> str:
-    return f"{interval.confidence:.0%} interval {ends(interval)} nats"
+    return f"{interval.confidence:.0%} interval {format_ends(interval)} nats"
 
 
 def _speed(pairs: tuple[SeedPair, ...], speedup: float | None) -> str:

@@ -33,7 +33,9 @@ def list_runs(
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> RunPage:
     """Runs, newest first."""
-    filters = [] if study is None else [Run.study_id == lookup.find(session, caller, study).id]
+    filters = (
+        [] if study is None else [Run.study_id == lookup.find_study(session, caller, study).id]
+    )
     filters += [] if state is None else [Run.state == state]
     filters += [] if kind is None else [Run.kind == kind]
     return store.page(session, caller, filters, cursor, limit)
@@ -42,7 +44,7 @@ def list_runs(
 @router.get("/{run_id}")
 def read_run(caller: Reader, session: DbSession, run_id: str) -> RunView:
     """One run."""
-    run = lookup.get(session, caller, run_id)
+    run = lookup.find_run(session, caller, run_id)
     return store.view(run, session.get_one(Study, run.study_id).name)
 
 
@@ -55,14 +57,16 @@ def read_measurements(
     limit: Annotated[int, Query(ge=1, le=5000)] = 1000,
 ) -> MeasurementPage:
     """The run's curve, by step; nothing of it is left out."""
-    run = lookup.get(session, caller, run_id)
+    run = lookup.find_run(session, caller, run_id)
     return store.measurements(session, run.id, cursor, limit)
 
 
 @router.get("/{run_id}/checkpoints")
 def read_checkpoints(caller: Reader, session: DbSession, run_id: str) -> CheckpointList:
     """The run's checkpoints that are kept, newest first."""
-    return CheckpointList(items=store.checkpoints(session, lookup.get(session, caller, run_id).id))
+    return CheckpointList(
+        items=store.checkpoints(session, lookup.find_run(session, caller, run_id).id)
+    )
 
 
 @router.get(

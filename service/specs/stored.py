@@ -26,14 +26,14 @@ class UnreadableSpecError(Problem):
         super().__init__(503, "needs-upgrade", detail, headers={"Retry-After": "1"})
 
 
-def parsed(stored: dict[str, Any]) -> StudySpec:
+def parse_stored(stored: dict[str, Any]) -> StudySpec:
     """The spec of a stored study; checked once, since every request of a study reads it again.
 
     Raises:
         UnreadableSpecError: 503, it is of another version.
     """
     try:
-        return _parsed(json.dumps(stored))
+        return _parse_text(json.dumps(stored))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -41,11 +41,11 @@ def parsed(stored: dict[str, Any]) -> StudySpec:
 
 
 @lru_cache(maxsize=_KEPT)
-def _parsed(text: str) -> StudySpec:
+def _parse_text(text: str) -> StudySpec:
     return StudySpec.model_validate_json(text)
 
 
 @lru_cache(maxsize=_KEPT)
-def note_left(study_id: str, reason: str) -> None:
+def log_skipped_study(study_id: str, reason: str) -> None:
     """Say once that a study is left to a replica of another version."""
     _log.warning("a study is left to another version", extra={"study": study_id, "error": reason})

@@ -225,7 +225,7 @@ class StudySpec(Spec):
             raise FieldError("proxy.vocab_size", self.proxy.vocab_size, str(error)) from None
         return self.model_copy(update={"data": data, "proxy": proxy})
 
-    def unpinned(self) -> "StudySpec":
+    def without_pins(self) -> "StudySpec":
         """This study on whatever its corpus and its tokenizer.json now are."""
         data = self.data.model_copy(update={"hash": None, "tokenizer_hash": None})
         return self.model_copy(update={"data": data})

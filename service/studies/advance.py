@@ -11,7 +11,7 @@ from service.events.audit_log import record
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.observability import tracing
 from service.runs.store import best_growable, best_trial, new_run
-from service.specs.stored import UnreadableSpecError, parsed
+from service.specs.stored import UnreadableSpecError, parse_stored
 from service.specs.study import StudySpec, TargetSpec, WarmstartSpec
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
 from warmcore.specs import CheckpointRef, ModelSpec
@@ -44,7 +44,7 @@ def _advance(session: Session, study: Study) -> None:
     budget = study.spec["hpo"]["trials"]
     if study.state in FINAL_STUDY_STATES or _finished_trials(session, study) < budget:
         return
-    spec = parsed(study.spec)
+    spec = parse_stored(study.spec)
     step = next_step(
         spec,
         _best_base(session, study.id),

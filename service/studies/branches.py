@@ -14,7 +14,7 @@ from service.database.tables import Checkpoint, Run, Study
 from service.events.audit_log import record
 from service.problems import bad_field
 from service.runs.store import new_run
-from service.specs.stored import parsed
+from service.specs.stored import parse_stored
 from service.studies.locks import lock
 from warmcore.specs import CheckpointRef, RunSpec
 from warmcore.specs.run import branch_of
@@ -62,7 +62,7 @@ def _branch(study: Study, trunk: Run, checkpoint: Checkpoint, number: int) -> Ru
     spec = RunSpec.model_validate(trunk.spec)
     ref = CheckpointRef(uri=checkpoint.uri, hash=checkpoint.hash)
     branch = branch_of(spec, spec.branches[number - 1], ref)
-    run = new_run(study, parsed(study.spec), branch, trunk.params)
+    run = new_run(study, parse_stored(study.spec), branch, trunk.params)
     run.kind, run.launch, run.rung, run.arm = "target", trunk.launch, trunk.rung, trunk.arm
     run.cpus, run.gpus, run.base_hash = trunk.cpus, trunk.gpus, trunk.base_hash
     run.base_checkpoint_id, run.trunk_id, run.branch = checkpoint.id, trunk.id, number

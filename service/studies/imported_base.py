@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.access.caller import Caller
-from service.access.lookup import find
+from service.access.lookup import find_study
 from service.access.paths import NAMES_BELOW, check_paths, is_below, resolve_path
 from service.problems import Problem, bad_field, not_found
 from service.settings import Settings
@@ -90,6 +90,6 @@ def _check_owner(session: Session, caller: Caller, below: str, uri: str) -> None
     if not _STUDY_ID.fullmatch(owner):
         return
     try:
-        find(session, caller, owner)
+        find_study(session, caller, owner)
     except Problem:
         raise not_found("checkpoint", uri) from None

@@ -50,12 +50,12 @@ def create_study(
 ) -> StudyView:
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
     paths.check_data(body.data, settings.readable)
-    study = store.create(session, caller, pinned(body), key)
+    study = store.create(session, caller, pin_to_corpus(body), key)
     sampler.create(study.optuna_name)
     return store.view(session, study)
 
 
-def pinned(spec: StudySpec) -> StudySpec:
+def pin_to_corpus(spec: StudySpec) -> StudySpec:
     """Look at the corpus: it is there, long enough, and the one that the spec names if it does.
 
     Its hash goes into every run of the study, so that all are of the same text, and so does the
@@ -90,14 +90,14 @@ def list_studies(
 @router.get("/{study}")
 def read_study(caller: Reader, session: DbSession, study: str) -> StudyView:
     """One study: state, counts by run state, best trial, progress, cost so far."""
-    return store.view(session, lookup.find(session, caller, study))
+    return store.view(session, lookup.find_study(session, caller, study))
 
 
 @router.post("/{study}/pause")
 def pause_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """Lease nothing more; what runs goes on to its end."""
     return store.view(
-        session, store.change_state(session, lookup.find(session, caller, study), "paused")
+        session, store.change_state(session, lookup.find_study(session, caller, study), "paused")
     )
 
 
@@ -105,7 +105,7 @@ def pause_study(caller: Writer, session: DbSession, study: str) -> StudyView:
 def resume_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """Lease again."""
     return store.view(
-        session, store.change_state(session, lookup.find(session, caller, study), "active")
+        session, store.change_state(session, lookup.find_study(session, caller, study), "active")
     )
 
 
@@ -113,7 +113,7 @@ def resume_study(caller: Writer, session: DbSession, study: str) -> StudyView:
 def cancel_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """End the study; a running worker hears it at its next report."""
     return store.view(
-        session, store.change_state(session, lookup.find(session, caller, study), "cancelled")
+        session, store.change_state(session, lookup.find_study(session, caller, study), "cancelled")
     )
 
 
@@ -127,7 +127,7 @@ def list_trials(
     limit: Annotated[int, Query(ge=1, le=1000)] = 500,
 ) -> TrialPage:
     """Trials by number with parameters, value and state, enqueued ones included."""
-    return trials.page(session, sampler, lookup.find(session, caller, study), cursor, limit)
+    return trials.page(session, sampler, lookup.find_study(session, caller, study), cursor, limit)
 
 
 @router.post("/{study}/trials", status_code=201)
@@ -140,7 +140,9 @@ def enqueue_trial(
     key: Key = None,
 ) -> TrialView:
     """Try given parameters next."""
-    return trials.enqueue(session, sampler, lookup.find(session, caller, study), body.params, key)
+    return trials.enqueue(
+        session, sampler, lookup.find_study(session, caller, study), body.params, key
+    )
 
 
 @router.get(
@@ -151,7 +153,7 @@ def read_importance(
     caller: Reader, session: DbSession, sampler: TheSampler, study: str
 ) -> Importance:
     """How much each parameter decides the loss."""
-    return trials.importance(sampler, lookup.find(session, caller, study))
+    return trials.importance(sampler, lookup.find_study(session, caller, study))
 
 
 @router.post("/{study}/targets", status_code=201)
@@ -164,7 +166,7 @@ def start_targets(
     key: Key = None,
 ) -> TargetList:
     """Start a warmstart by hand, from a trial or a checkpoint."""
-    found = lookup.find(session, caller, study)
+    found = lookup.find_study(session, caller, study)
     if body.base is not None:
         imported_base.check_base(session, caller, settings, body.base.uri)
     started = targets.start(session, found, body, key)

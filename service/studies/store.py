@@ -11,7 +11,7 @@ from service.lifecycle import LIVE_RUN_STATES, sources
 from service.problems import Problem, bad_field, conflict
 from service.protocol import StudyState
 from service.runs.store import best_trial
-from service.specs.stored import parsed
+from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
 from service.studies.advance import cancel_runs
 from service.studies.locks import lock
@@ -60,8 +60,8 @@ def _lost_the_race(
 
 
 def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
-    before = parsed(study.spec)
-    if before.unpinned() != spec.unpinned():
+    before = parse_stored(study.spec)
+    if before.without_pins() != spec.without_pins():
         detail = (
             f"Idempotency-Key {idempotency_key!r} was used for study {study.name!r}, "
             "whose spec is another"
@@ -116,7 +116,7 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
 
 def view(session: Session, study: Study) -> StudyView:
     """The study as it is read: state, counts, best trial, progress, cost so far."""
-    spec = parsed(study.spec)
+    spec = parse_stored(study.spec)
     counts = _counts(session, study.id)
     cost = session.scalar(select(func.sum(Run.cost_flops)).where(Run.study_id == study.id))
     return StudyView.model_validate(

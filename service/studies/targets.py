@@ -11,7 +11,7 @@ from service.problems import bad_field, conflict, not_found
 from service.runs.store import best_trial
 from service.specs.budgets import check_alone
 from service.specs.processes import check_batches
-from service.specs.stored import parsed
+from service.specs.stored import parse_stored
 from service.specs.study import (
     StudySpec,
     WarmstartSpec,
@@ -80,7 +80,7 @@ def _launch(session: Session, study: Study, request: TargetRequest) -> list[Run]
         raise conflict(
             "wrong-state", f"study {study.name!r} is {study.state}; it starts no targets"
         )
-    spec = parsed(study.spec)
+    spec = parse_stored(study.spec)
     warmstart = request.warmstart or spec.warmstart
     base_run, base = _base(session, study, request)
     try:

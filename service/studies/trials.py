@@ -11,7 +11,7 @@ from service.optuna_bridge.sampler import Sampler
 from service.problems import bad_field, conflict
 from service.specs.processes import check_batches
 from service.specs.search_space import contains
-from service.specs.stored import parsed
+from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
 from service.studies.locks import lock
 from service.studies.schemas import Importance, TrialPage, TrialView
@@ -26,7 +26,7 @@ def page(
 ) -> TrialPage:
     """Trials by number: those with a run, and those still waiting to be asked for."""
     after = -1 if cursor is None else decode_number(cursor)
-    spec = parsed(study.spec)
+    spec = parse_stored(study.spec)
     # First those that wait: one that is started in between then has its run.
     waiting = sampler.waiting(study.optuna_name)
     trials = {n: _waiting(spec, n, params) for n, params in waiting.items() if n > after}
@@ -50,7 +50,7 @@ def enqueue(
             422 for parameters off the search space.
     """
     study = lock(session, study.id)
-    spec = parsed(study.spec)
+    spec = parse_stored(study.spec)
     if key is not None and (before := sampler.enqueued(study.optuna_name, key)) is not None:
         number, given = before
         if given != params:
@@ -70,7 +70,7 @@ def enqueue(
 def _as_it_is(session: Session, study: Study, number: int, given: dict[str, Any]) -> TrialView:
     query = select(Run).where(Run.study_id == study.id, Run.trial_number == number)
     run = session.scalars(query).one_or_none()
-    spec = parsed(study.spec)
+    spec = parse_stored(study.spec)
     return _waiting(spec, number, given) if run is None else _view(run)
 
 

@@ -29,7 +29,7 @@ class BodyError(HTTPException):
     """A body that is not taken: FastAPI lets this through, as it would not a Problem."""
 
 
-class Shield:
+class ProtectionMiddleware:
     """Limits every body, and adds the headers to every answer."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:

@@ -18,7 +18,7 @@ _log = logging.getLogger("service.access")
 _NO_ANSWER = 499  # nginx's code for a client that went away
 
 
-class Requests:
+class RequestLogMiddleware:
     """Gives each request an id, times it and writes its line."""
 
     def __init__(self, app: ASGIApp) -> None:

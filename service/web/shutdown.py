@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 
-class Drain:
+class Shutdown:
     """Whether this process is on its way out. Begun once, never undone."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Server(uvicorn.Server):
     Without that, long-polls and event streams hold the end up until they are cut off.
     """
 
-    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+    def __init__(self, config: uvicorn.Config, drain: Shutdown) -> None:
         super().__init__(config)
         self._drain = drain
 

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
-from service.events.wakeups import WEBHOOKS, Bell, Wakeups
+from service.events.wakeups import WEBHOOKS, Notification, Wakeups
 from service.observability import metrics
 from service.webhooks import store
 from service.webhooks.sending import client, encoded, send
@@ -46,11 +46,11 @@ class Outbox:
 
     async def _run(self, wakeups: Wakeups) -> None:
         async with client() as http:
-            with wakeups.bell(WEBHOOKS) as bell:
+            with wakeups.subscription(WEBHOOKS) as bell:
                 while True:
                     await self._round(http, bell)
 
-    async def _round(self, http: httpx.AsyncClient, bell: Bell) -> None:
+    async def _round(self, http: httpx.AsyncClient, bell: Notification) -> None:
         try:
             found = await self.deliver(http)
         except SQLAlchemyError as error:
@@ -60,7 +60,7 @@ class Outbox:
             _log.exception("webhooks wait")
             found = 0
         if found < _AT_ONCE:
-            await bell.heard(_LOOK_SECONDS)
+            await bell.wait(_LOOK_SECONDS)
 
     async def deliver(self, http: httpx.AsyncClient) -> int:
         """Try what is due, a few at once; how many there were."""

@@ -18,7 +18,7 @@ from typing import get_args
 from pydantic import ValidationError
 from torch import Tensor
 
-from warmcore.checkpoint.manifest import ImportedModel, Manifest
+from warmcore.checkpoint.manifest import CheckpointManifest, ImportedModel
 from warmcore.checkpoint.progress import Progress
 from warmcore.specs import AverageName, BaseWeights, RunSpec
 from warmcore.storage.file_facts import MANIFEST, file_facts
@@ -40,7 +40,7 @@ class CheckpointCorruptError(Exception):
 class Checkpoint:
     """A verified checkpoint; `open_checkpoint` leaves its tensors on the disk."""
 
-    manifest: Manifest
+    manifest: CheckpointManifest
     hash: str
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
@@ -102,7 +102,7 @@ def save_checkpoint(
         for name, content in attached.items():
             (aside / name).write_bytes(content)
             files[name] = file_facts(aside / name)
-        manifest = Manifest(
+        manifest = CheckpointManifest(
             run=run if isinstance(run, RunSpec) else None,
             imported=run if isinstance(run, ImportedModel) else None,
             data_hash=data_hash,
@@ -164,7 +164,9 @@ def open_checkpoint(path: Path, *, expected_hash: str | None = None) -> OpenChec
     )
 
 
-def read_manifest(path: Path, *, expected_hash: str | None = None) -> tuple[Manifest, str]:
+def read_manifest(
+    path: Path, *, expected_hash: str | None = None
+) -> tuple[CheckpointManifest, str]:
     """Return the manifest alone, and its hash."""
     file = path / MANIFEST
     try:
@@ -176,7 +178,7 @@ def read_manifest(path: Path, *, expected_hash: str | None = None) -> tuple[Mani
     if expected_hash is not None and found_hash != expected_hash:
         raise _corrupt(file, expected=expected_hash, found=found_hash)
     try:
-        return Manifest.model_validate_json(content), found_hash
+        return CheckpointManifest.model_validate_json(content), found_hash
     except ValidationError as error:
         found = error.errors()[0]["msg"]
         raise _corrupt(file, expected="a manifest of format 1", found=found) from error

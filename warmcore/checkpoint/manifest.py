@@ -26,7 +26,7 @@ class ImportedModel(Spec):
     source_files: dict[str, FileFacts]
 
 
-class Manifest(Spec):
+class CheckpointManifest(Spec):
     """Everything about a checkpoint but the tensors: of a `run`, or `imported`.
 
     An imported one has no run, no data, no tokens and no optimizer: nobody here knows them.

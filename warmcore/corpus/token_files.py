@@ -38,7 +38,7 @@ MAX_BLOCK_TOKENS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block(Document):
+class TokenBlock(Document):
     """Tokens of a file, `num_bytes` bytes of it from `offset`."""
 
     dtype: str
@@ -155,7 +155,7 @@ def split_shards(shards: list[Shard], spec: DataSpec, vocab_size: int) -> Split:
     return divide(distinct(blocks), spec, identity)
 
 
-def _blocks(shard: Shard, size: int, vocab_size: int) -> Iterator[Block]:
+def _blocks(shard: Shard, size: int, vocab_size: int) -> Iterator[TokenBlock]:
     itemsize = np.dtype(shard.dtype).itemsize
     ids = np.memmap(shard.path, dtype=shard.dtype, mode="r", offset=shard.offset)
     for start in range(0, shard.num_tokens, size):
@@ -168,7 +168,7 @@ def _blocks(shard: Shard, size: int, vocab_size: int) -> Iterator[Block]:
                 f"{shard.path} holds id {largest} at token {place}, beyond vocab_size "
                 f"{vocab_size}; at least {largest + 1} would work",
             )
-        yield Block(
+        yield TokenBlock(
             path=shard.path,
             offset=shard.offset + start * itemsize,
             num_bytes=len(block) * itemsize,
@@ -181,7 +181,7 @@ def _blocks(shard: Shard, size: int, vocab_size: int) -> Iterator[Block]:
 class Segments:
     """Blocks of files end to end, as one array that is never in memory."""
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[TokenBlock, ...]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -214,7 +214,7 @@ def dump(split: Split) -> str:
         name: [[str(b.path), b.offset, b.num_bytes, b.hash] for b in blocks]
         for name, blocks in sides.items()
     }
-    dtypes = {block.dtype for block in split.train if isinstance(block, Block)}
+    dtypes = {block.dtype for block in split.train if isinstance(block, TokenBlock)}
     return json.dumps({"data_hash": split.data_hash, "dtype": dtypes.pop()} | fields)
 
 
@@ -224,7 +224,9 @@ def load(text: str) -> tuple[Segments, Segments, str]:
     train, val = (
         Segments(
             blocks=tuple(
-                Block(path=Path(path), offset=offset, num_bytes=size, hash=h, dtype=fields["dtype"])
+                TokenBlock(
+                    path=Path(path), offset=offset, num_bytes=size, hash=h, dtype=fields["dtype"]
+                )
                 for path, offset, size, h in fields[name]
             )
         )

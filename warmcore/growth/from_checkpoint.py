@@ -12,7 +12,7 @@ from warmcore.checkpoint.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from warmcore.checkpoint.manifest import Manifest
+from warmcore.checkpoint.manifest import CheckpointManifest
 from warmcore.checkpoint.progress import Progress
 from warmcore.corpus.tokenizer import TOKENIZER
 from warmcore.growth.growth import Growth
@@ -67,7 +67,7 @@ class Grown:
         )
 
 
-def _check_optimizer(base: Manifest, growth: GrowthSpec, train: TrainSpec) -> None:
+def _check_optimizer(base: CheckpointManifest, growth: GrowthSpec, train: TrainSpec) -> None:
     if base.run is not None:
         growth_rules.check_optimizers(growth, base.run.train, train)
     elif growth.optimizer_state != "reset":

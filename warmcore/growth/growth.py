@@ -47,7 +47,7 @@ class Moment:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Block:
+class GrownBlock:
     """Some rows of a target's tensor: their shape, and what they are made from."""
 
     name: str
@@ -122,7 +122,7 @@ class Growth:
         ]
         return sorted(moments, key=lambda moment: saving_order(moment.name))
 
-    def _blocks(self, name: str, tensor: Tensor) -> Iterator[Block]:
+    def _blocks(self, name: str, tensor: Tensor) -> Iterator[GrownBlock]:
         """Split the target's tensor; padding takes the same rows of the base, if it has them."""
         shape = self.shapes[name]
         maps: Maps = self.copies.along(name) if self.copies else ()
@@ -130,11 +130,11 @@ class Growth:
             block = torch.Size((rows.stop - rows.start, *shape[1:]))
             if maps and maps[0] is not None:
                 parts = (maps[0].at(rows), *maps[1:])
-                yield Block(name=name, source=tensor, maps=parts, shape=block)
+                yield GrownBlock(name=name, source=tensor, maps=parts, shape=block)
             else:
-                yield Block(name=name, source=tensor[rows], maps=maps, shape=block)
+                yield GrownBlock(name=name, source=tensor[rows], maps=maps, shape=block)
 
-    def _widened(self, block: Block) -> Tensor:
+    def _widened(self, block: GrownBlock) -> Tensor:
         if self.copies:
             return copy(block.name, block.source, block.maps, self.base, self.target)
         shrink = 1.0 if self.options.operator == "zero_pad" else self.options.shrink
@@ -151,7 +151,7 @@ class Growth:
                     block = torch.empty(rows.stop - rows.start, *shape[1:])
                     yield fresh_(block, role, self.target, generator)
 
-    def _perturbed(self, block: Block, noise: Tensor | None) -> Tensor:
+    def _perturbed(self, block: GrownBlock, noise: Tensor | None) -> Tensor:
         """Widen, and add `options.noise_scale` of the noise.
 
         Where noise covers what is padded, zeros need not be added to it.
@@ -186,7 +186,7 @@ class Growth:
     def _step(self, moment: Moment, tensor: Tensor) -> Tensor:
         return torch.zeros_like(tensor) if self._is_reset(moment) else tensor.clone()
 
-    def _moment(self, moment: Moment, block: Block) -> Tensor:
+    def _moment(self, moment: Moment, block: GrownBlock) -> Tensor:
         """Grow as the weights are, times the gradient's scale; squared for a second moment.
 
         New units and layers that are to be reset have zeros.

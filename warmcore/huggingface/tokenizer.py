@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from warmcore.checkpoint.manifest import Manifest
+from warmcore.checkpoint.manifest import CheckpointManifest
 from warmcore.corpus.prepare import SEPARATOR
 from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer, byte_json
 from warmcore.huggingface.config import as_json
@@ -33,7 +33,7 @@ class HfTokenizer:
     eos: TokenIds
 
 
-def tokenizer_of(manifest: Manifest, checkpoint: Path) -> HfTokenizer:
+def tokenizer_of(manifest: CheckpointManifest, checkpoint: Path) -> HfTokenizer:
     """The tokenizer that a checkpoint's model was trained with; no files where nobody knows it."""
     names = manifest.files.keys() & set(TOKENIZER_FILES)
     files = {name: (checkpoint / name).read_bytes() for name in sorted(names)}

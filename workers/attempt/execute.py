@@ -33,7 +33,7 @@ Ending = Literal["succeeded", "pruned", "diverged", "released", "cancelled", "st
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class AttemptOptions:
     """What the worker decides, not the spec."""
 
     checkpoint_seconds: float = 30.0
@@ -48,7 +48,7 @@ def execute(
     lease: Lease,
     client: Client,
     *,
-    options: Options,
+    options: AttemptOptions,
     draining: Callable[[], bool] = lambda: False,
 ) -> Ending:
     """Run `lease` to its end, or to a checkpoint from which another attempt goes on.
@@ -69,7 +69,9 @@ def execute(
             return "cancelled"
 
 
-def _prepared(lease: Lease, client: Client, reporter: Reporter, options: Options) -> "_Attempt":
+def _prepared(
+    lease: Lease, client: Client, reporter: Reporter, options: AttemptOptions
+) -> "_Attempt":
     try:
         return _Attempt(lease, client, reporter, options)
     except ValueError as error:
@@ -85,7 +87,9 @@ class _DrainedError(Exception):
 
 
 class _Attempt:
-    def __init__(self, lease: Lease, client: Client, reporter: Reporter, options: Options) -> None:
+    def __init__(
+        self, lease: Lease, client: Client, reporter: Reporter, options: AttemptOptions
+    ) -> None:
         self._lease, self._client, self._reporter, self._options = lease, client, reporter, options
         self._corpus = prepare.prepare(lease.spec.data)
         self._training = self._resumed() or self._started()

@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _work(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
     started = time.monotonic()
     with logs.about(fleet=args.name), _engine(args) as engine:
-        from workers.fleet.dispatcher import Dispatcher, Options  # noqa: PLC0415 - see `_engine`
+        from workers.fleet.dispatcher import Dispatcher, DispatcherOptions  # noqa: PLC0415 - see `_engine`
 
-        options = Options(
+        options = DispatcherOptions(
             url=args.url,
             api_key=api_key,
             name=args.name,

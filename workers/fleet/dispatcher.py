@@ -39,7 +39,7 @@ _QUEUED_SHARE = 1 / 2  # of a lease: a process may have to start, and there must
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class DispatcherOptions:
     """What a fleet takes on."""
 
     url: str
@@ -62,7 +62,7 @@ class _Running:
 class Dispatcher:
     """Runs leases on an engine. Everything but `drain` belongs to the thread that calls `run`."""
 
-    def __init__(self, engine: Engine, options: Options) -> None:
+    def __init__(self, engine: Engine, options: DispatcherOptions) -> None:
         self._engine, self._options = engine, options
         self._connection = Connection(url=options.url, api_key=options.api_key)
         self._link = Link(options.url, options.api_key)

@@ -125,7 +125,7 @@ class Engine:
             RayLostError: nobody answers.
         """
         mark = handle.mark
-        return mark is None or self._answer(lambda: begun_marks.is_said(mark))
+        return mark is None or self._answer(lambda: begun_marks.has_begun(mark))
 
     def free_groups(self) -> None:
         """Free what processes hold whose leading task was killed; for when no group runs.

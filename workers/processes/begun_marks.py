@@ -16,7 +16,7 @@ _NAMESPACE = b"warmscale"
 
 
 @contextlib.contextmanager
-def said(mark: str | None) -> Generator[None]:
+def mark_begun(mark: str | None) -> Generator[None]:
     """Say that the task of this mark has begun, for as long as it lasts."""
     if mark is None:
         yield
@@ -32,7 +32,7 @@ def said(mark: str | None) -> Generator[None]:
             store.internal_kv_del(mark.encode(), False, _NAMESPACE)
 
 
-def is_said(mark: str) -> bool:
+def has_begun(mark: str) -> bool:
     """Whether the task of this mark has begun and not ended."""
     return bool(_store().internal_kv_exists(mark.encode(), _NAMESPACE))
 

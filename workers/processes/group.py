@@ -141,7 +141,7 @@ def _share(shared: Shared) -> "Ending | None":
     from warmcore.training.follow import follow
     from warmcore.training.ranks import Ranks
     from workers.attempt import cpus
-    from workers.attempt.execute import Options, execute
+    from workers.attempt.execute import AttemptOptions, execute
 
     needs, size = shared.lease.resources, shared.lease.resources.num_processes
     ranks, device = Ranks.joined(needs.strategy), device_of(needs.gpus / size)
@@ -149,7 +149,7 @@ def _share(shared: Shared) -> "Ending | None":
         if ranks.rank:
             return follow(ranks, device=device)
         shared.has_begun.touch()
-        options = Options(
+        options = AttemptOptions(
             checkpoint_seconds=shared.checkpoint_seconds,
             device=device,
             num_threads=num_threads,

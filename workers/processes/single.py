@@ -66,7 +66,9 @@ def run_lease(
     mark: str | None = None,
 ) -> "Ending":
     """Run a lease in this process; `mark` says to the fleet that this has begun."""
-    with begun_marks.said(mark):  # before torch is imported, which may take longer than a lease
+    with begun_marks.mark_begun(
+        mark
+    ):  # before torch is imported, which may take longer than a lease
         return _run_pinned(lease, connection, checkpoint_seconds, leased_at)
 
 
@@ -74,7 +76,7 @@ def _run_pinned(
     lease: Lease, connection: Connection, checkpoint_seconds: float, leased_at: float
 ) -> "Ending":
     from workers.attempt import cpus
-    from workers.attempt.execute import Options, execute
+    from workers.attempt.execute import AttemptOptions, execute
 
     client = client_of(connection)
     with (
@@ -82,7 +84,7 @@ def _run_pinned(
         drain_on_cancel() as draining,
         cpus.pinned(lease.resources.cpus) as num_threads,
     ):
-        options = Options(
+        options = AttemptOptions(
             checkpoint_seconds=checkpoint_seconds,
             device=device_of(lease.resources.gpus),
             num_threads=num_threads,

@@ -13,7 +13,7 @@ from service.local_stack.home import DEFAULT
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from service.operations.checkpoint_cleanup.collect import Collected, Options
+    from service.operations.checkpoint_cleanup.collect import CleanupOptions, Collected
 
 checkpoints = typer.Typer(help="Checkpoints.", no_args_is_help=True)
 
@@ -41,9 +41,9 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Say, or delete, which checkpoints no run can need any more, and why the others are kept."""
-    from service.operations.checkpoint_cleanup.collect import Options
+    from service.operations.checkpoint_cleanup.collect import CleanupOptions
 
-    options = Options(
+    options = CleanupOptions(
         older_than_days=older_than_days,
         orphans_older_than_hours=orphans_older_than_hours,
         delete=delete,
@@ -58,7 +58,7 @@ def gc(
 
 
 def _collect(
-    home: Path, study: str | None, project: str | None, options: "Options"
+    home: Path, study: str | None, project: str | None, options: "CleanupOptions"
 ) -> "list[Collected]":
     from sqlalchemy import NullPool, create_engine
     from sqlalchemy.orm import sessionmaker
@@ -79,7 +79,7 @@ def _chosen(session: "Session", study: str | None, project: str | None) -> list[
     from sqlalchemy import select
 
     from service.access.caller import Caller
-    from service.access.lookup import find
+    from service.access.lookup import find_study
     from service.database.tables import Study
     from service.problems import Problem
 
@@ -88,7 +88,7 @@ def _chosen(session: "Session", study: str | None, project: str | None) -> list[
         query = select(Study.id).where(operator.studies).order_by(Study.created_at)
         return list(session.scalars(query))
     try:
-        return [find(session, operator, study).id]
+        return [find_study(session, operator, study).id]
     except Problem as problem:
         fail(Exit.CONFLICT, problem.detail.replace("?project=", "--project"))
 
@@ -110,7 +110,7 @@ def _view(one: "Collected") -> dict[str, Any]:
     return {"study": one.study_id, "bytes": one.num_bytes, "folders": rows, "left": one.left}
 
 
-def _print(found: "list[Collected]", options: "Options") -> None:
+def _print(found: "list[Collected]", options: "CleanupOptions") -> None:
     verb = "deleted" if options.delete else "would delete"
     for one in found:
         for row in _view(one)["folders"]:

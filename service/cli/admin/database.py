@@ -17,7 +17,7 @@ from service.local_stack.home import DEFAULT
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
-    from service.operations.backup.archive import Manifest
+    from service.operations.backup.archive import BackupManifest
 
 BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup's one file.")]
 
@@ -147,7 +147,7 @@ def _progress(*, as_json: bool) -> Generator[Callable[[str, int], None]]:
         yield heard
 
 
-def _say(done: str, path: Path, manifest: "Manifest", *, as_json: bool) -> None:
+def _say(done: str, path: Path, manifest: "BackupManifest", *, as_json: bool) -> None:
     fields: dict[str, Any] = {
         "file": str(path),
         "made_at": manifest.made_at.isoformat(),

@@ -13,14 +13,14 @@ from service.results.wording import (
     at_budget,
     direction,
     flops,
+    format_difference,
+    format_interval,
+    format_speedup,
     headline,
     label,
     nats,
-    shared,
-    signed,
-    span,
+    shared_costs,
     spelled,
-    times,
     tokens,
 )
 from service.studies.schemas import RunCounts, StudyView, TrialView
@@ -160,9 +160,9 @@ def _budgets(budgets: Iterable[BudgetResult]) -> Table:
         (
             f"{budget.tokens_per_param:g}",
             tokens(budget.num_tokens),
-            signed(budget.verdict),
-            span(budget.verdict),
-            times(budget.verdict.speedup) if budget.verdict else "-",
+            format_difference(budget.verdict),
+            format_interval(budget.verdict),
+            format_speedup(budget.verdict.speedup) if budget.verdict else "-",
             flops(budget.costs.warm_flops),
             flops(budget.costs.cold_flops),
             budget.pending or headline(budget.verdict),
@@ -181,7 +181,7 @@ def _pairs(verdict: Verdict) -> Table:
             nats(pair.cold_loss_nats),
             direction(pair.difference_nats),
             tokens(pair.tokens_to_cold_loss),
-            "-" if pair.speedup is None else times(pair.speedup),
+            "-" if pair.speedup is None else format_speedup(pair.speedup),
         )
         for pair in verdict.pairs
     ]
@@ -216,7 +216,7 @@ def _costs(costs: Costs) -> Table:
         ("one cold run", flops(costs.cold_flops)),
         ("the base (the best trial)", flops(costs.base_flops)),
         ("the search (all trials)", flops(costs.search_flops)),
-        *((what, flops(cost)) for what, cost in shared(costs)),
+        *((what, flops(cost)) for what, cost in shared_costs(costs)),
         ("everything", flops(costs.total_flops)),
     ]
     return _table("costs", "<what|FLOPs", rows)

@@ -54,7 +54,7 @@ class Sequence(_Frozen):
     is_called: bool
 
 
-class Manifest(_Frozen):
+class BackupManifest(_Frozen):
     """What a backup says of itself; `revisions` are by schema."""
 
     format: Literal["warmscale-backup"] = "warmscale-backup"
@@ -103,7 +103,7 @@ class Writer:
             sha256=digest.hexdigest(),
         )
 
-    def manifest(self, manifest: Manifest) -> None:
+    def manifest(self, manifest: BackupManifest) -> None:
         """Write what makes it a backup."""
         self._archive.writestr(MANIFEST, manifest.model_dump_json(indent=2))
 
@@ -149,7 +149,7 @@ def _sync(folder: Path) -> None:
 class Reader:
     """A backup that has been opened; `check` reads all of it."""
 
-    def __init__(self, archive: zipfile.ZipFile, manifest: Manifest) -> None:
+    def __init__(self, archive: zipfile.ZipFile, manifest: BackupManifest) -> None:
         self._archive, self.manifest = archive, manifest
 
     def rows(self, table: Table) -> Iterator[bytes]:
@@ -196,9 +196,9 @@ def opened(path: Path) -> Generator[Reader]:
         yield Reader(archive, _manifest(archive, path))
 
 
-def _manifest(archive: zipfile.ZipFile, path: Path) -> Manifest:
+def _manifest(archive: zipfile.ZipFile, path: Path) -> BackupManifest:
     try:
-        manifest = Manifest.model_validate_json(archive.read(MANIFEST))
+        manifest = BackupManifest.model_validate_json(archive.read(MANIFEST))
     except KeyError:
         raise BackupError(f"{path} is no backup, or was cut short: no {MANIFEST} in it") from None
     except ValidationError as error:

@@ -11,7 +11,7 @@ from sqlalchemy.pool import NullPool
 
 from service import __version__
 from service.operations.backup import catalog
-from service.operations.backup.archive import BackupError, Manifest, Writer, written
+from service.operations.backup.archive import BackupError, BackupManifest, Writer, written
 from service.operations.backup.catalog import TableShape
 from service.operations.migrations import revisions, tables_held
 
@@ -25,7 +25,7 @@ TEXT_FORMAT = """
 Progress = Callable[[str, int], None]
 
 
-def backup(url: URL, path: Path, progress: Progress) -> Manifest:
+def backup(url: URL, path: Path, progress: Progress) -> BackupManifest:
     """Write a backup to `path`; `progress` hears of rows as table and bytes.
 
     Migrations wait until it is done. Nobody else does.
@@ -47,12 +47,12 @@ def backup(url: URL, path: Path, progress: Progress) -> Manifest:
     return manifest
 
 
-def _all(connection: Connection, writer: Writer, progress: Progress) -> Manifest:
+def _all(connection: Connection, writer: Writer, progress: Progress) -> BackupManifest:
     found = {one.schema: one.found for one in revisions(connection)}
     if None in found.values():
         raise BackupError("the database has no tables yet; there is nothing to back up")
     shapes = catalog.tables(connection)
-    return Manifest(
+    return BackupManifest(
         made_at=datetime.now(UTC),
         warmscale=__version__,
         postgresql=connection.execute(text("SHOW server_version")).scalar_one(),

@@ -11,7 +11,7 @@ from sqlalchemy.pool import NullPool
 
 from service.database.tables import OPTUNA_SCHEMA, SCHEMA
 from service.operations.backup import catalog
-from service.operations.backup.archive import BackupError, Manifest, Reader, Table, opened
+from service.operations.backup.archive import BackupError, BackupManifest, Reader, Table, opened
 from service.operations.backup.catalog import SCHEMAS, TableShape
 from service.operations.backup.dump import TEXT_FORMAT
 from service.operations.migrations import config_on, known_revisions, tables_held
@@ -30,7 +30,7 @@ class InUseError(Exception):
     """Somebody else is connected to the database."""
 
 
-def restore(url: URL, path: Path, progress: Progress, *, replace: bool) -> Manifest:
+def restore(url: URL, path: Path, progress: Progress, *, replace: bool) -> BackupManifest:
     """Restore the backup at `path`, and upgrade what it holds to this version.
 
     Raises:
@@ -57,7 +57,7 @@ def restore(url: URL, path: Path, progress: Progress, *, replace: bool) -> Manif
     return reader.manifest
 
 
-def _revisions(manifest: Manifest) -> tuple[Revision, ...]:
+def _revisions(manifest: BackupManifest) -> tuple[Revision, ...]:
     if set(manifest.revisions) != set(SCHEMAS):
         raise BackupError(f"the backup is of schemas {', '.join(manifest.revisions)}")
     known = known_revisions()
@@ -89,7 +89,7 @@ def _tables(connection: Connection) -> list[TableShape]:
     return [t for t in catalog.tables(connection) if t.name != "version_info"]
 
 
-def _make_tables(connection: Connection, manifest: Manifest) -> None:
+def _make_tables(connection: Connection, manifest: BackupManifest) -> None:
     for schema in SCHEMAS:
         connection.execute(text(f"DROP SCHEMA IF EXISTS {schema} CASCADE"))
         connection.execute(text(f"CREATE SCHEMA {schema}"))

@@ -16,7 +16,7 @@ from service.operations.checkpoint_cleanup.policy import Decision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class CleanupOptions:
     """What may be deleted; without `delete` it is only told."""
 
     older_than_days: float
@@ -50,7 +50,7 @@ class Collected:
 
 
 def collect(
-    sessions: sessionmaker[Session], study_id: str, root: str, options: Options
+    sessions: sessionmaker[Session], study_id: str, root: str, options: CleanupOptions
 ) -> Collected:
     """Collect one study's checkpoints; `root` is where new ones are written today."""
     with sessions() as session:
@@ -95,7 +95,7 @@ def _remains(
     rows: list[tuple[Checkpoint, str]],
     states: dict[str, str],
     doomed: set[int],
-    options: Options,
+    options: CleanupOptions,
 ) -> Remains | None:
     """What a folder is without a published checkpoint in it; None for one that has one."""
     inside = [row for row, _ in rows if folder.holds(row.uri)]

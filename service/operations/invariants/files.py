@@ -20,7 +20,7 @@ WHERE NOT c.superseded ORDER BY c.id
 """
 
 
-class _Manifest(BaseModel):
+class _ListedFiles(BaseModel):
     """As much of a manifest as names its files."""
 
     files: dict[str, FileFacts]
@@ -48,7 +48,7 @@ def faults(uri: str, expected_hash: str) -> Iterator[str]:
         yield f"{MANIFEST} is not that of hash {expected_hash}"
         return
     try:
-        manifest = _Manifest.model_validate_json(content)
+        manifest = _ListedFiles.model_validate_json(content)
     except ValidationError as error:
         yield f"{MANIFEST}: {error.errors()[0]['msg']}"
         return

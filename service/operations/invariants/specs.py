@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from service.database.tables import Study
 from service.lifecycle import FINAL_STUDY_STATES
 from service.operations.invariants.rules import Violation
-from service.specs.stored import UnreadableSpecError, parsed
+from service.specs.stored import UnreadableSpecError, parse_stored
 
 
 def violations(session: Session) -> Iterator[Violation]:
@@ -16,7 +16,7 @@ def violations(session: Session) -> Iterator[Violation]:
     query = select(Study.id, Study.spec).where(Study.state.not_in(FINAL_STUDY_STATES))
     for study_id, spec in session.execute(query.order_by(Study.id)):
         try:
-            parsed(spec)
+            parse_stored(spec)
         except UnreadableSpecError as error:
             yield Violation(
                 invariant="specs-read", study_id=study_id, run_id=None, seen=error.detail

@@ -6,7 +6,14 @@ from service.results.numbers import bounded
 from service.results.report.figures import COLD, WARM, Figure
 from service.results.report.markup import Column, plot, section, table
 from service.results.schemas import BudgetResult, Verdict
-from service.results.wording import flops, headline, signed, span, times, tokens
+from service.results.wording import (
+    flops,
+    format_difference,
+    format_interval,
+    format_speedup,
+    headline,
+    tokens,
+)
 
 _NOTE = (
     "One constant phase an arm and seed (the trunk), cooled down at each budget by a run of its "
@@ -15,9 +22,11 @@ _NOTE = (
 _COLUMNS: tuple[Column[BudgetResult], ...] = (
     Column(title="tpp", text=lambda b: f"{b.tokens_per_param:g}"),
     Column(title="tokens", text=lambda b: tokens(b.num_tokens)),
-    Column(title="warm - cold", text=lambda b: signed(b.verdict)),
-    Column(title="95 % interval", text=lambda b: span(b.verdict)),
-    Column(title="speedup", text=lambda b: times(b.verdict.speedup if b.verdict else None)),
+    Column(title="warm - cold", text=lambda b: format_difference(b.verdict)),
+    Column(title="95 % interval", text=lambda b: format_interval(b.verdict)),
+    Column(
+        title="speedup", text=lambda b: format_speedup(b.verdict.speedup if b.verdict else None)
+    ),
     Column(title="warm FLOPs", text=lambda b: flops(b.costs.warm_flops)),
     Column(title="base counted", text=lambda b: flops(b.costs.warm_base_counted_flops)),
     Column(title="cold FLOPs", text=lambda b: flops(b.costs.cold_flops)),

@@ -35,14 +35,14 @@ from service.results.wording import (
     arm_name,
     at_budget,
     direction,
-    ends,
     flops,
+    format_difference,
+    format_ends,
+    format_speedup,
     headline,
     nats,
-    shared,
-    signed,
+    shared_costs,
     spelled,
-    times,
     tokens,
 )
 from service.specs.study import StudySpec
@@ -134,10 +134,10 @@ def _figures_of(results: StudyResults) -> list[tuple[str, str]]:
 
 def _verdict_figures(verdict: Verdict) -> list[tuple[str, str]]:
     interval, growth = verdict.interval_nats, verdict.growth
-    spread = f"95 % {ends(interval)}" if interval else "no interval"
+    spread = f"95 % {format_ends(interval)}" if interval else "no interval"
     others = f"width {growth.g_width:g}x, non-embedding {growth.g_nonembedding:.2f}x"
     return [
-        (signed(verdict), f"warm - cold, nats/token ({spread})"),
+        (format_difference(verdict), f"warm - cold, nats/token ({spread})"),
         *_speed_figures(verdict),
         (f"{growth.g_total:.2f}x", f"growth in parameters ({others})"),
     ]
@@ -148,8 +148,8 @@ def _speed_figures(verdict: Verdict) -> list[tuple[str, str]]:
         reached = sum(pair.speedup is not None for pair in verdict.pairs)
         return [(f"{reached} of {verdict.seeds}", "seeds where warm reached cold's final loss")]
     return [
-        (times(verdict.speedup), "token speedup, base sunk"),
-        (times(verdict.speedup_base_counted), "FLOPs speedup, base counted"),
+        (format_speedup(verdict.speedup), "token speedup, base sunk"),
+        (format_speedup(verdict.speedup_base_counted), "FLOPs speedup, base counted"),
     ]
 
 
@@ -183,7 +183,7 @@ _PAIR_COLUMNS: tuple[Column[SeedPair], ...] = (
     Column(title="cold loss", text=lambda p: nats(p.cold_loss_nats)),
     Column(title="warm is", text=lambda p: direction(p.difference_nats)),
     Column(title="tokens to cold's loss", text=lambda p: tokens(p.tokens_to_cold_loss)),
-    Column(title="speedup", text=lambda p: times(p.speedup)),
+    Column(title="speedup", text=lambda p: format_speedup(p.speedup)),
 )
 
 
@@ -231,7 +231,7 @@ def _costs(costs: Costs) -> str:
         ("one cold run", costs.cold_flops),
         ("the base: the best trial's own training", costs.base_flops),
         ("the search: all trials", costs.search_flops),
-        *shared(costs),
+        *shared_costs(costs),
         ("everything this study ran", costs.total_flops),
     ]
     columns: tuple[Column[tuple[str, float | None]], ...] = (

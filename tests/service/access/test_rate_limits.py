@@ -93,7 +93,7 @@ def test_every_answer_has_the_headers_whoever_makes_it(api, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("service.access.lookup.get", broken)
+    monkeypatch.setattr("service.access.lookup.find_run", broken)
     auth = ("any", api.key)
     paths = ("/healthz", "/v1/studies", "/v1/nowhere", "/docs", "/openapi.json", "/dashboard/")
     answers = [httpx.get(f"{api.url}{path}", auth=auth) for path in paths]

@@ -26,13 +26,13 @@ def test_a_database_that_comes_is_waited_for(absent):
     url, link = absent
     timer = threading.Timer(0.7, link)
     timer.start()
-    engine.reach(url, 60)
+    engine.wait_until_reachable(url, 60)
     timer.join()
 
 
 def test_a_database_that_does_not_come_is_an_error_in_the_end(absent):
     with pytest.raises(OperationalError, match="No such file"):
-        engine.reach(absent[0], 0)
+        engine.wait_until_reachable(absent[0], 0)
 
 
 def test_serve_says_shortly_that_it_cannot_reach_its_database(monkeypatch, home):

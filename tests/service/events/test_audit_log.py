@@ -15,9 +15,9 @@ from service.cli import main
 from service.client import Client
 from service.database.tables import ApiKey, Event, Run
 from service.events.wakeups import Wakeups
-from service.leases.queue import Desk
+from service.leases.queue import LeaseQueue
 from service.protocol import LeaseRequest, Resources
-from service.web.shutdown import Drain
+from service.web.shutdown import Shutdown
 from tests.by_hand import Worker
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
@@ -86,11 +86,11 @@ def test_who_is_served_in_one_round_is_told_apart(api, submit):
     """The desk's round runs in the context of whoever came first."""
     submit(hpo=ONE | {"trials": 6, "parallel": 6})
     state = SimpleNamespace(**api.app.state._state)
-    state.wakeups, state.drain = Wakeups(api.engine.url), Drain()
+    state.wakeups, state.drain = Wakeups(api.engine.url), Shutdown()
     request = LeaseRequest(worker="w", resources=Resources(cpus=1))
 
     async def scene():
-        desk = Desk(state)
+        desk = LeaseQueue(state)
         callers = [
             Caller(key_id=f"key_{n}", scopes=frozenset({"work"}), project=None) for n in range(6)
         ]

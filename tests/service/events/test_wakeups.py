@@ -38,10 +38,10 @@ async def replica(url, *topics):
     """A replica that listens; a bell for each topic."""
     heard = Wakeups(url)
     with contextlib.ExitStack() as stack:
-        bells = [stack.enter_context(heard.bell(topic)) for topic in topics]
+        bells = [stack.enter_context(heard.subscription(topic)) for topic in topics]
         async with heard.listening():
             for bell in bells:
-                assert await bell.heard(LONG)  # rung once when the listener is there
+                assert await bell.wait(LONG)  # rung once when the listener is there
             yield bells
 
 
@@ -49,8 +49,8 @@ def test_a_commit_that_makes_work_is_heard_by_every_replica(database_url, say):
     async def scene():
         async with replica(database_url, WORK) as [one], replica(database_url, WORK) as [other]:
             await asyncio.to_thread(say, "study.active")
-            assert await one.heard(LONG)
-            assert await other.heard(LONG)
+            assert await one.wait(LONG)
+            assert await other.wait(LONG)
 
     asyncio.run(scene())
 
@@ -61,9 +61,9 @@ def test_what_is_rolled_back_or_makes_no_work_wakes_nobody(database_url, say):
             await asyncio.to_thread(say, "study.active", commit=False)
             await asyncio.to_thread(say, "study.paused")
             await asyncio.to_thread(say, "run.queued", trial=3)  # by the lease that takes it
-            assert not await work.heard(SHORT)
+            assert not await work.wait(SHORT)
             await asyncio.to_thread(say, "run.queued")
-            assert await work.heard(LONG)
+            assert await work.wait(LONG)
 
     asyncio.run(scene())
 
@@ -72,15 +72,15 @@ def test_the_outbox_is_woken_only_for_what_a_webhook_wants(database_url, say):
     async def scene():
         async with replica(database_url, WEBHOOKS) as [outbox]:
             await asyncio.to_thread(say, "study.completed")
-            assert not await outbox.heard(SHORT)
+            assert not await outbox.wait(SHORT)
             engine = create_engine(database_url)
             with Session(engine) as session, session.begin():
                 store.add(session, "http://127.0.0.1/", ["study.failed"], project=None)
             engine.dispose()
             await asyncio.to_thread(say, "study.completed")
-            assert not await outbox.heard(SHORT)
+            assert not await outbox.wait(SHORT)
             await asyncio.to_thread(say, "study.failed")
-            assert await outbox.heard(LONG)
+            assert await outbox.wait(LONG)
 
     asyncio.run(scene())
 
@@ -89,18 +89,18 @@ def test_every_event_is_heard_by_who_follows_its_study(database_url, say):
     async def scene():
         async with replica(database_url, "st_1", "st_2") as [mine, other]:
             await asyncio.to_thread(say, "study.paused")
-            assert await mine.heard(LONG)
-            assert not await other.heard(SHORT)
+            assert await mine.wait(LONG)
+            assert not await other.wait(SHORT)
 
     asyncio.run(scene())
 
 
 def test_a_ring_before_the_wait_is_kept(database_url, say):
     async def scene():
-        bell = wakeups.Bell()
-        bell.ring()
-        assert await bell.heard(0)
-        assert not await bell.heard(0)
+        bell = wakeups.Notification()
+        bell.notify()
+        assert await bell.wait(0)
+        assert not await bell.wait(0)
 
     asyncio.run(scene())
 
@@ -123,8 +123,8 @@ def test_a_listener_that_lost_its_connection_comes_back_and_says_so(
     async def scene():
         async with replica(database_url, WORK) as [work]:
             await asyncio.to_thread(cut)
-            assert await work.heard(LONG)  # it may have missed something, so all look
+            assert await work.wait(LONG)  # it may have missed something, so all look
             await asyncio.to_thread(say, "study.active")
-            assert await work.heard(LONG)
+            assert await work.wait(LONG)
 
     asyncio.run(scene())

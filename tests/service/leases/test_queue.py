@@ -18,11 +18,11 @@ from service.events.wakeups import Wakeups
 from service.leases import new_trials
 from service.leases import queue as desks
 from service.leases import rounds as store
-from service.leases.queue import Desk
+from service.leases.queue import LeaseQueue
 from service.problems import Problem
 from service.protocol import LeaseRequest, Resources
 from service.studies.locks import lock
-from service.web.shutdown import Drain
+from service.web.shutdown import Shutdown
 from tests.by_hand import EVERYWHERE, Worker
 from tests.conftest import serving, settings_below
 
@@ -50,11 +50,11 @@ def request(**more):
 def at_the_desk(api, scene):
     """Run a scene with a desk of its own, on a loop of its own."""
     state = SimpleNamespace(**api.app.state._state)
-    state.wakeups, state.drain = Wakeups(api.engine.url), Drain()
+    state.wakeups, state.drain = Wakeups(api.engine.url), Shutdown()
 
     async def staged():
         async with state.wakeups.listening():
-            return await scene(Desk(state))
+            return await scene(LeaseQueue(state))
 
     return asyncio.run(staged())
 

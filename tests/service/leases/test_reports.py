@@ -62,7 +62,9 @@ def test_a_run_shows_the_newest_of_each_number_and_keeps_the_first_of_each_step(
     run = dict.fromkeys(SHOWN) | {"step": 0, "tokens": 0}
     for batch in batches:
         with api.app.state.statements() as session:
-            heard = reports.hear(session, EVERYTHING, run_id, token, batch, lease_seconds=60)
+            heard = reports.write_report(
+                session, EVERYTHING, run_id, token, batch, lease_seconds=60
+            )
         assert heard is not None
         run = shown(run, batch)
     sent = [point for batch in batches for point in batch]

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.database.tables import Study
-from service.leases.requests import Bid, Opening, allot
+from service.leases.requests import OpenStudy, PendingRequest, assign_trials
 from service.protocol import LeaseRequest, Resources
 from tests.by_hand import EVERYWHERE
 
@@ -13,14 +13,14 @@ STUDIES = ("st_a", "st_b", "st_c")
 openings = st.dictionaries(
     st.sampled_from(STUDIES),
     st.builds(
-        lambda room, cpus: Opening(study=Study(), room=room, needs=Resources(cpus=cpus)),
+        lambda room, cpus: OpenStudy(study=Study(), room=room, needs=Resources(cpus=cpus)),
         st.integers(1, 5),
         st.integers(1, 4),
     ),
 )
 bids = st.lists(
     st.builds(
-        lambda runs, cpus, kinds, scope, gone: Bid(
+        lambda runs, cpus, kinds, scope, gone: PendingRequest(
             caller=EVERYWHERE,
             request=LeaseRequest(
                 worker="w", max_runs=runs, resources=Resources(cpus=cpus), kinds=kinds
@@ -53,7 +53,7 @@ def fits(bid, needs, taken):
 @settings(deadline=None)
 @given(bids, openings)
 def test_no_study_gives_more_than_its_room_and_no_bid_takes_more_than_it_asked_for(bids, openings):
-    allotted = allot(bids, openings, studies_of(openings))
+    allotted = assign_trials(bids, openings, studies_of(openings))
     for study, takers in allotted.items():
         assert 0 < len(takers) <= openings[study].room
     for bid in bids:
@@ -69,7 +69,7 @@ def test_no_study_gives_more_than_its_room_and_no_bid_takes_more_than_it_asked_f
 @settings(deadline=None)
 @given(bids, openings)
 def test_what_stays_open_fits_nobody_who_wants_more(bids, openings):
-    allotted = allot(bids, openings, studies_of(openings))
+    allotted = assign_trials(bids, openings, studies_of(openings))
     for bid in bids:
         if not bid.takes("trial") or bid.gone:
             continue
@@ -84,7 +84,7 @@ def test_what_stays_open_fits_nobody_who_wants_more(bids, openings):
 @settings(deadline=None)
 @given(bids, openings)
 def test_who_comes_first_is_served_as_if_nobody_came_after(bids, openings):
-    allotted = allot(bids, openings, studies_of(openings))
+    allotted = assign_trials(bids, openings, studies_of(openings))
     for n in range(len(bids)):
-        alone = allot(bids[: n + 1], openings, studies_of(openings))
+        alone = assign_trials(bids[: n + 1], openings, studies_of(openings))
         assert served(alone, bids[n]) == served(allotted, bids[n])

@@ -18,11 +18,11 @@ from service.client import ServiceError
 from service.database.tables import Checkpoint
 from service.lifecycle import LIVE_RUN_STATES
 from service.operations.checkpoint_cleanup import folders, store
-from service.operations.checkpoint_cleanup.collect import Options, collect
+from service.operations.checkpoint_cleanup.collect import CleanupOptions, collect
 from service.operations.checkpoint_cleanup.policy import Fact, decide
 
 runner = CliRunner()
-ALL = Options(older_than_days=0.0, orphans_older_than_hours=1.0, delete=True)
+ALL = CleanupOptions(older_than_days=0.0, orphans_older_than_hours=1.0, delete=True)
 TRIALS = {"trials": 3, "parallel": 2, "sampler": "random", "pruner": "none"}
 
 facts = st.builds(
@@ -114,7 +114,7 @@ def gc(api, settings):
 
 def test_the_best_trial_s_checkpoint_stays_and_the_others_go(study, gc, api, worker):
     name, uris = study()
-    told = gc(name, Options(older_than_days=0.0, orphans_older_than_hours=1.0, delete=False))
+    told = gc(name, CleanupOptions(older_than_days=0.0, orphans_older_than_hours=1.0, delete=False))
     assert all(map(there, uris))
     assert told.num_bytes > 0
     assert gc(name).num_bytes == told.num_bytes
@@ -130,7 +130,7 @@ def test_the_best_trial_s_checkpoint_stays_and_the_others_go(study, gc, api, wor
 
 def test_what_is_younger_stays(study, gc):
     name, uris = study()
-    options = Options(older_than_days=1.0, orphans_older_than_hours=1.0, delete=True)
+    options = CleanupOptions(older_than_days=1.0, orphans_older_than_hours=1.0, delete=True)
     assert {d.reason for d in gc(name, options).decisions} >= {"younger than 1 days"}
     assert all(map(there, uris))
 

@@ -61,7 +61,7 @@ def test_a_fault_of_ours_says_its_id_too(api, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr("service.access.lookup.get", broken)
+    monkeypatch.setattr("service.access.lookup.find_run", broken)
     before = answers(api, status="500")
     answer = get(api, "/v1/runs/any", **{"X-Request-ID": "find-me"})
     assert (answer.status_code, answer.json()["request_id"]) == (500, "find-me")
@@ -112,4 +112,4 @@ def run(app):
     async def send(message):
         pass
 
-    asyncio.run(request_log.Requests(app)(scope, None, send))
+    asyncio.run(request_log.RequestLogMiddleware(app)(scope, None, send))

@@ -201,10 +201,10 @@ def test_after_an_absence_of_ours_leases_get_their_time_again(api, submit, worke
 def test_an_absence_is_not_over_before_it_is_made_good():
     presence = Presence(1000.0)
     assert [presence.seen(), presence.seen()] == [False, False]
-    presence.made_good()
+    presence.note_extended()
     assert presence.seen()
     short = Presence(-1.0)
-    short.made_good()
+    short.note_extended()
     assert not short.seen()
 
 
@@ -321,4 +321,4 @@ def test_a_grid_trial_that_is_adopted_keeps_its_point(api, submit, worker):
 def test_studies_are_found_by_id_before_name(api, submit):
     first = submit()
     with api.sessions() as session:
-        assert lookup.find(session, EVERYWHERE, first["name"]).id == first["id"]
+        assert lookup.find_study(session, EVERYWHERE, first["name"]).id == first["id"]

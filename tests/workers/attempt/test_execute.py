@@ -12,7 +12,7 @@ from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.corpus import prepare as data
 from warmcore.specs.run import branch_of
 from warmcore.training.training import EvaluationEvent, Training
-from workers.attempt.execute import Options, execute
+from workers.attempt.execute import AttemptOptions, execute
 from workers.failures import UnrunnableError, failure
 
 EVALUATED_OFTEN = {"num_steps": 3_000, "evaluations": 300}
@@ -68,7 +68,7 @@ def run(spy):
 
     def run(lease, *, checkpoint_seconds=1e9, **kwargs):
         client = spy()
-        options = Options(checkpoint_seconds=checkpoint_seconds)
+        options = AttemptOptions(checkpoint_seconds=checkpoint_seconds)
         return execute(lease, client, options=options, **kwargs), client
 
     return run
@@ -165,7 +165,7 @@ def test_a_run_whose_finish_was_lost_finishes_from_its_final_checkpoint(lease, r
     one = lease(num_steps=10)
     client = spy()
     client.finish = lambda *_: worker.finish(one, "failed")  # instead: its process was killed
-    execute(one, client, options=Options())
+    execute(one, client, options=AttemptOptions())
     ending, again = run(worker.one(wait_seconds=5))
     assert ending == "succeeded"
     assert again.curve == []
@@ -255,7 +255,7 @@ def test_a_run_survives_an_outage(fake, client, make_spec):
     fake.away = True
     back = threading.Timer(1.0, lambda: setattr(fake, "away", False))
     back.start()
-    assert execute(one.lease, client, options=Options()) == "succeeded"
+    assert execute(one.lease, client, options=AttemptOptions()) == "succeeded"
     back.join()
     assert [m.step for m in one.curve] == list(range(0, 41, 5))
 
@@ -336,7 +336,7 @@ def test_a_store_that_is_away_costs_a_run_time_and_nothing_else(api, refused, ru
 def test_a_store_that_stays_away_ends_the_attempt_with_the_reason(refused, spy):
     leased, _ = refused()
     with pytest.raises(NotADirectoryError):
-        execute(leased, spy(), options=Options(store_patience_seconds=0))
+        execute(leased, spy(), options=AttemptOptions(store_patience_seconds=0))
 
 
 def test_a_run_that_is_cancelled_while_it_waits_for_the_store_ends(api, refused, run):

@@ -11,7 +11,7 @@ from ray.exceptions import RaySystemError, TaskCancelledError, WorkerCrashedErro
 from service.client import Client
 from service.protocol import Resources
 from workers.failures import UnrunnableError
-from workers.fleet.dispatcher import Dispatcher, Options
+from workers.fleet.dispatcher import Dispatcher, DispatcherOptions
 from workers.fleet.ray_engine import Engine
 from workers.fleet.service_link import FleetRefusedError
 
@@ -71,7 +71,9 @@ def start(engine, url):
 
     def start(**options) -> tuple[Dispatcher, Future]:
         options = {"drain_seconds": 0.2} | options
-        dispatcher = Dispatcher(engine, Options(url=url, api_key="key", name="fleet", **options))
+        dispatcher = Dispatcher(
+            engine, DispatcherOptions(url=url, api_key="key", name="fleet", **options)
+        )
         result: Future = Future()
 
         def work() -> None:
