@@ -18,7 +18,6 @@ app = typer.Typer(
     help="Tune on small proxy models, grow the best checkpoint, train the target, and tell whether "
     f"growing paid.\n\n{EXIT_CODES}",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(study.study, name="study")
@@ -46,7 +45,7 @@ def _print_version(value: bool) -> None:  # noqa: FBT001 - typer's callback
     if value:
         from service import __version__
 
-        typer.echo(__version__)
+        typer.echo(f"warmscale {__version__}")
         raise typer.Exit
 
 
@@ -196,7 +195,7 @@ def coord_check(context: typer.Context) -> None:
 def main() -> None:
     """Run the command line; a fault of ours shows its trace, a user's never does."""
     try:
-        app()
+        app(prog_name="warmscale")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.FAILED)

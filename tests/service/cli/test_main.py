@@ -1,10 +1,14 @@
 import json
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
 from typer.testing import CliRunner
 
+import service
 from service.cli.main import app
 from service.cli.spec_file import SpecError, anchored, load
 from service.local_stack import home as homes
@@ -67,6 +71,32 @@ def test_the_exit_codes_are_on_the_first_page():
     shown = runner.invoke(app, ["--help"]).output
     for line in ("0  done", "3  the service cannot be reached", "5  the API key"):
         assert line in shown
+
+
+def test_the_version_is_printed_with_the_name():
+    shown = runner.invoke(app, ["--version"])
+    assert (shown.exit_code, shown.stdout) == (0, f"warmscale {service.__version__}\n")
+
+
+def test_completion_prints_a_script_for_bash_and_loads_neither_optuna_nor_torch():
+    # typer prints the script of the calling shell; without `exit` bash would replace itself.
+    command = f"{sys.executable} -X importtime -m service.cli --show-completion bash; exit $?"
+    root = Path(service.__file__).parents[1]
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "complete -o default -F _warmscale_completion warmscale" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in loaded
+    assert not {"optuna", "torch", "sqlalchemy", "fastapi"} & loaded
+
+
+def test_completion_offers_the_commands(monkeypatch):
+    monkeypatch.setenv("_WARMSCALE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "warmscale study wa")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    shown = runner.invoke(app, [], prog_name="warmscale")
+    assert shown.stdout.split() == ["watch"]
 
 
 def test_a_study_goes_from_its_file_to_the_list(warmscale, spec_file):
