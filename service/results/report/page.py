@@ -89,7 +89,7 @@ def _plotly() -> Iterator[bytes]:
 
 
 def _asset(name: str) -> str:
-    return files("service.results.report.page").joinpath("assets", name).read_text(encoding="utf-8")
+    return files("service.results.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _embedded(drawn: dict[str, Figure]) -> str:
