@@ -3,21 +3,21 @@
 from collections.abc import Callable, Sequence
 
 from service.results.schemas import BudgetResult, Costs, Growth, TargetRun, Verdict
-from service.results.verdict import judge
+from service.results.verdict import judge_runs
 
-CostsOf = Callable[[int], Costs]
+ComputeCosts = Callable[[int], Costs]
 """Costs by branch number."""
 
 
-def by_budget(
-    runs: Sequence[TargetRun], budgets: Sequence[float], growth: Growth, costs_of: CostsOf
+def judge_budgets(
+    runs: Sequence[TargetRun], budgets: Sequence[float], growth: Growth, costs_of: ComputeCosts
 ) -> tuple[BudgetResult, ...]:
     """Judge each budget by the runs that were cooled down at it, as if there were no others."""
     found: list[BudgetResult] = []
     for branch, budget in enumerate(budgets, start=1):
-        here = at_branch(runs, branch)
+        here = select_branch_runs(runs, branch)
         costs = costs_of(branch)
-        judged = judge(here, growth=growth, costs=costs)
+        judged = judge_runs(here, growth=growth, costs=costs)
         verdict = judged if isinstance(judged, Verdict) else None
         found.append(
             BudgetResult(
@@ -31,7 +31,7 @@ def by_budget(
     return tuple(found)
 
 
-def at_branch(runs: Sequence[TargetRun], branch: int) -> tuple[TargetRun, ...]:
+def select_branch_runs(runs: Sequence[TargetRun], branch: int) -> tuple[TargetRun, ...]:
     """The runs of one budget; a trunk stands for the run that has not left it yet."""
     here = [r for r in runs if r.branch == branch]
     left = {r.trunk_id for r in here}

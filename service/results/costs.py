@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from service.results.schemas import Costs, TargetRun
-from service.results.verdict import last_rung
+from service.results.verdict import select_last_rung
 
 
-def costs_of(
+def compute_costs(
     *,
     search_flops: float,
     best_flops: float | None,
@@ -20,7 +20,7 @@ def costs_of(
     Of several budgets, those of the runs at `branch`.
     """
     here = [r for r in targets if r.branch == branch and not r.is_trunk]
-    last = last_rung(here)
+    last = select_last_rung(here)
     warm = _mean_flops(last, "warm")
     lower = [r for r in here if r.arm == "warm" and r not in last]
     seeds = len({r.seed for r in lower}) or 1

@@ -14,7 +14,7 @@ T = TypeVar("T")
 _MOST = sys.float_info.max
 
 
-def bounded(value: float) -> float:
+def clamp_to_finite(value: float) -> float:
     """The nearest finite number."""
     return max(-_MOST, min(_MOST, value))
 
@@ -42,7 +42,7 @@ def _back(value: float, scale: int) -> float:
         return copysign(_MOST, value)
 
 
-def share(part_from: float, part_to: float, to: float) -> float:
+def fraction_between(part_from: float, part_to: float, to: float) -> float:
     """How far `part_to` is on the way from `part_from` to `to`."""
     halves = (part_from / 2 - part_to / 2, part_from / 2 - to / 2)
     whole = (part_from - part_to, part_from - to)
@@ -50,7 +50,7 @@ def share(part_from: float, part_to: float, to: float) -> float:
     return part / way
 
 
-def thinned(points: Sequence[T], most: int) -> Sequence[T]:
+def thin_points(points: Sequence[T], most: int) -> Sequence[T]:
     """At most `most` of the points, evenly spaced; the last one always."""
     stride = -(-len(points) // most) or 1
     return points[(len(points) - 1) % stride :: stride]

@@ -19,14 +19,14 @@ router = APIRouter(prefix="/studies", tags=["results"], route_class=Route)
 @router.get("/{study}/results")
 def read_results(caller: Reader, session: DbSession, study: str) -> StudyResults:
     """Best trial, target runs, costs, and the verdict or what it waits for."""
-    return store.results(session, find_study(session, caller, study))
+    return store.load_results(session, find_study(session, caller, study))
 
 
 @router.get("/{study}/report", response_class=HTMLResponse)
 def read_report(caller: Reader, session: DbSession, study: str) -> StreamingResponse:
     """The same as one self-contained page with plots."""
     found = find_study(session, caller, study)
-    spec, trials = parse_stored(found.spec), store.report_trials(session, found.id)
-    page = report.page(store.results(session, found), trials, spec)
+    spec, trials = parse_stored(found.spec), store.load_report_trials(session, found.id)
+    page = report.page(store.load_results(session, found), trials, spec)
     headers = {"Content-Security-Policy": NO_FRAMES}  # the rest stands in the page
     return StreamingResponse(page, media_type="text/html; charset=utf-8", headers=headers)

@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 
 from service.database.tables import Measurement, Run, Study
 from service.protocol import RunState
-from service.results.budgets import CostsOf, at_branch, by_budget
-from service.results.costs import costs_of
-from service.results.numbers import thinned
+from service.results.budgets import ComputeCosts, judge_budgets, select_branch_runs
+from service.results.costs import compute_costs
+from service.results.numbers import thin_points
 from service.results.schemas import (
     BestTrialResult,
     Costs,
@@ -23,8 +23,8 @@ from service.results.schemas import (
     TargetRun,
     Verdict,
 )
-from service.results.verdict import Pending, judge
-from service.results.wording import why_no_target
+from service.results.verdict import Pending, judge_runs
+from service.results.wording import explain_missing_target
 from service.runs.store import best_growable, best_trial
 from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
@@ -39,7 +39,7 @@ MAX_JUDGED_POINTS = 10_000
 MAX_SHOWN_POINTS = 1000
 
 
-def results(session: Session, study: Study) -> StudyResults:
+def load_results(session: Session, study: Study) -> StudyResults:
     """Everything that the study has found so far."""
     spec = parse_stored(study.spec)
     best = _best(session, study.id)
@@ -49,7 +49,7 @@ def results(session: Session, study: Study) -> StudyResults:
     own = tuple(t for t in targets if t.launch == 0)
 
     def costs(branch: int) -> Costs:
-        return costs_of(
+        return compute_costs(
             search_flops=flops.get("trial", 0.0),
             best_flops=best.cost_flops if best else None,
             targets=own,
@@ -57,7 +57,7 @@ def results(session: Session, study: Study) -> StudyResults:
             branch=branch,
         )
 
-    budgets = by_budget(own, spec.budgets, _growth(spec), costs) if own and spec.budgets else ()
+    budgets = judge_budgets(own, spec.budgets, _growth(spec), costs) if own and spec.budgets else ()
     judged = _judge(study, spec, own, trials, costs)
     return StudyResults(
         study_id=study.id,
@@ -76,7 +76,7 @@ def results(session: Session, study: Study) -> StudyResults:
 
 
 def _shown(target: TargetRun) -> TargetRun:
-    return target.model_copy(update={"curve": tuple(thinned(target.curve, MAX_SHOWN_POINTS))})
+    return target.model_copy(update={"curve": tuple(thin_points(target.curve, MAX_SHOWN_POINTS))})
 
 
 def _growth(spec: StudySpec) -> Growth:
@@ -89,13 +89,13 @@ def _judge(
     spec: StudySpec,
     own: tuple[TargetRun, ...],
     trials: RunCounts,
-    costs: CostsOf,
+    costs: ComputeCosts,
 ) -> Verdict | Pending:
     """Of several budgets the largest is judged."""
     if not own or not spec.rungs:
-        return Pending(why=why_no_target(spec, study.state, study.reason, trials))
+        return Pending(why=explain_missing_target(spec, study.state, study.reason, trials))
     last = len(spec.budgets)
-    return judge(at_branch(own, last), growth=_growth(spec), costs=costs(last))
+    return judge_runs(select_branch_runs(own, last), growth=_growth(spec), costs=costs(last))
 
 
 def _trial_counts(session: Session, study_id: str) -> RunCounts:
@@ -188,7 +188,7 @@ def _curves(
     return defaultdict(tuple, {run_id: tuple(curve) for run_id, curve in points.items()})
 
 
-def report_trials(session: Session, study_id: str) -> tuple[ReportTrial, ...]:
+def load_report_trials(session: Session, study_id: str) -> tuple[ReportTrial, ...]:
     """Every trial by number; curves for the best `MAX_TRIAL_CURVES` of them, to bound the page."""
     query = (
         select(Run.id.label("run_id"), Run.trial_number.label("number"), Run.state, Run.diverged)

@@ -13,7 +13,7 @@ from math import fsum
 from scipy.special import stdtrit
 
 from service.lifecycle import LIVE_RUN_STATES
-from service.results.numbers import bounded, mean, share, standard_error
+from service.results.numbers import clamp_to_finite, fraction_between, mean, standard_error
 from service.results.schemas import (
     Costs,
     Evaluation,
@@ -23,7 +23,7 @@ from service.results.schemas import (
     TargetRun,
     Verdict,
 )
-from service.results.wording import say
+from service.results.wording import write_sentence
 
 CONFIDENCE = 0.95
 
@@ -35,12 +35,12 @@ class Pending:
     why: str
 
 
-def judge(runs: Sequence[TargetRun], *, growth: Growth, costs: Costs) -> Verdict | Pending:
+def judge_runs(runs: Sequence[TargetRun], *, growth: Growth, costs: Costs) -> Verdict | Pending:
     """Compare the warm and the cold runs of a study's own targets on the last rung."""
     if waiting := _waiting(runs):
         return Pending(why=waiting)
-    last = last_rung(runs)
-    pairs = pair(last)
+    last = select_last_rung(runs)
+    pairs = pair_runs(last)
     left_out = (*_fallen(runs), *_unmatched(last, {p.seed for p in pairs}))
     if not pairs:
         reasons = "; ".join(left_out)
@@ -49,7 +49,7 @@ def judge(runs: Sequence[TargetRun], *, growth: Growth, costs: Costs) -> Verdict
     return _verdict(pairs, left_out, growth, costs, warm_diverged=diverged)
 
 
-def last_rung(runs: Sequence[TargetRun]) -> tuple[TargetRun, ...]:
+def select_last_rung(runs: Sequence[TargetRun]) -> tuple[TargetRun, ...]:
     """The runs of the largest model: what the study is for."""
     last = max((r.rung for r in runs), default=0)
     return tuple(r for r in runs if r.rung == last)
@@ -94,10 +94,10 @@ def _verdict(
         pairs=pairs,
         left_out=left_out,
     )
-    return verdict.model_copy(update={"sentence": say(verdict, costs, warm_diverged)})
+    return verdict.model_copy(update={"sentence": write_sentence(verdict, costs, warm_diverged)})
 
 
-def pair(runs: Iterable[TargetRun]) -> tuple[SeedPair, ...]:
+def pair_runs(runs: Iterable[TargetRun]) -> tuple[SeedPair, ...]:
     """The seeds whose warm and cold runs both succeeded on equal terms, in their order."""
     done = [r for r in runs if r.state == "succeeded" and r.val_loss_nats is not None]
     cold = {r.seed: r for r in done if r.arm == "cold"}
@@ -126,7 +126,7 @@ def _pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
         cold_run_id=cold.run_id,
         warm_loss_nats=warm.val_loss_nats,
         cold_loss_nats=cold.val_loss_nats,
-        difference_nats=bounded(warm.val_loss_nats - cold.val_loss_nats),
+        difference_nats=clamp_to_finite(warm.val_loss_nats - cold.val_loss_nats),
         tokens_to_cold_loss=reached,
         speedup=None if reached is None else cold.tokens / reached,
     )
@@ -169,7 +169,7 @@ def tokens_to_reach(curve: Sequence[Evaluation], goal_nats: float) -> float | No
 
 
 def _crossing(before: Evaluation, here: Evaluation, goal_nats: float) -> float:
-    fraction = share(before.val_loss_nats, goal_nats, here.val_loss_nats)
+    fraction = fraction_between(before.val_loss_nats, goal_nats, here.val_loss_nats)
     return before.tokens + fraction * (here.tokens - before.tokens)
 
 
@@ -179,8 +179,10 @@ def student_interval(differences: Sequence[float]) -> Interval | None:
     if n < 2:  # noqa: PLR2004 - one seed has no degree of freedom
         return None
     middle = mean(differences)
-    half = bounded(float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * standard_error(differences))
-    low, high = bounded(middle - half), bounded(middle + half)
+    half = clamp_to_finite(
+        float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * standard_error(differences)
+    )
+    low, high = clamp_to_finite(middle - half), clamp_to_finite(middle + half)
     return Interval(low=low, high=high, confidence=CONFIDENCE)
 
 

@@ -9,7 +9,7 @@ from service.studies.schemas import RunCounts
 _LARGE = 1e6
 
 
-def say(verdict: Verdict, costs: Costs, warm_diverged: tuple[int, ...] = ()) -> str:
+def write_sentence(verdict: Verdict, costs: Costs, warm_diverged: tuple[int, ...] = ()) -> str:
     """What was found, how sure it is, how fast, at what cost, and what is left out."""
     clauses = [
         _finding(verdict, warm_diverged),
@@ -21,7 +21,7 @@ def say(verdict: Verdict, costs: Costs, warm_diverged: tuple[int, ...] = ()) -> 
 
 
 def _finding(verdict: Verdict, warm_diverged: tuple[int, ...]) -> str:
-    ended = f"warm ended {direction(verdict.difference_nats)} than cold"
+    ended = f"warm ended {format_direction(verdict.difference_nats)} than cold"
     seeds, interval = count_seeds(verdict.seeds), verdict.interval_nats
     if interval is None:
         return f"Not shown at 1 seed: {ended}, but one seed has no interval and cannot tell"
@@ -30,30 +30,30 @@ def _finding(verdict: Verdict, warm_diverged: tuple[int, ...]) -> str:
         return f"Not shown: the warm run of seed {which} diverged; over {seeds} {ended}"
     if interval.low <= 0 <= interval.high:
         return f"Not shown at {seeds}: {ended} on average, but the {_span(interval)} includes 0"
-    return f"{headline(verdict)}: over {seeds} {ended} ({_span(interval)})"
+    return f"{write_headline(verdict)}: over {seeds} {ended} ({_span(interval)})"
 
 
-def nats(loss: float | None) -> str:
+def format_nats(loss: float | None) -> str:
     """A loss, or a dash."""
-    return "-" if loss is None else digits(loss)
+    return "-" if loss is None else format_digits(loss)
 
 
-def digits(value: float, sign: str = "") -> str:
+def format_digits(value: float, sign: str = "") -> str:
     """Four decimals; of a number too large for those to matter, four digits."""
     return f"{value:{sign}.4f}" if abs(value) < _LARGE else f"{value:{sign}.4g}"
 
 
-def flops(count: float | None) -> str:
+def format_flops(count: float | None) -> str:
     """FLOPs: `1.23e+12`, or a dash."""
     return "-" if count is None else f"{count:.2e}"
 
 
-def tokens(count: float | None) -> str:
+def format_tokens(count: float | None) -> str:
     """A number of tokens with thousands marked, or a dash."""
     return "-" if count is None else f"{count:,.0f}"
 
 
-def spelled(value: object) -> str:
+def format_parameter(value: object) -> str:
     """A parameter's value, short."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
@@ -65,7 +65,7 @@ def format_speedup(value: float | None) -> str:
 
 def format_difference(verdict: Verdict | None) -> str:
     """Warm - cold with its sign, or a dash."""
-    return "-" if verdict is None else digits(verdict.difference_nats, "+")
+    return "-" if verdict is None else format_digits(verdict.difference_nats, "+")
 
 
 def format_interval(verdict: Verdict | None) -> str:
@@ -75,14 +75,14 @@ def format_interval(verdict: Verdict | None) -> str:
     return format_ends(verdict.interval_nats)
 
 
-def arm_name(run: TargetRun) -> str:
+def format_arm(run: TargetRun) -> str:
     """What a target run is of its arm: nothing to add, its trunk, or the branch at a budget."""
     if run.is_trunk:
         return f"{run.arm} trunk"
     return run.arm if run.budget is None else f"{run.arm} at {run.budget:g} tpp"
 
 
-def label(run: RunView) -> str:
+def label_run(run: RunView) -> str:
     """A run by what it is for."""
     if run.kind == "trial":
         return f"trial {run.trial_number}"
@@ -102,14 +102,14 @@ def shared_costs(costs: Costs) -> list[tuple[str, float | None]]:
     ]
 
 
-def at_budget(results: StudyResults) -> str:
+def write_budget_prefix(results: StudyResults) -> str:
     """Of several budgets, the one that the verdict is of."""
     if not results.budgets:
         return ""
     return f"At {results.budgets[-1].tokens_per_param:g} tokens per parameter: "
 
 
-def headline(verdict: Verdict | None) -> str:
+def write_headline(verdict: Verdict | None) -> str:
     """The verdict in three words."""
     if verdict is None:
         return "No verdict yet"
@@ -119,14 +119,16 @@ def headline(verdict: Verdict | None) -> str:
     return "Growing did not pay" if worse else "Not shown"
 
 
-def direction(difference_nats: float) -> str:
+def format_direction(difference_nats: float) -> str:
     """A signed difference in words: `0.0123 nats lower`."""
-    return f"{digits(abs(difference_nats))} nats {'lower' if difference_nats < 0 else 'higher'}"
+    return (
+        f"{format_digits(abs(difference_nats))} nats {'lower' if difference_nats < 0 else 'higher'}"
+    )
 
 
 def format_ends(interval: Interval) -> str:
     """An interval by its ends."""
-    return f"{digits(interval.low, '+')} to {digits(interval.high, '+')}"
+    return f"{format_digits(interval.low, '+')} to {format_digits(interval.high, '+')}"
 
 
 def count_seeds(seeds: int) -> str:
@@ -151,8 +153,8 @@ def _cost(costs: Costs) -> str:
     if costs.warm_flops is None or costs.cold_flops is None:
         return ""
     counted = costs.warm_base_counted_flops
-    warm, cold = flops(costs.warm_flops), flops(costs.cold_flops)
-    base = "" if counted is None else f" ({flops(counted)} with the base counted)"
+    warm, cold = format_flops(costs.warm_flops), format_flops(costs.cold_flops)
+    base = "" if counted is None else f" ({format_flops(counted)} with the base counted)"
     return f"a warm run costs {warm} FLOPs{base}, a cold one {cold}"
 
 
@@ -160,7 +162,9 @@ def _left_out(left_out: tuple[str, ...]) -> str:
     return f"left out: {', '.join(left_out)}" if left_out else ""
 
 
-def why_no_target(spec: StudySpec, state: str, reason: str | None, trials: RunCounts) -> str:
+def explain_missing_target(
+    spec: StudySpec, state: str, reason: str | None, trials: RunCounts
+) -> str:
     """Why a study has no target run to judge."""
     if not spec.rungs:
         return "the study has no target, so there is nothing to grow into"

@@ -9,19 +9,19 @@ from rich.table import Table
 from service.protocol import CheckpointView, RunView
 from service.results.schemas import BudgetResult, Costs, StudyResults, TargetRun, Verdict
 from service.results.wording import (
-    arm_name,
-    at_budget,
-    direction,
-    flops,
+    format_arm,
     format_difference,
+    format_direction,
+    format_flops,
     format_interval,
+    format_nats,
+    format_parameter,
     format_speedup,
-    headline,
-    label,
-    nats,
+    format_tokens,
+    label_run,
     shared_costs,
-    spelled,
-    tokens,
+    write_budget_prefix,
+    write_headline,
 )
 from service.studies.schemas import RunCounts, StudyView, TrialView
 
@@ -69,7 +69,7 @@ def counts(runs: RunCounts) -> str:
 
 
 def _params(params: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {spelled(value)}" for name, value in sorted(params.items()))
+    return "  ".join(f"{name} {format_parameter(value)}" for name, value in sorted(params.items()))
 
 
 def studies(views: Iterable[StudyView]) -> Table:
@@ -80,8 +80,8 @@ def studies(views: Iterable[StudyView]) -> Table:
             view.state,
             f"{view.progress:.0%}",
             counts(view.trials),
-            nats(view.best_trial.val_loss_nats if view.best_trial else None),
-            flops(view.cost_flops),
+            format_nats(view.best_trial.val_loss_nats if view.best_trial else None),
+            format_flops(view.cost_flops),
             f"{view.created_at:%Y-%m-%d %H:%M}",
         )
         for view in views
@@ -99,7 +99,7 @@ def study(view: StudyView) -> Table:
             ("trials", f"{counts(view.trials)}, of {view.trials_budget}"),
             ("targets", counts(view.targets) if view.spec.rungs else "none asked for"),
             ("best", _best(view)),
-            ("cost", f"{flops(view.cost_flops)} FLOPs"),
+            ("cost", f"{format_flops(view.cost_flops)} FLOPs"),
             *(("warning", warning) for warning in view.warnings),
         ]
     )
@@ -109,7 +109,7 @@ def _best(view: StudyView) -> str:
     best = view.best_trial
     if best is None:
         return ""
-    return f"trial {best.number}: loss {nats(best.val_loss_nats)}, {_params(best.params)}"
+    return f"trial {best.number}: loss {format_nats(best.val_loss_nats)}, {_params(best.params)}"
 
 
 def trials(views: Sequence[TrialView]) -> Table:
@@ -119,7 +119,7 @@ def trials(views: Sequence[TrialView]) -> Table:
         (
             str(trial.number),
             "diverged" if trial.diverged else trial.state,
-            nats(trial.val_loss_nats),
+            format_nats(trial.val_loss_nats),
             f"{trial.step}/{trial.num_steps}",
             _params(trial.params),
             _last_line(trial.error),
@@ -144,8 +144,8 @@ def _rank(trial: TrialView) -> tuple[bool, float, int]:
 def results(found: StudyResults) -> list[RenderableType]:
     """The verdict and what it rests on."""
     verdict = found.verdict
-    said = verdict.sentence if verdict else f"{headline(None)}: {found.pending}."
-    parts: list[RenderableType] = [at_budget(found) + said]
+    said = verdict.sentence if verdict else f"{write_headline(None)}: {found.pending}."
+    parts: list[RenderableType] = [write_budget_prefix(found) + said]
     if found.budgets:
         parts += ["", _budgets(found.budgets)]
     if verdict is not None:
@@ -159,13 +159,13 @@ def _budgets(budgets: Iterable[BudgetResult]) -> Table:
     rows = [
         (
             f"{budget.tokens_per_param:g}",
-            tokens(budget.num_tokens),
+            format_tokens(budget.num_tokens),
             format_difference(budget.verdict),
             format_interval(budget.verdict),
             format_speedup(budget.verdict.speedup) if budget.verdict else "-",
-            flops(budget.costs.warm_flops),
-            flops(budget.costs.cold_flops),
-            budget.pending or headline(budget.verdict),
+            format_flops(budget.costs.warm_flops),
+            format_flops(budget.costs.cold_flops),
+            budget.pending or write_headline(budget.verdict),
         )
         for budget in budgets
     ]
@@ -177,10 +177,10 @@ def _pairs(verdict: Verdict) -> Table:
     rows = [
         (
             str(pair.seed_number),
-            nats(pair.warm_loss_nats),
-            nats(pair.cold_loss_nats),
-            direction(pair.difference_nats),
-            tokens(pair.tokens_to_cold_loss),
+            format_nats(pair.warm_loss_nats),
+            format_nats(pair.cold_loss_nats),
+            format_direction(pair.difference_nats),
+            format_tokens(pair.tokens_to_cold_loss),
             "-" if pair.speedup is None else format_speedup(pair.speedup),
         )
         for pair in verdict.pairs
@@ -193,13 +193,13 @@ def _targets(runs: Iterable[TargetRun]) -> Table:
     rows = [
         (
             run.run_id,
-            arm_name(run),
+            format_arm(run),
             str(run.rung),
             str(run.seed_number),
             "diverged" if run.diverged else run.state,
-            nats(run.val_loss_nats),
-            tokens(run.tokens),
-            flops(run.cost_flops),
+            format_nats(run.val_loss_nats),
+            format_tokens(run.tokens),
+            format_flops(run.cost_flops),
             (run.base_hash or "")[:12],
         )
         for run in runs
@@ -211,34 +211,34 @@ def _targets(runs: Iterable[TargetRun]) -> Table:
 def _costs(costs: Costs) -> Table:
     """Both accountings, side by side."""
     rows = [
-        ("one warm run, the base sunk", flops(costs.warm_flops)),
-        ("one warm run, the base counted", flops(costs.warm_base_counted_flops)),
-        ("one cold run", flops(costs.cold_flops)),
-        ("the base (the best trial)", flops(costs.base_flops)),
-        ("the search (all trials)", flops(costs.search_flops)),
-        *((what, flops(cost)) for what, cost in shared_costs(costs)),
-        ("everything", flops(costs.total_flops)),
+        ("one warm run, the base sunk", format_flops(costs.warm_flops)),
+        ("one warm run, the base counted", format_flops(costs.warm_base_counted_flops)),
+        ("one cold run", format_flops(costs.cold_flops)),
+        ("the base (the best trial)", format_flops(costs.base_flops)),
+        ("the search (all trials)", format_flops(costs.search_flops)),
+        *((what, format_flops(cost)) for what, cost in shared_costs(costs)),
+        ("everything", format_flops(costs.total_flops)),
     ]
     return _table("costs", "<what|FLOPs", rows)
 
 
 def run(view: RunView, checkpoints: Sequence[CheckpointView]) -> list[RenderableType]:
     """A run's facts and the checkpoints that are kept."""
-    what = label(view)
+    what = label_run(view)
     facts = _facts(
         [
             ("run", f"{view.id}, {what}, of {view.study_name}"),
             ("state", view.state),
-            ("progress", f"step {view.step}/{view.num_steps}, {tokens(view.tokens)} tokens"),
-            ("validation", f"{nats(view.val_loss_nats)} nats/token"),
-            ("training", f"{nats(view.loss_nats)} nats/token"),
-            ("speed", f"{tokens(view.tokens_per_second)} tokens/s"),
+            ("progress", f"step {view.step}/{view.num_steps}, {format_tokens(view.tokens)} tokens"),
+            ("validation", f"{format_nats(view.val_loss_nats)} nats/token"),
+            ("training", f"{format_nats(view.loss_nats)} nats/token"),
+            ("speed", f"{format_tokens(view.tokens_per_second)} tokens/s"),
             ("parameters", _params(view.params)),
             ("attempt", f"{view.attempt}, {view.failures} failed of {view.max_attempts}"),
             ("worker", view.worker or ""),
             ("grown from", view.base_hash or ""),
             ("branch of", view.trunk_id or ""),
-            ("cost", f"{flops(view.cost_flops)} FLOPs"),
+            ("cost", f"{format_flops(view.cost_flops)} FLOPs"),
             ("error", view.error or ""),
         ]
     )

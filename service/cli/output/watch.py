@@ -21,7 +21,7 @@ from service.cli.output.tables import console, counts
 from service.client import Client, ServiceError
 from service.lifecycle import FINAL_STUDY_STATES
 from service.protocol import RunView
-from service.results.wording import label, nats, spelled, tokens
+from service.results.wording import format_nats, format_parameter, format_tokens, label_run
 from service.studies.schemas import StudyView
 
 Style = Literal["live", "plain", "json"]
@@ -161,9 +161,11 @@ def _live() -> Generator[Show]:
 
 def ended_line(run: RunView) -> str:
     """How a run that is no longer running ended, or that it waits for another attempt."""
-    params = ", ".join(f"{name} {spelled(value)}" for name, value in sorted(run.params.items()))
-    where = f"step {run.step}/{run.num_steps}, loss {nats(run.val_loss_nats)}"
-    return f"  {label(run)} {run.state}: {where} ({params})"
+    params = ", ".join(
+        f"{name} {format_parameter(value)}" for name, value in sorted(run.params.items())
+    )
+    where = f"step {run.step}/{run.num_steps}, loss {format_nats(run.val_loss_nats)}"
+    return f"  {label_run(run)} {run.state}: {where} ({params})"
 
 
 def summary(study: StudyView) -> str:
@@ -176,7 +178,7 @@ def standing(study: StudyView) -> list[str]:
     parts = [f"trials: {counts(study.trials)}"]
     if study.best_trial is not None:
         best = study.best_trial
-        parts.append(f"best {nats(best.val_loss_nats)} (trial {best.number})")
+        parts.append(f"best {format_nats(best.val_loss_nats)} (trial {best.number})")
     if study.spec.rungs:
         parts.append(f"targets: {counts(study.targets)}")
     return parts
@@ -199,12 +201,12 @@ def picture(now: Snapshot, eta_seconds: float | None) -> Group:
     bars = Table.grid(padding=(0, 2))
     for run in now.running:
         bars.add_row(
-            label(run),
+            label_run(run),
             _bar(run),
             f"{run.step}/{run.num_steps}",
-            f"loss {nats(run.loss_nats)}",
-            f"val {nats(run.val_loss_nats)}",
-            f"{tokens(run.tokens_per_second)} tokens/s",
+            f"loss {format_nats(run.loss_nats)}",
+            f"val {format_nats(run.val_loss_nats)}",
+            f"{format_tokens(run.tokens_per_second)} tokens/s",
         )
     return Group(*(Text(line) for line in lines), bars)
 

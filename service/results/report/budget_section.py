@@ -2,17 +2,17 @@
 
 from collections.abc import Sequence
 
-from service.results.numbers import bounded
+from service.results.numbers import clamp_to_finite
 from service.results.report.figures import COLD, WARM, Figure
 from service.results.report.markup import Column, plot, section, table
 from service.results.schemas import BudgetResult, Verdict
 from service.results.wording import (
-    flops,
     format_difference,
+    format_flops,
     format_interval,
     format_speedup,
-    headline,
-    tokens,
+    format_tokens,
+    write_headline,
 )
 
 _NOTE = (
@@ -21,16 +21,16 @@ _NOTE = (
 )
 _COLUMNS: tuple[Column[BudgetResult], ...] = (
     Column(title="tpp", text=lambda b: f"{b.tokens_per_param:g}"),
-    Column(title="tokens", text=lambda b: tokens(b.num_tokens)),
+    Column(title="tokens", text=lambda b: format_tokens(b.num_tokens)),
     Column(title="warm - cold", text=lambda b: format_difference(b.verdict)),
     Column(title="95 % interval", text=lambda b: format_interval(b.verdict)),
     Column(
         title="speedup", text=lambda b: format_speedup(b.verdict.speedup if b.verdict else None)
     ),
-    Column(title="warm FLOPs", text=lambda b: flops(b.costs.warm_flops)),
-    Column(title="base counted", text=lambda b: flops(b.costs.warm_base_counted_flops)),
-    Column(title="cold FLOPs", text=lambda b: flops(b.costs.cold_flops)),
-    Column(title="verdict", text=lambda b: b.pending or headline(b.verdict), kind="text"),
+    Column(title="warm FLOPs", text=lambda b: format_flops(b.costs.warm_flops)),
+    Column(title="base counted", text=lambda b: format_flops(b.costs.warm_base_counted_flops)),
+    Column(title="cold FLOPs", text=lambda b: format_flops(b.costs.cold_flops)),
+    Column(title="verdict", text=lambda b: b.pending or write_headline(b.verdict), kind="text"),
 )
 
 
@@ -79,7 +79,7 @@ def _seeds(judged: Sequence[tuple[float, Verdict]]) -> Figure:
 
 def _means(judged: Sequence[tuple[float, Verdict]]) -> Figure:
     halves = [
-        bounded(v.interval_nats.high - v.difference_nats) if v.interval_nats else 0
+        clamp_to_finite(v.interval_nats.high - v.difference_nats) if v.interval_nats else 0
         for _, v in judged
     ]
     return {

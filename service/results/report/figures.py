@@ -10,10 +10,10 @@ from math import ceil, floor, inf, log10
 from typing import Any
 
 from service.protocol import Arm
-from service.results.numbers import bounded, thinned
+from service.results.numbers import clamp_to_finite, thin_points
 from service.results.schemas import ReportTrial, StudyResults, TargetRun, Verdict
-from service.results.verdict import last_rung
-from service.results.wording import arm_name, nats, spelled
+from service.results.verdict import select_last_rung
+from service.results.wording import format_arm, format_nats, format_parameter
 from service.specs.study import StudySpec
 
 Figure = dict[str, Any]
@@ -46,7 +46,7 @@ def figures(
     results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec
 ) -> dict[str, Figure]:
     """Every figure that there is something to draw in, by the id of its place on the page."""
-    own = last_rung([t for t in results.targets if t.launch == 0])
+    own = select_last_rung([t for t in results.targets if t.launch == 0])
     shown = few(trials)
     drawn = {
         "arms": arm_curves(own),
@@ -74,7 +74,7 @@ def few(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
     """What can be drawn: the best ones that are listed, and others evenly by number."""
     best = {trial.number for trial in best_first(trials)[:MAX_TABLE_TRIALS]}
     others = [trial for trial in trials if trial.number not in best]
-    among = {trial.number for trial in thinned(others, MAX_DRAWN_TRIALS - MAX_TABLE_TRIALS)}
+    among = {trial.number for trial in thin_points(others, MAX_DRAWN_TRIALS - MAX_TABLE_TRIALS)}
     return [trial for trial in trials if trial.number in best | among]
 
 
@@ -93,7 +93,7 @@ def arm_curves(runs: Sequence[TargetRun]) -> Figure:
 
 def _arm_curve(run: TargetRun) -> Figure:
     """A branch's own part alone: what is before is its trunk's line, and so is its legend."""
-    name = f"{arm_name(run)}, seed {run.seed_number}"
+    name = f"{format_arm(run)}, seed {run.seed_number}"
     points = [p for p in run.curve if p.tokens >= max(1, run.trunk_tokens)]
     return {
         **_line([(p.tokens, p.val_loss_nats) for p in points], name),
@@ -132,7 +132,7 @@ def differences(verdict: Verdict | None) -> Figure:
         return {"data": [], "layout": {}}
     half = 0.0
     if verdict.interval_nats is not None:
-        half = bounded(verdict.interval_nats.high - verdict.difference_nats)
+        half = clamp_to_finite(verdict.interval_nats.high - verdict.difference_nats)
     seeds = {
         "type": "scatter",
         "mode": "markers",
@@ -205,8 +205,10 @@ def _by_state(
 
 
 def _hover(trial: ReportTrial) -> str:
-    loss = "" if trial.val_loss_nats is None else f"{nats(trial.val_loss_nats)} nats"
-    params = [f"{escape(k)} = {escape(spelled(v))}" for k, v in sorted(trial.params.items())]
+    loss = "" if trial.val_loss_nats is None else f"{format_nats(trial.val_loss_nats)} nats"
+    params = [
+        f"{escape(k)} = {escape(format_parameter(v))}" for k, v in sorted(trial.params.items())
+    ]
     return "<br>".join([f"<b>trial {trial.number}</b> ({shown_state(trial)})", loss, *params])
 
 
@@ -235,8 +237,8 @@ def learning_curves(trials: Sequence[ReportTrial]) -> Figure:
     losses = [p.val_loss_nats for t in shown if not t.diverged for p in t.curve if p.tokens]
     figure = _with_axes([_learning_curve(t) for t in shown], "tokens", log_x=True, showlegend=False)
     if losses:
-        pad = 0.05 * bounded(max(losses) - min(losses))
-        reach = [bounded(min(losses) - pad), bounded(max(losses) + pad)]
+        pad = 0.05 * clamp_to_finite(max(losses) - min(losses))
+        reach = [clamp_to_finite(min(losses) - pad), clamp_to_finite(max(losses) + pad)]
         figure["layout"]["yaxis"]["range"] = reach
     return figure
 

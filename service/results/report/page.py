@@ -32,18 +32,18 @@ from service.results.schemas import (
     Verdict,
 )
 from service.results.wording import (
-    arm_name,
-    at_budget,
-    direction,
-    flops,
+    format_arm,
     format_difference,
+    format_direction,
     format_ends,
+    format_flops,
+    format_nats,
+    format_parameter,
     format_speedup,
-    headline,
-    nats,
+    format_tokens,
     shared_costs,
-    spelled,
-    tokens,
+    write_budget_prefix,
+    write_headline,
 )
 from service.specs.study import StudySpec
 
@@ -103,7 +103,7 @@ def _top(results: StudyResults) -> str:
     text = _sentence(results)
     return (
         f'<div class="top"><h1>{escape(results.study_name)}</h1><span>{results.state}</span></div>'
-        f'<div class="hero {tone}"><strong>{escape(headline(verdict))}</strong>'
+        f'<div class="hero {tone}"><strong>{escape(write_headline(verdict))}</strong>'
         f"<p>{escape(text)}</p></div>{cards(_figures_of(results))}"
     )
 
@@ -113,12 +113,12 @@ def _sentence(results: StudyResults) -> str:
     if results.verdict is None:
         text = f"{results.pending}."
     else:
-        text = results.verdict.sentence.removeprefix(f"{headline(results.verdict)}: ")
-    return at_budget(results) + text[:1].upper() + text[1:]
+        text = results.verdict.sentence.removeprefix(f"{write_headline(results.verdict)}: ")
+    return write_budget_prefix(results) + text[:1].upper() + text[1:]
 
 
 def _tone(verdict: Verdict | None) -> str:
-    found = headline(verdict)
+    found = write_headline(verdict)
     return {"Growing paid": "good", "Growing did not pay": "bad"}.get(found, "open")
 
 
@@ -127,8 +127,8 @@ def _figures_of(results: StudyResults) -> list[tuple[str, str]]:
     if (verdict := results.verdict) is not None:
         shown = _verdict_figures(verdict)
     if (best := results.best_trial) is not None:
-        shown.append((nats(best.val_loss_nats), f"best trial's loss (trial {best.number})"))
-    shown.append((flops(results.costs.total_flops), "FLOPs in all"))
+        shown.append((format_nats(best.val_loss_nats), f"best trial's loss (trial {best.number})"))
+    shown.append((format_flops(results.costs.total_flops), "FLOPs in all"))
     return shown
 
 
@@ -179,10 +179,10 @@ def _arms(results: StudyResults, drawn: dict[str, Figure]) -> str:
 
 _PAIR_COLUMNS: tuple[Column[SeedPair], ...] = (
     Column(title="seed", text=lambda p: str(p.seed_number)),
-    Column(title="warm loss", text=lambda p: nats(p.warm_loss_nats)),
-    Column(title="cold loss", text=lambda p: nats(p.cold_loss_nats)),
-    Column(title="warm is", text=lambda p: direction(p.difference_nats)),
-    Column(title="tokens to cold's loss", text=lambda p: tokens(p.tokens_to_cold_loss)),
+    Column(title="warm loss", text=lambda p: format_nats(p.warm_loss_nats)),
+    Column(title="cold loss", text=lambda p: format_nats(p.cold_loss_nats)),
+    Column(title="warm is", text=lambda p: format_direction(p.difference_nats)),
+    Column(title="tokens to cold's loss", text=lambda p: format_tokens(p.tokens_to_cold_loss)),
     Column(title="speedup", text=lambda p: format_speedup(p.speedup)),
 )
 
@@ -191,14 +191,14 @@ def _target_columns(runs: Sequence[TargetRun]) -> list[Column[TargetRun]]:
     rung: Column[TargetRun] = Column(title="rung", text=lambda r: str(r.rung))
     return [
         Column(title="target run", text=lambda r: r.run_id, kind="code"),
-        Column(title="arm", text=arm_name, kind="text"),
+        Column(title="arm", text=format_arm, kind="text"),
         *([rung] if any(r.rung for r in runs) else []),
         Column(title="seed", text=lambda r: str(r.seed_number)),
         Column(title="state", text=shown_state, kind="state"),
-        Column(title="loss", text=lambda r: nats(r.val_loss_nats)),
+        Column(title="loss", text=lambda r: format_nats(r.val_loss_nats)),
         *_average_columns(runs),
-        Column(title="tokens", text=lambda r: tokens(r.tokens)),
-        Column(title="FLOPs", text=lambda r: flops(r.cost_flops)),
+        Column(title="tokens", text=lambda r: format_tokens(r.tokens)),
+        Column(title="FLOPs", text=lambda r: format_flops(r.cost_flops)),
         Column(title="grown from", text=lambda r: (r.base_hash or "")[:12], kind="code"),
         *_error_column(runs),
     ]
@@ -212,7 +212,7 @@ def _average_columns(runs: Sequence[TargetRun]) -> list[Column[TargetRun]]:
 
     fields = {"EMA loss": "ema_val_loss_nats", "SWA loss": "swa_val_loss_nats"}
     return [
-        Column(title=title, text=lambda run, field=field: nats(newest(run, field)))
+        Column(title=title, text=lambda run, field=field: format_nats(newest(run, field)))
         for title, field in fields.items()
         if any(newest(run, field) is not None for run in runs)
     ]
@@ -236,7 +236,7 @@ def _costs(costs: Costs) -> str:
     ]
     columns: tuple[Column[tuple[str, float | None]], ...] = (
         Column(title="cost", text=lambda row: row[0], kind="text"),
-        Column(title="FLOPs", text=lambda row: flops(row[1])),
+        Column(title="FLOPs", text=lambda row: format_flops(row[1])),
     )
     return table(columns, rows)
 
@@ -268,7 +268,9 @@ def _trials(
 def _best(best: BestTrialResult | None) -> str:
     if best is None:
         return ""
-    params = ", ".join(f"{name} {spelled(value)}" for name, value in sorted(best.params.items()))
+    params = ", ".join(
+        f"{name} {format_parameter(value)}" for name, value in sorted(best.params.items())
+    )
     source = (
         f" Checkpoint {best.checkpoint.hash[:12]} at {best.checkpoint.uri}."
         if best.checkpoint
@@ -280,14 +282,14 @@ def _best(best: BestTrialResult | None) -> str:
 
 def _trial_columns(spec: StudySpec, trials: Sequence[ReportTrial]) -> list[Column[ReportTrial]]:
     params: list[Column[ReportTrial]] = [
-        Column(title=name, text=lambda t, name=name: spelled(t.params.get(name, "")))
+        Column(title=name, text=lambda t, name=name: format_parameter(t.params.get(name, "")))
         for name in sorted(spec.search_space, key=lambda name: (name != "lr", name))
     ]
     return [
         Column(title="trial", text=lambda t: str(t.number)),
         Column(title="state", text=shown_state, kind="state"),
-        Column(title="loss", text=lambda t: nats(t.val_loss_nats)),
+        Column(title="loss", text=lambda t: format_nats(t.val_loss_nats)),
         *params,
-        Column(title="FLOPs", text=lambda t: flops(t.cost_flops)),
+        Column(title="FLOPs", text=lambda t: format_flops(t.cost_flops)),
         *_error_column(trials),
     ]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.results.costs import costs_of
+from service.results.costs import compute_costs
 from service.results.report import page as report
 from service.results.report.figures import (
     MAX_DRAWN_TRIALS,
@@ -26,7 +26,7 @@ from service.results.schemas import (
     StudyResults,
     TargetRun,
 )
-from service.results.verdict import Verdict, judge
+from service.results.verdict import Verdict, judge_runs
 from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts
 
@@ -113,7 +113,7 @@ def results(targets=(), **changes):
 @pytest.fixture
 def judged():
     targets = [target(a, s, f) for s in (0, 1) for a, f in (("warm", 1.9), ("cold", 2.0))]
-    verdict = judge(targets, growth=GROWTH, costs=COSTS)
+    verdict = judge_runs(targets, growth=GROWTH, costs=COSTS)
     assert isinstance(verdict, Verdict)
     return results(targets, state="completed", verdict=verdict, pending=None)
 
@@ -301,7 +301,7 @@ def test_the_base_counted_is_the_base_and_one_warm_run():
         target("warm", 1, 1.9, cost_flops=6e9),
         target("cold", 0, 2.0),
     ]
-    costs = costs_of(search_flops=9e9, best_flops=1e9, targets=targets, total_flops=23e9)
+    costs = compute_costs(search_flops=9e9, best_flops=1e9, targets=targets, total_flops=23e9)
     assert costs.warm_flops == 5e9
     assert costs.warm_base_counted_flops == 6e9
     assert costs.cold_flops == 4e9
@@ -310,13 +310,15 @@ def test_the_base_counted_is_the_base_and_one_warm_run():
 def test_a_ladder_s_lower_rungs_are_part_of_its_base():
     lower = [target("warm", s, 2.0, cost_flops=2e9) for s in (0, 1)]
     last = [target("warm", s, 1.9, rung=1) for s in (0, 1)]
-    costs = costs_of(search_flops=9e9, best_flops=1e9, targets=[*lower, *last], total_flops=21e9)
+    costs = compute_costs(
+        search_flops=9e9, best_flops=1e9, targets=[*lower, *last], total_flops=21e9
+    )
     assert costs.base_flops == 3e9
 
 
 def test_runs_that_failed_are_no_measure_of_cost():
     targets = [target("warm", 0, 2.0, state="failed", cost_flops=1.0)]
-    costs = costs_of(search_flops=9e9, best_flops=None, targets=targets, total_flops=9e9)
+    costs = compute_costs(search_flops=9e9, best_flops=None, targets=targets, total_flops=9e9)
     assert costs.warm_flops is None
     assert costs.warm_base_counted_flops is None
 
@@ -354,7 +356,7 @@ def finished(draw):
 @settings(max_examples=60)
 def test_any_finished_study_has_results_and_a_report_in_finite_numbers(study):
     trials, targets = study
-    judged = judge(targets, growth=GROWTH, costs=COSTS)
+    judged = judge_runs(targets, growth=GROWTH, costs=COSTS)
     found = {"verdict": judged} if isinstance(judged, Verdict) else {"pending": judged.why}
     whole = results(targets).model_copy(update=found)
     json.dumps(whole.model_dump(mode="json"), allow_nan=False)

@@ -7,7 +7,13 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from service.results.schemas import Costs, Evaluation, Growth, TargetRun, Verdict
-from service.results.verdict import Pending, judge, pair, student_interval, tokens_to_reach
+from service.results.verdict import (
+    Pending,
+    judge_runs,
+    pair_runs,
+    student_interval,
+    tokens_to_reach,
+)
 
 GROWTH = Growth(g_width=2.0, g_nonembedding=3.9, g_total=2.2)
 COSTS = Costs(
@@ -60,13 +66,13 @@ def target(pairs):
 
 
 def verdict(runs) -> Verdict:
-    judged = judge(runs, growth=GROWTH, costs=COSTS)
+    judged = judge_runs(runs, growth=GROWTH, costs=COSTS)
     assert isinstance(judged, Verdict), judged
     return judged
 
 
 def pending(runs) -> str:
-    judged = judge(runs, growth=GROWTH, costs=COSTS)
+    judged = judge_runs(runs, growth=GROWTH, costs=COSTS)
     assert isinstance(judged, Pending), judged
     return judged.why
 
@@ -233,7 +239,7 @@ def test_a_pair_needs_both_of_its_runs():
 
 def test_unequal_budgets_are_never_compared():
     runs = [run("warm", 0, [2.0]), run("cold", 0, [3.0], tokens=TOKENS - 1)]
-    assert pair(runs) == ()
+    assert pair_runs(runs) == ()
 
 
 def test_runs_on_different_text_are_never_compared():
