@@ -170,8 +170,8 @@ def violations(engine, **options):
     """What `warmscale db check` would say."""
     from service.operations import invariants
 
-    with invariants.snapshot(engine) as session:
-        return invariants.check(session, **options).violations
+    with invariants.open_snapshot(engine) as session:
+        return invariants.check_database(session, **options).violations
 
 
 @pytest.fixture

@@ -164,8 +164,8 @@ class Driver:
                 break  # the check says of which
             time.sleep(_TICK_SECONDS)
         self._look_for_recoveries()
-        with invariants.snapshot(self.stack.engine) as session:
-            report = invariants.check(session, at_rest=True, with_files=True)
+        with invariants.open_snapshot(self.stack.engine) as session:
+            report = invariants.check_database(session, at_rest=True, with_files=True)
         hidden = self._corrupted_uris()
         self.violations = [
             f"{v.invariant} {v.study_id} {v.run_id}: {v.seen}"

@@ -27,11 +27,11 @@ def check(arguments: list[str]) -> None:
 
 def draw(out: Path) -> Path:
     """Write the page of the check in the folder `out`."""
-    from service.results.report.coord_check import page
+    from service.results.report.coord_check import render_coord_check
     from warmcore.specs.coord_check import CoordCheck
 
     found = CoordCheck.model_validate_json((out / DATA).read_bytes())
     path = out / PAGE
     with path.open("wb") as file:
-        file.writelines(page(found))
+        file.writelines(render_coord_check(found))
     return path

@@ -21,7 +21,7 @@ from service.database.tables import ApiKey
 from service.local_stack.child_process import die_with_parent
 from service.observability import logs, tracing
 from service.operations.migrations import LockBusyError, revisions, upgrade
-from service.operations.revisions import NewerDatabaseError, complaint
+from service.operations.revisions import NewerDatabaseError, describe_mismatch
 from service.settings import Settings
 from service.web.shutdown import Server, end_on_sigterm
 
@@ -105,7 +105,7 @@ def _prepare(url: URL, *, upgraded: bool) -> None:
         fail(Exit.CONFLICT, str(error))
     engine = create_engine(url, poolclass=NullPool)
     with engine.connect() as connection:
-        wrong = complaint(revisions(connection))
+        wrong = describe_mismatch(revisions(connection))
     if wrong is not None:
         fail(Exit.CONFLICT, wrong)
 

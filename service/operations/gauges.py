@@ -29,7 +29,7 @@ class _Standing:
         yield from self._families
 
 
-def render(session: Session, engines: Mapping[str, Engine]) -> bytes:
+def render_metrics(session: Session, engines: Mapping[str, Engine]) -> bytes:
     """Everything, in Prometheus' text format."""
     families = [*_of_database(session), *_of_pools(engines)]
     standing = CollectorRegistry()

@@ -5,7 +5,7 @@ from fastapi.responses import PlainTextResponse
 
 from service.access.authentication import Scraper
 from service.operations import gauges, migrations
-from service.operations.revisions import complaint
+from service.operations.revisions import describe_mismatch
 from service.problems import Problem
 from service.web.dependencies import DbSession
 
@@ -21,7 +21,7 @@ def healthz() -> dict[str, str]:
 @router.get("/readyz")
 def readyz(session: DbSession) -> dict[str, str]:
     """200 when the database is there, at this version's revisions; 503 when it is not."""
-    wrong = complaint(migrations.revisions(session.connection()))
+    wrong = describe_mismatch(migrations.revisions(session.connection()))
     if wrong is not None:
         raise Problem(503, "needs-upgrade", wrong)
     return {"status": "ready"}
@@ -31,5 +31,5 @@ def readyz(session: DbSession) -> dict[str, str]:
 def read_metrics(caller: Scraper, session: DbSession, request: Request) -> Response:
     """Prometheus metrics, over all projects: hence a scope of its own."""
     assert caller
-    text = gauges.render(session, request.app.state.engines)
+    text = gauges.render_metrics(session, request.app.state.engines)
     return Response(text, media_type=gauges.CONTENT_TYPE)

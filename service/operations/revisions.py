@@ -5,7 +5,7 @@ from typing import Literal
 
 from sqlalchemy import Connection, text
 
-Standing = Literal["ready", "empty", "older", "newer"]
+RevisionStatus = Literal["ready", "empty", "older", "newer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Revision:
         return self.known[-1]
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> RevisionStatus:
         """Whether this program can work with what is there; one it does not know is newer."""
         if self.found is None:
             return "empty"
@@ -59,7 +59,7 @@ def check_not_newer(revisions: tuple[Revision, ...]) -> None:
         raise NewerDatabaseError(f"{'; '.join(map(str, newer))}: {works}")
 
 
-def complaint(revisions: tuple[Revision, ...]) -> str | None:
+def describe_mismatch(revisions: tuple[Revision, ...]) -> str | None:
     """What keeps this program from serving these schemas, and what to do; None when nothing."""
     wrong = [revision for revision in revisions if revision.standing != "ready"]
     if not wrong:

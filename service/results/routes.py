@@ -27,6 +27,6 @@ def read_report(caller: Reader, session: DbSession, study: str) -> StreamingResp
     """The same as one self-contained page with plots."""
     found = find_study(session, caller, study)
     spec, trials = parse_stored(found.spec), store.load_report_trials(session, found.id)
-    page = report.page(store.load_results(session, found), trials, spec)
+    page = report.render_report(store.load_results(session, found), trials, spec)
     headers = {"Content-Security-Policy": NO_FRAMES}  # the rest stands in the page
     return StreamingResponse(page, media_type="text/html; charset=utf-8", headers=headers)

@@ -125,8 +125,8 @@ def check(url):
     from service.operations import invariants
 
     engine = create_engine(url)
-    with invariants.snapshot(engine) as session:
-        report = invariants.check(session, with_files=True)
+    with invariants.open_snapshot(engine) as session:
+        report = invariants.check_database(session, with_files=True)
     engine.dispose()
     assert report.violations == ()
 

@@ -13,7 +13,7 @@ from service.local_stack.home import DEFAULT
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from service.operations.checkpoint_cleanup.collect import CleanupOptions, Collected
+    from service.operations.checkpoint_cleanup.collect import CleanupOptions, CleanupResult
 
 checkpoints = typer.Typer(help="Checkpoints.", no_args_is_help=True)
 
@@ -59,19 +59,19 @@ def gc(
 
 def _collect(
     home: Path, study: str | None, project: str | None, options: "CleanupOptions"
-) -> "list[Collected]":
+) -> "list[CleanupResult]":
     from sqlalchemy import NullPool, create_engine
     from sqlalchemy.orm import sessionmaker
 
     from service.database import engine
-    from service.operations.checkpoint_cleanup.collect import collect
+    from service.operations.checkpoint_cleanup.collect import collect_checkpoints
 
     chosen = settings(home)
     with reached(), engine.database(chosen) as url:
         sessions = sessionmaker(create_engine(url, poolclass=NullPool), expire_on_commit=False)
         with sessions() as session:
             ids = _chosen(session, study, project)
-        return [collect(sessions, one, chosen.artifact_root, options) for one in ids]
+        return [collect_checkpoints(sessions, one, chosen.artifact_root, options) for one in ids]
 
 
 def _chosen(session: "Session", study: str | None, project: str | None) -> list[str]:
@@ -93,7 +93,7 @@ def _chosen(session: "Session", study: str | None, project: str | None) -> list[
         fail(Exit.CONFLICT, problem.detail.replace("?project=", "--project"))
 
 
-def _view(one: "Collected") -> dict[str, Any]:
+def _view(one: "CleanupResult") -> dict[str, Any]:
     rows = [
         {"uri": d.fact.uri, "bytes": d.fact.num_bytes, "keep": d.keep, "reason": d.reason}
         for d in one.decisions
@@ -110,7 +110,7 @@ def _view(one: "Collected") -> dict[str, Any]:
     return {"study": one.study_id, "bytes": one.num_bytes, "folders": rows, "left": one.left}
 
 
-def _print(found: "list[Collected]", options: "CleanupOptions") -> None:
+def _print(found: "list[CleanupResult]", options: "CleanupOptions") -> None:
     verb = "deleted" if options.delete else "would delete"
     for one in found:
         for row in _view(one)["folders"]:

@@ -42,7 +42,7 @@ def current(*, home: Home = DEFAULT, as_json: Json = False) -> None:
     from sqlalchemy.pool import NullPool
 
     from service.operations.migrations import revisions
-    from service.operations.revisions import complaint
+    from service.operations.revisions import describe_mismatch
 
     with _database(home) as url:
         engine = create_engine(url, poolclass=NullPool)
@@ -56,7 +56,7 @@ def current(*, home: Home = DEFAULT, as_json: Json = False) -> None:
         )
     else:
         typer.echo("\n".join(map(str, found)))
-    if (wrong := complaint(found)) is not None:
+    if (wrong := describe_mismatch(found)) is not None:
         fail(Exit.CONFLICT, wrong)
 
 
@@ -99,7 +99,7 @@ def backup(path: BackupFile, *, home: Home = DEFAULT, as_json: Json = False) -> 
 
     The service goes on meanwhile. The hashes of API keys are in it; checkpoints' files are not.
     """
-    from service.operations.backup.dump import backup as write
+    from service.operations.backup.dump import write_backup as write
 
     with _database(home) as url, _progress(as_json=as_json) as progress:
         manifest = write(url, path, progress)
@@ -119,7 +119,7 @@ def restore(
 
     A backup of an earlier version is upgraded. Its API keys are good again, those made since not.
     """
-    from service.operations.backup.load import restore as read
+    from service.operations.backup.load import restore_backup as read
 
     with _database(home) as url, _progress(as_json=as_json) as progress:
         manifest = read(url, path, progress, replace=replace)
@@ -201,7 +201,7 @@ def check(
 
     with reached(), database(settings(home)) as url:
         engine = create_engine(url, poolclass=NullPool)
-        with invariants.snapshot(engine) as session:
-            report = invariants.check(session, at_rest=at_rest, with_files=files)
-    typer.echo(json.dumps(asdict(report)) if as_json else invariants.described(report))
+        with invariants.open_snapshot(engine) as session:
+            report = invariants.check_database(session, at_rest=at_rest, with_files=files)
+    typer.echo(json.dumps(asdict(report)) if as_json else invariants.format_report(report))
     raise typer.Exit(Exit.FAILED if report.violations else Exit.OK)

@@ -29,7 +29,7 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Table(_Frozen):
+class BackupTable(_Frozen):
     """One table's rows: COPY text of these columns, a line a row."""
 
     schema_name: str
@@ -45,7 +45,7 @@ class Table(_Frozen):
         return f"{self.schema_name}.{self.name}.copy"
 
 
-class Sequence(_Frozen):
+class BackupSequence(_Frozen):
     """Where a sequence stands."""
 
     schema_name: str
@@ -63,8 +63,8 @@ class BackupManifest(_Frozen):
     warmscale: str
     postgresql: str
     revisions: dict[str, str]
-    tables: tuple[Table, ...]
-    sequences: tuple[Sequence, ...]
+    tables: tuple[BackupTable, ...]
+    sequences: tuple[BackupSequence, ...]
 
     @property
     def num_rows(self) -> int:
@@ -77,7 +77,7 @@ class BackupManifest(_Frozen):
         return sum(table.num_bytes for table in self.tables)
 
 
-class Writer:
+class BackupWriter:
     """Writes tables into a backup, one after the other."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
@@ -85,7 +85,7 @@ class Writer:
 
     def table(
         self, schema_name: str, name: str, columns: tuple[str, ...], rows: Iterator[bytes]
-    ) -> Table:
+    ) -> BackupTable:
         """Write a table's rows, which come in pieces of any size."""
         digest, num_rows, num_bytes = hashlib.sha256(), 0, 0
         with self._archive.open(f"{schema_name}.{name}.copy", "w", force_zip64=True) as member:
@@ -94,7 +94,7 @@ class Writer:
                 digest.update(piece)
                 num_rows += piece.count(b"\n")  # within a value COPY writes it as \n
                 num_bytes += len(piece)
-        return Table(
+        return BackupTable(
             schema_name=schema_name,
             name=name,
             columns=columns,
@@ -109,7 +109,7 @@ class Writer:
 
 
 @contextmanager
-def written(path: Path) -> Generator[Writer]:
+def create_backup(path: Path) -> Generator[BackupWriter]:
     """A backup to write, which is at `path` when all went well; nothing is there otherwise.
 
     Only this user can read it: it holds the hashes of keys, and users' specs.
@@ -127,7 +127,7 @@ def written(path: Path) -> Generator[Writer]:
     try:
         with os.fdopen(descriptor, "w+b") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-                yield Writer(archive)
+                yield BackupWriter(archive)
             file.flush()
             os.fsync(file.fileno())
         os.link(aside, path)  # unlike a rename, never in place of a file that came meanwhile
@@ -146,13 +146,13 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-class Reader:
+class BackupReader:
     """A backup that has been opened; `check` reads all of it."""
 
     def __init__(self, archive: zipfile.ZipFile, manifest: BackupManifest) -> None:
         self._archive, self.manifest = archive, manifest
 
-    def rows(self, table: Table) -> Iterator[bytes]:
+    def rows(self, table: BackupTable) -> Iterator[bytes]:
         """A table's rows, in pieces of any size."""
         with self._archive.open(table.member) as member:
             while piece := member.read(_CHUNK_BYTES):
@@ -180,7 +180,7 @@ class Reader:
 
 
 @contextmanager
-def opened(path: Path) -> Generator[Reader]:
+def open_backup(path: Path) -> Generator[BackupReader]:
     """A backup to read.
 
     Raises:
@@ -193,7 +193,7 @@ def opened(path: Path) -> Generator[Reader]:
     except _DAMAGE as error:
         raise BackupError(f"{path} is no backup, or was cut short: {error}") from None
     with archive:
-        yield Reader(archive, _manifest(archive, path))
+        yield BackupReader(archive, _manifest(archive, path))
 
 
 def _manifest(archive: zipfile.ZipFile, path: Path) -> BackupManifest:

@@ -6,7 +6,7 @@ from psycopg import sql
 from sqlalchemy import Connection, text
 
 from service.database.tables import OPTUNA_SCHEMA, SCHEMA
-from service.operations.backup.archive import Sequence
+from service.operations.backup.archive import BackupSequence
 
 SCHEMAS = (SCHEMA, OPTUNA_SCHEMA)
 _VERSION_TABLE = "alembic_version"  # made anew from the revision in the manifest
@@ -37,7 +37,7 @@ class ForeignKey:
     definition: str
 
 
-def tables(connection: Connection) -> tuple[TableShape, ...]:
+def list_tables(connection: Connection) -> tuple[TableShape, ...]:
     """Every table of both schemas, but those that only say the revision."""
     rows = connection.execute(text(_TABLES), {"schemas": list(SCHEMAS), "not": _VERSION_TABLE})
     return tuple(
@@ -46,28 +46,30 @@ def tables(connection: Connection) -> tuple[TableShape, ...]:
     )
 
 
-def foreign_keys(connection: Connection) -> tuple[ForeignKey, ...]:
+def list_foreign_keys(connection: Connection) -> tuple[ForeignKey, ...]:
     """Every foreign key of both schemas."""
     rows = connection.execute(text(_FOREIGN_KEYS), {"schemas": list(SCHEMAS)})
     return tuple(ForeignKey(schema=s, table=t, name=n, definition=d) for s, t, n, d in rows)
 
 
-def sequences(connection: Connection) -> tuple[Sequence, ...]:
+def list_sequences(connection: Connection) -> tuple[BackupSequence, ...]:
     """Where every sequence of both schemas stands."""
     rows = connection.execute(text(_SEQUENCES), {"schemas": list(SCHEMAS)})
     return tuple(
-        Sequence(schema_name=schema, name=name, last_value=last or first, is_called=bool(last))
+        BackupSequence(
+            schema_name=schema, name=name, last_value=last or first, is_called=bool(last)
+        )
         for schema, name, last, first in rows
     )
 
 
-def num_rows(connection: Connection, table: TableShape) -> int:
+def count_rows(connection: Connection, table: TableShape) -> int:
     """How many rows it has."""
     query = sql.SQL("SELECT count(*) FROM {}").format(table.identifier)
     return connection.exec_driver_sql(query.as_string()).scalar_one()
 
 
-def others(connection: Connection) -> list[str]:
+def list_other_connections(connection: Connection) -> list[str]:
     """Who else is connected to this database. The caller's own connections are named by it."""
     return list(connection.execute(text(_OTHERS)).scalars())
 

@@ -11,7 +11,12 @@ from sqlalchemy.pool import NullPool
 
 from service import __version__
 from service.operations.backup import catalog
-from service.operations.backup.archive import BackupError, BackupManifest, Writer, written
+from service.operations.backup.archive import (
+    BackupError,
+    BackupManifest,
+    BackupWriter,
+    create_backup,
+)
 from service.operations.backup.catalog import TableShape
 from service.operations.migrations import revisions, tables_held
 
@@ -25,7 +30,7 @@ TEXT_FORMAT = """
 Progress = Callable[[str, int], None]
 
 
-def backup(url: URL, path: Path, progress: Progress) -> BackupManifest:
+def write_backup(url: URL, path: Path, progress: Progress) -> BackupManifest:
     """Write a backup to `path`; `progress` hears of rows as table and bytes.
 
     Migrations wait until it is done. Nobody else does.
@@ -33,7 +38,7 @@ def backup(url: URL, path: Path, progress: Progress) -> BackupManifest:
     Raises:
         BackupError: `path` cannot be written, or there is nothing to back up.
     """
-    with tables_held(url, shared=True), written(path) as writer:
+    with tables_held(url, shared=True), create_backup(path) as writer:
         engine = create_engine(
             url,
             poolclass=NullPool,
@@ -47,11 +52,11 @@ def backup(url: URL, path: Path, progress: Progress) -> BackupManifest:
     return manifest
 
 
-def _all(connection: Connection, writer: Writer, progress: Progress) -> BackupManifest:
+def _all(connection: Connection, writer: BackupWriter, progress: Progress) -> BackupManifest:
     found = {one.schema: one.found for one in revisions(connection)}
     if None in found.values():
         raise BackupError("the database has no tables yet; there is nothing to back up")
-    shapes = catalog.tables(connection)
+    shapes = catalog.list_tables(connection)
     return BackupManifest(
         made_at=datetime.now(UTC),
         warmscale=__version__,
@@ -62,7 +67,7 @@ def _all(connection: Connection, writer: Writer, progress: Progress) -> BackupMa
             for s in shapes
         ),
         # Sequences follow no snapshot: read last, they are never behind the rows.
-        sequences=catalog.sequences(connection),
+        sequences=catalog.list_sequences(connection),
     )
 
 

@@ -11,7 +11,13 @@ from sqlalchemy.pool import NullPool
 
 from service.database.tables import OPTUNA_SCHEMA, SCHEMA
 from service.operations.backup import catalog
-from service.operations.backup.archive import BackupError, BackupManifest, Reader, Table, opened
+from service.operations.backup.archive import (
+    BackupError,
+    BackupManifest,
+    BackupReader,
+    BackupTable,
+    open_backup,
+)
 from service.operations.backup.catalog import SCHEMAS, TableShape
 from service.operations.backup.dump import TEXT_FORMAT
 from service.operations.migrations import config_on, known_revisions, tables_held
@@ -30,7 +36,7 @@ class InUseError(Exception):
     """Somebody else is connected to the database."""
 
 
-def restore(url: URL, path: Path, progress: Progress, *, replace: bool) -> BackupManifest:
+def restore_backup(url: URL, path: Path, progress: Progress, *, replace: bool) -> BackupManifest:
     """Restore the backup at `path`, and upgrade what it holds to this version.
 
     Raises:
@@ -39,7 +45,7 @@ def restore(url: URL, path: Path, progress: Progress, *, replace: bool) -> Backu
         InUseError: a service, or somebody, is connected.
     """
     named = url.update_query_dict({"application_name": APPLICATION})
-    with opened(path) as reader, tables_held(named):
+    with open_backup(path) as reader, tables_held(named):
         check_not_newer(_revisions(reader.manifest))
         reader.check(lambda size: progress("checking", size))
         engine = create_engine(named, poolclass=NullPool)
@@ -49,7 +55,7 @@ def restore(url: URL, path: Path, progress: Progress, *, replace: bool) -> Backu
                 _refuse_rows(connection)
             connection.execute(text(TEXT_FORMAT))
             _make_tables(connection, reader.manifest)
-            _fill(connection, reader, progress)
+            _fill_tables(connection, reader, progress)
             _settle_events(connection)
             _upgrade(connection)
         with engine.begin() as connection:
@@ -69,7 +75,7 @@ def _revisions(manifest: BackupManifest) -> tuple[Revision, ...]:
 
 def _refuse_others(connection: Connection) -> None:
     """A service that goes on would serve what it remembers of the database that was there."""
-    if found := catalog.others(connection):
+    if found := catalog.list_other_connections(connection):
         raise InUseError(
             f"stop the service first: {len(found)} other connections to this database "
             f"({'; '.join(found[:5])})"
@@ -77,7 +83,9 @@ def _refuse_others(connection: Connection) -> None:
 
 
 def _refuse_rows(connection: Connection) -> None:
-    counts = {f"{t.schema}.{t.name}": catalog.num_rows(connection, t) for t in _tables(connection)}
+    counts = {
+        f"{t.schema}.{t.name}": catalog.count_rows(connection, t) for t in _tables(connection)
+    }
     if held := [f"{count} in {name}" for name, count in counts.items() if count]:
         raise NotEmptyError(
             f"the database is not empty ({', '.join(held)} rows); --replace deletes all of it"
@@ -86,7 +94,7 @@ def _refuse_rows(connection: Connection) -> None:
 
 def _tables(connection: Connection) -> list[TableShape]:
     """All but the one that Optuna fills when it makes its tables."""
-    return [t for t in catalog.tables(connection) if t.name != "version_info"]
+    return [t for t in catalog.list_tables(connection) if t.name != "version_info"]
 
 
 def _make_tables(connection: Connection, manifest: BackupManifest) -> None:
@@ -98,10 +106,10 @@ def _make_tables(connection: Connection, manifest: BackupManifest) -> None:
     connection.execute(text("SET LOCAL search_path TO DEFAULT"))
 
 
-def _fill(connection: Connection, reader: Reader, progress: Progress) -> None:
+def _fill_tables(connection: Connection, reader: BackupReader, progress: Progress) -> None:
     """Rows go in without foreign keys, which may be circular; making those again checks them."""
-    shapes = {(t.schema, t.name): t for t in catalog.tables(connection)}
-    keys = catalog.foreign_keys(connection)
+    shapes = {(t.schema, t.name): t for t in catalog.list_tables(connection)}
+    keys = catalog.list_foreign_keys(connection)
     for key in keys:
         _do(connection, "ALTER TABLE {} DROP CONSTRAINT {}", (key.schema, key.table), (key.name,))
     for shape in shapes.values():
@@ -123,7 +131,9 @@ def _fill(connection: Connection, reader: Reader, progress: Progress) -> None:
         )
 
 
-def _copy(connection: Connection, reader: Reader, table: Table, progress: Progress) -> None:
+def _copy(
+    connection: Connection, reader: BackupReader, table: BackupTable, progress: Progress
+) -> None:
     name = sql.Identifier(table.schema_name, table.name)
     columns = sql.SQL(", ").join(map(sql.Identifier, table.columns))
     driver = connection.connection.driver_connection

@@ -15,7 +15,7 @@ from warmcore.storage import locations
 from warmcore.storage.file_facts import MANIFEST
 
 
-class ElsewhereError(Exception):
+class OutsideRootError(Exception):
     """A folder that is not where checkpoints of its run belong; it is left alone."""
 
 
@@ -33,7 +33,7 @@ class Folder:
         return f"{uri}/".startswith(f"{self.uri}/")
 
 
-def root_of(uri: str, study_id: str, run_id: str, attempt: int) -> str:
+def find_root(uri: str, study_id: str, run_id: str, attempt: int) -> str:
     """The root that a checkpoint's URI is below.
 
     Raises:
@@ -41,11 +41,11 @@ def root_of(uri: str, study_id: str, run_id: str, attempt: int) -> str:
     """
     root, _, name = uri.partition(f"/{study_id}/{run_id}/attempt-{attempt:03d}/")
     if not root or not name or {"", ".", ".."} & set(name.split("/")):
-        raise ElsewhereError(f"{uri} is not below a root's {study_id}/{run_id}/attempt-{attempt}")
+        raise OutsideRootError(f"{uri} is not below a root's {study_id}/{run_id}/attempt-{attempt}")
     return root
 
 
-def listed(root: str, study_id: str) -> list[Folder]:
+def list_folders(root: str, study_id: str) -> list[Folder]:
     """Every folder of every attempt of a study's runs below `root`."""
     files, base = locations.filesystem(f"{root}/{study_id}")
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -83,7 +83,7 @@ def _modified(info: dict[str, Any]) -> float | None:
     return None
 
 
-def delete(uri: str, root: str) -> None:
+def delete_folder(uri: str, root: str) -> None:
     """Delete a folder below `root`; one that is gone is deleted.
 
     Raises:
@@ -99,7 +99,7 @@ def delete(uri: str, root: str) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
-        raise ElsewhereError(
+        raise OutsideRootError(
             f"{uri} leads to another place, by a link below {root}, or is no folder"
         ) from None
 

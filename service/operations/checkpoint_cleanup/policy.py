@@ -8,7 +8,7 @@ from service.protocol import RunKind, RunState
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fact:
+class CheckpointFact:
     """A published checkpoint, and the run that made it."""
 
     id: int
@@ -26,13 +26,13 @@ class Fact:
 class Decision:
     """What becomes of a checkpoint; `reason` says why it is kept, or what it was."""
 
-    fact: Fact
+    fact: CheckpointFact
     keep: bool
     reason: str
 
 
-def decide(
-    facts: Iterable[Fact],
+def decide_checkpoints(
+    facts: Iterable[CheckpointFact],
     *,
     best_run: str | None,
     used_by: dict[int, str],
@@ -51,7 +51,7 @@ def decide(
 
 
 def _kept_because(
-    fact: Fact, best_run: str | None, used_by: dict[int, str], older_than_days: float
+    fact: CheckpointFact, best_run: str | None, used_by: dict[int, str], older_than_days: float
 ) -> str | None:
     if fact.state in LIVE_RUN_STATES:
         return f"its run is {fact.state} and resumes from it"
@@ -66,6 +66,6 @@ def _kept_because(
     return None
 
 
-def _was(fact: Fact) -> str:
+def _was(fact: CheckpointFact) -> str:
     which = "the final one" if fact.final else "one on the way"
     return f"{which} of a {fact.kind} that is {fact.state}"

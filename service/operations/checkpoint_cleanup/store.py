@@ -5,14 +5,20 @@ from sqlalchemy.orm import Session
 
 from service.database.tables import Checkpoint, Run
 from service.events.audit_log import record
-from service.operations.checkpoint_cleanup.policy import Decision, Fact, decide
+from service.operations.checkpoint_cleanup.policy import (
+    CheckpointFact,
+    Decision,
+    decide_checkpoints,
+)
 from service.runs.store import best_growable
 from service.studies.locks import lock
 
 _DAY_SECONDS = 86400.0
 
 
-def decided(session: Session, study_id: str, older_than_days: float) -> tuple[Decision, ...]:
+def lock_and_decide(
+    session: Session, study_id: str, older_than_days: float
+) -> tuple[Decision, ...]:
     """Decide on a study's checkpoints, under locks that hold off whoever would start from one.
 
     A target is enqueued under the study's lock. One of another study that names a checkpoint by
@@ -21,7 +27,7 @@ def decided(session: Session, study_id: str, older_than_days: float) -> tuple[De
     study = lock(session, study_id)
     facts = _facts(session, study_id)
     best = best_growable(session, study.id)
-    return decide(
+    return decide_checkpoints(
         facts,
         best_run=best.id if best else None,
         used_by=_used_by(session, facts),
@@ -29,7 +35,7 @@ def decided(session: Session, study_id: str, older_than_days: float) -> tuple[De
     )
 
 
-def _facts(session: Session, study_id: str) -> tuple[Fact, ...]:
+def _facts(session: Session, study_id: str) -> tuple[CheckpointFact, ...]:
     age = func.extract("epoch", func.now() - Checkpoint.created_at) / _DAY_SECONDS
     query = (
         select(Checkpoint, Run.kind, Run.state, age)
@@ -39,7 +45,7 @@ def _facts(session: Session, study_id: str) -> tuple[Fact, ...]:
         .with_for_update(of=Checkpoint)
     )
     return tuple(
-        Fact(
+        CheckpointFact(
             id=row.id,
             run_id=row.run_id,
             uri=row.uri,
@@ -54,7 +60,7 @@ def _facts(session: Session, study_id: str) -> tuple[Fact, ...]:
     )
 
 
-def _used_by(session: Session, facts: tuple[Fact, ...]) -> dict[int, str]:
+def _used_by(session: Session, facts: tuple[CheckpointFact, ...]) -> dict[int, str]:
     """A run that starts from each, of any study: by its number, its URI or its hash."""
     named = {name: fact.id for fact in facts for name in (fact.uri, fact.hash)}
     base, trunk = Run.spec["growth"]["base"], Run.spec["trunk"]
@@ -68,7 +74,7 @@ def _used_by(session: Session, facts: tuple[Fact, ...]) -> dict[int, str]:
     return used
 
 
-def give_up(session: Session, study_id: str, decisions: tuple[Decision, ...]) -> None:
+def supersede_checkpoints(session: Session, study_id: str, decisions: tuple[Decision, ...]) -> None:
     """Take back what was decided against: from here on nothing resumes or grows from it."""
     doomed = [one.fact for one in decisions if not one.keep]
     for run_id in sorted({fact.run_id for fact in doomed}):
@@ -79,14 +85,14 @@ def give_up(session: Session, study_id: str, decisions: tuple[Decision, ...]) ->
         )
 
 
-def rows(session: Session, study_id: str) -> list[tuple[Checkpoint, str]]:
+def load_checkpoints(session: Session, study_id: str) -> list[tuple[Checkpoint, str]]:
     """Every checkpoint of a study, given up or not, with its run's state."""
     query = select(Checkpoint, Run.state).join(Run, Run.id == Checkpoint.run_id)
     found = session.execute(query.where(Run.study_id == study_id).order_by(Checkpoint.id))
     return [(checkpoint, state) for checkpoint, state in found]
 
 
-def run_states(session: Session, study_id: str) -> dict[str, str]:
+def load_run_states(session: Session, study_id: str) -> dict[str, str]:
     """The state of every run of a study."""
     query = select(Run.id, Run.state).where(Run.study_id == study_id)
     return {run_id: state for run_id, state in session.execute(query)}  # noqa: C416 - rows are no pairs to pyright

@@ -1,6 +1,18 @@
 """What must always hold of the database, checked from the outside. docs/guarantees.md says it."""
 
-from service.operations.invariants.check import Report, check, described, snapshot
+from service.operations.invariants.check import (
+    CheckReport,
+    check_database,
+    format_report,
+    open_snapshot,
+)
 from service.operations.invariants.rules import Invariant, Violation
 
-__all__ = ["Invariant", "Report", "Violation", "check", "described", "snapshot"]
+__all__ = [
+    "CheckReport",
+    "Invariant",
+    "Violation",
+    "check_database",
+    "format_report",
+    "open_snapshot",
+]

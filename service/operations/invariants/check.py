@@ -14,7 +14,7 @@ _RULES = (*lifecycles.RULES, *leases.RULES, *trials.RULES)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class CheckReport:
     """`pending` is what the next lease request will mend, here or at a replica of a newer version.
 
     A database at rest has none.
@@ -25,14 +25,16 @@ class Report:
 
 
 @contextmanager
-def snapshot(engine: Engine) -> Generator[Session]:
+def open_snapshot(engine: Engine) -> Generator[Session]:
     """A session that sees one moment of the database, and cannot change it."""
     with Session(engine) as session:
         session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
         yield session
 
 
-def check(session: Session, *, at_rest: bool = False, with_files: bool = False) -> Report:
+def check_database(
+    session: Session, *, at_rest: bool = False, with_files: bool = False
+) -> CheckReport:
     """Check a database that may be in use, as the session's transaction sees it.
 
     `at_rest`: nothing is on its way any more, so what is pending is a violation as well.
@@ -40,15 +42,15 @@ def check(session: Session, *, at_rest: bool = False, with_files: bool = False) 
     was superseded since may be gone, so this is for when nothing trains.
     """
     found = [(rule.at_rest, one) for rule in _RULES for one in rule.violations(session)]
-    found += [(True, one) for one in specs.violations(session)]
+    found += [(True, one) for one in specs.find_violations(session)]
     violations = [one for is_pending, one in found if at_rest or not is_pending]
-    violations += curves.violations(session)
-    violations += files.violations(session) if with_files else ()
+    violations += curves.find_violations(session)
+    violations += files.find_violations(session) if with_files else ()
     pending = [one for is_pending, one in found if is_pending and not at_rest]
-    return Report(violations=tuple(violations), pending=tuple(pending))
+    return CheckReport(violations=tuple(violations), pending=tuple(pending))
 
 
-def described(report: Report) -> str:
+def format_report(report: CheckReport) -> str:
     """The report as lines, one for each violation, and a last one that sums up."""
     lines = [_line(one) for one in report.violations]
     lines += [f"pending: {_line(one)}" for one in report.pending]

@@ -28,7 +28,7 @@ GROUP BY r.id
 _SHOWN = 5
 
 
-def violations(session: Session) -> Iterator[Violation]:
+def find_violations(session: Session) -> Iterator[Violation]:
     """Gaps, points that should not be, evaluations amiss, and ends without a checkpoint."""
     for row in session.execute(text(_ENDED).execution_options(yield_per=100)):
         for seen in _faults(row):

@@ -26,17 +26,17 @@ class _ListedFiles(BaseModel):
     files: dict[str, FileFacts]
 
 
-def violations(session: Session) -> Iterator[Violation]:
+def find_violations(session: Session) -> Iterator[Violation]:
     """Each kept checkpoint that is not complete; reads every byte of every one."""
     for row in session.execute(text(_KEPT)).all():
-        for fault in faults(row.uri, row.hash):
+        for fault in find_faults(row.uri, row.hash):
             seen = f"checkpoint {row.id} at {row.uri}: {fault}"
             yield Violation(
                 invariant="files-whole", study_id=row.study_id, run_id=row.run_id, seen=seen
             )
 
 
-def faults(uri: str, expected_hash: str) -> Iterator[str]:
+def find_faults(uri: str, expected_hash: str) -> Iterator[str]:
     """What is wrong with the checkpoint at `uri`; nothing where it is whole."""
     try:
         with _open(uri, MANIFEST) as file:

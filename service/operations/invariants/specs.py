@@ -11,7 +11,7 @@ from service.operations.invariants.rules import Violation
 from service.specs.stored import UnreadableSpecError, parse_stored
 
 
-def violations(session: Session) -> Iterator[Violation]:
+def find_violations(session: Session) -> Iterator[Violation]:
     """Each study that goes on, but not by this version."""
     query = select(Study.id, Study.spec).where(Study.state.not_in(FINAL_STUDY_STATES))
     for study_id, spec in session.execute(query.order_by(Study.id)):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from service.results.numbers import clamp_to_finite
 from service.results.report.figures import COLD, WARM, Figure
-from service.results.report.markup import Column, plot, section, table
+from service.results.report.markup import Column, render_plot, render_section, render_table
 from service.results.schemas import BudgetResult, Verdict
 from service.results.wording import (
     format_difference,
@@ -34,21 +34,25 @@ _COLUMNS: tuple[Column[BudgetResult], ...] = (
 )
 
 
-def budget_section(budgets: Sequence[BudgetResult], drawn: dict[str, Figure]) -> str:
+def render_budget_section(budgets: Sequence[BudgetResult], drawn: dict[str, Figure]) -> str:
     """The section of the report, where there are several budgets."""
     if not budgets:
         return ""
-    figure = plot("budgets", "Difference: below 0, warm is better") if "budgets" in drawn else ""
-    return section("Gain against tokens per parameter", _NOTE, figure, table(_COLUMNS, budgets))
+    figure = (
+        render_plot("budgets", "Difference: below 0, warm is better") if "budgets" in drawn else ""
+    )
+    return render_section(
+        "Gain against tokens per parameter", _NOTE, figure, render_table(_COLUMNS, budgets)
+    )
 
 
-def budget_figures(budgets: Sequence[BudgetResult]) -> dict[str, Figure]:
+def draw_budget_figures(budgets: Sequence[BudgetResult]) -> dict[str, Figure]:
     """The figure by the id of its place, once there is something to draw."""
-    figure = gain_by_budget(budgets)
+    figure = draw_gain_by_budget(budgets)
     return {"budgets": figure} if figure["data"] else {}
 
 
-def gain_by_budget(budgets: Sequence[BudgetResult]) -> Figure:
+def draw_gain_by_budget(budgets: Sequence[BudgetResult]) -> Figure:
     """Warm - cold against tokens per parameter: the mean with its interval, and each seed."""
     judged = [(b.tokens_per_param, b.verdict) for b in budgets if b.verdict is not None]
     if not judged:

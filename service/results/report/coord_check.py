@@ -5,8 +5,8 @@ from math import log10
 from typing import Any
 
 from service.results.report.figures import STATE_COLOURS, Figure, log_ticks
-from service.results.report.markup import Column, plot, section, table
-from service.results.report.page import document
+from service.results.report.markup import Column, render_plot, render_section, render_table
+from service.results.report.page import render_document
 from warmcore.specs.coord_check import KINDS, AxisCheck, CoordCheck, Kind
 
 # Of middling brightness throughout: the page is light or dark.
@@ -19,11 +19,11 @@ _NOTES = {
 }
 
 
-def page(check: CoordCheck) -> Iterator[bytes]:
+def render_coord_check(check: CoordCheck) -> Iterator[bytes]:
     """The whole page, in pieces."""
     sections = [_axis(axis, check) for axis in check.axes]
     drawn = {_place(axis, k): figure(axis, k) for axis in check.axes for k in KINDS}
-    return document("Coordinate check", [_top(check), *sections], drawn)
+    return render_document("Coordinate check", [_top(check), *sections], drawn)
 
 
 def _top(check: CoordCheck) -> str:
@@ -47,11 +47,11 @@ def _top(check: CoordCheck) -> str:
 
 
 def _axis(axis: AxisCheck, check: CoordCheck) -> str:
-    plots = "".join(plot(_place(axis, kind), _caption(axis, kind)) for kind in KINDS)
-    return section(
+    plots = "".join(render_plot(_place(axis, kind), _caption(axis, kind)) for kind in KINDS)
+    return render_section(
         axis.axis.capitalize(),
         _NOTES[axis.axis],
-        table(_columns(axis, check.tolerance), KINDS),
+        render_table(_columns(axis, check.tolerance), KINDS),
         f'<div class="figures">{plots}</div>',
     )
 

@@ -37,30 +37,30 @@ MAX_TABLE_TRIALS = 500
 MAX_DRAWN_TRIALS = 2000
 
 
-def shown_state(trial: ReportTrial | TargetRun) -> str:
+def display_state(trial: ReportTrial | TargetRun) -> str:
     """The state as a reader cares for it: a diverged run is not just any failure."""
     return "diverged" if trial.diverged else trial.state
 
 
-def figures(
+def draw_figures(
     results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec
 ) -> dict[str, Figure]:
     """Every figure that there is something to draw in, by the id of its place on the page."""
     own = select_last_rung([t for t in results.targets if t.launch == 0])
-    shown = few(trials)
+    shown = select_drawn_trials(trials)
     drawn = {
-        "arms": arm_curves(own),
-        "differences": differences(results.verdict),
-        "trials": trial_losses(shown, trials),
-        "learning": learning_curves(trials),
+        "arms": draw_arm_curves(own),
+        "differences": draw_differences(results.verdict),
+        "trials": draw_trial_losses(shown, trials),
+        "learning": draw_learning_curves(trials),
     }
-    for name in dimensions(spec):
+    for name in select_dimensions(spec):
         log = getattr(spec.search_space[name], "log", False)
-        drawn[f"dimension-{name}"] = loss_against(shown, name, log=log)
+        drawn[f"dimension-{name}"] = draw_loss_against(shown, name, log=log)
     return {place: figure for place, figure in drawn.items() if figure["data"]}
 
 
-def best_first(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
+def rank_trials(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
     """The succeeded ones by loss, then the others."""
 
     def rank(trial: ReportTrial) -> tuple[bool, float, int]:
@@ -70,21 +70,21 @@ def best_first(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
     return sorted(trials, key=rank)
 
 
-def few(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
+def select_drawn_trials(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
     """What can be drawn: the best ones that are listed, and others evenly by number."""
-    best = {trial.number for trial in best_first(trials)[:MAX_TABLE_TRIALS]}
+    best = {trial.number for trial in rank_trials(trials)[:MAX_TABLE_TRIALS]}
     others = [trial for trial in trials if trial.number not in best]
     among = {trial.number for trial in thin_points(others, MAX_DRAWN_TRIALS - MAX_TABLE_TRIALS)}
     return [trial for trial in trials if trial.number in best | among]
 
 
-def dimensions(spec: StudySpec) -> list[str]:
+def select_dimensions(spec: StudySpec) -> list[str]:
     """The parameters to draw, the learning rate first."""
     names = sorted(spec.search_space, key=lambda name: (name != "lr", name))
     return names[:MAX_DIMENSIONS]
 
 
-def arm_curves(runs: Sequence[TargetRun]) -> Figure:
+def draw_arm_curves(runs: Sequence[TargetRun]) -> Figure:
     """Validation loss against tokens: a colour per arm, a dash per seed; averages thin."""
     data = [_arm_curve(run) for run in runs if run.curve]
     data += [_average_curve(run, name) for run in runs for name in _AVERAGES]
@@ -126,7 +126,7 @@ def _line(points: Sequence[tuple[int, float]], name: str) -> Figure:
     }
 
 
-def differences(verdict: Verdict | None) -> Figure:
+def draw_differences(verdict: Verdict | None) -> Figure:
     """Warm - cold of each seed, and the mean with its interval: does it keep clear of 0?"""
     if verdict is None:
         return {"data": [], "layout": {}}
@@ -162,13 +162,13 @@ def differences(verdict: Verdict | None) -> Figure:
     return {"data": [seeds, seeds | mean], "layout": layout}
 
 
-def trial_losses(shown: Sequence[ReportTrial], trials: Sequence[ReportTrial]) -> Figure:
+def draw_trial_losses(shown: Sequence[ReportTrial], trials: Sequence[ReportTrial]) -> Figure:
     """Final loss by trial number, coloured by state, and the best so far, of all, as a line."""
     data = [*_by_state(shown, lambda trial: trial.number), _best_so_far(trials)]
     return _with_axes([trace for trace in data if trace["x"]], "trial")
 
 
-def loss_against(trials: Sequence[ReportTrial], name: str, *, log: bool) -> Figure:
+def draw_loss_against(trials: Sequence[ReportTrial], name: str, *, log: bool) -> Figure:
     """Final loss against one parameter."""
     having = [trial for trial in trials if name in trial.params]
     data = _by_state(having, lambda trial: _coordinate(trial.params[name]))
@@ -187,7 +187,7 @@ def _by_state(
 ) -> list[Figure]:
     traces: list[Figure] = []
     for state, colour in STATE_COLOURS.items():
-        here = [t for t in trials if shown_state(t) == state and t.val_loss_nats is not None]
+        here = [t for t in trials if display_state(t) == state and t.val_loss_nats is not None]
         if here:
             traces.append(
                 {
@@ -209,7 +209,7 @@ def _hover(trial: ReportTrial) -> str:
     params = [
         f"{escape(k)} = {escape(format_parameter(v))}" for k, v in sorted(trial.params.items())
     ]
-    return "<br>".join([f"<b>trial {trial.number}</b> ({shown_state(trial)})", loss, *params])
+    return "<br>".join([f"<b>trial {trial.number}</b> ({display_state(trial)})", loss, *params])
 
 
 def _best_so_far(trials: Sequence[ReportTrial]) -> Figure:
@@ -231,7 +231,7 @@ def _best_so_far(trials: Sequence[ReportTrial]) -> Figure:
     }
 
 
-def learning_curves(trials: Sequence[ReportTrial]) -> Figure:
+def draw_learning_curves(trials: Sequence[ReportTrial]) -> Figure:
     """Validation loss against tokens, one line a trial; diverged ones do not stretch the axis."""
     shown = [trial for trial in trials if trial.curve]
     losses = [p.val_loss_nats for t in shown if not t.diverged for p in t.curve if p.tokens]
@@ -248,7 +248,7 @@ def _learning_curve(trial: ReportTrial) -> Figure:
     return {
         **_line(points, f"trial {trial.number}"),
         "mode": "lines+markers",
-        "line": {"color": STATE_COLOURS[shown_state(trial)], "width": 1.5},
+        "line": {"color": STATE_COLOURS[display_state(trial)], "width": 1.5},
         "marker": {"size": 4},
         "opacity": 0.75,
     }

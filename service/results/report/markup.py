@@ -8,7 +8,7 @@ from typing import Generic, Literal, TypeVar
 from service.results.report.figures import STATE_COLOURS
 
 T = TypeVar("T")
-Kind = Literal["number", "text", "long", "code", "state"]
+ColumnKind = Literal["number", "text", "long", "code", "state"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +17,15 @@ class Column(Generic[T]):
 
     title: str
     text: Callable[[T], str]
-    kind: Kind = "number"
+    kind: ColumnKind = "number"
 
 
-def table(columns: Sequence[Column[T]], rows: Iterable[T]) -> str:
+def render_table(columns: Sequence[Column[T]], rows: Iterable[T]) -> str:
     """A table that scrolls sideways in itself where the screen is narrow."""
     head = "".join(f"<th{_class(c.kind)}>{escape(c.title)}</th>" for c in columns)
     body = "".join(f"<tr>{''.join(_cell(c, row) for c in columns)}</tr>" for row in rows)
     inner = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{inner}</table></div>'
+    return f'<div class="scroll"><render_table>{inner}</render_table></div>'
 
 
 def _cell(column: Column[T], row: T) -> str:
@@ -38,7 +38,7 @@ def _cell(column: Column[T], row: T) -> str:
     return f"<td{_class(column.kind)}>{inner}</td>"
 
 
-def _class(kind: Kind) -> str:
+def _class(kind: ColumnKind) -> str:
     match kind:
         case "number":
             return ""
@@ -48,7 +48,7 @@ def _class(kind: Kind) -> str:
             return ' class="text"'
 
 
-def cards(entries: Iterable[tuple[str, str]]) -> str:
+def render_cards(entries: Iterable[tuple[str, str]]) -> str:
     """Large figures, each with what it is."""
     inner = "".join(
         f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>'
@@ -57,7 +57,7 @@ def cards(entries: Iterable[tuple[str, str]]) -> str:
     return f'<div class="cards">{inner}</div>'
 
 
-def plot(place: str, title: str, *, shape: Literal["plain", "tall", "low"] = "plain") -> str:
+def render_plot(place: str, title: str, *, shape: Literal["plain", "tall", "low"] = "plain") -> str:
     """The place that the figure of this id is drawn in."""
     return (
         f'<figure class="{shape}"><figcaption>{escape(title)}</figcaption>'
@@ -65,9 +65,9 @@ def plot(place: str, title: str, *, shape: Literal["plain", "tall", "low"] = "pl
     )
 
 
-def section(title: str, note: str, *parts: str) -> str:
+def render_section(title: str, note: str, *parts: str) -> str:
     """A headed part of the page; nothing at all when it has no content."""
     if not any(parts):
         return ""
     note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{''.join(parts)}</section>"
+    return f"<render_section><h2>{escape(title)}</h2>{note}{''.join(parts)}</render_section>"

@@ -11,17 +11,23 @@ from itertools import chain
 from string import Template
 from typing import Any
 
-from service.results.report.budget_section import budget_figures, budget_section
+from service.results.report.budget_section import draw_budget_figures, render_budget_section
 from service.results.report.figures import (
     MAX_DRAWN_TRIALS,
     MAX_TABLE_TRIALS,
     Figure,
-    best_first,
-    dimensions,
-    figures,
-    shown_state,
+    display_state,
+    draw_figures,
+    rank_trials,
+    select_dimensions,
 )
-from service.results.report.markup import Column, cards, plot, section, table
+from service.results.report.markup import (
+    Column,
+    render_cards,
+    render_plot,
+    render_section,
+    render_table,
+)
 from service.results.schemas import (
     BestTrialResult,
     Costs,
@@ -50,39 +56,41 @@ from service.specs.study import StudySpec
 _PIECE_BYTES = 2**18
 
 
-def page(results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec) -> Iterator[bytes]:
+def render_report(
+    results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec
+) -> Iterator[bytes]:
     """The whole page, in pieces: Plotly's 5 MB pass from disk to socket and are never held."""
-    drawn = figures(results, trials, spec) | budget_figures(results.budgets)
-    gain = budget_section(results.budgets, drawn)
+    drawn = draw_figures(results, trials, spec) | draw_budget_figures(results.budgets)
+    gain = render_budget_section(results.budgets, drawn)
     body = [_top(results), gain, _arms(results, drawn), _trials(results, trials, spec, drawn)]
-    return document(results.study_name, body, drawn)
+    return render_document(results.study_name, body, drawn)
 
 
-def document(title: str, body: Sequence[str], drawn: dict[str, Figure]) -> Iterator[bytes]:
+def render_document(title: str, body: Sequence[str], drawn: dict[str, Figure]) -> Iterator[bytes]:
     """A page of these parts, with the figures drawn in their places."""
-    before, after = _asset("page.html").split("$plotly")
+    before, after = _asset("render_report.html").split("$plotly")
     head = Template(before).substitute(
         title=f"{escape(title)} · warmscale",
-        scripts=_own_scripts(),
-        style=_asset("page.css"),
+        scripts=_hash_scripts(),
+        style=_asset("render_report.css"),
         body="\n".join(body),
         figures=_embedded(drawn),
     )
-    tail = Template(after).substitute(script=_asset("page.js"))
-    return chain([head.encode()], _plotly(), [tail.encode()])
+    tail = Template(after).substitute(script=_asset("render_report.js"))
+    return chain([head.encode()], _read_plotly(), [tail.encode()])
 
 
 @functools.cache
-def _own_scripts() -> str:
+def _hash_scripts() -> str:
     """The page's scripts by their hashes: the browser runs no other, whatever a name may hold."""
     plotly = hashlib.sha256()
-    for piece in _plotly():
+    for piece in _read_plotly():
         plotly.update(piece)
-    digests = (plotly.digest(), hashlib.sha256(_asset("page.js").encode()).digest())
+    digests = (plotly.digest(), hashlib.sha256(_asset("render_report.js").encode()).digest())
     return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
 
-def _plotly() -> Iterator[bytes]:
+def _read_plotly() -> Iterator[bytes]:
     with files("plotly").joinpath("package_data", "plotly.min.js").open("rb") as script:
         while piece := script.read(_PIECE_BYTES):
             yield piece
@@ -104,7 +112,7 @@ def _top(results: StudyResults) -> str:
     return (
         f'<div class="top"><h1>{escape(results.study_name)}</h1><span>{results.state}</span></div>'
         f'<div class="hero {tone}"><strong>{escape(write_headline(verdict))}</strong>'
-        f"<p>{escape(text)}</p></div>{cards(_figures_of(results))}"
+        f"<p>{escape(text)}</p></div>{render_cards(_figures_of(results))}"
     )
 
 
@@ -154,9 +162,9 @@ def _speed_figures(verdict: Verdict) -> list[tuple[str, str]]:
 
 
 def _arms(results: StudyResults, drawn: dict[str, Figure]) -> str:
-    curves = plot("arms", "Validation loss", shape="tall") if "arms" in drawn else ""
+    curves = render_plot("arms", "Validation loss", shape="tall") if "arms" in drawn else ""
     spread = (
-        plot("differences", "Difference: left of 0, warm is better", shape="low")
+        render_plot("differences", "Difference: left of 0, warm is better", shape="low")
         if "differences" in drawn
         else ""
     )
@@ -167,12 +175,12 @@ def _arms(results: StudyResults, drawn: dict[str, Figure]) -> str:
     )
     if results.budgets:
         note += f" The pairs are those at {results.budgets[-1].tokens_per_param:g} tpp."
-    return section(
+    return render_section(
         "Warm against cold",
         note if results.targets else "",
         curves,
-        table(_PAIR_COLUMNS, pairs) if pairs else "",
-        table(_target_columns(results.targets), results.targets) if results.targets else "",
+        render_table(_PAIR_COLUMNS, pairs) if pairs else "",
+        render_table(_target_columns(results.targets), results.targets) if results.targets else "",
         f'<div class="figures">{spread}{_costs(results.costs)}</div>' if results.targets else "",
     )
 
@@ -194,7 +202,7 @@ def _target_columns(runs: Sequence[TargetRun]) -> list[Column[TargetRun]]:
         Column(title="arm", text=format_arm, kind="text"),
         *([rung] if any(r.rung for r in runs) else []),
         Column(title="seed", text=lambda r: str(r.seed_number)),
-        Column(title="state", text=shown_state, kind="state"),
+        Column(title="state", text=display_state, kind="state"),
         Column(title="loss", text=lambda r: format_nats(r.val_loss_nats)),
         *_average_columns(runs),
         Column(title="tokens", text=lambda r: format_tokens(r.tokens)),
@@ -238,7 +246,7 @@ def _costs(costs: Costs) -> str:
         Column(title="cost", text=lambda row: row[0], kind="text"),
         Column(title="FLOPs", text=lambda row: format_flops(row[1])),
     )
-    return table(columns, rows)
+    return render_table(columns, rows)
 
 
 def _trials(
@@ -248,20 +256,20 @@ def _trials(
     drawn: dict[str, Figure],
 ) -> str:
     titles = {"trials": "Loss by trial", "learning": "Learning curves"}
-    titles |= {f"dimension-{name}": f"Loss against {name}" for name in dimensions(spec)}
-    plots = "".join(plot(place, title) for place, title in titles.items() if place in drawn)
-    shown = best_first(trials)[:MAX_TABLE_TRIALS]
+    titles |= {f"dimension-{name}": f"Loss against {name}" for name in select_dimensions(spec)}
+    plots = "".join(render_plot(place, title) for place, title in titles.items() if place in drawn)
+    shown = rank_trials(trials)[:MAX_TABLE_TRIALS]
     note = f"{len(trials)} of {results.trials_budget} trials, best first."
     if len(trials) > len(shown):
         note = f"The best {len(shown)} of {len(trials)} trials."
     if len(trials) > MAX_DRAWN_TRIALS:
         note += " Drawn are these and others, evenly by number."
-    return section(
+    return render_section(
         "Trials",
         note if trials else "",
         _best(results.best_trial),
         f'<div class="figures">{plots}</div>' if plots else "",
-        table(_trial_columns(spec, shown), shown) if shown else "",
+        render_table(_trial_columns(spec, shown), shown) if shown else "",
     )
 
 
@@ -287,7 +295,7 @@ def _trial_columns(spec: StudySpec, trials: Sequence[ReportTrial]) -> list[Colum
     ]
     return [
         Column(title="trial", text=lambda t: str(t.number)),
-        Column(title="state", text=shown_state, kind="state"),
+        Column(title="state", text=display_state, kind="state"),
         Column(title="loss", text=lambda t: format_nats(t.val_loss_nats)),
         *params,
         Column(title="FLOPs", text=lambda t: format_flops(t.cost_flops)),

@@ -24,11 +24,11 @@ def main(folder, steps):
         if "--play" in steps:
             played(url, Path(folder))
         if "--dump" in steps:
-            from service.operations.backup.dump import backup
+            from service.operations.backup.dump import write_backup
             from service.operations.migrations import scripts
 
             aside = Path(folder) / "new.backup"
-            revision = backup(url, aside, lambda *_: None).revisions["warmscale"]
+            revision = write_backup(url, aside, lambda *_: None).revisions["warmscale"]
             assert revision in {script.revision for script in scripts()}
             aside.replace(SAMPLES / f"{revision}.backup")
 

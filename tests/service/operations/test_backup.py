@@ -22,8 +22,8 @@ from service.cli.main import app
 from service.operations import migrations
 from service.operations.backup import archive, catalog
 from service.operations.backup.archive import BackupError
-from service.operations.backup.dump import backup
-from service.operations.backup.load import InUseError, NotEmptyError, restore
+from service.operations.backup.dump import write_backup
+from service.operations.backup.load import InUseError, NotEmptyError, restore_backup
 from service.operations.revisions import NewerDatabaseError
 from tests.by_hand import Worker
 from tests.conftest import fresh_database, serving
@@ -64,13 +64,13 @@ def everything(url):
             (t.schema, t.name): sorted(
                 map(repr, connection.execute(text(f"SELECT * FROM {t.schema}.{t.name}")).all())
             )
-            for t in catalog.tables(connection)
+            for t in catalog.list_tables(connection)
         }
-        return rows, catalog.sequences(connection), catalog.foreign_keys(connection)
+        return rows, catalog.list_sequences(connection), catalog.list_foreign_keys(connection)
 
 
 def restored(url, path, **more):
-    return restore(url, path, silent, **({"replace": False} | more))
+    return restore_backup(url, path, silent, **({"replace": False} | more))
 
 
 def test_a_backup_of_a_running_service_restores_to_the_same_rows_and_goes_on_to_the_end(
@@ -80,7 +80,7 @@ def test_a_backup_of_a_running_service_restores_to_the_same_rows_and_goes_on_to_
     with fresh_database(postgres) as url:
         with serving(settings, url) as api:
             play(Worker(api.client))
-            manifest = backup(url, path, silent)
+            manifest = write_backup(url, path, silent)
         before = everything(url)
     assert manifest.num_rows == sum(map(len, before[0].values())) > 100
     restored(empty_url, path)
@@ -103,7 +103,7 @@ def test_a_backup_is_of_one_moment_while_writes_go_on(empty_url, tmp_path):
         for name in ("aaa", "zzz"):
             connection.execute(text(f"CREATE TABLE warmscale.{name} (x int)"))
     write("warmscale.aaa", 0)
-    manifest = backup(empty_url, tmp_path / "moment", write)
+    manifest = write_backup(empty_url, tmp_path / "moment", write)
     counts = {table.name: table.num_rows for table in manifest.tables}
     assert (counts["aaa"], counts["zzz"]) == (1, 1)
 
@@ -113,31 +113,33 @@ def test_a_backup_of_any_earlier_revision_is_upgraded(empty_url, revision):
     manifest = restored(empty_url, sample(revision))
     assert standing(empty_url) == {"warmscale": "ready", "optuna": "ready"}
     with connected(empty_url) as connection:
-        counts = {t.name: catalog.num_rows(connection, t) for t in catalog.tables(connection)}
+        counts = {
+            t.name: catalog.count_rows(connection, t) for t in catalog.list_tables(connection)
+        }
     assert {t.name: t.num_rows for t in manifest.tables}.items() <= counts.items()
 
 
 def test_the_same_database_gives_the_same_tables_byte_for_byte(empty_url, tmp_path):
     restored(empty_url, sample(HEAD))
-    first, second = (backup(empty_url, tmp_path / name, silent) for name in "ab")
+    first, second = (write_backup(empty_url, tmp_path / name, silent) for name in "ab")
     assert [t.sha256 for t in first.tables] == [t.sha256 for t in second.tables]
 
 
 def test_a_backup_can_be_read_by_its_user_alone_and_replaces_no_file(empty_url, tmp_path):
     restored(empty_url, sample(HEAD))
     path = tmp_path / "mine"
-    backup(empty_url, path, silent)
+    write_backup(empty_url, path, silent)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     content = path.read_bytes()
     with pytest.raises(BackupError, match="exists; a backup replaces no file"):
-        backup(empty_url, path, silent)
+        write_backup(empty_url, path, silent)
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
 def test_a_backup_that_fails_leaves_no_file(postgres, tmp_path):
     with fresh(postgres, "nothing") as url, pytest.raises(BackupError, match="no tables yet"):
-        backup(url, tmp_path / "x", silent)
+        write_backup(url, tmp_path / "x", silent)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -183,7 +185,7 @@ def rewritten(path, to, **changes):
 
 
 def contents(path):
-    with archive.opened(path) as reader:
+    with archive.open_backup(path) as reader:
         reader.check(lambda _: None)
         return reader.manifest, [b"".join(reader.rows(t)) for t in reader.manifest.tables]
 
@@ -238,7 +240,7 @@ def test_events_of_a_server_that_was_ahead_are_the_past(empty_url, tmp_path, set
         connection.execute(text("ALTER TABLE warmscale.events DISABLE TRIGGER append_only"))
         connection.execute(text("UPDATE warmscale.events SET xid = xid + 1000000000"))
         connection.execute(text("ALTER TABLE warmscale.events ENABLE TRIGGER append_only"))
-    backup(empty_url, tmp_path / "ahead", silent)
+    write_backup(empty_url, tmp_path / "ahead", silent)
     restored(empty_url, tmp_path / "ahead", replace=True)
     with serving(settings, empty_url) as api:
         ended = [s for s in api.client.get("/v1/studies")["items"] if s["state"] == "failed"]
@@ -285,7 +287,7 @@ def test_a_restore_that_is_killed_has_changed_nothing(empty_url, head_file):
 def until_alone(url):
     """The server notices that a client is gone when it next reads from it."""
     with connected(url) as connection:
-        while catalog.others(connection) or locks(connection):
+        while catalog.list_other_connections(connection) or locks(connection):
             time.sleep(0.02)
 
 

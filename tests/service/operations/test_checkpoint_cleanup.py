@@ -18,15 +18,15 @@ from service.client import ServiceError
 from service.database.tables import Checkpoint
 from service.lifecycle import LIVE_RUN_STATES
 from service.operations.checkpoint_cleanup import folders, store
-from service.operations.checkpoint_cleanup.collect import CleanupOptions, collect
-from service.operations.checkpoint_cleanup.policy import Fact, decide
+from service.operations.checkpoint_cleanup.collect import CleanupOptions, collect_checkpoints
+from service.operations.checkpoint_cleanup.policy import CheckpointFact, decide_checkpoints
 
 runner = CliRunner()
 ALL = CleanupOptions(older_than_days=0.0, orphans_older_than_hours=1.0, delete=True)
 TRIALS = {"trials": 3, "parallel": 2, "sampler": "random", "pruner": "none"}
 
 facts = st.builds(
-    Fact,
+    CheckpointFact,
     id=st.integers(1, 30),
     run_id=st.sampled_from(["run_a", "run_b", "run_c"]),
     uri=st.just("file:///x"),
@@ -46,7 +46,7 @@ facts = st.builds(
     st.floats(0, 40),
 )
 def test_nothing_that_is_needed_is_ever_decided_against(found, best, used, days):
-    decisions = decide(found, best_run=best, used_by=used, older_than_days=days)
+    decisions = decide_checkpoints(found, best_run=best, used_by=used, older_than_days=days)
     assert [d.fact for d in decisions] == found
     for one in decisions:
         f = one.fact
@@ -107,7 +107,7 @@ def study(submit, worker, saved):
 @pytest.fixture
 def gc(api, settings):
     def gc(study, options=ALL):
-        return collect(api.sessions, study, settings.artifact_root, options)
+        return collect_checkpoints(api.sessions, study, settings.artifact_root, options)
 
     return gc
 
@@ -168,7 +168,7 @@ def test_a_crash_between_rows_and_files_is_finished_by_the_next(study, gc, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(folders, "delete", crash)
+        patched.setattr(folders, "delete_folder", crash)
         with pytest.raises(KeyboardInterrupt):
             gc(name)
     assert all(map(there, uris))
@@ -228,7 +228,7 @@ def test_a_link_that_is_put_in_a_folder_s_place_on_the_way_leads_nowhere(tmp_pat
 
     for name in ("unlink", "remove"):
         monkeypatch.setattr(os, name, then_swaps(getattr(os, name)))
-    folders.delete(uri, root.as_uri())
+    folders.delete_folder(uri, root.as_uri())
     assert moved.exists()
     assert there((victim / "step-00000020").as_uri())
     assert not (moved / "step-00000020").exists()
@@ -236,7 +236,7 @@ def test_a_link_that_is_put_in_a_folder_s_place_on_the_way_leads_nowhere(tmp_pat
 
 def test_an_older_root_is_collected_too(study, gc, settings, api):
     name, uris = study()
-    collect(api.sessions, name, "memory://elsewhere", ALL)
+    collect_checkpoints(api.sessions, name, "memory://elsewhere", ALL)
     assert [there(uri) for uri in uris] == [False, True, False]
 
 
@@ -244,10 +244,10 @@ def test_object_stores_are_collected_by_the_same_code():
     root = f"memory://gc-{os.getpid()}"
     uri = f"{root}/st_1/run_1/attempt-001/step-00000001"
     write(uri)
-    (folder,) = folders.listed(root, "st_1")
+    (folder,) = folders.list_folders(root, "st_1")
     assert (folder.uri, folder.num_bytes, folder.age_hours < 1) == (uri, 20, True)
-    folders.delete(uri, root)
-    assert folders.listed(root, "st_1") == []
+    folders.delete_folder(uri, root)
+    assert folders.list_folders(root, "st_1") == []
 
 
 def imported(api, uri):

@@ -109,7 +109,7 @@ def broken(shared_api, happened):
             for statement in statements:
                 names = {k: v for k, v in vars(happened).items() if f":{k}" in statement}
                 session.execute(text(statement), names)
-            report = invariants.check(session, at_rest=at_rest)
+            report = invariants.check_database(session, at_rest=at_rest)
             return {(one.invariant, one.run_id) for one in report.violations}
 
         yield find
@@ -124,7 +124,7 @@ def test_it_sees_one_moment_and_can_change_nothing(shared_api, happened):
     from sqlalchemy.exc import InternalError
 
     with (
-        invariants.snapshot(shared_api.engine) as session,
+        invariants.open_snapshot(shared_api.engine) as session,
         pytest.raises(InternalError, match="read-only"),
     ):
         session.execute(text("UPDATE warmscale.runs SET step = 1"))
@@ -363,7 +363,7 @@ def checkpoint(tmp_path):
 def faults(folder, expected_hash):
     from service.operations.invariants import files
 
-    return list(files.faults(folder.as_uri(), expected_hash))
+    return list(files.find_faults(folder.as_uri(), expected_hash))
 
 
 def test_files_that_are_whole_have_no_fault(checkpoint):

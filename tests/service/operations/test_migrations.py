@@ -69,13 +69,13 @@ def sample(revision):
 
 def put(url, revision, optuna_revision=None):
     """The sample of a revision, in tables of that revision."""
-    with archive.opened(sample(revision)) as reader, connected(url) as connection:
+    with archive.open_backup(sample(revision)) as reader, connected(url) as connection:
         manifest = reader.manifest
         if optuna_revision:
             older = manifest.revisions | {"optuna": optuna_revision}
             manifest = manifest.model_copy(update={"revisions": older})
         load._make_tables(connection, manifest)
-        load._fill(connection, reader, lambda *_: None)
+        load._fill_tables(connection, reader, lambda *_: None)
     return manifest
 
 
@@ -229,9 +229,11 @@ def put_older_optuna(url, older):
     """The newest sample, Optuna's part of it in tables of before: those had no infinite values."""
     manifest = put(url, HEAD)
     with connected(url) as connection:
-        held = {t.name: t for t in catalog.tables(connection) if t.schema == "optuna"}
+        held = {t.name: t for t in catalog.list_tables(connection) if t.schema == "optuna"}
         sequences = [
-            s for s in catalog.sequences(connection) if s.schema_name == "optuna" and s.is_called
+            s
+            for s in catalog.list_sequences(connection)
+            if s.schema_name == "optuna" and s.is_called
         ]
         saved = {
             name: connection.execute(text(f"SELECT * FROM optuna.{name}")).mappings().all()
@@ -239,7 +241,7 @@ def put_older_optuna(url, older):
         }
         connection.execute(text("DROP SCHEMA optuna CASCADE; CREATE SCHEMA optuna"))
         optuna_schema.create(connection, older)
-        for key in catalog.foreign_keys(connection):
+        for key in catalog.list_foreign_keys(connection):
             if key.schema == "optuna":
                 drop = f"ALTER TABLE optuna.{key.table} DROP CONSTRAINT {key.name}"
                 connection.execute(text(drop))

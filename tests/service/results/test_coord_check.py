@@ -8,7 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from service.cli.main import app
-from service.results.report.coord_check import page
+from service.results.report.coord_check import render_coord_check
 from warmcore.specs import ModelSpec, TrainSpec
 from warmcore.specs.coord_check import KINDS, AxisCheck, CoordCheck
 
@@ -28,7 +28,7 @@ def check_with(exponent):
 
 
 def text_of(check):
-    return b"".join(page(check)).decode()
+    return b"".join(render_coord_check(check)).decode()
 
 
 def figures_of(text):

@@ -15,8 +15,8 @@ from service.results.report import page as report
 from service.results.report.figures import (
     MAX_DRAWN_TRIALS,
     MAX_TABLE_TRIALS,
+    draw_loss_against,
     log_ticks,
-    loss_against,
 )
 from service.results.schemas import (
     Costs,
@@ -53,7 +53,7 @@ GROWTH = Growth(g_width=2, g_nonembedding=4, g_total=2.5)
 
 
 def page(*arguments):
-    return b"".join(report.page(*arguments)).decode()
+    return b"".join(report.render_report(*arguments)).decode()
 
 
 def curve(final):
@@ -207,8 +207,8 @@ def test_the_page_runs_its_own_scripts_by_their_hashes_and_allows_no_other(judge
 
 @pytest.mark.parametrize("place", ["name", "reason", "pending", "error", "value", "arm", "best"])
 def test_a_mark_in_any_text_of_a_user_changes_no_element_of_the_page(judged, place, monkeypatch):
-    monkeypatch.setattr(report, "_plotly", lambda: iter([b""]))  # 5 MB to read through
-    monkeypatch.setattr(report, "_own_scripts", lambda: "")
+    monkeypatch.setattr(report, "_read_plotly", lambda: iter([b""]))  # 5 MB to read through
+    monkeypatch.setattr(report, "_hash_scripts", lambda: "")
     choices = {"lr": {"type": "categorical", "choices": [0.01]}}
     spec = StudySpec.model_validate(SPEC.model_dump() | {"search_space": choices})
 
@@ -239,7 +239,7 @@ def test_a_mark_in_any_text_of_a_user_changes_no_element_of_the_page(judged, pla
 
 
 def test_hover_texts_hold_no_markup_of_a_user():
-    figure = loss_against(
+    figure = draw_loss_against(
         [trial(params={"lr": "<a href='http://evil.example'>x</a>"})], "lr", log=False
     )
     assert "<a" not in json.dumps(figure)
@@ -360,7 +360,7 @@ def test_any_finished_study_has_results_and_a_report_in_finite_numbers(study):
     found = {"verdict": judged} if isinstance(judged, Verdict) else {"pending": judged.why}
     whole = results(targets).model_copy(update=found)
     json.dumps(whole.model_dump(mode="json"), allow_nan=False)
-    head = b"".join(itertools.islice(report.page(whole, trials, SPEC), 1)).decode()
+    head = b"".join(itertools.islice(report.render_report(whole, trials, SPEC), 1)).decode()
     assert "nan" not in head.split("</script>")[0].split("application/json")[-1].lower()
 
 

@@ -77,8 +77,8 @@ def test_a_study_that_only_a_newer_version_can_read_is_left_to_it(
     assert worker.lease(2) == ()
     with api.sessions() as session:
         assert session.get(Study, before["id"]).state == "active"
-        found = invariants.check(session)
-        at_rest = invariants.check(session, at_rest=True)
+        found = invariants.check_database(session)
+        at_rest = invariants.check_database(session, at_rest=True)
     assert [(one.invariant, one.study_id) for one in found.pending] == [
         ("specs-read", before["id"])
     ]
