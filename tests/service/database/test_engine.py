@@ -9,7 +9,7 @@ from sqlalchemy.exc import OperationalError
 from typer.testing import CliRunner
 
 import service.app
-from service.cli import up
+from service.cli import serve
 from service.cli.main import app
 from service.database import engine
 
@@ -38,9 +38,9 @@ def test_a_database_that_does_not_come_is_an_error_in_the_end(absent):
 def test_serve_says_shortly_that_it_cannot_reach_its_database(monkeypatch, home):
     url = make_url("postgresql://nobody@127.0.0.1:1/nothing")
     monkeypatch.setenv("WARMSCALE_DATABASE_URL", url.render_as_string(hide_password=False))
-    monkeypatch.setattr(up, "_DATABASE_PATIENCE_SECONDS", 0)
-    monkeypatch.setattr(up, "end_on_sigterm", lambda: None)
-    monkeypatch.setattr(up.logs, "configure", lambda _: None)
+    monkeypatch.setattr(serve, "_DATABASE_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(serve, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(serve.logs, "configure", lambda _: None)
     said = CliRunner().invoke(app, ["serve", "--home", str(home)])
     assert said.exit_code == 3
     assert "error: cannot reach the database: " in said.output
@@ -61,8 +61,8 @@ def test_a_database_that_goes_away_at_the_start_is_waited_for_again(
     url = database_url.render_as_string(hide_password=False)
     monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
     monkeypatch.setattr(service.app, "create_app", created)
-    monkeypatch.setattr(up.Server, "run", lambda _: served.append("once"))
-    monkeypatch.setattr(up, "end_on_sigterm", lambda: None)
-    monkeypatch.setattr(up.logs, "configure", lambda _: None)
+    monkeypatch.setattr(serve.Server, "run", lambda _: served.append("once"))
+    monkeypatch.setattr(serve, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(serve.logs, "configure", lambda _: None)
     said = CliRunner().invoke(app, ["serve", "--home", str(home)])
     assert (said.exit_code, len(served)) == (0, 1), said.output
