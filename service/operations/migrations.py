@@ -4,8 +4,8 @@ A migration that waits for a lock makes every later query of that table wait beh
 a few seconds, gives way, and tries again.
 """
 
+import itertools
 import logging
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from sqlalchemy.pool import NullPool
 from service.database.engine import optuna_url
 from service.database.tables import OPTUNA_SCHEMA, SCHEMA
 from service.operations.revisions import Revision, check_not_newer, found
+from warmcore.storage.backoff import every, retry
 
 _UPGRADE_LOCK = 0x7761726D  # any constant: whoever changes, copies or replaces tables takes it
 _log = logging.getLogger(__name__)
@@ -158,18 +159,22 @@ def locking_engine(url: URL, lock_seconds: float | None) -> Engine:
 
 
 def _patiently(connection: Connection, patience: Patience, change: Callable[[], None]) -> None:
-    for attempt in range(1, patience.attempts + 1):
+    attempts = itertools.count(1)
+
+    def try_change() -> None:
+        attempt = next(attempts)
         who = _once(connection, change)
         if who is None:
             return
         times = f"attempt {attempt} of {patience.attempts}, {patience.lock_seconds:g} s each"
         _log.warning("a table is locked (%s). The oldest transactions: %s", times, who)
-        if attempt == patience.attempts:
-            raise LockBusyError(
-                f"a table stayed locked for {attempt} attempts of {patience.lock_seconds:g} s; "
-                f"nothing was changed. End what holds it, and try again: {who}"
-            )
-        time.sleep(patience.pause_seconds)
+        raise LockBusyError(
+            f"a table stayed locked for {attempt} attempts of {patience.lock_seconds:g} s; "
+            f"nothing was changed. End what holds it, and try again: {who}"
+        )
+
+    pauses = every(patience.pause_seconds)
+    retry(try_change, pauses, on=LockBusyError, max_attempts=patience.attempts)
 
 
 def _once(connection: Connection, change: Callable[[], None]) -> str | None:

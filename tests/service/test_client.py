@@ -7,6 +7,7 @@ import pytest
 
 from service import client as clients
 from service.client import Client, ServiceError
+from warmcore.storage import backoff
 
 LOST = httpx.ReadError("connection reset")
 UNSENT = httpx.ConnectError("connection refused")
@@ -16,7 +17,7 @@ DONE = httpx.Response(200, json={"done": True})
 
 @pytest.fixture
 def client(monkeypatch):
-    monkeypatch.setattr(clients, "_BACKOFF_FIRST_SECONDS", 0.001)
+    monkeypatch.setattr(clients, "_BACKOFF", backoff.every(0.001))
     with Client("http://service", "ws_key", patience_seconds=5) as client:
         yield client
 

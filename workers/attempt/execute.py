@@ -16,6 +16,7 @@ from service.client import Client, StaleLeaseError
 from service.protocol import CheckpointReport, FinishRequest, Lease, Outcome, Timing
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.corpus import prepare
+from warmcore.storage.backoff import Backoff, retry
 from warmcore.training.ranks import ALONE, Ranks
 from warmcore.training.training import DivergedEvent, EvaluationEvent, StepEvent, Training
 from workers.attempt import checkpoints, resume
@@ -26,8 +27,7 @@ from workers.failures import UnrunnableError
 
 log = logging.getLogger(__name__)
 
-_STORE_FIRST_SECONDS = 0.5
-_STORE_MAX_SECONDS = 5.0
+_STORE_BACKOFF = Backoff(first_seconds=0.5, max_seconds=5.0)
 
 Ending = Literal["succeeded", "pruned", "diverged", "released", "cancelled", "stale"]
 
@@ -209,20 +209,21 @@ class _Attempt:
 
         It would refuse every other attempt as well, so that failing would soon fail the study.
         """
-        deadline = time.monotonic() + self._options.store_patience_seconds
-        pause = _STORE_FIRST_SECONDS
-        while True:
-            try:
-                return self._saved()
-            except OSError as error:
-                if self._options.ranks.size > 1 or time.monotonic() > deadline:
-                    raise
-                log.warning("the store takes no checkpoint", extra={"error": str(error)})
+
+        def end_if_stopped(error: OSError) -> None:
+            log.warning("the store takes no checkpoint", extra={"error": str(error)})
             self._end_if_cancelled()
             if draining():
                 raise _DrainedError
-            time.sleep(pause)
-            pause = min(2 * pause, _STORE_MAX_SECONDS)
+
+        return retry(
+            self._saved,
+            _STORE_BACKOFF,
+            on=OSError,
+            deadline=time.monotonic() + self._options.store_patience_seconds,
+            is_worth_retrying=lambda _: self._options.ranks.size == 1,
+            before_pause=end_if_stopped,
+        )
 
     def _publish(self, saved: CheckpointReport, *, final: bool = False) -> None:
         report = saved.model_copy(update={"final": final})

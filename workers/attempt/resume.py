@@ -12,12 +12,12 @@ from typing import TypeVar
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.specs import CheckpointRef
+from warmcore.storage.backoff import Backoff, retry
 from workers.attempt import checkpoints
 
 T = TypeVar("T")
 
-_FIRST_SECONDS = 0.5
-_MAX_SECONDS = 10.0
+_BACKOFF = Backoff(first_seconds=0.5, max_seconds=10.0)
 # The store answers, and says that nothing is there.
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
@@ -55,16 +55,15 @@ def newest(
 def _patiently(
     ref: CheckpointRef, read: Callable[[Path], T], *, waits: Callable[[], object], deadline: float
 ) -> T:
-    pause = _FIRST_SECONDS
-    while True:
-        try:
-            with checkpoints.local(ref) as checkpoint:
-                return read(checkpoint)
-        except _GONE:
-            raise
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-        waits()
-        time.sleep(pause)
-        pause = min(2 * pause, _MAX_SECONDS)
+    def read_once() -> T:
+        with checkpoints.local(ref) as checkpoint:
+            return read(checkpoint)
+
+    return retry(
+        read_once,
+        _BACKOFF,
+        on=OSError,
+        deadline=deadline,
+        is_worth_retrying=lambda error: not isinstance(error, _GONE),
+        before_pause=lambda _: waits(),
+    )

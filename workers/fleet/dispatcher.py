@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from service.protocol import FinishRequest, Lease, LeaseRequest, RunKind
+from warmcore.storage.backoff import Backoff
 from workers.failures import failure
 from workers.fleet.capacity import Nodes, Placement
 from workers.fleet.ray_engine import Engine, Handle, RayLostError
@@ -31,8 +32,7 @@ _MAX_RUNS = 64  # the protocol's
 _BUSY_WAIT_SECONDS = 1.0
 _IDLE_WAIT_SECONDS = 2.0
 _PAUSE_SECONDS = 0.2
-_AWAY_FIRST_SECONDS = 1.0
-_AWAY_MAX_SECONDS = 15.0
+_AWAY_BACKOFF = Backoff(first_seconds=1.0, max_seconds=15.0)
 _TICK_SECONDS = 0.2
 _KILLED_SECONDS = 10.0
 _QUEUED_SHARE = 1 / 2  # of a lease: a process may have to start, and there must be time to tell
@@ -71,7 +71,7 @@ class Dispatcher:
         self._running: dict[str, _Running] = {}
         self._due: dict[str, float] = {}  # by when runs that were submitted must have begun
         self._is_asking = False
-        self._away_seconds = _AWAY_FIRST_SECONDS
+        self._away_pauses = _AWAY_BACKOFF.iterate_pauses()
         self._ask_at = self._busy_at = time.monotonic()
         self._kill_at: float | None = None
         self._refusal: FleetRefusedError | None = None
@@ -151,7 +151,7 @@ class Dispatcher:
         if isinstance(answer, Exception):
             self._unanswered(answer)
             return
-        self._away_seconds = _AWAY_FIRST_SECONDS
+        self._away_pauses = _AWAY_BACKOFF.iterate_pauses()
         if not answer:
             self._ask_at = time.monotonic() + _PAUSE_SECONDS
         elif self._kill_at is None:
@@ -166,8 +166,7 @@ class Dispatcher:
             self._refusal = error
             self._drain()
             return
-        self._ask_at = time.monotonic() + self._away_seconds
-        self._away_seconds = min(2 * self._away_seconds, _AWAY_MAX_SECONDS)
+        self._ask_at = time.monotonic() + next(self._away_pauses)
 
     # Running
 

@@ -8,6 +8,7 @@ from warmcore.checkpoint.checkpoint import MANIFEST, load_checkpoint
 from warmcore.corpus.prepare import prepare
 from warmcore.specs import CheckpointRef
 from warmcore.storage import locations
+from warmcore.storage.backoff import every
 from warmcore.training.training import Training
 from workers.attempt import checkpoints, resume
 
@@ -100,7 +101,7 @@ class Away:
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
-    monkeypatch.setattr(resume, "_FIRST_SECONDS", 0.01)
+    monkeypatch.setattr(resume, "_BACKOFF", every(0.01))
 
 
 def test_a_store_that_is_away_is_waited_for_and_costs_no_step(stored):
