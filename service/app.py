@@ -29,6 +29,7 @@ from service.studies.routes import router as studies
 from service.web import docs_page, error_handlers, openapi
 from service.web.protection import ProtectionMiddleware
 from service.web.request_log import RequestLogMiddleware
+from service.web.services import Database, find_service, provide_services
 from service.web.shutdown import Shutdown
 from service.webhooks.outbox import Outbox
 
@@ -40,19 +41,17 @@ _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 def create_app(settings: Settings, url: URL) -> FastAPI:
     """The application on one database, which must be upgraded already."""
-    engine = make_engine(url, settings.pool_size)
+    database = _connect(url, settings)
     sampler = Sampler(optuna_url(url), pool_size=settings.pool_size)
-    sessions = sessionmaker(engine, expire_on_commit=False)
-    audit_log.install(sessions)
     wakeups = Wakeups(url)
-    outbox = Outbox(sessions, allow_private=settings.webhook_allow_private)
+    outbox = Outbox(database.sessions, allow_private=settings.webhook_allow_private)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         async with wakeups.listening(), outbox.emptied(wakeups):
             yield
         sampler.close()
-        engine.dispose()
+        database.engine.dispose()
 
     app = FastAPI(
         title="warmscale",
@@ -63,17 +62,22 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         redoc_url=None,
         responses={"default": {"model": error_handlers.ProblemBody}},  # a component; see openapi.py
     )
-    app.state.settings, app.state.sampler = settings, sampler
-    app.state.wakeups = wakeups
-    app.state.drain = Shutdown()
-    app.state.desk = LeaseQueue(app.state)
-    app.state.recent = RecentCallers()
-    app.state.limits = Limits(settings.requests_per_second)
+    provide_services(
+        app,
+        settings,
+        database,
+        sampler,
+        wakeups,
+        Shutdown(),
+        RecentCallers(),
+        Limits(settings.requests_per_second),
+        Streams(settings.max_event_streams),
+    )
+    app.state.settings, app.state.sampler, app.state.wakeups = settings, sampler, wakeups
+    app.state.drain = find_service(app, Shutdown)
+    app.state.sessions, app.state.statements = database.sessions, database.statements
     app.state.presence = Presence(settings.lease_seconds)
-    app.state.streams = Streams(settings.max_event_streams)
-    app.state.sessions = sessions
-    app.state.engines = {"service": engine, "optuna": sampler.engine}
-    app.state.statements = sessionmaker(autocommit_engine(engine), expire_on_commit=False)
+    app.state.desk = LeaseQueue(app.state)
     error_handlers.install(app, away=TRANSIENT)
     app.add_middleware(ProtectionMiddleware, settings=settings)
     app.add_middleware(RequestLogMiddleware)
@@ -86,6 +90,14 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     # Last: the dashboard owns paths at the root.
     app.mount("/", dashboard.Dashboard(app))
     return app
+
+
+def _connect(url: URL, settings: Settings) -> Database:
+    engine = make_engine(url, settings.pool_size)
+    sessions = sessionmaker(engine, expire_on_commit=False)
+    audit_log.install(sessions)
+    statements = sessionmaker(autocommit_engine(engine), expire_on_commit=False)
+    return Database(engine=engine, sessions=sessions, statements=statements)
 
 
 def _no_such_call(path: str) -> None:

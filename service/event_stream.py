@@ -6,7 +6,6 @@ every 5 s, in case a notification was lost.
 
 import random
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Annotated, Any
 from fastapi import Header, Request
 from pydantic import Field
 from sqlalchemy import ColumnElement, select, text, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
@@ -24,20 +23,26 @@ from starlette.types import Receive, Scope, Send
 
 from service.access import keys
 from service.access.caller import Caller
+from service.access.concurrency_limits import ConcurrencyLimit
 from service.access.lookup import find_run, find_study
 from service.database.tables import Event, Run
+from service.events.wakeups import Wakeups
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.observability import metrics
 from service.problems import Problem, bad_field
 from service.protocol import Message
+from service.settings import Settings
+from service.web.services import Database, find_service
+from service.web.shutdown import Shutdown
 
-_LOOK_SECONDS = 5.0  # a notice may be lost with the connection that it would have come by
-_KEY_SECONDS = 30.0  # between two looks at the key: an open stream passes no door any more
-_SPACING_SECONDS = 0.25  # between two looks: a busy study has many events a second
-_RETRY_MILLISECONDS = 1000, 5000  # not all streams of a replica that ends come back at once
-_GRACE_SECONDS = 5.0  # else the library cuts the stream off: this one ends by itself
+_POLL_SECONDS = 5.0  # a notification can be lost while the listener reconnects
+_KEY_CHECK_SECONDS = 30.0  # the key was checked when the stream opened; it may be revoked since
+_SPACING_SECONDS = 0.25  # between two reads: a busy study has many events a second
+_RETRY_MILLISECONDS = 1000, 5000  # spread: the streams of a replica that exits reconnect apart
+_GRACE_SECONDS = 5.0  # longer than a stream needs to end by itself; then the library cuts it off
 _BATCH = 500
 _LONGEST_ID = 38  # two bigints
+# The oldest transaction that is still running: each transaction below it has ended.
 _SETTLED = text("(pg_snapshot_xmin(pg_current_snapshot())::text)::bigint")
 
 
@@ -49,7 +54,7 @@ class EventView(Message):
     run_id: str | None
     type: str
     actor: str | None = Field(
-        description="who did it: a key's id; `operator`, on the database itself; `service`"
+        description="the key's id; `operator` for a command on the database; or `service`"
     )
     attempt: int | None
     payload: dict[str, Any]
@@ -60,7 +65,7 @@ _EVENT = {
     "type": "object",
     "required": ["id", "event", "data"],
     "properties": {
-        "id": {"type": "string", "description": "to go on from, as `Last-Event-ID`"},
+        "id": {"type": "string", "description": "send it as `Last-Event-ID` to continue after it"},
         "event": {"type": "string", "description": "study.created, run.leased, …"},
         "data": {
             "type": "string",
@@ -69,127 +74,139 @@ _EVENT = {
         },
     },
 }
-# OpenAPI 3.2's word for one element of a stream, which FastAPI writes too.
+# `itemSchema` is OpenAPI 3.2's keyword for one element of a stream; FastAPI writes it too.
 ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 }
 
-Cursor = tuple[int, int]
+Cursor = tuple[int, int]  # transaction id, event id
 LastEventId = Annotated[
     str | None,
-    Header(alias="Last-Event-ID", description="go on after this event", examples=["740-17"]),
-]
+    Header(
+        alias="Last-Event-ID", description="continue after the event with this id",
+        examples=["740-17"],
+    ),
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topic:
-    """What is followed: an id, its filter on events, and whether nothing more will come."""
+    """The study or run that a stream follows; `is_over`: it will have no further events."""
 
     id: str
     where: ColumnElement[bool]
-    over: bool
+    is_over: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What came, and how it goes on: with more at once, soon without a bell, or not at all."""
+    """The events of one read, in order; `has_unsettled`: more wait for a transaction to end."""
 
     topic: str
     rows: list[tuple[Cursor, EventView]]
-    over: bool
-    soon: bool
+    is_over: bool
+    has_unsettled: bool
 
     @property
-    def full(self) -> bool:
-        """Whether there may be more already."""
+    def is_full(self) -> bool:
+        """Whether the read stopped at its limit, so that more events may be there already."""
         return len(self.rows) >= _BATCH
 
 
 class Streams:
-    """How many streams a replica has open, and may have; a key may have a quarter of them."""
+    """The open streams of a replica: at most `at_most`, and at most a quarter of them per key."""
 
     def __init__(self, at_most: int) -> None:
-        self._at_most, self._open = at_most, 0
-        self._each, self._of_key = max(1, at_most // 4), Counter[str]()
+        self._at_most = at_most
+        self._limit = ConcurrencyLimit(
+            max(1, at_most // 4),
+            kind="too-many-streams",
+            noun="event streams open",
+            retry_after_seconds=5,
+        )
 
     @contextmanager
-    def one(self, key_id: str) -> Generator[None]:
-        """A stream, open while inside. On the event loop alone.
+    def open_stream(self, key_id: str) -> Generator[None]:
+        """Count a stream of this key while the block runs. On the event loop's thread only.
 
         Raises:
-            Problem: 503 when there are as many as there may be, 429 when the key has its share.
+            Problem: 503 when the replica has its most, 429 when the key has its share.
         """
-        if self._open >= self._at_most:
-            detail = f"this replica has {self._open} event streams open, its most; try again later"
+        num_open = self._limit.num_calls
+        if num_open >= self._at_most:
+            detail = f"this replica has {num_open} event streams open, its most; try again later"
             raise Problem(503, "too-many-streams", detail, headers={"Retry-After": "5"})
-        if self._of_key[key_id] >= self._each:
-            detail = f"this API key has {self._each} event streams open here, its most"
-            raise Problem(429, "too-many-streams", detail, headers={"Retry-After": "5"})
-        self._open += 1
-        self._of_key[key_id] += 1
-        metrics.streams.inc()
-        try:
-            yield
-        finally:
-            self._open -= 1
-            self._of_key[key_id] -= 1
-            self._of_key += Counter()  # forgets keys that have none
-            metrics.streams.dec()
+        with self._limit.hold_place(key_id):
+            metrics.streams.inc()
+            try:
+                yield
+            finally:
+                metrics.streams.dec()
 
 
 class _Stream(EventSourceResponse):
     """A response that counts as a stream from its first byte to its last, however it ends."""
 
     def __init__(
-        self, follow: AsyncGenerator[ServerSentEvent], caller: Caller, streams: Streams, ping: float
+        self, events: AsyncGenerator[ServerSentEvent], caller: Caller, streams: Streams, ping: float
     ) -> None:
-        super().__init__(follow, ping=ping, shutdown_grace_period=_GRACE_SECONDS)
+        super().__init__(events, ping=ping, shutdown_grace_period=_GRACE_SECONDS)
         self._streams, self._caller = streams, caller
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._streams.one(self._caller.key_id):
+        with self._streams.open_stream(self._caller.key_id):
             await super().__call__(scope, receive, send)
 
 
 def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
-    """Every event of a study and of its runs."""
+    """Return the topic of every event of a study and of its runs."""
     study = find_study(session, caller, name_or_id)
     live = select(Run.id).where(Run.study_id == study.id, Run.state.in_(LIVE_RUN_STATES)).limit(1)
-    over = study.state in FINAL_STUDY_STATES and session.scalar(live) is None
-    return Topic(id=study.id, where=Event.study_id == study.id, over=over)
+    is_over = study.state in FINAL_STUDY_STATES and session.scalar(live) is None
+    return Topic(id=study.id, where=Event.study_id == study.id, is_over=is_over)
 
 
 def of_run(session: Session, caller: Caller, run_id: str) -> Topic:
-    """Every event of a run."""
+    """Return the topic of every event of a run."""
     run = find_run(session, caller, run_id)
-    return Topic(id=run.id, where=Event.run_id == run.id, over=run.state in FINAL_RUN_STATES)
+    return Topic(id=run.id, where=Event.run_id == run.id, is_over=run.state in FINAL_RUN_STATES)
 
 
 async def respond(
     request: Request, caller: Caller, topic: Callable[[Session], Topic], after: str | None
 ) -> EventSourceResponse:
-    """Stream the topic's events after `Last-Event-ID`, to its subject's end or the key's."""
-    last = _cursor(after or "0-0")
-    batch = await run_in_threadpool(_read, request, topic, last)
-    follow = _follow(request, caller, topic, batch, last)
-    state = request.app.state
-    return _Stream(follow, caller, state.streams, state.settings.event_heartbeat_seconds)
+    """Stream the events after `Last-Event-ID`, until the topic is over or the key is revoked."""
+    follower = _Follower(
+        sessions=find_service(request.app, Database).sessions,
+        wakeups=find_service(request.app, Wakeups),
+        shutdown=find_service(request.app, Shutdown),
+        caller=caller,
+        topic=topic,
+    )
+    last = _parse_cursor(after or "0-0")
+    # Read before the response begins: an unknown study is still answered with a 404.
+    events = follower.follow(await follower.read_batch(last), last)
+    ping = find_service(request.app, Settings).event_heartbeat_seconds
+    return _Stream(events, caller, find_service(request.app, Streams), ping)
 
 
-def _cursor(given: str) -> Cursor:
+def _parse_cursor(given: str) -> Cursor:
     xid, _, number = given.partition("-")
     if not (xid.isdecimal() and number.isdecimal() and len(given) <= _LONGEST_ID):
         raise bad_field("Last-Event-ID", given, "the id of an event of this stream, such as 740-17")
     return int(xid), int(number)
 
 
-def _read(request: Request, topic: Callable[[Session], Topic], last: Cursor) -> Batch:
-    """The next settled events, in the order of their transactions.
+def _read_batch(
+    sessions: sessionmaker[Session], topic: Callable[[Session], Topic], last: Cursor
+) -> Batch:
+    """Return the next events of ended transactions, ordered by transaction, then by id.
 
-    Ids are drawn before transactions commit, so a lower one may appear after a higher one was
-    read; a transaction below every running one is settled, and those are read in order.
+    PostgreSQL assigns an event's id before its transaction commits. Event 17 can therefore become
+    visible after event 18 was read, and a reader that orders by id alone would skip it. A
+    transaction below every running one cannot add events any more, so its events are read in order.
     """
-    with request.app.state.sessions() as session:
+    with sessions() as session:
         subject = topic(session)
         query = (
             select(Event)
@@ -202,43 +219,54 @@ def _read(request: Request, topic: Callable[[Session], Topic], last: Cursor) -> 
             ((event.xid, event.id), EventView(**{f: getattr(event, f) for f in fields}))
             for event in session.scalars(query)
         ]
-        ahead = session.scalar(
+        unsettled = session.scalar(
             select(Event.id).where(subject.where, Event.xid >= _SETTLED).limit(1)
         )
-        over = subject.over and len(rows) < _BATCH and ahead is None
-        return Batch(topic=subject.id, rows=rows, over=over, soon=ahead is not None)
+        is_over = subject.is_over and len(rows) < _BATCH and unsettled is None
+        return Batch(
+            topic=subject.id, rows=rows, is_over=is_over, has_unsettled=unsettled is not None
+        )
 
 
-def _is_good(request: Request, caller: Caller) -> bool:
-    with request.app.state.sessions() as session:
-        return keys.is_good(session, caller.key_id)
+@dataclass(frozen=True, kw_only=True)
+class _Follower:
+    """One stream's reads: its caller, its topic, and the services that it waits on."""
 
+    sessions: sessionmaker[Session]
+    wakeups: Wakeups
+    shutdown: Shutdown
+    caller: Caller
+    topic: Callable[[Session], Topic]
 
-async def _follow(
-    request: Request,
-    caller: Caller,
-    topic: Callable[[Session], Topic],
-    batch: Batch,
-    last: Cursor,
-) -> AsyncGenerator[ServerSentEvent]:
-    retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - jitter
-    yield ServerSentEvent(comment="warmscale", retry=retry)
-    drain, looked_at = request.app.state.drain, time.monotonic()
-    with request.app.state.wakeups.subscription(batch.topic) as bell:
-        bell.notify()  # for what came since the first look
-        while True:
-            for last, row in batch.rows:  # noqa: PLR1704 - the stream goes on after its newest row
-                yield ServerSentEvent(
-                    row.model_dump_json(), event=row.type, id=f"{last[0]}-{last[1]}"
-                )
-            if batch.over or drain.begun:
-                return
-            if not batch.full:
-                await drain.pause(_SPACING_SECONDS)
-                # What waits for another transaction to end hears no bell of its own.
-                await drain.cut_short(bell.wait(0 if batch.soon else _LOOK_SECONDS))
-            if time.monotonic() - looked_at >= _KEY_SECONDS:
-                if not await run_in_threadpool(_is_good, request, caller):
+    async def read_batch(self, last: Cursor) -> Batch:
+        """Read the events after `last` in a thread: the query would block the event loop."""
+        return await run_in_threadpool(_read_batch, self.sessions, self.topic, last)
+
+    async def follow(self, batch: Batch, last: Cursor) -> AsyncGenerator[ServerSentEvent]:
+        """Yield the events of `batch`, then each later event as it commits."""
+        retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - jitter
+        yield ServerSentEvent(comment="warmscale", retry=retry)
+        checked_at = time.monotonic()
+        with self.wakeups.subscription(batch.topic) as notification:
+            # An event may have been written between the first read and the subscription.
+            notification.notify()
+            while True:
+                for last, row in batch.rows:  # noqa: PLR1704 - the next read continues after it
+                    id_ = f"{last[0]}-{last[1]}"
+                    yield ServerSentEvent(row.model_dump_json(), event=row.type, id=id_)
+                if batch.is_over or self.shutdown.begun:
                     return
-                looked_at = time.monotonic()
-            batch = await run_in_threadpool(_read, request, topic, last)
+                if not batch.is_full:
+                    await self.shutdown.pause(_SPACING_SECONDS)
+                    # No notification tells that another transaction has ended: poll for that.
+                    seconds = 0 if batch.has_unsettled else _POLL_SECONDS
+                    await self.shutdown.cut_short(notification.wait(seconds))
+                if time.monotonic() - checked_at >= _KEY_CHECK_SECONDS:
+                    if not await run_in_threadpool(self._is_key_good):
+                        return
+                    checked_at = time.monotonic()
+                batch = await self.read_batch(last)
+
+    def _is_key_good(self) -> bool:
+        with self.sessions() as session:
+            return keys.is_good(session, self.caller.key_id)

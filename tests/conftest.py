@@ -110,24 +110,31 @@ def serving(settings, database_url):
     from service.access import keys
     from service.app import create_app
     from service.client import Client
-    from service.web.shutdown import Server
+    from service.optuna_bridge.sampler import Sampler
+    from service.web.services import Database, find_service
+    from service.web.shutdown import Server, Shutdown
 
     app = create_app(settings, database_url)
     config = uvicorn.Config(app, host="127.0.0.1", port=settings.port, log_level="warning")
-    server = Server(config, app.state.drain)
+    server = Server(config, find_service(app, Shutdown))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive(), "the API did not start: what it said is above"
         time.sleep(0.01)
-    with app.state.sessions.begin() as session:
+    database = find_service(app, Database)
+    with database.sessions.begin() as session:
         _, key = keys.create_key(session, "tests", ["admin"])
     url = f"http://127.0.0.1:{settings.port}"
     with Client(url, key, patience_seconds=2) as client:
-        sessions = app.state.sessions
-        engine = sessions.kw["bind"]
         yield SimpleNamespace(
-            url=url, key=key, client=client, app=app, sessions=sessions, engine=engine
+            url=url,
+            key=key,
+            client=client,
+            app=app,
+            sessions=database.sessions,
+            engine=database.engine,
+            sampler=find_service(app, Sampler),
         )
     server.should_exit = True
     thread.join(30)

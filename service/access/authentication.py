@@ -10,11 +10,13 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from service.access.caller import Caller
-from service.access.caller_cache import RecentCallers  # noqa: TC001 - FastAPI reads annotations
+from service.access.caller_cache import RecentCallers
 from service.access.keys import caller_of, hash_key
+from service.access.rate_limits import Limits
 from service.observability import request_context
 from service.problems import Problem
 from service.protocol import PROJECT_PATTERN, Scope
+from service.web.services import Database, find_service
 
 _Project = Annotated[
     str | None,
@@ -35,12 +37,12 @@ def enter(request: Request, key: str | None, scope: Scope) -> Caller:
     """
     if key is None:
         raise _unauthorized("send `Authorization: Bearer <API key>`")
-    limits, digest = request.app.state.limits, hash_key(key)
+    limits, digest = find_service(request.app, Limits), hash_key(key)
     address = request.client.host if request.client else ""
     limits.knock(address, digest)
     try:
         # A session of its own, closed at once: a long-poll must not hold a connection.
-        with request.app.state.sessions.begin() as session:
+        with find_service(request.app, Database).sessions.begin() as session:
             caller = check(session, key, scope)
     except Problem as problem:
         if problem.status == HTTPStatus.UNAUTHORIZED:
@@ -83,7 +85,7 @@ async def _recent_worker(
     credentials: _Credentials, request: Request, project: _Project = None
 ) -> Caller:
     """As `require("work")`, of a key that may have been looked up a moment ago."""
-    recent: RecentCallers = request.app.state.recent
+    recent = find_service(request.app, RecentCallers)
     key = _key(credentials)
     name, now = hash_key(key or ""), recent.now()
     caller = recent.get(name)
@@ -91,7 +93,7 @@ async def _recent_worker(
         caller = await run_in_threadpool(enter, request, key, "work")
         recent.keep(name, caller, now)
     else:
-        request.app.state.limits.good(name)
+        find_service(request.app, Limits).good(name)
         request_context.note(key_id=caller.key_id)
     return caller.within(project)
 

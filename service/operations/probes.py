@@ -6,8 +6,10 @@ from fastapi.responses import PlainTextResponse
 from service.access.authentication import Scraper
 from service.operations import gauges, migrations
 from service.operations.revisions import describe_mismatch
+from service.optuna_bridge.sampler import Sampler
 from service.problems import Problem
 from service.web.dependencies import DbSession
+from service.web.services import Database, find_service
 
 router = APIRouter(tags=["probes"])
 
@@ -31,5 +33,9 @@ def readyz(session: DbSession) -> dict[str, str]:
 def read_metrics(caller: Scraper, session: DbSession, request: Request) -> Response:
     """Prometheus metrics, over all projects: hence a scope of its own."""
     assert caller
-    text = gauges.render_metrics(session, request.app.state.engines)
+    engines = {
+        "service": find_service(request.app, Database).engine,
+        "optuna": find_service(request.app, Sampler).engine,
+    }
+    text = gauges.render_metrics(session, engines)
     return Response(text, media_type=gauges.CONTENT_TYPE)

@@ -15,7 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.access.authentication import enter
 from service.access.caller import Caller
+from service.optuna_bridge.sampler import Sampler
 from service.problems import Problem
+from service.web.services import find_service
 
 _READ_METHODS = frozenset({"GET", "HEAD"})
 _NOTE = re.compile(r"/api/studies/\d+(/\d+)?/note")
@@ -64,13 +66,13 @@ class Dashboard:
         if _PAGES.fullmatch(path):
             return True
         study = _OF_STUDY.fullmatch(path)
-        name = self._app.state.sampler.name_of(int(study[1])) if study else None
+        name = find_service(self._app, Sampler).name_of(int(study[1])) if study else None
         return name is not None and caller.sees(name)
 
     def _dashboard(self, caller: Caller) -> ASGIApp:
         known = self._of_project.get(caller.project)
         if known is None:
-            wsgi = self._app.state.sampler.dashboard(caller.sees)
+            wsgi = find_service(self._app, Sampler).dashboard(caller.sees)
             known = cast("ASGIApp", WSGIMiddleware(wsgi))  # two spellings of one type
             self._of_project[caller.project] = known
         return known

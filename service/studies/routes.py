@@ -26,12 +26,13 @@ from service.studies.schemas import (
 from service.web.dependencies import DbSession, TheSettings
 from service.web.json_body import Route
 from service.web.openapi import may_answer
+from service.web.services import find_service
 from warmcore.corpus.inspection import inspect
 from warmcore.specs.fields import FieldError
 
 
 async def _sampler(request: Request) -> Sampler:
-    return request.app.state.sampler
+    return find_service(request.app, Sampler)
 
 
 TheSampler = Annotated[Sampler, Depends(_sampler)]

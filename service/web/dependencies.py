@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
 from service.settings import Settings
+from service.web.services import Database, find_service
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,17 +38,17 @@ class Work:
 
 def _session(request: Request) -> Generator[Session]:
     """One unit of work: commit when the route returned, roll back when it raised."""
-    with request.app.state.sessions.begin() as session:
+    with find_service(request.app, Database).sessions.begin() as session:
         yield session
 
 
 # What does not block is async: FastAPI takes a plain function to a thread.
 async def _work(request: Request) -> Work:
-    return Work(request.app.state.sessions)
+    return Work(find_service(request.app, Database).sessions)
 
 
 async def _settings(request: Request) -> Settings:
-    return request.app.state.settings
+    return find_service(request.app, Settings)
 
 
 # Function scope: the commit happens before the response is sent, so that an answer is a promise.

@@ -43,18 +43,18 @@ class Shutdown:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which tells `drain` before it waits for the requests that are under way.
+    """uvicorn, but it begins our shutdown before it waits for the requests in progress.
 
-    Without that, long-polls and event streams hold the end up until they are cut off.
+    Otherwise long-polls and event streams would run until uvicorn's timeout cuts them off.
     """
 
-    def __init__(self, config: uvicorn.Config, drain: Shutdown) -> None:
+    def __init__(self, config: uvicorn.Config, shutdown: Shutdown) -> None:
         super().__init__(config)
-        self._drain = drain
+        self._service_shutdown = shutdown
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin the drain, refuse new connections, finish what is under way."""
-        self._drain.begin()
+        """Begin our shutdown, refuse new connections, finish the requests in progress."""
+        self._service_shutdown.begin()
         await super().shutdown(sockets)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.access import authentication, keys
+from service.access import keys
+from service.database.tables import ApiKey
 
 SNAPSHOT = Path(__file__).with_name("openapi.json")
 OPEN = {"/healthz", "/readyz"}
@@ -60,7 +61,7 @@ def test_every_call_refuses_a_key_of_another_scope(api):
 def test_a_key_is_stored_as_its_hash_and_ends_when_revoked_or_expired(api):
     key_id, key = key_of(api, ["read"])
     with api.sessions() as session:
-        row = session.get(authentication.ApiKey, key_id)
+        row = session.get(ApiKey, key_id)
         assert key not in (row.hash, row.name)
     assert get(api, "/v1/studies", key).status_code == 200
     with api.sessions.begin() as session:
@@ -151,18 +152,19 @@ def test_the_api_process_is_small_and_loads_neither_torch_nor_ray(database_url, 
     program = """
 import sys, threading, time, resource, httpx, uvicorn
 from pathlib import Path
-from service import auth
+from service.access import keys
 from service.app import create_app
 from service.database.engine import normalized
 from service.settings import Settings
+from service.web.services import Database, find_service
 app = create_app(Settings(home=Path(sys.argv[2])), normalized(sys.argv[1]))
 server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
 threading.Thread(target=server.run, daemon=True).start()
 while not server.started:
     time.sleep(0.01)
 port = server.servers[0].sockets[0].getsockname()[1]
-with app.state.sessions.begin() as session:
-    key = auth.create_key(session, "k", ["admin"])[1]
+with find_service(app, Database).sessions.begin() as session:
+    key = keys.create_key(session, "k", ["admin"])[1]
 headers = {"Authorization": f"Bearer {key}"}
 http = httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers)
 spec = {

@@ -29,14 +29,14 @@ def settings(settings):
 @pytest.fixture
 def reads(monkeypatch):
     """When the database was looked at for a stream; a look that nothing caused comes late."""
-    times, read = [], event_stream._read
+    times, read = [], event_stream._read_batch
 
     def counted(*arguments):
         times.append(time.monotonic())
         return read(*arguments)
 
-    monkeypatch.setattr(event_stream, "_read", counted)
-    monkeypatch.setattr(event_stream, "_LOOK_SECONDS", LONG)
+    monkeypatch.setattr(event_stream, "_read_batch", counted)
+    monkeypatch.setattr(event_stream, "_POLL_SECONDS", LONG)
     return times
 
 
@@ -170,8 +170,8 @@ def streams():
 
 @pytest.mark.parametrize("end", ["revoked_at", "expires_at"])
 def test_a_stream_ends_with_its_key_and_only_then(api, submit, monkeypatch, end):
-    monkeypatch.setattr(event_stream, "_KEY_SECONDS", 0.1)
-    monkeypatch.setattr(event_stream, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(event_stream, "_KEY_CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(event_stream, "_POLL_SECONDS", 0.1)
     study = submit()
     with following(api, study) as lines:
         assert field(lines, "event") == "study.created"
@@ -188,12 +188,12 @@ def test_a_replica_s_streams_are_shared_by_keys():
     streams = event_stream.Streams(8)
     with contextlib.ExitStack() as stack:
         for key in "abcd" * 2:
-            stack.enter_context(streams.one(key))
-        with pytest.raises(Problem, match="this replica has 8") as full, streams.one("e"):
+            stack.enter_context(streams.open_stream(key))
+        with pytest.raises(Problem, match="this replica has 8") as full, streams.open_stream("e"):
             pass
         assert full.value.status == 503
-    with streams.one("a"), streams.one("a"):
-        with pytest.raises(Problem, match="this API key has 2") as share, streams.one("a"):
+    with streams.open_stream("a"), streams.open_stream("a"):
+        with pytest.raises(Problem, match="this API key has 2") as share, streams.open_stream("a"):
             pass
         assert (share.value.status, share.value.headers) == (429, {"Retry-After": "5"})
 
@@ -231,7 +231,7 @@ def test_a_stream_goes_on_at_another_replica(api, submit, settings, database_url
 def test_ten_thousand_events_are_replayed_once_in_order_by_reads_of_a_bounded_size(
     api, submit, monkeypatch
 ):
-    study, read, sizes = submit(), event_stream._read, []
+    study, read, sizes = submit(), event_stream._read_batch, []
     statement = text(
         "INSERT INTO warmscale.events (study_id, type, payload)"
         " SELECT :study, 'test.old', '{}' FROM generate_series(1, 10000)"
@@ -245,7 +245,7 @@ def test_ten_thousand_events_are_replayed_once_in_order_by_reads_of_a_bounded_si
         sizes.append(len(batch.rows))
         return batch
 
-    monkeypatch.setattr(event_stream, "_read", counted)
+    monkeypatch.setattr(event_stream, "_read_batch", counted)
     monkeypatch.setattr(event_stream, "_SPACING_SECONDS", 0.0)
     with following(api, study) as lines:
         seen = [line.partition(": ")[2] for line in lines if line.startswith("id: ")]

@@ -6,6 +6,8 @@ from collections import Counter
 import httpx
 import pytest
 
+from tests.conftest import fresh_database, scratch, serving, settings_below
+
 from . import fuzz
 
 LONG = os.environ.get("WARMSCALE_FUZZ_EXAMPLES")  # `make fuzz`
@@ -18,12 +20,13 @@ NEED_A_HISTORY.add("POST /v1/runs/{run_id}/checkpoints")  # a lease that nothing
 QUICK = ("--phases", "fuzzing,stateful", "--max-examples", "6", "--no-shrink")
 
 
-@pytest.fixture
-def api(shared_api):
-    """Its leases last: on a busy machine too, what is reported is under one that is good."""
-    state = shared_api.app.state
-    state.settings = state.settings.model_copy(update={"lease_seconds": 3600.0})
-    return shared_api
+@pytest.fixture(scope="module")
+def api(postgres):
+    """Leases that last an hour: on a busy machine, too, no report comes after its lease expired."""
+    with scratch() as home, fresh_database(postgres) as url:
+        settings = settings_below(home).model_copy(update={"lease_seconds": 3600.0})
+        with serving(settings, url) as api:
+            yield api
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from service.client import ServiceError
 from service.problems import Problem
 from service.settings import Settings
 from service.studies.imported_base import check_base
+from service.web.services import find_service, provide_services
 from warmcore.corpus import glob_patterns
 from warmcore.specs.data import DataSpec
 
@@ -114,8 +115,8 @@ def test_roots_are_written_as_path_is(monkeypatch, tmp_path):
 
 
 def test_a_service_with_roots_takes_no_study_from_outside(api, study_spec, tmp_path):
-    settings = api.app.state.settings
-    api.app.state.settings = settings.model_copy(update={"data_roots": (tmp_path / "else",)})
+    settings = find_service(api.app, Settings)
+    provide_services(api.app, settings.model_copy(update={"data_roots": (tmp_path / "else",)}))
     with pytest.raises(ServiceError, match="WARMSCALE_DATA_ROOTS"):
         api.client.post("/v1/studies", study_spec())
     assert api.client.get("/v1/studies")["items"] == []
@@ -168,7 +169,7 @@ def study(shared_api, study_spec):
 def test_a_checkpoint_of_another_projects_run_is_no_base_however_it_is_spelled(
     shared_api, study, spelled
 ):
-    settings = shared_api.app.state.settings
+    settings = find_service(shared_api.app, Settings)
     path = settings.home.resolve() / "artifacts"
     path.mkdir(exist_ok=True)
     link = path / "link"
@@ -184,7 +185,7 @@ def test_a_checkpoint_of_another_projects_run_is_no_base_however_it_is_spelled(
 
 
 def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path):
-    local = shared_api.app.state.settings.model_copy(update={"data_roots": (tmp_path,)})
+    local = find_service(shared_api.app, Settings).model_copy(update={"data_roots": (tmp_path,)})
     cloud = local.model_copy(update={"artifacts": "s3://bucket/root"})
     with shared_api.sessions() as session:
         for settings, good in (

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 
-from service.access import authentication, keys
+from service.access import keys
 from service.access.caller import Caller
 from service.client import Client, ServiceError
-from service.database.tables import Run, Study
+from service.database.tables import ApiKey, Run, Study
 from service.protocol import PROJECT_PATTERN
 from tests.by_hand import Worker
 
@@ -156,7 +156,7 @@ def test_studies_of_one_name_are_apart_in_optuna_too(api, client_of, filled):
     a.post("/v1/studies", filled["spec"])
     lease = Worker(a).one()
     assert lease.trial_number == 0
-    sampler = api.app.state.sampler
+    sampler = api.sampler
     assert set(sampler.states("a/ours")) == {0}
     assert set(sampler.states("b/ours")) == {0, 1}
 
@@ -164,7 +164,7 @@ def test_studies_of_one_name_are_apart_in_optuna_too(api, client_of, filled):
 def test_a_study_of_the_default_project_has_its_plain_name_in_optuna(api, submit, worker):
     name = submit()["name"]
     worker.one()
-    assert set(api.app.state.sampler.states(name)) == {0}
+    assert set(api.sampler.states(name)) == {0}
 
 
 def test_a_fleet_of_one_project_leases_that_alone_and_one_of_none_leases_all(client_of, filled):
@@ -234,11 +234,7 @@ def test_only_admins_fleets_and_scrapers_have_keys_for_every_project(api, scopes
         caller = keys.caller_of(session, key)
         assert caller.project == "default"
         with pytest.raises(IntegrityError, match="ck_api_keys_project"):
-            session.execute(
-                update(authentication.ApiKey)
-                .where(authentication.ApiKey.id == caller.key_id)
-                .values(project=None)
-            )
+            session.execute(update(ApiKey).where(ApiKey.id == caller.key_id).values(project=None))
 
 
 def test_keys_are_listed_with_their_last_use_and_without_themselves(api):

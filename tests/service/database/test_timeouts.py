@@ -13,7 +13,9 @@ from service.database import engine as db
 from service.database.tables import Run
 from service.leases import new_trials
 from service.optuna_bridge import sampler
+from service.settings import Settings
 from service.studies.locks import lock
+from service.web.services import find_service
 from tests.by_hand import Worker
 from tests.conftest import serving
 
@@ -26,7 +28,7 @@ LIMITS = {
 
 
 def test_both_engines_have_the_same_limits(api):
-    for engine in (api.sessions.kw["bind"], api.app.state.sampler.engine):
+    for engine in (api.sessions.kw["bind"], api.sampler.engine):
         with engine.connect() as connection:
             found = {name: connection.scalar(text(f"SHOW {name}")) for name in LIMITS}
         assert found == LIMITS
@@ -85,7 +87,7 @@ def test_a_request_that_waits_for_a_lock_for_too_long_is_a_503(hasty, study_spec
 
 def test_a_request_that_gets_no_turn_at_optuna_is_a_503(hasty, study_spec):
     study = hasty.client.post("/v1/studies", study_spec())
-    turns = hasty.app.state.sampler._turns
+    turns = hasty.sampler._turns
     with turns, turns, impatient(hasty) as client:
         refused(lambda: client.get(f"/v1/studies/{study['id']}/trials"))
         refused(lambda: Worker(client).lease())
@@ -132,4 +134,4 @@ def test_a_lease_is_as_long_as_it_says_though_its_transaction_was_slow(
     worker.one()
     with api.sessions() as session:
         left = "SELECT extract(epoch FROM lease_expires_at - created_at) FROM warmscale.runs"
-        assert session.scalar(text(left)) >= api.app.state.settings.lease_seconds + 1
+        assert session.scalar(text(left)) >= find_service(api.app, Settings).lease_seconds + 1

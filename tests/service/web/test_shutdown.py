@@ -17,6 +17,8 @@ from service.client import Client
 from service.database.tables import ApiKey
 from service.leases import new_trials
 from service.studies.locks import lock
+from service.web.services import find_service
+from service.web.shutdown import Shutdown
 from tests.by_hand import Worker
 from tests.service.whole_service.replicas import Serving
 
@@ -139,5 +141,5 @@ def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker,
 
 def test_nothing_is_granted_once_the_end_has_begun(api, submit, worker):
     submit()
-    api.app.state.drain.begin()
+    find_service(api.app, Shutdown).begin()
     assert worker.lease(1, wait_seconds=5) == ()
