@@ -10,9 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.problems import bad_field
-from warmcore.corpus import hub
 from warmcore.corpus.sources import list_files
 from warmcore.specs.data import DataSpec
+from warmcore.specs.sources import (
+    Files,
+    HubDataset,
+    SavedDataset,
+    StandardLibrary,
+    TokenizerFile,
+)
 from warmcore.storage.locations import local_path
 
 # Plain names alone: no dots in front, no escapes, no query, nothing that a store reads otherwise.
@@ -29,16 +35,13 @@ def check_data(data: DataSpec, roots: Roots) -> None:
     """
     if roots is None:
         return
-    if data.tokenizer.endswith(".json"):
-        check_paths("data.tokenizer", data.tokenizer, [Path(data.tokenizer)], roots)
-    if data.source == "stdlib":
-        return
-    path = data.source
-    if path.startswith(hub.PREFIX):
-        if not hub.is_path(path):
-            return  # a name, looked up in the cache of `datasets`
-        path = path.removeprefix(hub.PREFIX)
-    check_paths("data.source", data.source, [_fixed(path)], roots)
+    if isinstance(tokenizer := data.parsed_tokenizer, TokenizerFile):
+        check_paths("data.tokenizer", data.tokenizer, [tokenizer.path], roots)
+    match data.parsed_source:
+        case StandardLibrary() | HubDataset():  # neither names a path
+            return
+        case Files(pattern=place) | SavedDataset(path=place):
+            check_paths("data.source", data.source, [_fixed(place)], roots)
     try:
         found = [file.path for file in list_files(data.source)]
     except ValueError:
@@ -46,7 +49,7 @@ def check_data(data: DataSpec, roots: Roots) -> None:
     check_paths("data.source", data.source, found, roots)
 
 
-def _fixed(source: str) -> Path:
+def _fixed(source: str | Path) -> Path:
     """A pattern up to what varies in it, which then goes nowhere but down."""
     parts = Path(source).parts
     first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))

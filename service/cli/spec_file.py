@@ -4,9 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from warmcore.specs.sources import (
+    HUB_PREFIX,
+    Files,
+    SavedDataset,
+    TokenizerFile,
+    parse_source,
+    parse_tokenizer,
+)
 from warmcore.storage import plain_yaml
-
-_HUB = "hf:"
 
 
 class SpecError(ValueError):
@@ -44,13 +50,21 @@ def anchored(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _source(source: str, folder: Path) -> str:
-    if source.startswith((f"{_HUB}.", f"{_HUB}/", f"{_HUB}~")):
-        return _HUB + _below(source.removeprefix(_HUB), folder)
-    return source if is_name(source) else _below(source, folder)
+    match parse_source(source):
+        case SavedDataset(path):
+            return HUB_PREFIX + _below(str(path), folder)
+        case Files(pattern) if not _is_elsewhere(pattern):
+            return _below(pattern, folder)
+        case _:
+            return source
 
 
 def _tokenizer(name: str, folder: Path) -> str:
-    return _below(name, folder) if name.endswith(".json") else name
+    try:
+        tokenizer = parse_tokenizer(name)
+    except ValueError:
+        return name  # the service refuses it and says what would work
+    return _below(str(tokenizer.path), folder) if isinstance(tokenizer, TokenizerFile) else name
 
 
 def _below(path: str, folder: Path) -> str:
@@ -60,6 +74,6 @@ def _below(path: str, folder: Path) -> str:
         raise SpecError(f"data: {path!r}: there is no such user; a whole path works") from None
 
 
-def is_name(source: str) -> bool:
-    """Whether a source names something that no folder changes: `stdlib`, `hf:NAME`, a URI."""
-    return source in ("", "stdlib") or ":" in source.split("/", 1)[0]
+def _is_elsewhere(source: str) -> bool:
+    """Return whether no folder changes `source`: it is empty or a URI."""
+    return not source or ":" in source.split("/", 1)[0]

@@ -10,6 +10,7 @@ from warmcore.corpus.tokenizer import TOKENIZER, byte_json
 from warmcore.specs import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
 from warmcore.specs.fields import TokenIds
 from warmcore.specs.run import branch_of
+from warmcore.specs.sources import ByteTokens
 from warmcore.storage.file_facts import FileFacts
 
 
@@ -63,7 +64,9 @@ class CheckpointManifest(Spec):
         if TOKENIZER in self.files:
             found = self.files[TOKENIZER].sha256
             return "byte" if found == hashlib.sha256(byte_json()).hexdigest() else found
-        return "byte" if self.run is not None and self.run.data.tokenizer == "byte" else None
+        if self.run is not None and isinstance(self.run.data.parsed_tokenizer, ByteTokens):
+            return "byte"
+        return None
 
     def check_tokenizer(self, tokenizer: str | None) -> None:
         """Raise ValueError where this model would be grown on tokens that it does not read."""

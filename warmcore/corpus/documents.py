@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from warmcore.corpus import records, tokenizer
 from warmcore.corpus.sources import SourceFile
 from warmcore.specs.data import DataSpec
+from warmcore.specs.sources import ByteTokens
 
 # Above this, `inspect` adds up file sizes and does not read: a request must not hash gigabytes.
 MAX_INSPECTED_BYTES = 64 * 2**20
@@ -120,17 +121,18 @@ def inspect(spec: DataSpec, files: list[SourceFile]) -> CorpusFacts:
     if num_bytes > MAX_INSPECTED_BYTES:
         _check_first_record(files, spec)
         return CorpusFacts(num_documents=len(files), num_bytes=num_bytes)
+    are_bytes = isinstance(spec.parsed_tokenizer, ByteTokens)
     with TemporaryDirectory(prefix="warmscale-") as folder:
         split = split_corpus(files, spec, Path(folder) / "records")
         documents = (*split.train, *split.val)
-        if spec.tokenizer != "byte":
+        if not are_bytes:
             for document in documents:
                 document.text()
     return CorpusFacts(
         num_documents=len(documents),
         num_bytes=num_bytes,
-        num_train_tokens=count_tokens(split.train) if spec.tokenizer == "byte" else None,
-        num_val_tokens=count_tokens(split.val) if spec.tokenizer == "byte" else None,
+        num_train_tokens=count_tokens(split.train) if are_bytes else None,
+        num_val_tokens=count_tokens(split.val) if are_bytes else None,
         data_hash=split.data_hash,
     )
 
@@ -158,7 +160,7 @@ def split_corpus(files: Iterable[SourceFile], spec: DataSpec, scratch: Path | No
     except OSError as error:
         raise ValueError(f"source {spec.source} cannot be read: {error}") from error
     identity = tokenizer.identity(spec)
-    if spec.tokenizer == "byte":
+    if isinstance(spec.parsed_tokenizer, ByteTokens):
         return divide(documents, spec, identity)
     return divide(documents, spec, identity, unit="bytes", per_token=BYTES_PER_TOKEN)
 
@@ -201,21 +203,25 @@ def _documents(files: list[SourceFile], spec: DataSpec, scratch: Path | None) ->
     texts = (_whole(file.path) for file in files if file.kind == "text")
     whole = distinct(chain(texts, _records(files, spec, scratch)))
     share = min(MAX_DOCUMENT_SHARE, spec.val_fraction) * sum(d.num_bytes for d in whole)
-    if spec.tokenizer != "byte":
+    are_bytes = isinstance(spec.parsed_tokenizer, ByteTokens)
+    if not are_bytes:
         share = min(share, MAX_ENCODED_BYTES)
     size = _piece_size(share, spec)
     return distinct(
         piece
         for document in whole
         for piece in (
-            [document] if document.num_bytes <= share else _pieces(document, size, spec.tokenizer)
+            [document]
+            if document.num_bytes <= share
+            else _pieces(document, size, whole_characters=not are_bytes)
         )
     )
 
 
 def _piece_size(share: float, spec: DataSpec) -> int:
     """Bytes of a piece of what is larger than `share` bytes."""
-    needed = (spec.context + 1) * (1 if spec.tokenizer == "byte" else BYTES_PER_TOKEN)
+    per_token = 1 if isinstance(spec.parsed_tokenizer, ByteTokens) else BYTES_PER_TOKEN
+    needed = (spec.context + 1) * per_token
     return min(MAX_PIECE_BYTES, max(round(share / PIECES_PER_SHARE), needed))
 
 
@@ -241,7 +247,7 @@ def _records(files: list[SourceFile], spec: DataSpec, scratch: Path | None) -> I
             yield Document(path=scratch, offset=offset, num_bytes=len(content), hash=digest)
 
 
-def _pieces(document: Document, size: int, tokenizer_name: str) -> Iterator[Document]:
+def _pieces(document: Document, size: int, *, whole_characters: bool) -> Iterator[Document]:
     """Cut after at least `size` bytes, at a line's end where there is one soon enough."""
     path, offset = document.path, document.offset
     end = offset + document.num_bytes
@@ -250,7 +256,7 @@ def _pieces(document: Document, size: int, tokenizer_name: str) -> Iterator[Docu
         while piece := file.read(min(size, end - offset)):
             if len(piece) == size:
                 piece += file.readline(min(max(size, LINE_BYTES), end - file.tell()))
-            if tokenizer_name != "byte":
+            if whole_characters:
                 piece += _rest_of_character(file, end)
             digest = hashlib.sha256(piece).hexdigest()
             yield Document(path=path, offset=offset, num_bytes=len(piece), hash=digest)

@@ -15,7 +15,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-PREFIX = "hf:"
 SPLIT = "train"
 _PART = r"(?!\.+(?:[/:]|$))[\w.-]+"  # no `.` and no `..`
 _NAME = re.compile(f"{_PART}(/{_PART})?(:{_PART})?", re.ASCII)
@@ -29,27 +28,24 @@ print(json.dumps([file["filename"] for file in rows.cache_files]))
 """
 
 
-def is_path(source: str) -> bool:
-    """Whether what follows `hf:` is a folder and not the name of a data set."""
-    return source.removeprefix(PREFIX).startswith((".", "/", "~"))
-
-
-def arrow_files(source: str) -> list[Path]:
-    """Files of the train split of `source`, in order.
+def find_cached_files(name: str) -> list[Path]:
+    """Return the files of the train split of the data set `name`, in order.
 
     Raises:
-        ValueError: no such data set on this machine, with what would bring it here.
+        ValueError: no such data set on this machine, with the command that would download it.
     """
-    name = source.removeprefix(PREFIX)
-    if is_path(source):
-        return _saved(Path(name).expanduser())
     if not _NAME.fullmatch(name):
-        raise ValueError(f"source {source} is no data set; hf:NAME, hf:OWNER/NAME:CONFIG or hf:./x")
+        works = "hf:NAME, hf:OWNER/NAME:CONFIG or hf:./x"
+        raise ValueError(f"source hf:{name} is no data set; {works}")
     return [Path(file) for file in _cached(name)]
 
 
-def _saved(folder: Path) -> list[Path]:
-    """Files that `save_to_disk` wrote, of a data set or of its train split."""
+def find_saved_files(folder: Path) -> list[Path]:
+    """Return the files that `save_to_disk` wrote, of a data set or of its train split.
+
+    Raises:
+        ValueError: `save_to_disk` did not write this folder.
+    """
     if (folder / "dataset_dict.json").is_file():
         folder = folder / SPLIT
     try:

@@ -14,11 +14,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from warmcore.corpus import documents, hub, tokenizer
+from warmcore.corpus import documents, tokenizer
 from warmcore.corpus.documents import CorpusFacts
 from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
 from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import FieldError
+from warmcore.specs.sources import (
+    ByteTokens,
+    Files,
+    NoTokenizer,
+    StandardLibrary,
+    TokenizerFile,
+)
 
 BAD_SPEC = 2
 _SECONDS = 300
@@ -30,7 +37,8 @@ def inspect(spec: DataSpec) -> CorpusFacts:
     Raises:
         ValueError: there is nothing to train on, or no tokenizer to read it with.
     """
-    if spec.tokenizer == "byte" and not spec.source.startswith(hub.PREFIX):
+    plain = isinstance(spec.parsed_source, StandardLibrary | Files)
+    if plain and isinstance(spec.parsed_tokenizer, ByteTokens):
         files = list_files(spec.source)
         if all(file.kind == "text" for file in files):
             return documents.inspect(spec, files)
@@ -65,7 +73,7 @@ def look(spec: DataSpec) -> CorpusFacts:
     vocab_size, tokenizer_hash = _tokenizer_facts(spec)
     if holds_tokens(files, spec.source):
         facts = _look_at_tokens(spec, files, vocab_size)
-    elif spec.tokenizer == "none":
+    elif isinstance(spec.parsed_tokenizer, NoTokenizer):
         raise FieldError(
             "tokenizer",
             spec.tokenizer,
@@ -85,7 +93,7 @@ def _look_at_tokens(spec: DataSpec, files: list[SourceFile], vocab_size: int | N
 
 def _tokenizer_facts(spec: DataSpec) -> tuple[int | None, str | None]:
     """Ids of the tokenizer and the hash of its file, where it has one."""
-    if not spec.tokenizer.endswith(".json"):
+    if not isinstance(spec.parsed_tokenizer, TokenizerFile):
         return spec.known_vocab_size, None
     loaded = tokenizer.TextTokenizer.load(tokenizer.read_json(spec), spec.tokenizer)
     if spec.vocab_size not in (None, loaded.vocab_size):

@@ -25,7 +25,15 @@ from warmcore.corpus.documents import Document, Split, split_corpus
 from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
 from warmcore.corpus.token_files import Ids, Segments
 from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer
-from warmcore.specs.data import BYTE_VOCAB_SIZE, DataSpec
+from warmcore.specs.data import DataSpec
+from warmcore.specs.sources import (
+    BYTE_VOCAB_SIZE,
+    BpeTokens,
+    ByteTokens,
+    NoTokenizer,
+    TokenizerFile,
+    parse_tokenizer,
+)
 
 SEPARATOR = b"\0"
 Tokens = Ids | Segments
@@ -59,7 +67,7 @@ class Corpus:
 
     def pinned(self, spec: DataSpec) -> DataSpec:
         """Return `spec`, which this is the corpus of, tied to its tokenizer.json if it has one."""
-        if not spec.tokenizer.endswith(".json"):
+        if not isinstance(spec.parsed_tokenizer, TokenizerFile):
             return spec
         pins = {"tokenizer_hash": self.tokenizer, "vocab_size": self.vocab_size}
         return spec.model_copy(update=pins)
@@ -111,14 +119,16 @@ def tokenizer_json(spec: DataSpec, cache_dir: Path | None = None) -> bytes | Non
     Raises:
         ValueError: as `prepare`.
     """
-    if spec.tokenizer == "none":
-        return None
-    if spec.tokenizer == "byte":
-        return tokenizer.byte_json()
-    if not spec.tokenizer.startswith("bpe:"):
-        return tokenizer.read_json(spec)
-    cache_dir = cache_dir or default_cache_dir()
-    return (cache_dir / prepare(spec, cache_dir).data_hash / TOKENIZER).read_bytes()
+    match spec.parsed_tokenizer:
+        case NoTokenizer():
+            return None
+        case ByteTokens():
+            return tokenizer.byte_json()
+        case TokenizerFile():
+            return tokenizer.read_json(spec)
+        case BpeTokens():
+            cache_dir = cache_dir or default_cache_dir()
+            return (cache_dir / prepare(spec, cache_dir).data_hash / TOKENIZER).read_bytes()
 
 
 def _prepared_text(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> Corpus:
@@ -150,7 +160,7 @@ def _prepared_shards(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -
 
 def _made_by(spec: DataSpec) -> tuple[int, bytes | None]:
     """Ids that tokens may have, and the tokenizer that is said to have made them."""
-    if spec.tokenizer == "none":
+    if isinstance(spec.parsed_tokenizer, NoTokenizer):
         assert spec.vocab_size is not None, "DataSpec asks for it"
         return spec.vocab_size, None
     loaded = TextTokenizer.load(tokenizer.read_json(spec), spec.tokenizer)
@@ -164,7 +174,7 @@ def _open(folder: Path, name: str) -> Corpus:
         np.memmap(folder / f"{side}.{dtype}", dtype=f"<{dtype[0]}{int(dtype[1:]) // 8}", mode="r")
         for side in ("train", "val")
     )
-    if name == "byte":
+    if isinstance(parse_tokenizer(name), ByteTokens):
         return Corpus(train=train, val=val, data_hash=folder.name)
     content = (folder / TOKENIZER).read_bytes()
     return Corpus(
@@ -191,8 +201,9 @@ def _open_shards(listing: Path, made_by: bytes | None, vocab_size: int) -> Corpu
 
 def _vocab_size(name: str, content: bytes) -> int:
     """N of bpe:N, although fewer merges may have been found."""
-    if name.startswith("bpe:"):
-        return int(name.removeprefix("bpe:"))
+    parsed = parse_tokenizer(name)
+    if isinstance(parsed, BpeTokens):
+        return parsed.vocab_size
     return TextTokenizer.load(content, name).vocab_size
 
 
@@ -228,7 +239,7 @@ def _write_split(split: Split, spec: DataSpec, cache_dir: Path) -> None:
     if folder.exists():
         return
     with _aside(cache_dir) as aside:
-        if spec.tokenizer == "byte":
+        if isinstance(spec.parsed_tokenizer, ByteTokens):
             _write_tokens(aside / "train.u16", split.train)
             _write_tokens(aside / "val.u16", split.val)
         else:
@@ -265,9 +276,9 @@ def _write_tokens(path: Path, documents: Iterable[Document]) -> None:
 def _write_encoded(aside: Path, split: Split, spec: DataSpec) -> None:
     """Train the tokenizer if it is to be, on the training side alone, and encode both."""
     texts = {"train": _texts(split.train), "val": _texts(split.val)}
-    if spec.tokenizer.startswith("bpe:"):
-        size = int(spec.tokenizer.removeprefix("bpe:"))
-        content = tokenizer.train_bpe(_texts(split.train), size)
+    parsed = spec.parsed_tokenizer
+    if isinstance(parsed, BpeTokens):
+        content = tokenizer.train_bpe(_texts(split.train), parsed.vocab_size)
     else:
         content = tokenizer.read_json(spec)
     loaded = TextTokenizer.load(content, spec.tokenizer)

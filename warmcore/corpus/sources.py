@@ -10,6 +10,7 @@ from typing import Literal
 
 from warmcore.corpus import hub
 from warmcore.corpus.glob_patterns import matching
+from warmcore.specs.sources import Files, HubDataset, SavedDataset, StandardLibrary, parse_source
 
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
@@ -79,13 +80,20 @@ def holds_tokens(files: Iterable[SourceFile], source: str) -> bool:
 
 
 def _paths(source: str) -> Iterator[Path]:
-    if source == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        yield from (path for path in _walk(root, STDLIB_SKIPPED) if path.suffix == ".py")
-        return
-    if source.startswith(hub.PREFIX):
-        yield from hub.arrow_files(source)
-        return
+    match parse_source(source):
+        case StandardLibrary():
+            root = Path(sysconfig.get_paths()["stdlib"])
+            yield from (path for path in _walk(root, STDLIB_SKIPPED) if path.suffix == ".py")
+        case HubDataset(name):
+            yield from hub.find_cached_files(name)
+        case SavedDataset(path):
+            yield from hub.find_saved_files(path.expanduser())
+        case Files():
+            yield from _files(source)
+
+
+def _files(source: str) -> Iterator[Path]:
+    """Yield the paths at a file, below a folder, or of a pattern."""
     try:
         path = Path(source).expanduser()
     except RuntimeError as error:

@@ -29,6 +29,7 @@ from warmcore.corpus.documents import (
 from warmcore.corpus.sources import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import FieldError
+from warmcore.specs.sources import BpeTokens, ByteTokens
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 DTYPES = ("uint16", "uint32")
@@ -111,7 +112,7 @@ def look_up(files: Iterable[SourceFile], spec: DataSpec) -> list[Shard]:
     Raises:
         ValueError: a file that is no shard, or a tokenizer that can have made none.
     """
-    if spec.tokenizer == "byte" or spec.tokenizer.startswith("bpe:"):
+    if isinstance(spec.parsed_tokenizer, ByteTokens | BpeTokens):
         raise FieldError(
             "tokenizer",
             spec.tokenizer,

@@ -14,8 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from warmcore.specs.data import BYTE_VOCAB_SIZE, DataSpec
+from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import FieldError
+from warmcore.specs.sources import (
+    BYTE_VOCAB_SIZE,
+    BpeTokens,
+    ByteTokens,
+    NoTokenizer,
+    TokenizerFile,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -35,11 +42,13 @@ def identity(spec: DataSpec) -> str:
     Raises:
         ValueError: no file at a tokenizer.json's path, or not the one that the spec pins.
     """
-    if spec.tokenizer in ("byte", "none"):
-        return spec.tokenizer
-    if spec.tokenizer.startswith("bpe:"):
-        return f"{spec.tokenizer} tokenizers {version('tokenizers')}"
-    return f"tokenizer {hashlib.sha256(read_json(spec)).hexdigest()}"
+    match spec.parsed_tokenizer:
+        case ByteTokens() | NoTokenizer():
+            return spec.tokenizer
+        case BpeTokens():
+            return f"{spec.tokenizer} tokenizers {version('tokenizers')}"
+        case TokenizerFile():
+            return f"tokenizer {hashlib.sha256(read_json(spec)).hexdigest()}"
 
 
 def read_json(spec: DataSpec) -> bytes:

@@ -4,7 +4,7 @@ Nothing here loads torch. Every spec rejects unknown keys and names the bad fiel
 this package import these names from here; modules inside import from each other.
 """
 
-from warmcore.specs.data import BYTE_VOCAB_SIZE, DataSpec
+from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import (
     FieldError,
     NonNegativeInt,
@@ -25,6 +25,7 @@ from warmcore.specs.growth import (
 )
 from warmcore.specs.model import ModelSpec, Parametrization
 from warmcore.specs.run import RunSpec
+from warmcore.specs.sources import BYTE_VOCAB_SIZE
 from warmcore.specs.train import (
     AverageName,
     ClipRule,

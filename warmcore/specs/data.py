@@ -5,10 +5,16 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from warmcore.specs.fields import Spec, VocabSize
-
-BYTE_VOCAB_SIZE = 256
-# 256 bytes and the end of a document; the upper one is four times what the largest models have.
-MIN_BPE_VOCAB_SIZE, MAX_BPE_VOCAB_SIZE = BYTE_VOCAB_SIZE + 1, 2**20
+from warmcore.specs.sources import (
+    BYTE_VOCAB_SIZE,
+    BpeTokens,
+    ByteTokens,
+    NoTokenizer,
+    ParsedSource,
+    ParsedTokenizer,
+    parse_source,
+    parse_tokenizer,
+)
 
 
 class DataSpec(Spec):
@@ -42,38 +48,42 @@ class DataSpec(Spec):
     @field_validator("tokenizer")
     @classmethod
     def _is_a_tokenizer(cls, name: str) -> str:
-        if name in ("byte", "none") or name.endswith(".json"):
-            return name
-        kind, _, size = name.partition(":")
-        if kind != "bpe" or not size.isdecimal() or not size.isascii():
-            works = "byte, bpe:4096 (any size), the path of a tokenizer.json, or none"
-            raise ValueError(f"{name!r} is no tokenizer; {works} would work")
-        if len(size) > len(str(MAX_BPE_VOCAB_SIZE)) or not (
-            MIN_BPE_VOCAB_SIZE <= int(size) <= MAX_BPE_VOCAB_SIZE
-        ):
-            bounds = f"bpe:{MIN_BPE_VOCAB_SIZE} to bpe:{MAX_BPE_VOCAB_SIZE}"
-            raise ValueError(f"{name!r} is out of bounds; {bounds} would work")
-        return f"bpe:{int(size)}"
+        tokenizer = parse_tokenizer(name)
+        # "bpe:0400" is stored as "bpe:400": the data hash contains the string.
+        return f"bpe:{tokenizer.vocab_size}" if isinstance(tokenizer, BpeTokens) else name
 
     @field_validator("vocab_size")
     @classmethod
     def _is_the_tokenizers(cls, size: int | None, info: ValidationInfo) -> int | None:
-        name = info.data.get("tokenizer", "")
-        if name == "none" and size is None:
+        if "tokenizer" not in info.data:  # refused already, by its own name
+            return size
+        name = info.data["tokenizer"]
+        tokenizer = parse_tokenizer(name)
+        if isinstance(tokenizer, NoTokenizer) and size is None:
             raise ValueError("tokenizer none says nothing of the ids; give how many there are")
-        known = _vocab_size(name)
+        known = _known_size(tokenizer)
         if None not in (size, known) and size != known:
             raise ValueError(f"{size} is not the {known} of tokenizer {name}; leave it out")
         return size
 
     @property
+    def parsed_tokenizer(self) -> ParsedTokenizer:
+        """`tokenizer` as a type."""
+        return parse_tokenizer(self.tokenizer)
+
+    @property
+    def parsed_source(self) -> ParsedSource:
+        """`source` as a type."""
+        return parse_source(self.source)
+
+    @property
     def known_vocab_size(self) -> int | None:
         """Ids of the tokenizer; None for a tokenizer.json that nobody has looked into yet."""
-        return _vocab_size(self.tokenizer) or self.vocab_size
+        return _known_size(self.parsed_tokenizer) or self.vocab_size
 
 
-def _vocab_size(tokenizer: str) -> int | None:
-    """What the name of a tokenizer says by itself."""
-    if tokenizer == "byte":
+def _known_size(tokenizer: ParsedTokenizer) -> int | None:
+    """Return the number of ids, if the tokenizer's name alone determines it."""
+    if isinstance(tokenizer, ByteTokens):
         return BYTE_VOCAB_SIZE
-    return int(tokenizer.removeprefix("bpe:")) if tokenizer.startswith("bpe:") else None
+    return tokenizer.vocab_size if isinstance(tokenizer, BpeTokens) else None

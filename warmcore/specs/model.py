@@ -4,8 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from warmcore.specs.data import BYTE_VOCAB_SIZE, DataSpec
+from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import Depth, NonNegative, Positive, Spec, VocabSize, Width
+from warmcore.specs.sources import BYTE_VOCAB_SIZE
 
 Parametrization = Literal["mup", "standard"]
 
@@ -63,7 +64,7 @@ class ModelSpec(Spec):
             )
         return self
 
-    def for_data(self, data: "DataSpec") -> "ModelSpec":
+    def for_data(self, data: DataSpec) -> "ModelSpec":
         """This model with the vocabulary of `data`, unless it has one of its own.
 
         Raises:

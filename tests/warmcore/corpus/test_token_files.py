@@ -94,7 +94,7 @@ def test_shards_are_mapped_and_neither_copied_nor_read_twice(tmp_path, monkeypat
     assert not before.train.blocks[0].ids.flags.owndata
     assert look(spec).data_hash == before.data_hash
     data_module._open_shards.cache_clear()
-    monkeypatch.setattr(data_module.shards, "split_shards", None)
+    monkeypatch.setattr(data_module.token_files, "split_shards", None)
     again = prepare(spec, cache)
     assert again.data_hash == before.data_hash
     assert np.array_equal(again.train.blocks, before.train.blocks)
