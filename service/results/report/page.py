@@ -68,15 +68,15 @@ def render_report(
 
 def render_document(title: str, body: Sequence[str], drawn: dict[str, Figure]) -> Iterator[bytes]:
     """A page of these parts, with the figures drawn in their places."""
-    before, after = _asset("render_report.html").split("$plotly")
+    before, after = _asset("page.html").split("$plotly")
     head = Template(before).substitute(
         title=f"{escape(title)} · warmscale",
         scripts=_hash_scripts(),
-        style=_asset("render_report.css"),
+        style=_asset("page.css"),
         body="\n".join(body),
         figures=_embedded(drawn),
     )
-    tail = Template(after).substitute(script=_asset("render_report.js"))
+    tail = Template(after).substitute(script=_asset("page.js"))
     return chain([head.encode()], _read_plotly(), [tail.encode()])
 
 
@@ -86,7 +86,7 @@ def _hash_scripts() -> str:
     plotly = hashlib.sha256()
     for piece in _read_plotly():
         plotly.update(piece)
-    digests = (plotly.digest(), hashlib.sha256(_asset("render_report.js").encode()).digest())
+    digests = (plotly.digest(), hashlib.sha256(_asset("page.js").encode()).digest())
     return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
 
