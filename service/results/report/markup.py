@@ -70,4 +70,4 @@ def render_section(title: str, note: str, *parts: str) -> str:
     if not any(parts):
         return ""
     note = f'<p class="note">{escape(note)}</p>' if note else ""
-    return f"<render_section><h2>{escape(title)}</h2>{note}{''.join(parts)}</render_section>"
+    return f"<section><h2>{escape(title)}</h2>{note}{''.join(parts)}</section>"
