@@ -42,7 +42,7 @@ def test_a_study_without_trials_waits_for_them(submit, results):
     found = results(submit()["name"])
     assert found.verdict is None
     assert found.best_trial is None
-    assert found.pending == "0 of 4 trials are finished; the target follows the last of them"
+    assert found.pending == "0 of 4 trials are finished; the target starts after the last"
 
 
 def test_the_best_trial_is_the_one_that_targets_grow_from(study, results, worker):
@@ -112,7 +112,7 @@ def test_a_diverged_target_is_shown_as_one(study, results, worker, train):
 def test_a_cancelled_study_says_that_its_target_never_started(submit, api, results):
     name = submit()["name"]
     api.client.post(f"/v1/studies/{name}/cancel")
-    assert results(name).pending == "the study is cancelled and never started its target"
+    assert results(name).pending == "the study is cancelled; its target never started"
 
 
 def test_a_study_without_a_target_has_nothing_to_judge(submit, worker, train, results):
