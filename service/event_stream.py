@@ -203,11 +203,17 @@ def _read_batch(
     """Return the next events of ended transactions, ordered by transaction, then by id.
 
     PostgreSQL assigns an event's id before its transaction commits. Event 17 can therefore become
-    visible after event 18 was read, and a reader that orders by id alone would skip it. A
-    transaction below every running one cannot add events any more, so its events are read in order.
+    visible after event 18 was read, and a reader that goes by ids alone would skip it. No
+    transaction below the oldest running one can add events any more, so those are read in order.
     """
     with sessions() as session:
         subject = topic(session)
+        # A committed event is unsettled while an older transaction runs. Ask for those first: if
+        # the older transaction ends between the two statements, the second returns the event. In
+        # the other order neither would report it, and the stream would sleep or end without it.
+        unsettled = session.scalar(
+            select(Event.id).where(subject.where, Event.xid >= _SETTLED).limit(1)
+        )
         query = (
             select(Event)
             .where(subject.where, tuple_(Event.xid, Event.id) > last, Event.xid < _SETTLED)
@@ -219,9 +225,6 @@ def _read_batch(
             ((event.xid, event.id), EventView(**{f: getattr(event, f) for f in fields}))
             for event in session.scalars(query)
         ]
-        unsettled = session.scalar(
-            select(Event.id).where(subject.where, Event.xid >= _SETTLED).limit(1)
-        )
         is_over = subject.is_over and len(rows) < _BATCH and unsettled is None
         return Batch(
             topic=subject.id, rows=rows, is_over=is_over, has_unsettled=unsettled is not None
