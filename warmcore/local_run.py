@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError, checkpoint_path, list_checkpoints
 from warmcore.corpus.prepare import Corpus
-from warmcore.run_file import local_path, reference
+from warmcore.run_file import reference, require_local_path
 from warmcore.specs import RunSpec
 from warmcore.specs.run import branch_of
 from warmcore.training.ranks import ALONE, Ranks
@@ -113,7 +113,7 @@ class LocalRun:
     def _started(self, corpus: Corpus) -> Training:
         ref = self._spec.start_checkpoint
         field = "trunk" if self._spec.trunk else "growth.base"
-        base = local_path(ref.uri, field) if ref else None
+        base = require_local_path(ref.uri, field) if ref else None
         training = Training.start(
             self._spec, corpus, base=base, device=self._place.device, ranks=self._place.ranks
         )
