@@ -9,8 +9,8 @@ from sqlalchemy.engine import URL
 from sqlalchemy.orm import sessionmaker
 
 from service import __version__, problems
-from service.access.caller_cache import RecentCallers
-from service.access.rate_limits import Limits
+from service.access.caller_cache import CallerCache
+from service.access.rate_limits import RateLimits
 from service.database.engine import autocommit_engine, make_engine, optuna_url
 from service.event_stream import Streams
 from service.events import audit_log
@@ -69,8 +69,8 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         sampler,
         wakeups,
         Shutdown(),
-        RecentCallers(),
-        Limits(settings.requests_per_second),
+        CallerCache(),
+        RateLimits(settings.requests_per_second),
         Streams(settings.max_event_streams),
     )
     app.state.settings, app.state.sampler, app.state.wakeups = settings, sampler, wakeups

@@ -272,4 +272,4 @@ class _Follower:
 
     def _is_key_good(self) -> bool:
         with self.sessions() as session:
-            return keys.is_good(session, self.caller.key_id)
+            return keys.is_key_good(session, self.caller.key_id)

@@ -104,12 +104,12 @@ _GOOD = (
 )
 
 
-def is_good(session: Session, key_id: str) -> bool:
+def is_key_good(session: Session, key_id: str) -> bool:
     """Whether a key that was good is still neither revoked nor expired."""
     return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, *_GOOD)) is not None
 
 
-def caller_of(session: Session, key: str) -> Caller | None:
+def find_caller(session: Session, key: str) -> Caller | None:
     """The caller with a good key; None for an unknown, expired or revoked one."""
     unnoted = func.coalesce(ApiKey.last_used_at < func.now() - timedelta(minutes=1), True)
     query = select(ApiKey.id, ApiKey.scopes, ApiKey.project, unnoted.label("unnoted")).where(

@@ -136,6 +136,6 @@ def admit(url: URL, key: str, fleet_key: str) -> None:
     engine = create_engine(url, poolclass=NullPool)
     with Session(engine) as session, session.begin():
         session.execute(insert(ApiKey).values(rows).on_conflict_do_nothing())
-        caller = keys.caller_of(session, key)
+        caller = keys.find_caller(session, key)
     if caller is None:
         raise SystemExit("the key in client.json was revoked; delete that file for a new one")
