@@ -48,7 +48,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        async with wakeups.listening(), outbox.emptied(wakeups):
+        async with wakeups.listening(), outbox.keep_delivering(wakeups):
             yield
         sampler.close()
         database.engine.dispose()

@@ -75,7 +75,7 @@ def test_the_outbox_is_woken_only_for_what_a_webhook_wants(database_url, say):
             assert not await outbox.wait(SHORT)
             engine = create_engine(database_url)
             with Session(engine) as session, session.begin():
-                store.add(session, "http://127.0.0.1/", ["study.failed"], project=None)
+                store.add_webhook(session, "http://127.0.0.1/", ["study.failed"], project=None)
             engine.dispose()
             await asyncio.to_thread(say, "study.completed")
             assert not await outbox.wait(SHORT)
