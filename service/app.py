@@ -48,7 +48,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
-        async with wakeups.listening(), outbox.keep_delivering(wakeups):
+        async with wakeups.keep_listening(), outbox.keep_delivering(wakeups):
             yield
         sampler.close()
         database.engine.dispose()
@@ -95,7 +95,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
 def _connect(url: URL, settings: Settings) -> Database:
     engine = make_engine(url, settings.pool_size)
     sessions = sessionmaker(engine, expire_on_commit=False)
-    audit_log.install(sessions)
+    audit_log.install_hooks(sessions)
     statements = sessionmaker(autocommit_engine(engine), expire_on_commit=False)
     return Database(engine=engine, sessions=sessions, statements=statements)
 

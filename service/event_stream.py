@@ -250,7 +250,7 @@ class _Follower:
         retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - jitter
         yield ServerSentEvent(comment="warmscale", retry=retry)
         checked_at = time.monotonic()
-        with self.wakeups.subscription(batch.topic) as notification:
+        with self.wakeups.subscribe_to(batch.topic) as notification:
             # An event may have been written between the first read and the subscription.
             notification.notify()
             while True:

@@ -94,7 +94,7 @@ async def _recent_worker(
         recent.keep(name, caller, now)
     else:
         find_service(request.app, RateLimits).count_request(name)
-        request_context.note(key_id=caller.key_id)
+        request_context.note_facts(key_id=caller.key_id)
     return caller.narrow_to(project)
 
 

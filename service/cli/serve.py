@@ -42,7 +42,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
     end_on_sigterm()
     use_utc()
     # Before any upgrade: Optuna's silences every logger there is if the root has no handler.
-    logs.configure(settings.log_format)
+    logs.configure_logging(settings.log_format)
     if not settings.is_loopback:
         _log.warning(
             "plain HTTP: keys can be read on the way; put a proxy with TLS in front",
@@ -97,7 +97,7 @@ def _reason(error: Exception) -> str:
 def traced() -> Generator[None]:
     """Send traces while inside, if the environment asks for them; exit where that cannot be."""
     try:
-        with tracing.exporting(os.environ):
+        with tracing.export_traces(os.environ):
             yield
     except tracing.TracesMissingError as error:
         fail(Exit.USAGE, str(error))

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 from service.access.caller import Caller
 from service.access.lookup import find_run
 from service.database.tables import Checkpoint, Run, Study
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.lifecycle import FINAL_RUN_STATES, after_attempt, retry_delay_seconds
 from service.optuna_bridge.finish_trial import end_of, tell
 from service.problems import bad_field, conflict, not_found
@@ -102,7 +102,7 @@ def publish(session: Session, run: Run, checkpoint: CheckpointReport) -> tuple[s
         row = Checkpoint(**values)
         session.add(row)
         session.flush()
-        record(
+        record_event(
             session,
             "run.checkpoint",
             study_id=run.study_id,
@@ -203,7 +203,7 @@ def end_attempt(
         run.available_at = func.now() + timedelta(seconds=delay)
     else:
         run.finished_at = func.now()
-    record(
+    record_event(
         session,
         f"run.{state}",
         study_id=run.study_id,

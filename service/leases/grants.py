@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from service.access.caller import Caller
 from service.database.tables import Run, Study
-from service.events.audit_log import NewEvent, event
+from service.events.audit_log import NewEvent, new_event
 from service.leases.attempts import finish
 from service.protocol import FinishRequest, Lease, LeaseRequest, Resources
 from service.runs.store import kept
@@ -32,7 +32,7 @@ def take(run: Run, request: LeaseRequest, settings: Settings, now: datetime) -> 
 
 def leased_event(run: Run, caller: Caller) -> NewEvent:
     """The event of a run that was taken by this caller."""
-    return event(
+    return new_event(
         "run.leased",
         study_id=run.study_id,
         run_id=run.id,

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.access.caller import Caller
 from service.database.tables import Run, Study
-from service.events.audit_log import NewEvent, event, record_all
+from service.events.audit_log import NewEvent, new_event, record_events
 from service.leases.grants import clock, lease_of, leased_event, take
 from service.leases.requests import OpenStudy, PendingRequest
 from service.lifecycle import LIVE_RUN_STATES
@@ -191,14 +191,14 @@ def _start(
         for bid, run in zip(bids, runs, strict=False)
         for one in (queued_event(run, bid.caller), leased_event(run, bid.caller))
     ]
-    record_all(session, events)
+    record_events(session, events)
     leases = [lease_of(session, settings, run, study, needs=spec.resources.trial) for run in runs]
     return list(zip(bids, leases, strict=False)), bids[len(leases) :]
 
 
 def queued_event(run: Run, caller: Caller) -> NewEvent:
     """Build the event of a run that has been queued."""
-    return event(
+    return new_event(
         "run.queued",
         study_id=run.study_id,
         run_id=run.id,

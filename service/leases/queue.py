@@ -109,8 +109,8 @@ class LeaseQueue:
     async def _serve(self) -> None:
         # What a round mends is no doing of the request that happened to start it.
         with (
-            request_context.acting("service"),
-            self._state.wakeups.subscription(WORK) as self._bell,
+            request_context.act_as("service"),
+            self._state.wakeups.subscribe_to(WORK) as self._bell,
         ):
             while self._line:
                 line = tuple(self._line)

@@ -6,7 +6,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.database.tables import Run, Study
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.leases.attempts import end_attempt, finish_trial_of
 from service.leases.presence import Presence
 from service.lifecycle import FINAL_RUN_STATES
@@ -67,7 +67,7 @@ def _expire_in(session: Session, study_id: str) -> None:
         return
     query = select(Run).where(Run.study_id == study_id, *LATE).order_by(Run.id)
     for run in session.scalars(query.with_for_update()).all():
-        record(
+        record_event(
             session,
             "lease.expired",
             study_id=study_id,

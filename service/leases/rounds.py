@@ -13,7 +13,7 @@ from starlette.datastructures import State
 
 from service.access.lookup import find_study_id
 from service.database.tables import Run, Study
-from service.events.audit_log import record_all
+from service.events.audit_log import record_events
 from service.leases import new_trials
 from service.leases.grants import clock, lease_of, leased_event, take
 from service.leases.repair import LATE, UNTOLD, expire, finish_pending_trials
@@ -171,7 +171,7 @@ def _grant_waiting(
         if needs.fits(free):
             take(run, bid.request, settings, now)
             session.flush()
-            record_all(session, [leased_event(run, bid.caller)])
+            record_events(session, [leased_event(run, bid.caller)])
             granted.append(lease_of(session, settings, run, study, needs=needs))
             free = free.less(needs)
     return granted

@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 
 from service.access.caller import Caller
 from service.database.tables import Run, Study
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.lifecycle import LIVE_RUN_STATES, sources
 from service.problems import Problem, bad_field, conflict
 from service.protocol import StudyState
@@ -36,7 +36,7 @@ def create(session: Session, caller: Caller, spec: StudySpec, idempotency_key: s
     study = session.scalars(statement).one_or_none()
     if study is None:
         return _lost_the_race(session, caller, spec, idempotency_key)
-    record(session, "study.created", study_id=study.id, name=study.name)
+    record_event(session, "study.created", study_id=study.id, name=study.name)
     return study
 
 
@@ -108,7 +108,7 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
         raise conflict(
             "wrong-state", f"study {study.name!r} is {study.state}; it cannot become {state}"
         )
-    record(session, f"study.{state}", study_id=study.id)
+    record_event(session, f"study.{state}", study_id=study.id)
     if state == "cancelled":
         cancel_runs(session, study.id)
     return changed

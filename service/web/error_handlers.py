@@ -61,7 +61,7 @@ class ProblemResponse(JSONResponse):
 
 def _response(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
     metrics.count_problem(problem.kind)
-    facts = request_context.current()
+    facts = request_context.current_facts()
     body = ProblemBody(
         type=f"urn:warmscale:{problem.kind}",
         title=HTTPStatus(problem.status).phrase,
@@ -192,7 +192,7 @@ def _install_database(app: FastAPI, away: tuple[type[Exception], ...]) -> None:
 
 def _on_bug(request: Request, error: Exception) -> JSONResponse:
     _log.error("fault", extra={"path": request.url.path}, exc_info=error)
-    facts = request_context.current()
+    facts = request_context.current_facts()
     headers = SAFE_HEADERS | ({REQUEST_ID_HEADER: facts.request_id} if facts else {})
     problem = Problem(500, "internal", "a fault of the service; its log has the trace")
     return _response(problem, headers)  # out here no middleware adds the header

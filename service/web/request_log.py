@@ -28,7 +28,7 @@ class RequestLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        facts = request_context.begin(scope, Headers(scope=scope).get(REQUEST_ID_HEADER))
+        facts = request_context.begin_request(scope, Headers(scope=scope).get(REQUEST_ID_HEADER))
         header = (REQUEST_ID_HEADER.lower().encode(), facts.request_id.encode())
         start, status = time.perf_counter(), _NO_ANSWER
 
@@ -38,7 +38,7 @@ class RequestLogMiddleware:
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), header]
                 seconds = time.perf_counter() - start
-                metrics.observe(scope["method"], route_of(scope), status, seconds)
+                metrics.observe_request(scope["method"], route_of(scope), status, seconds)
             await send(message)
 
         try:
@@ -51,7 +51,7 @@ class RequestLogMiddleware:
         except Exception:  # answered further out
             if status == _NO_ANSWER:
                 status = 500
-                metrics.observe(
+                metrics.observe_request(
                     scope["method"], route_of(scope), status, time.perf_counter() - start
                 )
             raise

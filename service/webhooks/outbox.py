@@ -46,7 +46,7 @@ class Outbox:
 
     async def _run(self, wakeups: Wakeups) -> None:
         async with make_client() as http:
-            with wakeups.subscription(WEBHOOKS) as bell:
+            with wakeups.subscribe_to(WEBHOOKS) as bell:
                 while True:
                     await self._round(http, bell)
 

@@ -9,7 +9,7 @@ from sqlalchemy import delete, func, select, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
 from service.database.tables import Delivery, Event, Run, Study, Webhook
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.protocol import Message
 from service.webhooks.signing import create_secret
 
@@ -80,7 +80,9 @@ def add_webhook(
     row = Webhook(url=url, events=sorted(set(events)), project=project, secret=secret)
     session.add(row)
     session.flush()
-    record(session, "webhook.added", study_id=None, webhook=row.id, url=url, events=row.events)
+    record_event(
+        session, "webhook.added", study_id=None, webhook=row.id, url=url, events=row.events
+    )
     return row, secret
 
 
@@ -90,7 +92,7 @@ def remove_webhook(session: Session, webhook_id: str) -> bool:
         delete(Webhook).where(Webhook.id == webhook_id).returning(Webhook.url)
     ).one_or_none()
     if removed is not None:
-        record(session, "webhook.removed", study_id=None, webhook=webhook_id, url=removed.url)
+        record_event(session, "webhook.removed", study_id=None, webhook=webhook_id, url=removed.url)
     return removed is not None
 
 

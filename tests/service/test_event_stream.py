@@ -60,7 +60,7 @@ def field(lines, name):
 
 def say(api, study, type_, *, pause=0.0, commit=True):
     with api.sessions() as session:
-        audit_log.record(session, type_, study_id=study["id"])
+        audit_log.record_event(session, type_, study_id=study["id"])
         time.sleep(pause)
         (session.commit if commit else session.rollback)()
 
@@ -107,7 +107,7 @@ def test_nothing_is_lost_or_repeated_while_others_write_and_the_stream_reconnect
         monkeypatch.setattr(event_stream, "_SETTLED", text("9223372036854775807"))
     study, seen, n = submit(), [], itertools.cycle([1, 4, 2, 6, 3])
     with api.sessions() as early:  # begins first, ends after others were read
-        audit_log.record(early, "test.early", study_id=study["id"])
+        audit_log.record_event(early, "test.early", study_id=study["id"])
         with writing(api, study, [1, 2, 3]):
             take(api, study, seen, 1 if is_settled else 5)
         early.commit()

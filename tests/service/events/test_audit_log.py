@@ -94,7 +94,7 @@ def test_who_is_served_in_one_round_is_told_apart(api, submit):
         callers = [
             Caller(key_id=f"key_{n}", scopes=frozenset({"work"}), project=None) for n in range(6)
         ]
-        async with state.wakeups.listening():
+        async with state.wakeups.keep_listening():
             await asyncio.gather(*(desk.lease(caller, request) for caller in callers))
 
     asyncio.run(scene())

@@ -53,7 +53,7 @@ def at_the_desk(api, scene):
     state.wakeups, state.drain = Wakeups(api.engine.url), Shutdown()
 
     async def staged():
-        async with state.wakeups.listening():
+        async with state.wakeups.keep_listening():
             return await scene(LeaseQueue(state))
 
     return asyncio.run(staged())

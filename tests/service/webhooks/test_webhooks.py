@@ -78,7 +78,7 @@ def outbox_of(sessions, n, url):
         session.execute(text("INSERT INTO warmscale.studies (id, name, state, spec) "
                              "VALUES ('st_1', 's', 'active', '{}')"))  # fmt: skip
         for _ in range(n):
-            audit_log.record(session, "study.failed", study_id="st_1")
+            audit_log.record_event(session, "study.failed", study_id="st_1")
     return webhook_id
 
 
@@ -150,7 +150,7 @@ def test_the_delays_grow_to_a_day_at_most():
 def test_an_event_that_is_rolled_back_is_told_to_nobody(sessions, receiver):
     outbox_of(sessions, 1, receiver.url)
     with sessions() as session:
-        audit_log.record(session, "study.failed", study_id="st_1")
+        audit_log.record_event(session, "study.failed", study_id="st_1")
         assert session.scalar(select(func.count()).select_from(Delivery)) == 2
         session.rollback()
         assert session.scalar(select(func.count()).select_from(Delivery)) == 1
