@@ -78,15 +78,15 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     app.state.sessions, app.state.statements = database.sessions, database.statements
     app.state.presence = Presence(settings.lease_seconds)
     app.state.desk = LeaseQueue(app.state)
-    error_handlers.install(app, away=TRANSIENT)
+    error_handlers.install_handlers(app, away=TRANSIENT)
     app.add_middleware(ProtectionMiddleware, settings=settings)
     app.add_middleware(RequestLogMiddleware)
-    openapi.install(app)
+    openapi.install_document(app)
     for router in _V1:
         app.include_router(router, prefix="/v1")
     app.add_api_route("/v1/{path:path}", _no_such_call, methods=_METHODS, include_in_schema=False)
     app.include_router(probes.router)
-    app.add_route("/docs", docs_page.page)
+    app.add_route("/docs", docs_page.serve_docs)
     # Last: the dashboard owns paths at the root.
     app.mount("/", dashboard.Dashboard(app))
     return app

@@ -158,7 +158,7 @@ class _Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
-def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
+def study_topic(session: Session, caller: Caller, name_or_id: str) -> Topic:
     """Return the topic of every event of a study and of its runs."""
     study = find_study(session, caller, name_or_id)
     live = select(Run.id).where(Run.study_id == study.id, Run.state.in_(LIVE_RUN_STATES)).limit(1)
@@ -166,13 +166,13 @@ def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
     return Topic(id=study.id, where=Event.study_id == study.id, is_over=is_over)
 
 
-def of_run(session: Session, caller: Caller, run_id: str) -> Topic:
+def run_topic(session: Session, caller: Caller, run_id: str) -> Topic:
     """Return the topic of every event of a run."""
     run = find_run(session, caller, run_id)
     return Topic(id=run.id, where=Event.run_id == run.id, is_over=run.state in FINAL_RUN_STATES)
 
 
-async def respond(
+async def stream_events(
     request: Request, caller: Caller, topic: Callable[[Session], Topic], after: str | None
 ) -> EventSourceResponse:
     """Stream the events after `Last-Event-ID`, until the topic is over or the key is revoked."""

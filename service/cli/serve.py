@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from service.cli.common import Exit, fail
-from service.database.engine import database, use_utc, wait_until_reachable
+from service.database.engine import open_database, use_utc, wait_until_reachable
 from service.database.tables import ApiKey
 from service.local_stack.child_process import die_with_parent
 from service.observability import logs, tracing
@@ -50,7 +50,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
         )
     if supervised:
         die_with_parent()
-    with traced(), database(settings) as url:
+    with traced(), open_database(settings) as url:
         app = _application(settings, url, supervised=supervised)
         config = uvicorn.Config(
             app,

@@ -21,9 +21,9 @@ from service.protocol import (
 )
 from service.studies import branches
 from service.web.dependencies import DbSession, TheSettings, UnitOfWork
-from service.web.json_body import Route
+from service.web.json_body import JsonRoute
 
-router = APIRouter(prefix="/runs", tags=["runs"], route_class=Route)
+router = APIRouter(prefix="/runs", tags=["runs"], route_class=JsonRoute)
 Token = Annotated[str, Header(alias=LEASE_TOKEN_HEADER)]
 
 

@@ -9,7 +9,7 @@ from service.access.caller import Caller
 from service.access.lookup import find_run
 from service.database.tables import Checkpoint, Run, Study
 from service.events.audit_log import record_event
-from service.lifecycle import FINAL_RUN_STATES, after_attempt, retry_delay_seconds
+from service.lifecycle import FINAL_RUN_STATES, retry_delay_seconds, state_after_attempt
 from service.optuna_bridge.finish_trial import end_of, tell
 from service.problems import bad_field, conflict, not_found
 from service.protocol import (
@@ -192,7 +192,7 @@ def end_attempt(
 ) -> None:
     """Move a leased run to where this outcome leads. Its study and itself are locked."""
     run.failures += outcome == "failed"
-    state = after_attempt(
+    state = state_after_attempt(
         outcome, retryable=retryable, failures=run.failures, max_attempts=run.max_attempts
     )
     run.state, run.error, run.diverged = state, error, outcome == "diverged"

@@ -32,7 +32,7 @@ class PendingRequest:
         """What the runs that were granted leave free."""
         free = self.request.resources
         for lease in self.granted:
-            free = free.less(lease.resources)
+            free = free.subtract(lease.resources)
         return free
 
     def takes(self, kind: RunKind) -> bool:
@@ -66,5 +66,5 @@ def assign_trials(
             needs = openings[study].needs
             while wanted and room[study] > 0 and needs.fits(free):
                 allotted.setdefault(study, []).append(bid)
-                free, wanted, room[study] = free.less(needs), wanted - 1, room[study] - 1
+                free, wanted, room[study] = free.subtract(needs), wanted - 1, room[study] - 1
     return allotted

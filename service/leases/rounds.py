@@ -150,7 +150,7 @@ def _grant_waiting(
     assert bid.within is not None
     free, now = bid.free, clock(session)
     for lease in before:
-        free = free.less(lease.resources)
+        free = free.subtract(lease.resources)
     kinds = get_args(RunKind) if bid.request.kinds is None else bid.request.kinds
     query = (
         _WAITING.where(Run.cpus <= free.cpus, Run.gpus <= free.gpus, bid.within)
@@ -173,7 +173,7 @@ def _grant_waiting(
             session.flush()
             record_events(session, [leased_event(run, bid.caller)])
             granted.append(lease_of(session, settings, run, study, needs=needs))
-            free = free.less(needs)
+            free = free.subtract(needs)
     return granted
 
 

@@ -8,10 +8,10 @@ from service.access.authentication import Fleet
 from service.access.caller import Caller
 from service.leases.queue import give_back_to
 from service.protocol import Lease, LeaseReply, LeaseRequest
-from service.web.json_body import Route
+from service.web.json_body import JsonRoute
 from service.web.openapi import may_answer
 
-router = APIRouter(tags=["leases"], route_class=Route)
+router = APIRouter(tags=["leases"], route_class=JsonRoute)
 
 
 @router.post("/leases", responses=may_answer(404, "There is no such study."))

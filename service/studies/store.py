@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 from service.access.caller import Caller
 from service.database.tables import Run, Study
 from service.events.audit_log import record_event
-from service.lifecycle import LIVE_RUN_STATES, sources
+from service.lifecycle import LIVE_RUN_STATES, source_states
 from service.problems import Problem, bad_field, conflict
 from service.protocol import StudyState
 from service.runs.store import best_trial
@@ -99,7 +99,7 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
         return study
     changed = session.scalars(
         update(Study)
-        .where(Study.id == study.id, Study.state.in_(sources(state)))
+        .where(Study.id == study.id, Study.state.in_(source_states(state)))
         .values(state=state, finished_at=func.now() if state == "cancelled" else None)
         .returning(Study)
         .execution_options(populate_existing=True)

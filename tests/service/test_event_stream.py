@@ -176,7 +176,7 @@ def test_an_event_is_not_missed_when_the_older_transaction_ends_during_a_read(ap
             other.rollback()
 
     def topic(session):
-        return event_stream.of_study(session, EVERYWHERE, study["id"])
+        return event_stream.study_topic(session, EVERYWHERE, study["id"])
 
     hooks.listen(api.engine, "after_cursor_execute", end_other)
     try:

@@ -29,7 +29,7 @@ def _database(home: Path) -> Generator["URL"]:
     from service.operations.backup.load import InUseError, NotEmptyError
 
     try:
-        with reached(), db.database(settings(home)) as url:
+        with reached(), db.open_database(settings(home)) as url:
             db.use_utc()
             yield url
     except (BackupError, InUseError, NotEmptyError) as error:
@@ -110,7 +110,7 @@ def restore(
     path: BackupFile,
     *,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Delete everything that the database holds now.")
+        bool, typer.Option("--replace", help="Delete everything that the open_database holds now.")
     ] = False,
     home: Home = DEFAULT,
     as_json: Json = False,
@@ -175,8 +175,8 @@ def upgrade(home: Home = DEFAULT) -> None:
     from service.operations import migrations
 
     logging.basicConfig(level=logging.WARNING)
-    with reached(), database.database(settings(home)) as url:
-        database.use_utc()
+    with reached(), open_database.open_database(settings(home)) as url:
+        open_database.use_utc()
         migrations.upgrade(url)
         typer.echo(f"{url.render_as_string(hide_password=True)} is up to date")
 
@@ -196,10 +196,10 @@ def check(
     """Check what must always hold (docs/guarantees.md); 0: it does. Changes nothing."""
     from sqlalchemy import NullPool, create_engine
 
-    from service.database.engine import database
+    from service.database.engine import open_database
     from service.operations import invariants
 
-    with reached(), database(settings(home)) as url:
+    with reached(), open_database(settings(home)) as url:
         engine = create_engine(url, poolclass=NullPool)
         with invariants.open_snapshot(engine) as session:
             report = invariants.check_database(session, at_rest=at_rest, with_files=files)

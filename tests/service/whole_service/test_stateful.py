@@ -24,7 +24,12 @@ from sqlalchemy import func, select, text, update
 from service.client import Client, ServiceError, StaleLeaseError
 from service.database.tables import Run
 from service.leases.presence import Presence
-from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES, after_attempt
+from service.lifecycle import (
+    FINAL_RUN_STATES,
+    FINAL_STUDY_STATES,
+    LIVE_RUN_STATES,
+    state_after_attempt,
+)
 from tests.by_hand import Worker
 from tests.conftest import fresh_database, scratch, serving, settings_below, violations
 
@@ -184,7 +189,7 @@ class Protocol(RuleBasedStateMachine):
 
     def check_table(self, held, finished):
         run = self.replicas[0].client.get(f"/v1/runs/{held.lease.run_id}")
-        expected = after_attempt(
+        expected = state_after_attempt(
             finished.outcome, retryable=True, failures=run["failures"], max_attempts=MAX_ATTEMPTS
         )
         assert finished.answer == ("cancelled" if self.cancelled else expected)
