@@ -16,7 +16,8 @@ from warmcore.run_file import reference, require_local_path
 from warmcore.specs import RunSpec
 from warmcore.specs.run import branch_of
 from warmcore.training.ranks import ALONE, Ranks
-from warmcore.training.training import DivergedEvent, EvaluationEvent, Event, StepEvent, Training
+from warmcore.training.events import DivergedEvent, EvaluationEvent, Event, StepEvent
+from warmcore.training.training import Training
 
 if TYPE_CHECKING:
     from warmcore.checkpoint.progress import Progress

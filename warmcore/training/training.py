@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -32,6 +31,7 @@ from warmcore.training.averages import Averages
 from warmcore.training.batches import train_batch
 from warmcore.training.divergence import why_broken, why_diverged
 from warmcore.training.evaluate import val_loss_nats
+from warmcore.training.events import DivergedEvent, EvaluationEvent, Event, StepEvent
 from warmcore.training.loss import backward, compiled, loss_in
 from warmcore.training.optimizer import (
     build_optimizer,
@@ -44,46 +44,6 @@ from warmcore.training.optimizer import (
 from warmcore.training.ranks import ALONE, Beginning, Ranks, unsharded
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepEvent:
-    """`step` steps are done; the loss and the gradient norm before the last one's update."""
-
-    step: int
-    tokens: int
-    loss_nats: float
-    lr: float
-    grad_norm: float
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationEvent:
-    """Evaluation number `evaluation`, after `step` steps; number 0 precedes training.
-
-    `val_loss_nats` is of the weights themselves, the others of averages that have begun.
-    """
-
-    step: int
-    tokens: int
-    evaluation: int
-    val_loss_nats: float
-    ema_val_loss_nats: float | None = None
-    swa_val_loss_nats: float | None = None
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DivergedEvent:
-    """The run ended after `step` good steps; the step that showed it was not applied."""
-
-    step: int
-    tokens: int
-    reason: str
-
-
-Event = StepEvent | EvaluationEvent | DivergedEvent
 
 
 class Training:

@@ -15,7 +15,7 @@ from service.protocol import CheckpointReport, FinishRequest, Lease, Outcome, Ti
 from warmcore.corpus import prepare
 from warmcore.corpus.prepare import Corpus
 from warmcore.storage.backoff import Backoff, retry
-from warmcore.training.training import DivergedEvent, EvaluationEvent, StepEvent
+from warmcore.training.events import DivergedEvent, EvaluationEvent, StepEvent
 from warmcore.training.training import Training
 from workers.attempt import checkpoints
 from workers.attempt.measurements import Curve

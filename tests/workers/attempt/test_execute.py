@@ -12,7 +12,7 @@ from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.corpus import prepare as data
 from warmcore.specs import CheckpointRef
 from warmcore.specs.run import branch_of
-from warmcore.training.training import EvaluationEvent
+from warmcore.training.events import EvaluationEvent
 from warmcore.training.training import Training
 from workers.attempt import checkpoints
 from workers.attempt.execute import _Attempt, execute
