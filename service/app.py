@@ -19,6 +19,7 @@ from service.leases.attempt_routes import router as attempts
 from service.leases.presence import Presence
 from service.leases.queue import LeaseQueue
 from service.leases.routes import router as leases
+from service.leases.services import LeaseServices
 from service.operations import probes
 from service.optuna_bridge import dashboard
 from service.optuna_bridge.sampler import TRANSIENT, Sampler
@@ -29,7 +30,7 @@ from service.studies.routes import router as studies
 from service.web import docs_page, error_handlers, openapi
 from service.web.protection import ProtectionMiddleware
 from service.web.request_log import RequestLogMiddleware
-from service.web.services import Database, find_service, provide_services
+from service.web.services import Database, provide_services
 from service.web.shutdown import Shutdown
 from service.webhooks.outbox import Outbox
 
@@ -62,22 +63,27 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         redoc_url=None,
         responses={"default": {"model": error_handlers.ProblemBody}},  # a component; see openapi.py
     )
+    shutdown = Shutdown()
+    services = LeaseServices(
+        sessions=database.sessions,
+        statements=database.statements,
+        sampler=sampler,
+        settings=settings,
+        presence=Presence(settings.lease_seconds),
+    )
     provide_services(
         app,
         settings,
         database,
         sampler,
         wakeups,
-        Shutdown(),
+        shutdown,
+        services,
+        LeaseQueue(services, wakeups, shutdown),
         CallerCache(),
         RateLimits(settings.requests_per_second),
         Streams(settings.max_event_streams),
     )
-    app.state.settings, app.state.sampler, app.state.wakeups = settings, sampler, wakeups
-    app.state.drain = find_service(app, Shutdown)
-    app.state.sessions, app.state.statements = database.sessions, database.statements
-    app.state.presence = Presence(settings.lease_seconds)
-    app.state.desk = LeaseQueue(app.state)
     error_handlers.install_handlers(app, away=TRANSIENT)
     app.add_middleware(ProtectionMiddleware, settings=settings)
     app.add_middleware(RequestLogMiddleware)
