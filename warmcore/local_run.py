@@ -15,9 +15,9 @@ from warmcore.corpus.prepare import Corpus
 from warmcore.run_file import reference, require_local_path
 from warmcore.specs import RunSpec
 from warmcore.specs.run import branch_of
-from warmcore.training.ranks import ALONE, Ranks
 from warmcore.training.events import DivergedEvent, EvaluationEvent, Event, StepEvent
-from warmcore.training.training import Training
+from warmcore.training.leading import LeadingTraining
+from warmcore.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from warmcore.checkpoint.progress import Progress
@@ -96,10 +96,10 @@ class LocalRun:
     def _interrupt(self, _number: int, _frame: object) -> None:
         self._interrupted = True  # the state is whole only between events
 
-    def _resumed(self, corpus: Corpus) -> Training | None:
+    def _resumed(self, corpus: Corpus) -> LeadingTraining | None:
         for path in list_checkpoints(self.checkpoints):
             try:
-                training = Training.resume(
+                training = LeadingTraining.resume(
                     self._spec, corpus, path, device=self._place.device, ranks=self._place.ranks
                 )
                 self._cut_measurements(self._num_measured(training))
@@ -111,17 +111,17 @@ class LocalRun:
             return training
         return None
 
-    def _started(self, corpus: Corpus) -> Training:
+    def _started(self, corpus: Corpus) -> LeadingTraining:
         ref = self._spec.start_checkpoint
         field = "trunk" if self._spec.trunk else "growth.base"
         base = require_local_path(ref.uri, field) if ref else None
-        training = Training.start(
+        training = LeadingTraining.start(
             self._spec, corpus, base=base, device=self._place.device, ranks=self._place.ranks
         )
         self._measurements.write_text("")
         return training
 
-    def _num_measured(self, training: Training) -> int:
+    def _num_measured(self, training: LeadingTraining) -> int:
         """Lines up to here; those up to a branch's beginning are its trunk's."""
         log_every, start = self._spec.train.log_every, self._spec.start_step
         before = sum(step <= start for step in self._spec.evaluation_steps) if start else 0

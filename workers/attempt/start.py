@@ -7,6 +7,7 @@ from pathlib import Path
 from service.protocol import Lease
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.corpus.prepare import Corpus
+from warmcore.training.leading import LeadingTraining
 from warmcore.training.training import Training
 from workers.attempt import checkpoints, resume
 from workers.attempt.options import AttemptOptions
@@ -44,15 +45,15 @@ class TrainingStart:
 
     def _resume_from(self, checkpoint: Path) -> Training:
         spec, ranks, device = self.lease.spec, self.options.ranks, self.options.device
-        return Training.resume(spec, self.corpus, checkpoint, device=device, ranks=ranks)
+        return LeadingTraining.resume(spec, self.corpus, checkpoint, device=device, ranks=ranks)
 
     def _start(self) -> Training:
         spec, ranks, device = self.lease.spec, self.options.ranks, self.options.device
         if spec.start_checkpoint is None:
-            return Training.start(spec, self.corpus, device=device, ranks=ranks)
+            return LeadingTraining.start(spec, self.corpus, device=device, ranks=ranks)
         try:
             with checkpoints.local(spec.start_checkpoint) as base:
-                return Training.start(
+                return LeadingTraining.start(
                     spec, self.corpus, device=device, base=base, ranks=ranks
                 )
         except CheckpointCorruptError as error:  # another attempt may read it from another machine

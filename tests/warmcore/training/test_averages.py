@@ -17,8 +17,8 @@ from warmcore.model.decoder import Decoder
 from warmcore.specs import CheckpointRef, GrowthSpec, TrainSpec
 from warmcore.training.averages import Averages
 from warmcore.training.evaluate import val_loss_nats
-from warmcore.training.optimizer import optimizer_tensors
 from warmcore.training.events import EvaluationEvent, StepEvent
+from warmcore.training.optimizer import optimizer_tensors
 from warmcore.training.training import Training
 
 BOTH = {"ema_half_life": 0.1, "swa_fraction": 0.5}

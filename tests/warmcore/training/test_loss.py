@@ -8,8 +8,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from warmcore.model.decoder import Decoder, init_, loss_nats
 from warmcore.specs import ModelSpec, TrainSpec
-from warmcore.training.loss import CompilerMissingError, backward, compiled, loss_in
 from warmcore.training.events import EvaluationEvent, StepEvent
+from warmcore.training.loss import CompilerMissingError, backward, compiled, loss_in
 from warmcore.training.training import Training
 
 CONTEXT = 16

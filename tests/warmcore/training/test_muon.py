@@ -15,8 +15,8 @@ from warmcore.model.decoder import Decoder, init_
 from warmcore.model.mup import GAINS, factors, role_of
 from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec, TrainSpec
 from warmcore.training import optimizer as optim_module
-from warmcore.training.optimizer import ADAM_KEYS, ROLES, build_optimizer, optimizer_tensors
 from warmcore.training.events import StepEvent
+from warmcore.training.optimizer import ADAM_KEYS, ROLES, build_optimizer, optimizer_tensors
 from warmcore.training.training import Training
 
 FLAT = 0.05
