@@ -60,7 +60,6 @@ class LocalRun:
         self._spec = spec
         self._place = place
         self.checkpoints = place.out / "checkpoints"
-        self._branch_steps = spec.branch_steps
         self._saved: Progress | None = None
         self._measurements = place.out / "measurements.jsonl"
         self._interrupted = False
@@ -91,7 +90,7 @@ class LocalRun:
         return FINISHED
 
     def _branches_at(self, event: Event) -> bool:
-        return isinstance(event, EvaluationEvent) and event.step in self._branch_steps
+        return isinstance(event, EvaluationEvent) and event.step in self._spec.branch_steps
 
     def _interrupt(self, _number: int, _frame: object) -> None:
         self._interrupted = True  # the state is whole only between events
@@ -143,9 +142,9 @@ class LocalRun:
             case StepEvent(step=step, loss_nats=loss, lr=lr):
                 if step % self._spec.train.log_every:
                     return
-                log.info("step %d/%d loss=%.4f lr=%.2e", step, self._training.num_steps, loss, lr)
+                log.info("step %d/%d loss=%.4f lr=%.2e", step, self._spec.num_steps, loss, lr)
             case EvaluationEvent(step=step):
-                log.info("step %d/%d %s", step, self._training.num_steps, _losses(event))
+                log.info("step %d/%d %s", step, self._spec.num_steps, _losses(event))
             case DivergedEvent(step=step, reason=reason):
                 log.error("diverged after step %d: %s", step, reason)
         file.write(json.dumps(dataclasses.asdict(event)) + "\n")
@@ -159,7 +158,7 @@ class LocalRun:
         saved = self._training.save(checkpoint_path(self.checkpoints, self._training.step))
         self._saved = self._training.progress
         log.info("checkpoint %s hash=%s", saved.path, saved.hash)
-        kept = {checkpoint_path(self.checkpoints, step) for step in self._branch_steps}
+        kept = {checkpoint_path(self.checkpoints, step) for step in self._spec.branch_steps}
         others = [path for path in list_checkpoints(self.checkpoints) if path not in kept]
         for old in others[NUM_KEPT:]:
             shutil.rmtree(old)

@@ -48,14 +48,11 @@ class Training:
         self.optimizer = build_optimizer(model.named_parameters(), spec.model, spec.train)
         self.base_hash: str | None = None
         self.progress = Progress()
-        self.num_steps = spec.num_steps
-        self._budget_steps = spec.budget_steps
         self._loss_of = loss_in(spec.train.precision)
         self._train_loss_of = (
             compiled(self._loss_of, model.device) if spec.train.compile else self._loss_of
         )
-        self.averages = Averages(train=spec.train, num_steps=self._budget_steps)
-        self._evaluation_steps = spec.evaluation_steps
+        self.averages = Averages(train=spec.train, num_steps=spec.budget_steps)
         self._data_seed = derived_seed("data", spec.seed)
 
     @classmethod
@@ -136,7 +133,7 @@ class Training:
 
     def events(self) -> Iterator[Event]:
         """Train from here to the end. Stop or save at any of them: state is whole at a yield."""
-        while len(self.progress.val_losses_nats) < len(self._evaluation_steps):
+        while len(self.progress.val_losses_nats) < len(self.spec.evaluation_steps):
             event = self.advance()
             yield event
             if isinstance(event, DivergedEvent):
@@ -152,7 +149,7 @@ class Training:
     def advance(self) -> Event:
         """One step or the evaluation that is due; on all ranks at once."""
         evaluation = len(self.progress.val_losses_nats)
-        due = self.step == self._evaluation_steps[evaluation]
+        due = self.step == self.spec.evaluation_steps[evaluation]
         return self._evaluate(evaluation) if due else self._train()
 
     def save(self, directory: Path) -> SavedCheckpoint:
@@ -199,10 +196,11 @@ class Training:
         weight = vector_weight(train.clip, self.spec.model)
         norm = clip_(self.optimizer, weight, train.grad_clip).item()
         watch = self.progress.watch.after(loss, self.spec.model.vocab_size)
-        reason = why_broken(loss, norm) or why_diverged(watch, self._budget_steps)
+        num_steps = self.spec.budget_steps  # of the whole schedule, also for a trunk
+        reason = why_broken(loss, norm) or why_diverged(watch, num_steps)
         if reason:
             return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
-        factor = lr_factor(self.step, self._budget_steps, train)
+        factor = lr_factor(self.step, num_steps, train)
         set_lr(self.optimizer, factor)
         self.optimizer.step()
         self.progress = self.progress.model_copy(update={"step": self.step + 1, "watch": watch})
