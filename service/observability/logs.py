@@ -39,7 +39,7 @@ def read_format(environment: Mapping[str, str]) -> LogFormat:
         raise ValueError(
             f"{FORMAT_VARIABLE} is one of {', '.join(get_args(LogFormat))}, not {given!r}"
         )
-    return cast("Format", given)
+    return cast("LogFormat", given)
 
 
 def configure_logging(form: LogFormat, stream: TextIO | None = None) -> None:

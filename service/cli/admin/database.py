@@ -171,12 +171,12 @@ db = typer.Typer(help="The database.", no_args_is_help=True)
 @db.command()
 def upgrade(home: Home = DEFAULT) -> None:
     """Create the tables, or bring them to the newest version. Safe to repeat."""
-    from service.database import engine as database  # a second of imports
+    from service.database import engine  # a second of imports
     from service.operations import migrations
 
     logging.basicConfig(level=logging.WARNING)
-    with reached(), open_database.open_database(settings(home)) as url:
-        open_database.use_utc()
+    with reached(), engine.open_database(settings(home)) as url:
+        engine.use_utc()
         migrations.upgrade(url)
         typer.echo(f"{url.render_as_string(hide_password=True)} is up to date")
 

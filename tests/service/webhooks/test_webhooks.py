@@ -261,7 +261,7 @@ def test_whatever_goes_wrong_on_the_way_is_that_delivery_s_failure(receiver, mon
     async def broken(*_, **__):
         raise KeyError(receiver.url)
 
-    monkeypatch.setattr(sending, "checked", broken)
+    monkeypatch.setattr(sending, "resolve_address", broken)
     assert send(receiver.url) == "not reached: KeyError"
 
 
@@ -330,8 +330,8 @@ def test_what_fails_outside_of_sending_is_an_attempt_and_comes_to_an_end(
         return call
 
     if broken == "message":
-        found = fails_for_one(outbox.encoded, lambda body: body["data"]["event_id"])
-        monkeypatch.setattr(outbox, "encoded", found)
+        found = fails_for_one(outbox.encode_body, lambda body: body["data"]["event_id"])
+        monkeypatch.setattr(outbox, "encode_body", found)
     else:
         found = fails_for_one(store.settle_delivery, lambda _, one, __: one.event_id)
         monkeypatch.setattr(store, "settle_delivery", found)
