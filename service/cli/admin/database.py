@@ -110,7 +110,7 @@ def restore(
     path: BackupFile,
     *,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Delete everything that the open_database holds now.")
+        bool, typer.Option("--replace", help="Delete everything that the database holds now.")
     ] = False,
     home: Home = DEFAULT,
     as_json: Json = False,
