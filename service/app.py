@@ -1,4 +1,4 @@
-"""The FastAPI application: wiring and nothing else."""
+"""The FastAPI application: it makes the parts and connects them, nothing more."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -34,14 +34,14 @@ from service.web.services import Database, provide_services
 from service.web.shutdown import Shutdown
 from service.webhooks.outbox import Outbox
 
-# FastAPI tries one route after the other, three times over for a router in a router: what workers
-# call comes first.
+# FastAPI tries its routes in order, and matches a router in a router three times. The calls that
+# workers make come first: they are almost all of the traffic.
 _V1 = (leases, attempts, runs, studies, results)
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 
 def create_app(settings: Settings, url: URL) -> FastAPI:
-    """The application on one database, which must be upgraded already."""
+    """Make the application on one database; its tables must be at this version's revision."""
     database = _connect(url, settings)
     sampler = Sampler(optuna_url(url), pool_size=settings.pool_size)
     wakeups = Wakeups(url)
@@ -59,12 +59,34 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         version=__version__,
         summary="Tune small, grow, train the target, and tell whether growing paid.",
         lifespan=lifespan,
-        docs_url=None,  # pages of FastAPI's load scripts from elsewhere; ours is docs.py
+        docs_url=None,  # FastAPI's pages load scripts from other hosts; ours is web/docs_page.py
         redoc_url=None,
-        responses={"default": {"model": error_handlers.ProblemBody}},  # a component; see openapi.py
+        # Makes ProblemBody a component; web/openapi.py replaces `default` by the real statuses.
+        responses={"default": {"model": error_handlers.ProblemBody}},
     )
+    _provide(app, settings, database, sampler, wakeups)
+    error_handlers.install_handlers(app, away=TRANSIENT)
+    app.add_middleware(ProtectionMiddleware, settings=settings)
+    app.add_middleware(RequestLogMiddleware)
+    openapi.install_document(app)
+    _add_routes(app)
+    return app
+
+
+def _connect(url: URL, settings: Settings) -> Database:
+    engine = make_engine(url, settings.pool_size)
+    sessions = sessionmaker(engine, expire_on_commit=False)
+    audit_log.install_hooks(sessions)
+    statements = sessionmaker(autocommit_engine(engine), expire_on_commit=False)
+    return Database(engine=engine, sessions=sessions, statements=statements)
+
+
+def _provide(
+    app: FastAPI, settings: Settings, database: Database, sampler: Sampler, wakeups: Wakeups
+) -> None:
+    """Make the objects that live as long as the process, for `web.services.find_service`."""
     shutdown = Shutdown()
-    services = LeaseServices(
+    lease_services = LeaseServices(
         sessions=database.sessions,
         statements=database.statements,
         sampler=sampler,
@@ -78,43 +100,33 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
         sampler,
         wakeups,
         shutdown,
-        services,
-        LeaseQueue(services, wakeups, shutdown),
+        lease_services,
+        LeaseQueue(lease_services, wakeups, shutdown),
         CallerCache(),
         RateLimits(settings.requests_per_second),
         Streams(settings.max_event_streams),
     )
-    error_handlers.install_handlers(app, away=TRANSIENT)
-    app.add_middleware(ProtectionMiddleware, settings=settings)
-    app.add_middleware(RequestLogMiddleware)
-    openapi.install_document(app)
+
+
+def _add_routes(app: FastAPI) -> None:
     for router in _V1:
         app.include_router(router, prefix="/v1")
-    app.add_api_route("/v1/{path:path}", _no_such_call, methods=_METHODS, include_in_schema=False)
+    app.add_api_route("/v1/{path:path}", _refuse_call, methods=_METHODS, include_in_schema=False)
     app.include_router(probes.router)
     app.add_route("/docs", docs_page.serve_docs)
-    # Last: the dashboard owns paths at the root.
+    # Last, because the dashboard serves paths at the root: it gets the requests that no route took.
     app.mount("/", dashboard.Dashboard(app))
-    return app
 
 
-def _connect(url: URL, settings: Settings) -> Database:
-    engine = make_engine(url, settings.pool_size)
-    sessions = sessionmaker(engine, expire_on_commit=False)
-    audit_log.install_hooks(sessions)
-    statements = sessionmaker(autocommit_engine(engine), expire_on_commit=False)
-    return Database(engine=engine, sessions=sessions, statements=statements)
-
-
-def _no_such_call(path: str) -> None:
-    """Below /v1 a path that is not ours is a problem, not a page of the dashboard's."""
-    allowed = sorted(_methods_of(f"/{path}"))
+def _refuse_call(path: str) -> None:
+    """Answer an unknown path below /v1 with a problem; the dashboard would answer with a page."""
+    allowed = sorted(_allowed_methods(f"/{path}"))
     if allowed:
         raise HTTPException(405, headers={"Allow": ", ".join(allowed)})
     raise problems.not_found("call", f"/v1/{path}")
 
 
-def _methods_of(path: str) -> set[str]:
-    """What a path below /v1 can be called with."""
+def _allowed_methods(path: str) -> set[str]:
+    """Return the methods of the routes that match a path below /v1."""
     routes = [route for router in _V1 for route in router.routes if isinstance(route, APIRoute)]
     return {method for r in routes if r.path_regex.match(path) for method in r.methods or ()}
