@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.problems import bad_field
-from warmcore.corpus.sources import list_files
+from warmcore.corpus.sources import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.sources import (
     Files,
@@ -27,8 +27,8 @@ NAMES_BELOW = re.compile(r"(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
 Roots = tuple[Path, ...] | None  # None: anywhere
 
 
-def check_data(data: DataSpec, roots: Roots) -> None:
-    """Refuse a corpus, or a tokenizer.json, outside of `roots`.
+def check_named_paths(data: DataSpec, roots: Roots) -> None:
+    """Refuse a source, or a tokenizer.json, whose path leads out of `roots`; reads nothing there.
 
     Raises:
         Problem: 422 naming the field, its value and the roots.
@@ -42,11 +42,17 @@ def check_data(data: DataSpec, roots: Roots) -> None:
             return
         case Files(pattern=place) | SavedDataset(path=place):
             check_paths("data.source", data.source, [_fixed(place)], roots)
-    try:
-        found = [file.path for file in list_files(data.source)]
-    except ValueError:
-        return  # it is looked at again by who can say what is wrong
-    check_paths("data.source", data.source, found, roots)
+
+
+def check_listed_files(data: DataSpec, files: Iterable[SourceFile], roots: Roots) -> None:
+    """Refuse a source if one of its files lies outside of `roots`, behind a link for example.
+
+    Raises:
+        Problem: 422 naming the field, its value and the roots.
+    """
+    if roots is None or isinstance(data.parsed_source, StandardLibrary):
+        return
+    check_paths("data.source", data.source, [file.path for file in files], roots)
 
 
 def _fixed(source: str | Path) -> Path:

@@ -5,14 +5,13 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request
 
 from service import event_stream
-from service.access import lookup, paths
+from service.access import lookup
 from service.access.authentication import Reader, Writer
 from service.optuna_bridge.sampler import Sampler
-from service.problems import bad_field
 from service.protocol import IDEMPOTENCY_HEADER
 from service.runs import store as runs
 from service.specs.study import StudySpec
-from service.studies import imported_base, store, targets, trials
+from service.studies import imported_base, store, submission, targets, trials
 from service.studies.schemas import (
     EnqueueRequest,
     Importance,
@@ -27,8 +26,6 @@ from service.web.dependencies import DbSession, TheSettings
 from service.web.json_body import JsonRoute
 from service.web.openapi import may_answer
 from service.web.services import find_service
-from warmcore.corpus.inspection import inspect
-from warmcore.specs.fields import FieldError
 
 
 async def _sampler(request: Request) -> Sampler:
@@ -50,31 +47,9 @@ def create_study(
     key: Key = None,
 ) -> StudyView:
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
-    paths.check_data(body.data, settings.readable)
-    study = store.create(session, caller, pin_to_corpus(body), key)
+    study = submission.submit(session, caller, body, settings.readable, key)
     sampler.create(study.optuna_name)
     return store.view(session, study)
-
-
-def pin_to_corpus(spec: StudySpec) -> StudySpec:
-    """Look at the corpus: it is there, long enough, and the one that the spec names if it does.
-
-    Its hash goes into every run of the study, so that all are of the same text, and so does the
-    tokenizer.json's; no hash for a corpus too large to read while a request waits.
-    """
-    data = spec.data
-    try:
-        found = inspect(data)
-    except FieldError as error:
-        raise bad_field(f"data.{error.path}", error.value, str(error)) from None
-    except ValueError as error:
-        raise bad_field("data.source", data.source, str(error)) from None
-    if found.data_hash is not None and data.hash not in (None, found.data_hash):
-        raise bad_field("data.hash", data.hash, f"the corpus has hash {found.data_hash}")
-    try:
-        return spec.with_data(found.pinned(data))
-    except FieldError as error:
-        raise bad_field(error.path, error.value, str(error)) from None
 
 
 @router.get("")

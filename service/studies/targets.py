@@ -15,9 +15,8 @@ from service.specs.stored import parse_stored
 from service.specs.study import (
     StudySpec,
     WarmstartSpec,
-    check_base_weights,
-    check_optimizers,
     check_size,
+    check_trained_base,
     grown_model,
     overridden_train,
 )
@@ -135,8 +134,7 @@ def _base_model(
         check_imported(spec, request.base.model, warmstart)
         return request.base.model
     trained = RunSpec.model_validate(run.spec)
-    check_optimizers(warmstart, trained.train, train, "target")
-    check_base_weights(warmstart, trained.train)
+    check_trained_base(warmstart, trained.train, train, "target")
     return trained.model
 
 
