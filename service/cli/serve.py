@@ -20,7 +20,7 @@ from service.database.engine import open_database, use_utc, wait_until_reachable
 from service.database.tables import ApiKey
 from service.local_stack.child_process import die_with_parent
 from service.observability import logs, tracing
-from service.operations.migrations import LockBusyError, revisions, upgrade
+from service.operations.migrations import LockBusyError, read_revisions, upgrade_database
 from service.operations.revisions import NewerDatabaseError, describe_mismatch
 from service.settings import Settings
 from service.web.services import find_service
@@ -111,12 +111,12 @@ def _prepare(url: URL, *, upgraded: bool) -> None:
         fail(Exit.UNREACHABLE, f"cannot reach the database: {str(error.orig).strip()}")
     try:
         if upgraded:
-            upgrade(url)
+            upgrade_database(url)
     except (LockBusyError, NewerDatabaseError) as error:
         fail(Exit.CONFLICT, str(error))
     engine = create_engine(url, poolclass=NullPool)
     with engine.connect() as connection:
-        wrong = describe_mismatch(revisions(connection))
+        wrong = describe_mismatch(read_revisions(connection))
     if wrong is not None:
         fail(Exit.CONFLICT, wrong)
 

@@ -24,7 +24,7 @@ from sqlalchemy.pool import NullPool
 
 from service.database.engine import optuna_url
 from service.database.tables import OPTUNA_SCHEMA, SCHEMA
-from service.operations.revisions import Revision, check_not_newer, found
+from service.operations.revisions import Revision, check_not_newer, read_revision
 from warmcore.storage.backoff import every, retry
 
 _UPGRADE_LOCK = 0x7761726D  # any constant: whoever changes, copies or replaces tables takes it
@@ -52,7 +52,7 @@ def alembic_config(url: URL, *, lock_seconds: float | None = None) -> Config:
     return config
 
 
-def config_on(connection: Connection) -> Config:
+def config_for_connection(connection: Connection) -> Config:
     """Alembic's configuration for a transaction that is open already."""
     config = _scripts_config()
     config.attributes["connection"] = connection
@@ -69,7 +69,7 @@ def _scripts_config() -> Config:
 
 
 @cache
-def scripts() -> tuple[Script, ...]:
+def list_scripts() -> tuple[Script, ...]:
     """Our migrations, oldest first."""
     return tuple(ScriptDirectory.from_config(_scripts_config()).walk_revisions())[::-1]
 
@@ -79,19 +79,19 @@ def known_revisions() -> dict[str, tuple[str, ...]]:
     """The revisions that this program knows of each schema, oldest first."""
     from service.optuna_bridge import schema as optuna_schema  # noqa: PLC0415 - optuna takes a second to import
 
-    ours = tuple(script.revision for script in scripts())
+    ours = tuple(script.revision for script in list_scripts())
     return {SCHEMA: ours, OPTUNA_SCHEMA: optuna_schema.revisions()}
 
 
-def revisions(connection: Connection) -> tuple[Revision, ...]:
+def read_revisions(connection: Connection) -> tuple[Revision, ...]:
     """Where both schemas of a database stand."""
     return tuple(
-        Revision(schema=schema, found=found(connection, schema), known=known)
+        Revision(schema=schema, found=read_revision(connection, schema), known=known)
         for schema, known in known_revisions().items()
     )
 
 
-def upgrade(url: URL, patience: Patience = Patience()) -> None:
+def upgrade_database(url: URL, patience: Patience = Patience()) -> None:
     """Bring our schema and Optuna's to the newest version; many callers at once are fine.
 
     Raises:
@@ -102,43 +102,43 @@ def upgrade(url: URL, patience: Patience = Patience()) -> None:
 
     config = alembic_config(url, lock_seconds=patience.lock_seconds)
     theirs = optuna_url(_giving_way(url, patience.lock_seconds))
-    with tables_held(url) as connection:
+    with hold_tables(url) as connection:
         for schema in (SCHEMA, OPTUNA_SCHEMA):
             connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
-        check_not_newer(revisions(connection))
+        check_not_newer(read_revisions(connection))
         _patiently(connection, patience, lambda: command.upgrade(config, "head"))
         _patiently(connection, patience, lambda: optuna_schema.upgrade(theirs))
 
 
-def downgrade(url: URL, revision: str, patience: Patience = Patience()) -> None:
+def downgrade_database(url: URL, revision: str, patience: Patience = Patience()) -> None:
     """Take our schema down to an earlier revision.
 
     Raises:
         LockBusyError: a transaction held a table for too long; nothing was changed.
     """
     config = alembic_config(url, lock_seconds=patience.lock_seconds)
-    with tables_held(url) as connection:
-        check_not_newer(revisions(connection))
+    with hold_tables(url) as connection:
+        check_not_newer(read_revisions(connection))
         _patiently(connection, patience, lambda: command.downgrade(config, revision))
 
 
-def losses(found_: str | None, to: str) -> list[tuple[str, str]]:
+def list_lost_data(found_: str | None, to: str) -> list[tuple[str, str]]:
     """What each step down from `found_` to `to` loses, newest first.
 
     Raises:
         ValueError: `to` is not an earlier revision.
     """
-    names = [script.revision for script in scripts()]
+    names = [script.revision for script in list_scripts()]
     earlier = names[: names.index(found_)] if found_ in names else []
     if to not in earlier:
         works = ", ".join(earlier) or "none"
         raise ValueError(f"--to: the database is at {found_}; below it is {works} (got {to!r})")
-    above = scripts()[names.index(to) + 1 : len(earlier) + 1]
+    above = list_scripts()[names.index(to) + 1 : len(earlier) + 1]
     return [(one.revision, getdoc(one.module.downgrade) or "") for one in reversed(above)]
 
 
 @contextmanager
-def tables_held(url: URL, *, shared: bool = False) -> Generator[Connection]:
+def hold_tables(url: URL, *, shared: bool = False) -> Generator[Connection]:
     """Keep every other migration and restore out while inside; `shared` lets backups be several."""
     engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
     mode = "_shared" if shared else ""
@@ -152,7 +152,7 @@ def _giving_way(url: URL, lock_seconds: float) -> URL:
     return url.update_query_dict({"options": options.strip()})
 
 
-def locking_engine(url: URL, lock_seconds: float | None) -> Engine:
+def create_locking_engine(url: URL, lock_seconds: float | None) -> Engine:
     """An engine whose statements wait so long for a lock; None: as long as it takes."""
     chosen = url if lock_seconds is None else _giving_way(url, lock_seconds)
     return create_engine(chosen, poolclass=NullPool)

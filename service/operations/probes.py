@@ -23,7 +23,7 @@ def healthz() -> dict[str, str]:
 @router.get("/readyz")
 def readyz(session: DbSession) -> dict[str, str]:
     """200 when the database is there, at this version's revisions; 503 when it is not."""
-    wrong = describe_mismatch(migrations.revisions(session.connection()))
+    wrong = describe_mismatch(migrations.read_revisions(session.connection()))
     if wrong is not None:
         raise Problem(503, "needs-upgrade", wrong)
     return {"status": "ready"}

@@ -22,7 +22,7 @@ class Revision:
         return self.known[-1]
 
     @property
-    def standing(self) -> RevisionStatus:
+    def status(self) -> RevisionStatus:
         """Whether this program can work with what is there; one it does not know is newer."""
         if self.found is None:
             return "empty"
@@ -39,7 +39,7 @@ class NewerDatabaseError(Exception):
     """A later version of warmscale, or of Optuna, has upgraded this database."""
 
 
-def found(connection: Connection, schema: str) -> str | None:
+def read_revision(connection: Connection, schema: str) -> str | None:
     """The revision of a schema; None: it has no tables of ours."""
     there = connection.execute(text("SELECT to_regclass(:name)"), {"name": f"{schema}.{_TABLE}"})
     if there.scalar() is None:
@@ -53,7 +53,7 @@ def check_not_newer(revisions: tuple[Revision, ...]) -> None:
     Raises:
         NewerDatabaseError: naming both revisions.
     """
-    newer = [revision for revision in revisions if revision.standing == "newer"]
+    newer = [revision for revision in revisions if revision.status == "newer"]
     if newer:
         works = "install the version that upgraded it, or restore a backup from before"
         raise NewerDatabaseError(f"{'; '.join(map(str, newer))}: {works}")
@@ -61,10 +61,10 @@ def check_not_newer(revisions: tuple[Revision, ...]) -> None:
 
 def describe_mismatch(revisions: tuple[Revision, ...]) -> str | None:
     """What keeps this program from serving these schemas, and what to do; None when nothing."""
-    wrong = [revision for revision in revisions if revision.standing != "ready"]
+    wrong = [revision for revision in revisions if revision.status != "ready"]
     if not wrong:
         return None
-    newer = any(revision.standing == "newer" for revision in wrong)
+    newer = any(revision.status == "newer" for revision in wrong)
     works = "install the version that upgraded it" if newer else "run `warmscale db upgrade`"
     return f"{'; '.join(map(str, wrong))}: {works}"
 
