@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -10,40 +10,30 @@ from service.protocol import Resources
 from service.specs.budgets import check_alone, check_longest, check_trunk, trunk_of
 from service.specs.processes import check_batches, check_processes
 from service.specs.search_space import Dimension, check_dimension, check_grid, check_parts
+from service.specs.target import (
+    TargetSpec,
+    WarmstartSpec,
+    check_size,
+    check_trained_base,
+    grown_model,
+    overridden_train,
+    shaped_like,
+)
 from warmcore.specs import (
     NOT_TRANSFERABLE,
     DataSpec,
-    GrowthOptions,
     ModelSpec,
-    PositiveInt,
     RunSpec,
     Seed,
     Spec,
-    TokensPerParam,
     TrainSpec,
     growth_rules,
 )
 from warmcore.specs.fields import FieldError, reason
-from warmcore.specs.sizes import count_params
 
 SamplerName = Literal["tpe", "random", "cmaes", "gp", "qmc", "grid"]
 PrunerName = Literal["hyperband", "successive_halving", "median", "none"]
-MAX_TOKENS = 10**18
 GPU_TOLERANCE = 1e-9
-
-
-class TargetSpec(Spec):
-    """What the study is for. What is not given is the proxy's."""
-
-    width: PositiveInt
-    depth: PositiveInt | None = None
-    train: dict[str, Any] = Field(
-        default_factory=dict, description="overrides of `train`, e.g. {tokens_per_param: 10}"
-    )
-    budgets: Annotated[tuple[TokensPerParam, ...], Field(max_length=16)] = Field(
-        default=(),
-        description="tokens per parameter, ascending: one constant phase, cooled down at each",
-    )
 
 
 class HpoSpec(Spec):
@@ -54,13 +44,6 @@ class HpoSpec(Spec):
     sampler: SamplerName = "tpe"
     pruner: PrunerName = "hyperband"
     seed: Seed = 0
-
-
-class WarmstartSpec(GrowthOptions):
-    """Growth of the best trial's checkpoint; `control` also trains every target cold."""
-
-    control: bool = True
-    seeds: Annotated[int, Field(ge=1, le=100)] = 2
 
 
 class StudyResources(Spec):
@@ -139,8 +122,7 @@ class StudySpec(Spec):
         for place, spec in self._places():
             below = grown_model(below, spec, self.warmstart, place)
             train_below, train = train, overridden_train(self.train, spec, place)
-            check_optimizers(self.warmstart, train_below, train, place)
-            check_base_weights(self.warmstart, train_below)
+            check_trained_base(self.warmstart, train_below, train, place)
             tuned = {n: d for n, d in self.search_space.items() if n not in spec.train}
             _check_phases(tuned, train, f"{place}.train")
             check_parts(tuned, train, f"{place}.train.accumulate")
@@ -252,41 +234,6 @@ def _made(run: Callable[[int], RunSpec], place: str) -> RunSpec:
         raise FieldError(place, None, reason(error)) from None
 
 
-def shaped_like(base: ModelSpec, target: TargetSpec) -> ModelSpec:
-    """`base` with the target's width and depth."""
-    shape = {"width": target.width, "depth": target.depth or base.depth}
-    return ModelSpec.model_validate(base.model_dump(exclude_unset=True) | shape)
-
-
-def grown_model(
-    base: ModelSpec, target: TargetSpec, options: GrowthOptions, place: str
-) -> ModelSpec:
-    """The target's model, if `base` can be grown into it; else a FieldError below `place`."""
-    try:
-        model = shaped_like(base, target)
-    except ValidationError as error:
-        raise FieldError(f"{place}.width", target.width, reason(error)) from None
-    try:
-        growth_rules.check_depth(options, base, model)
-    except ValueError as error:
-        raise FieldError(f"{place}.depth", target.depth, str(error)) from None
-    try:
-        growth_rules.check(options, base, model)
-    except ValueError as error:
-        raise FieldError(f"{place}.width", target.width, str(error)) from None
-    return model
-
-
-def overridden_train(train: TrainSpec, target: TargetSpec, place: str) -> TrainSpec:
-    """`train` with the target's overrides; a FieldError below `place` if one is refused."""
-    try:
-        return TrainSpec.model_validate(train.model_dump() | target.train)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join([f"{place}.train", *(str(part) for part in first["loc"])])
-        raise FieldError(path, first["input"], reason(error)) from None
-
-
 def _check_phases(space: dict[str, Dimension], train: TrainSpec, place: str) -> None:
     """The longest warmup and the longest cooldown must fit together, for every trial."""
     phases = ("warmup_fraction", "cooldown_fraction")
@@ -305,29 +252,3 @@ def _check_tuned(space: dict[str, Dimension], run: RunSpec, place: str) -> None:
                 run.with_params({name: value})
             except ValidationError as error:
                 raise FieldError(f"{place}.{name}", value, reason(error)) from None
-
-
-def check_optimizers(
-    options: GrowthOptions, base: TrainSpec, target: TrainSpec, place: str
-) -> None:
-    """Raise a FieldError below `place` where the target's optimizer cannot use the base's state."""
-    try:
-        growth_rules.check_optimizers(options, base, target)
-    except ValueError as error:
-        path = f"{place}.train.optimizer"
-        raise FieldError(path, target.optimizer, str(error)) from None
-
-
-def check_base_weights(options: GrowthOptions, base: TrainSpec) -> None:
-    """Raise a FieldError unless the base's run keeps the weights that are to be grown."""
-    try:
-        growth_rules.check_base_weights(options, base)
-    except ValueError as error:
-        raise FieldError("warmstart.base_weights", options.base_weights, str(error)) from None
-
-
-def check_size(run: RunSpec) -> None:
-    """Raise ValueError when the sizes that follow from a run are beyond anything that can be."""
-    tokens = run.train.num_tokens or run.train.tokens_per_param * count_params(run.model).total
-    if tokens > MAX_TOKENS or run.tokens_per_step > MAX_TOKENS:
-        raise ValueError(f"the run would train on {tokens:.3g} tokens; {MAX_TOKENS:.0e} at most")

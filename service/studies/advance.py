@@ -12,7 +12,8 @@ from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STA
 from service.observability import tracing
 from service.runs.store import best_growable, best_trial, new_run
 from service.specs.stored import UnreadableSpecError, parse_stored
-from service.specs.study import StudySpec, TargetSpec, WarmstartSpec
+from service.specs.study import StudySpec
+from service.specs.target import TargetSpec, WarmstartSpec
 from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
 from warmcore.specs import CheckpointRef, ModelSpec
 

@@ -10,7 +10,8 @@ from service.access.lookup import find_study
 from service.access.paths import NAMES_BELOW, check_paths, is_below, resolve_path
 from service.problems import Problem, bad_field, not_found
 from service.settings import Settings
-from service.specs.study import StudySpec, WarmstartSpec
+from service.specs.study import StudySpec
+from service.specs.target import WarmstartSpec
 from warmcore.specs import ModelSpec, TrainSpec
 from warmcore.specs.fields import FieldError
 from warmcore.storage.locations import local_path

@@ -6,7 +6,8 @@ from typing import Any
 from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import Arm, RunState
 from service.specs.budgets import trunk_of
-from service.specs.study import StudySpec, TargetSpec, WarmstartSpec
+from service.specs.study import StudySpec
+from service.specs.target import TargetSpec, WarmstartSpec
 from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec, derived_seed
 
 _NONE = "no trial succeeded"

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from service.protocol import Message, Number, RunState, RunView, StudyState
-from service.specs.study import StudySpec, TargetSpec, WarmstartSpec
+from service.specs.study import StudySpec
+from service.specs.target import TargetSpec, WarmstartSpec
 from warmcore.specs import ModelSpec
 
 

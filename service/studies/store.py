@@ -30,7 +30,11 @@ def create(session: Session, caller: Caller, spec: StudySpec, idempotency_key: s
     again = _made_before(session, caller, idempotency_key)
     if again is not None:
         return _same(again, spec, idempotency_key)
-    values = {"project": caller.home, "name": spec.name, "spec": spec.model_dump(mode="json")}
+    values = {
+        "project": caller.home_project,
+        "name": spec.name,
+        "spec": spec.model_dump(mode="json"),
+    }
     statement = insert(Study).values(**values, idempotency_key=idempotency_key)
     statement = statement.on_conflict_do_nothing().returning(Study)
     study = session.scalars(statement).one_or_none()
@@ -44,7 +48,7 @@ def _made_before(session: Session, caller: Caller, idempotency_key: str | None) 
     if idempotency_key is None:
         return None
     query = select(Study).where(
-        Study.project == caller.home, Study.idempotency_key == idempotency_key
+        Study.project == caller.home_project, Study.idempotency_key == idempotency_key
     )
     return session.scalar(query)
 
@@ -72,7 +76,7 @@ def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
 
 def page(session: Session, caller: Caller, cursor: str | None, limit: int) -> StudyPage:
     """The caller's studies, newest first."""
-    query = select(Study).where(caller.studies)
+    query = select(Study).where(caller.study_filter)
     query = query.order_by(Study.created_at.desc(), Study.id.desc()).limit(limit + 1)
     if cursor is not None:
         query = query.where(tuple_(Study.created_at, Study.id) < decode_cursor(cursor))

@@ -12,8 +12,8 @@ from service.runs.store import best_trial
 from service.specs.budgets import check_alone
 from service.specs.processes import check_batches
 from service.specs.stored import parse_stored
-from service.specs.study import (
-    StudySpec,
+from service.specs.study import StudySpec
+from service.specs.target import (
     WarmstartSpec,
     check_size,
     check_trained_base,
