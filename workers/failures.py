@@ -19,16 +19,16 @@ class UnrunnableError(Exception):
     """The run's spec, data or base is wrong: no other worker could run it either."""
 
 
-def failure(error: BaseException, *, draining: bool) -> FinishRequest:
+def describe_failure(error: BaseException, *, draining: bool) -> FinishRequest:
     """Say how an attempt ended that raised `error`; a draining fleet gives back what it stopped."""
     if isinstance(error, UnrunnableError):
-        return FinishRequest(outcome="failed", error=_text(error), retryable=False)
+        return FinishRequest(outcome="failed", error=_format_error(error), retryable=False)
     if draining or isinstance(error, TaskCancelledError):
         return FinishRequest(outcome="released")
-    return FinishRequest(outcome="failed", error=_text(error), retryable=True)
+    return FinishRequest(outcome="failed", error=_format_error(error), retryable=True)
 
 
-def _text(error: BaseException) -> str:
+def _format_error(error: BaseException) -> str:
     """Kind, message and traceback from Ray; of a long one the end, which names the cause."""
     text = _COLOUR.sub("", f"{type(error).__name__}: {error}").replace(
         "\0", ""

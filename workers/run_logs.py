@@ -15,25 +15,25 @@ _log = logging.getLogger("workers.ray")
 _OURS = ("time=", '{"time":')  # how `service.observability.logs` begins a line
 
 
-def subject(lease: Lease) -> dict[str, Any]:
+def run_fields(lease: Lease) -> dict[str, Any]:
     """The fields that every line about a run has."""
     return {"study": lease.study_id, "run": lease.run_id, "attempt": lease.attempt}
 
 
 @contextmanager
-def about(lease: Lease) -> Generator[None]:
+def log_run(lease: Lease) -> Generator[None]:
     """In a worker process, which has one run at a time: its lines say which, in every thread."""
-    _configure()
-    with logs.add_fields(**subject(lease), pid=os.getpid()):
+    _configure_logs()
+    with logs.add_fields(**run_fields(lease), pid=os.getpid()):
         yield
 
 
 @functools.cache
-def _configure() -> None:
+def _configure_logs() -> None:
     logs.configure_logging(logs.read_format(os.environ))
 
 
-def forward(batch: Mapping[str, Any]) -> None:
+def forward_lines(batch: Mapping[str, Any]) -> None:
     """Put lines that Ray brought from a worker process's error stream into the fleet's log.
 
     Ours come as they are, with their run; of others' at least the process is known.

@@ -55,7 +55,7 @@ def test_dtype_and_size_of_files_are_as_asked_for(saved, tmp_path):
 
 def test_a_checkpoint_in_an_object_store_is_exported_by_its_hash(training, tmp_path, capsys):
     uri = f"memory://{tmp_path.name}/checkpoint"
-    stored = checkpoints.save(training, uri)
+    stored = checkpoints.save_training(training, uri)
     out = ["--out", str(tmp_path / "hf")]
     assert main(["export", uri, *out]) == REFUSED
     assert "give its hash" in capsys.readouterr().err
@@ -72,7 +72,7 @@ def test_what_is_printed_is_what_a_spec_takes(place, exported, make_spec, tmp_pa
     growth = GrowthSpec.model_validate(fields["growth"] | {"operator": "clone"})
     model = ModelSpec.model_validate(fields["model"] | {"width": 32})
     run = make_spec().model_copy(update={"growth": growth, "model": model})
-    with checkpoints.local(growth.base) as base:
+    with checkpoints.open_local(growth.base) as base:
         training = Training.start(run, prepare(run.data), base=base)
     assert training.base_hash == growth.base.hash
 
@@ -82,7 +82,7 @@ def test_json_holds_the_same(exported, tmp_path, capsys):
     assert main(["--json", "import", str(exported), "--out", str(tmp_path / "base")]) == DONE
     done = said(capsys)
     ref = CheckpointRef(uri=done["uri"], hash=done["hash"])
-    with checkpoints.local(ref) as base:
+    with checkpoints.open_local(ref) as base:
         manifest = load_checkpoint(base, expected_hash=ref.hash).manifest
     assert ModelSpec.model_validate(done["model"]) == manifest.model
     assert TargetRequest.model_validate({"base": done, "target": {"width": 32}}).base is not None

@@ -16,29 +16,29 @@ from warmcore.storage import locations
 from warmcore.storage.locations import filesystem, local_path
 from warmcore.training.training import Training
 
-__all__ = ["delete", "local", "local_path", "save", "store"]
+__all__ = ["delete_checkpoint", "local_path", "open_local", "save_training", "store_at"]
 
 _CHECKPOINT = re.compile(r"/attempt-[0-9]+/[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
-def save(training: Training, uri: str) -> SavedCheckpoint:
+def save_training(training: Training, uri: str) -> SavedCheckpoint:
     """Store a run's checkpoint at `uri`."""
-    return store(training.save, uri)
+    return store_at(training.save, uri)
 
 
-def store(write: Callable[[Path], SavedCheckpoint], uri: str) -> SavedCheckpoint:
+def store_at(write: Callable[[Path], SavedCheckpoint], uri: str) -> SavedCheckpoint:
     """Store what `write` writes at `uri`: complete when this returns, and no checkpoint before."""
     path = local_path(uri)
     if path is not None:
         return write(path)
     with tempfile.TemporaryDirectory(prefix="warmscale-") as folder:
         saved = write(Path(folder) / "checkpoint")
-        _upload(Path(folder) / "checkpoint", uri)
+        _upload_folder(Path(folder) / "checkpoint", uri)
     return saved
 
 
 @contextlib.contextmanager
-def local(ref: CheckpointRef) -> Generator[Path]:
+def open_local(ref: CheckpointRef) -> Generator[Path]:
     """Give the checkpoint as a local folder, for as long as the context lasts.
 
     Raises:
@@ -49,12 +49,12 @@ def local(ref: CheckpointRef) -> Generator[Path]:
         if path is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="warmscale-"))
             path = Path(folder) / "checkpoint"
-            _download(ref.uri, path)
+            _download_folder(ref.uri, path)
         read_manifest(path, expected_hash=ref.hash)
         yield path
 
 
-def delete(uri: str, *, of_run: str) -> None:
+def delete_checkpoint(uri: str, *, of_run: str) -> None:
     """Delete a checkpoint; one that is not there is deleted.
 
     Raises:
@@ -71,7 +71,7 @@ def _is_below(path: Path, root: Path) -> bool:
     return path.resolve().is_relative_to(root.resolve())
 
 
-def _upload(folder: Path, uri: str) -> None:
+def _upload_folder(folder: Path, uri: str) -> None:
     files, root = filesystem(uri)
     files.makedirs(root, exist_ok=True)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -79,7 +79,7 @@ def _upload(folder: Path, uri: str) -> None:
         files.put_file(str(path), f"{root}/{path.relative_to(folder).as_posix()}")
 
 
-def _download(uri: str, folder: Path) -> None:
+def _download_folder(uri: str, folder: Path) -> None:
     files, root = filesystem(uri)
     with contextlib.suppress(FileNotFoundError):  # reading the manifest tells
         files.get(root, str(folder), recursive=True)

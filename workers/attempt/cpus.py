@@ -23,7 +23,7 @@ def _lock_folder() -> Path:
 
 
 @contextlib.contextmanager
-def leased(count: int, *, folder: Path | None = None) -> Generator[frozenset[int] | None]:
+def lease_cpus(count: int, *, folder: Path | None = None) -> Generator[frozenset[int] | None]:
     """Hold `count` CPUs nobody else holds; None when fewer are free."""
     folder = folder or _lock_folder()
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -32,7 +32,7 @@ def leased(count: int, *, folder: Path | None = None) -> Generator[frozenset[int
         for cpu in sorted(os.sched_getaffinity(0)):
             if len(held) == count:
                 break
-            descriptor = _lock(folder / str(cpu))
+            descriptor = _try_lock(folder / str(cpu))
             if descriptor is not None:
                 locks.callback(os.close, descriptor)
                 held.add(cpu)
@@ -41,7 +41,7 @@ def leased(count: int, *, folder: Path | None = None) -> Generator[frozenset[int
         yield frozenset(held) if held and len(held) == count else None
 
 
-def _lock(path: Path) -> int | None:
+def _try_lock(path: Path) -> int | None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,7 +52,7 @@ def _lock(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def pinned(count: int, *, folder: Path | None = None) -> Generator[int]:
+def pin_threads(count: int, *, folder: Path | None = None) -> Generator[int]:
     """Run on `max(1, count)` threads, on as many CPUs of our own where possible; gives the number.
 
     The number of threads never depends on what is free: results are the same bit for bit only at
@@ -62,7 +62,7 @@ def pinned(count: int, *, folder: Path | None = None) -> Generator[int]:
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(num_threads)
-        cpus = stack.enter_context(leased(count, folder=folder)) if _may_pin() else None
+        cpus = stack.enter_context(lease_cpus(count, folder=folder)) if _may_pin() else None
         if cpus is not None:
             stack.callback(_move_all_threads, frozenset(os.sched_getaffinity(0)))
             _move_all_threads(cpus)

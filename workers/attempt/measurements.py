@@ -19,46 +19,49 @@ class Curve:
         self._seconds = 0.0
         self._held: StepEvent | None = None
 
-    def add(self, event: StepEvent | EvaluationEvent) -> Measurement | None:
+    def add_event(self, event: StepEvent | EvaluationEvent) -> Measurement | None:
         """Take an event; give the measurement that it completes, if it completes one."""
         if isinstance(event, EvaluationEvent):
             step, self._held = self._held, None
-            return self._evaluated(event, step)
-        complete = self.take()
+            return self._measure_evaluation(event, step)
+        complete = self.take_measurement()
         self._held = event
         self._seconds += event.seconds
         return complete
 
-    def take(self) -> Measurement | None:
+    def take_measurement(self) -> Measurement | None:
         """Give the present step's measurement, if it has one that was not given yet."""
         step, self._held = self._held, None
         if step is None or step.step % self._log_every:
             return None
-        return self._measured(step)
+        return self._measure_step(step)
 
-    def _evaluated(self, event: EvaluationEvent, step: StepEvent | None) -> Measurement:
-        base = self._measured(step) if step else Measurement(step=event.step, tokens=event.tokens)
+    def _measure_evaluation(self, event: EvaluationEvent, step: StepEvent | None) -> Measurement:
+        base = (
+            self._measure_step(step) if step else Measurement(step=event.step, tokens=event.tokens)
+        )
         values = {
-            "val_loss_nats": _finite(event.val_loss_nats),
-            "ema_val_loss_nats": _finite(event.ema_val_loss_nats),
-            "swa_val_loss_nats": _finite(event.swa_val_loss_nats),
+            "val_loss_nats": finite_or_none(event.val_loss_nats),
+            "ema_val_loss_nats": finite_or_none(event.ema_val_loss_nats),
+            "swa_val_loss_nats": finite_or_none(event.swa_val_loss_nats),
             "evaluation": event.evaluation or None,  # 0 is before training, and no rung
         }
         return base.model_copy(update=values)
 
-    def _measured(self, step: StepEvent) -> Measurement:
+    def _measure_step(self, step: StepEvent) -> Measurement:
         num_tokens, seconds = step.tokens - self._measured_tokens, self._seconds
         self._measured_tokens, self._seconds = step.tokens, 0.0
         return Measurement(
             step=step.step,
             tokens=step.tokens,
-            loss_nats=_finite(step.loss_nats),
+            loss_nats=finite_or_none(step.loss_nats),
             lr=step.lr,
-            grad_norm=_finite(step.grad_norm),
-            tokens_per_second=_finite(num_tokens / seconds) if seconds else None,
+            grad_norm=finite_or_none(step.grad_norm),
+            tokens_per_second=finite_or_none(num_tokens / seconds) if seconds else None,
             train_seconds=seconds,
         )
 
 
-def _finite(value: float | None) -> float | None:
+def finite_or_none(value: float | None) -> float | None:
+    """Return `value`, or None for an infinity or NaN, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None

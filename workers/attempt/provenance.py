@@ -26,17 +26,19 @@ def code_hash() -> str:
 
 
 @functools.cache
-def _packages() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     versions = {name: metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **versions}
 
 
-def provenance(training: Training, *, data_hash: str, device: str, num_threads: int) -> Provenance:
+def collect_provenance(
+    training: Training, *, data_hash: str, device: str, num_threads: int
+) -> Provenance:
     """Describe the run `training` on this machine."""
     return Provenance(
         warmscale_version=metadata.version("warmscale"),
         code_hash=code_hash(),
-        packages=_packages(),
+        packages=_package_versions(),
         data_hash=data_hash,
         base_hash=training.base_hash,
         device=device,

@@ -35,7 +35,7 @@ class Reporter:
         self._hurry = self._closed = False
         self._error: Exception | None = None
         self._decision: Decision = "continue"
-        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+        self._thread = threading.Thread(target=self._send_all, name="reporter", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -53,7 +53,7 @@ class Reporter:
         # It may be waiting out an outage; it holds nothing that the process needs.
         self._thread.join(_LEAVE_SECONDS)
 
-    def add(self, measurement: Measurement) -> None:
+    def add_measurement(self, measurement: Measurement) -> None:
         """Take a measurement; never waits for the network."""
         with self._changed:
             self._queue.append(measurement)
@@ -62,7 +62,7 @@ class Reporter:
                 self._hurry = True
                 self._changed.notify_all()
 
-    def check(self) -> Decision:
+    def check_decision(self) -> Decision:
         """Return what the service last wants; lock-free.
 
         Raises:
@@ -74,23 +74,23 @@ class Reporter:
         return self._decision
 
     def end_if_cancelled(self) -> None:
-        """Raise `CancelledError` if the service cancelled the run; raises as `check` does."""
-        if self.check() == "cancel":
+        """Raise `CancelledError` if the service cancelled; raises as `check_decision` does."""
+        if self.check_decision() == "cancel":
             raise CancelledError
 
     def flush(self) -> Decision:
-        """Block until everything added so far is accepted; raises as `check` does."""
+        """Block until everything added so far is accepted; raises as `check_decision` does."""
         with self._changed:
             wanted = self._num_added
             self._hurry = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._num_accepted >= wanted or self._error)
-        return self.check()
+        return self.check_decision()
 
-    def _run(self) -> None:
+    def _send_all(self) -> None:
         try:
             while (batch := self._next_batch()) is not None:
-                self._send(batch)
+                self._send_batch(batch)
         except Exception as error:  # noqa: BLE001 - raised again on the training thread
             with self._changed:
                 self._error = error
@@ -105,18 +105,18 @@ class Reporter:
                 waited = time.monotonic() - started
                 limit = min(self._period_seconds, silence) if self._queue else silence
                 if waited >= limit or (self._hurry and self._queue):
-                    return self._take()
+                    return self._take_batch()
                 self._hurry = False
                 self._changed.wait(min(limit - waited, self._period_seconds))
         return None
 
-    def _take(self) -> MeasurementBatch:
+    def _take_batch(self) -> MeasurementBatch:
         count = min(len(self._queue), _MAX_BATCH)
         taken = tuple(self._queue.popleft() for _ in range(count))
         self._hurry = self._hurry and bool(self._queue)
         return MeasurementBatch(measurements=taken)
 
-    def _send(self, batch: MeasurementBatch) -> None:
+    def _send_batch(self, batch: MeasurementBatch) -> None:
         reply = self._client.report(self._lease, batch)
         with self._changed:
             self._num_accepted += len(batch.measurements)

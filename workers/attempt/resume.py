@@ -24,7 +24,7 @@ _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 log = logging.getLogger(__name__)
 
 
-def newest(
+def read_newest(
     refs: Iterable[CheckpointRef],
     read: Callable[[Path], T],
     *,
@@ -41,7 +41,7 @@ def newest(
     deadline, away = time.monotonic() + patience_seconds, None
     for ref in refs:
         try:
-            return _patiently(ref, read, waits=waits, deadline=deadline)
+            return _read_patiently(ref, read, waits=waits, deadline=deadline)
         except (CheckpointCorruptError, *_GONE) as error:
             log.warning("checkpoint unusable", extra={"uri": ref.uri, "error": error})
         except OSError as error:
@@ -52,11 +52,11 @@ def newest(
     return None
 
 
-def _patiently(
+def _read_patiently(
     ref: CheckpointRef, read: Callable[[Path], T], *, waits: Callable[[], object], deadline: float
 ) -> T:
     def read_once() -> T:
-        with checkpoints.local(ref) as checkpoint:
+        with checkpoints.open_local(ref) as checkpoint:
             return read(checkpoint)
 
     return retry(

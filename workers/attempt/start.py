@@ -21,7 +21,7 @@ class TrainingStart:
     corpus: Corpus
     options: AttemptOptions
 
-    def begin(self, *, before_wait: Callable[[], object]) -> Training:
+    def begin_training(self, *, before_wait: Callable[[], object]) -> Training:
         """Return the training of the newest usable checkpoint; without one, of step 0.
 
         `before_wait` is called before each wait for the store, and may raise to end the wait.
@@ -31,12 +31,12 @@ class TrainingStart:
             CheckpointCorruptError: the base or the trunk is missing or damaged.
             ValueError: no worker can run this spec.
         """
-        return self._resume(before_wait) or self._start()
+        return self._resume_newest(before_wait) or self._start_fresh()
 
-    def _resume(self, before_wait: Callable[[], object]) -> Training | None:
+    def _resume_newest(self, before_wait: Callable[[], object]) -> Training | None:
         options = self.options
         alone = options.ranks.size == 1  # else the other processes are in the middle of this too
-        return resume.newest(
+        return resume.read_newest(
             self.lease.resume_from,
             self._resume_from,
             waits=before_wait,
@@ -47,12 +47,12 @@ class TrainingStart:
         spec, ranks, device = self.lease.spec, self.options.ranks, self.options.device
         return LeadingTraining.resume(spec, self.corpus, checkpoint, device=device, ranks=ranks)
 
-    def _start(self) -> Training:
+    def _start_fresh(self) -> Training:
         spec, ranks, device = self.lease.spec, self.options.ranks, self.options.device
         if spec.start_checkpoint is None:
             return LeadingTraining.start(spec, self.corpus, device=device, ranks=ranks)
         try:
-            with checkpoints.local(spec.start_checkpoint) as base:
+            with checkpoints.open_local(spec.start_checkpoint) as base:
                 return LeadingTraining.start(
                     spec, self.corpus, device=device, base=base, ranks=ranks
                 )

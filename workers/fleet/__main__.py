@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a fleet until it is drained, idle or refused; gives the exit code."""
-    args = _parser().parse_args(argv)
+    args = _make_parser().parse_args(argv)
     api_key = os.environ.get(API_KEY_VARIABLE)
     if not api_key:
         sys.stderr.write(f"set {API_KEY_VARIABLE} to a key with the scope `work`\n")
@@ -46,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop()
     # Ray prints a paragraph there for every lost process; our log has a line for it.
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
-        return _work(args, api_key, stop)
+        return _run_fleet(args, api_key, stop)
 
 
-def _work(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
+def _run_fleet(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
     started = time.monotonic()
-    with logs.add_fields(fleet=args.name), _engine(args) as engine:
-        from workers.fleet.dispatcher import Dispatcher, DispatcherOptions  # noqa: PLC0415 - see `_engine`
+    with logs.add_fields(fleet=args.name), _open_engine(args) as engine:
+        from workers.fleet.dispatcher import Dispatcher, DispatcherOptions  # noqa: PLC0415 - see `_open_engine`
 
         options = DispatcherOptions(
             url=args.url,
@@ -66,14 +66,14 @@ def _work(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
         )
         dispatcher = Dispatcher(engine, options)
         processes = engine.warm_up()
-        stop.drains(dispatcher.drain)
+        stop.drain_with(dispatcher.drain)
         seconds = round(time.monotonic() - started, 1)
         log.info("ready", extra={"processes_warm": len(processes), "seconds": seconds})
-        return _run(dispatcher)
+        return _run_dispatcher(dispatcher)
 
 
-def _run(dispatcher: "Dispatcher") -> int:
-    from workers.fleet.ray_engine import RayLostError  # noqa: PLC0415 - see `_engine`
+def _run_dispatcher(dispatcher: "Dispatcher") -> int:
+    from workers.fleet.ray_engine import RayLostError  # noqa: PLC0415 - see `_open_engine`
 
     try:
         dispatcher.run()
@@ -86,7 +86,7 @@ def _run(dispatcher: "Dispatcher") -> int:
     return 0
 
 
-def _engine(args: argparse.Namespace) -> contextlib.AbstractContextManager["Engine"]:
+def _open_engine(args: argparse.Namespace) -> contextlib.AbstractContextManager["Engine"]:
     """Set what Ray reads when it is imported, and only then import it."""
     if args.ray_address is None:
         ray_environment.set_for_local_ray()
@@ -99,7 +99,7 @@ def _engine(args: argparse.Namespace) -> contextlib.AbstractContextManager["Engi
     return engine.cluster(args.ray_address)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="workers.fleet", description=__doc__, allow_abbrev=False)
     parser.add_argument("--url", required=True, help="the service")
     parser.add_argument("--ray-address", help="a running Ray cluster, `auto` for this node's")

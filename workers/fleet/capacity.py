@@ -35,7 +35,7 @@ class Nodes:
         self._unsettled: dict[Hashable, float] = {}
         self._turn = 0
 
-    def update(
+    def update_nodes(
         self, total: Mapping[str, Resources], available: Mapping[str, Resources], *, now: float
     ) -> None:
         """Take the nodes that are alive, their whole resources, and what Ray says is free."""
@@ -43,23 +43,23 @@ class Nodes:
         since = now - _SETTLED_SECONDS
         self._unsettled = {run: at for run, at in self._unsettled.items() if at > since}
 
-    def place(self, run: Hashable, placement: Placement, *, now: float) -> None:
+    def place_run(self, run: Hashable, placement: Placement, *, now: float) -> None:
         """Count `run` where it is placed."""
         self._placed[run], self._unsettled[run] = placement, now
 
-    def remove(self, run: Hashable) -> None:
+    def remove_run(self, run: Hashable) -> None:
         """Give back what `run` had."""
         del self._placed[run]
         self._unsettled.pop(run, None)
 
-    def offer(self) -> Placement | None:
+    def next_offer(self) -> Placement | None:
         """Return what is free on the next node in turn that has anything free."""
-        offers = [Placement(node=node, resources=self.free(node)) for node in self._total]
+        offers = [Placement(node=node, resources=self.free_on(node)) for node in self._total]
         offers = [offer for offer in offers if offer.resources.cpus or offer.resources.gpus]
         self._turn += 1
         return offers[self._turn % len(offers)] if offers else None
 
-    def free(self, node: str) -> Resources:
+    def free_on(self, node: str) -> Resources:
         """Return what is free on `node` by our count and by Ray's; never less than nothing.
 
         Ray counts others' work as well, ours late: what was placed just now, it may count as free.
@@ -75,7 +75,7 @@ class Nodes:
             total.gpus - sum(r.gpus for r in ours.values()),
             available.gpus - sum(r.gpus for r in late),
         )
-        return Resources(cpus=max(0, min(cpus)), gpus=_offered(max(0.0, min(gpus))))
+        return Resources(cpus=max(0, min(cpus)), gpus=_round_gpus(max(0.0, min(gpus))))
 
 
 def from_ray(nodes: Iterable[Mapping[str, object]]) -> dict[str, Resources]:
@@ -87,10 +87,10 @@ def from_ray(nodes: Iterable[Mapping[str, object]]) -> dict[str, Resources]:
 def resources(raw: object) -> Resources:
     """Read resources as Ray names them; what is used up it leaves out."""
     assert isinstance(raw, Mapping)
-    return Resources(cpus=int(raw.get("CPU", 0)), gpus=_offered(raw.get("GPU", 0.0)))
+    return Resources(cpus=int(raw.get("CPU", 0)), gpus=_round_gpus(raw.get("GPU", 0.0)))
 
 
-def _offered(gpus: float) -> float:
+def _round_gpus(gpus: float) -> float:
     """Round as the protocol wants it: whole above one, a rest has its turn once those are taken."""
     exact = round(gpus, 4)  # Ray counts in ten-thousandths; 1 - 0.9 must be 0.1
     return exact if exact <= 1 else float(math.floor(exact))

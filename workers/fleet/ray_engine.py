@@ -188,7 +188,7 @@ def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engi
 def _hear_workers() -> None:
     """Put what worker processes log among our lines; Ray would print it with marks of its own."""
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
-    global_worker_stdstream_dispatcher.add_handler("warmscale", run_logs.forward)
+    global_worker_stdstream_dispatcher.add_handler("warmscale", run_logs.forward_lines)
 
 
 def _num_cpus() -> int:

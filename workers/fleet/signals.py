@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, heard by a thread of their own.
+"""SIGTERM and Ctrl-C, ignore_signal by a thread of their own.
 
 Python runs a signal's handler in the main thread alone, which Ray's start and end can hold in C++
 for as long as a minute, and Ray puts its own handler there, which exits by way of Ray's shutdown.
@@ -30,21 +30,21 @@ class Stop:
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._install()
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        self._install_handlers()
+        threading.Thread(target=self._read_signals, name="signals", daemon=True).start()
 
-    def drains(self, drain: Callable[[], None]) -> None:
+    def drain_with(self, drain: Callable[[], None]) -> None:
         """Call `drain`, in this object's thread, at the first signal. Again in the main thread."""
         self._drain = drain
-        self._install()  # Ray has put its own there in the meantime
+        self._install_handlers()  # Ray has put its own there in the meantime
 
-    def _listen(self) -> None:
+    def _read_signals(self) -> None:
         while True:
             for number in os.read(self._reader, 64):
                 if number in SIGNALS:
-                    self._hear(number)
+                    self._handle_signal(number)
 
-    def _hear(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         drain, self._drain = self._drain, None
         if drain is None:
             try:
@@ -53,24 +53,24 @@ class Stop:
                 os._exit(128 + number)
         drain()
 
-    def _install(self) -> None:
-        def heard(_number: int, _frame: FrameType | None) -> None:
+    def _install_handlers(self) -> None:
+        def ignore_signal(_number: int, _frame: FrameType | None) -> None:
             """The thread has it."""
 
         for number in SIGNALS:
-            signal.signal(number, heard)
+            signal.signal(number, ignore_signal)
 
 
 def _kill_everything_below() -> None:
     """Stop each before it can start more, and then kill them all."""
     stopped: set[psutil.Process] = set()
     while found := set(psutil.Process().children(recursive=True)) - stopped:
-        _signal(found, signal.SIGSTOP)
+        _send_signal(found, signal.SIGSTOP)
         stopped |= found
-    _signal(stopped, signal.SIGKILL)
+    _send_signal(stopped, signal.SIGKILL)
 
 
-def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+def _send_signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):  # it has ended
             process.send_signal(number)

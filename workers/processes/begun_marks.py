@@ -21,7 +21,7 @@ def mark_begun(mark: str | None) -> Generator[None]:
     if mark is None:
         yield
         return
-    store = _store()
+    store = _connect_kv()
     # Unsaid, the run is given back with a checkpoint: no reason for it to fail.
     with contextlib.suppress(RayError):
         store.internal_kv_put(mark.encode(), b"begun", True, _NAMESPACE)
@@ -34,8 +34,8 @@ def mark_begun(mark: str | None) -> Generator[None]:
 
 def has_begun(mark: str) -> bool:
     """Whether the task of this mark has begun and not ended."""
-    return bool(_store().internal_kv_exists(mark.encode(), _NAMESPACE))
+    return bool(_connect_kv().internal_kv_exists(mark.encode(), _NAMESPACE))
 
 
-def _store() -> Any:
+def _connect_kv() -> Any:
     return internal_kv_get_gcs_client()

@@ -41,7 +41,7 @@ _SETTINGS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shared:
+class GroupRun:
     """What every process of a run needs to know."""
 
     lease: Lease
@@ -51,12 +51,12 @@ class Shared:
     folder: Path
 
     @property
-    def has_begun(self) -> Path:
+    def begun_file(self) -> Path:
         """Exists once rank 0 keeps the lease itself."""
         return self.folder / "begun"
 
     @property
-    def drain(self) -> Path:
+    def drain_file(self) -> Path:
         """Exists once the run is to be given back."""
         return self.folder / "drain"
 
@@ -71,13 +71,13 @@ def run_group(
 ) -> "Ending":
     """Run a lease in as many processes as it asks for, on this node; this one only waits."""
     with (
-        run_logs.about(lease),
+        run_logs.log_run(lease),
         drain_on_cancel() as draining,
         tempfile.TemporaryDirectory(prefix="warmscale-") as folder,
         contextlib.ExitStack() as starting,
         futures.ThreadPoolExecutor(1) as pool,
     ):
-        shared = Shared(
+        group = GroupRun(
             lease=lease,
             connection=connection,
             checkpoint_seconds=checkpoint_seconds,
@@ -85,27 +85,27 @@ def run_group(
             folder=Path(folder),
         )
         starting.enter_context(Reporter(client_of(connection), lease))
-        fit = pool.submit(_fit, shared, node)
+        fit = pool.submit(_fit_trainer, group, node)
         while not fit.done():
             futures.wait([fit], timeout=_TICK_SECONDS)
-            if shared.has_begun.exists():
+            if group.begun_file.exists():
                 starting.close()
             if draining():
-                shared.drain.touch()
+                group.drain_file.touch()
         return fit.result()
 
 
-def _fit(shared: Shared, node: str) -> "Ending":
+def _fit_trainer(group: GroupRun, node: str) -> "Ending":
     os.environ.update(_SETTINGS)  # read when a trainer is made
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from warmcore.training.ranks import backend
 
-    needs, size = shared.lease.resources, shared.lease.resources.num_processes
+    needs, size = group.lease.resources, group.lease.resources.num_processes
     each = {"CPU": needs.cpus / size, "GPU": needs.gpus / size}
     trainer = TorchTrainer(
-        functools.partial(_share, shared),  # its config would be logged, and the key with it
+        functools.partial(_run_rank, group),  # its config would be logged, and the key with it
         torch_config=TorchConfig(
             backend=backend("cuda" if needs.gpus else "cpu"), timeout_s=_COLLECTIVE_SECONDS
         ),
@@ -116,8 +116,8 @@ def _fit(shared: Shared, node: str) -> "Ending":
             label_selector={"ray.io/node-id": node},
         ),
         run_config=RunConfig(
-            name=shared.lease.run_id,
-            storage_path=str(shared.folder),
+            name=group.lease.run_id,
+            storage_path=str(group.folder),
             failure_config=FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
@@ -126,38 +126,40 @@ def _fit(shared: Shared, node: str) -> "Ending":
     try:
         result: Any = trainer.fit()
     except WorkerGroupError as error:
-        raise _cause(error.worker_failures) or error from None
+        raise _find_cause(error.worker_failures) or error from None
     return result.return_value
 
 
-def _cause(failures: Mapping[int, BaseException]) -> UnrunnableError | None:
+def _find_cause(failures: Mapping[int, BaseException]) -> UnrunnableError | None:
     """The verdict on the run itself, if any process came to one."""
     causes = [getattr(error, "_base_exc", error) for error in failures.values()]
     return next((cause for cause in causes if isinstance(cause, UnrunnableError)), None)
 
 
-def _share(shared: Shared) -> "Ending | None":
+def _run_rank(group: GroupRun) -> "Ending | None":
     """One process's part; rank 0 tells how it ended."""
     from warmcore.training.follow import follow
     from warmcore.training.ranks import Ranks
     from workers.attempt import cpus
-    from workers.attempt.execute import execute
+    from workers.attempt.execute import execute_lease
     from workers.attempt.options import AttemptOptions
 
-    needs, size = shared.lease.resources, shared.lease.resources.num_processes
+    needs, size = group.lease.resources, group.lease.resources.num_processes
     ranks, device = Ranks.joined(needs.strategy), device_of(needs.gpus / size)
-    with run_logs.about(shared.lease), cpus.pinned(needs.cpus // size) as num_threads:
+    with run_logs.log_run(group.lease), cpus.pin_threads(needs.cpus // size) as num_threads:
         if ranks.rank:
             return follow(ranks, device=device)
-        shared.has_begun.touch()
+        group.begun_file.touch()
         options = AttemptOptions(
-            checkpoint_seconds=shared.checkpoint_seconds,
+            checkpoint_seconds=group.checkpoint_seconds,
             device=device,
             num_threads=num_threads,
             ranks=ranks,
-            leased_at=shared.leased_at,
+            leased_at=group.leased_at,
         )
-        client = client_of(shared.connection)
-        ending = execute(shared.lease, client, options=options, draining=shared.drain.exists)
+        client = client_of(group.connection)
+        ending = execute_lease(
+            group.lease, client, options=options, draining=group.drain_file.exists
+        )
         ranks.lead("end")
         return ending

@@ -76,14 +76,14 @@ def _run_pinned(
     lease: Lease, connection: Connection, checkpoint_seconds: float, leased_at: float
 ) -> "Ending":
     from workers.attempt import cpus
-    from workers.attempt.execute import execute
+    from workers.attempt.execute import execute_lease
     from workers.attempt.options import AttemptOptions
 
     client = client_of(connection)
     with (
-        run_logs.about(lease),
+        run_logs.log_run(lease),
         drain_on_cancel() as draining,
-        cpus.pinned(lease.resources.cpus) as num_threads,
+        cpus.pin_threads(lease.resources.cpus) as num_threads,
     ):
         options = AttemptOptions(
             checkpoint_seconds=checkpoint_seconds,
@@ -91,7 +91,7 @@ def _run_pinned(
             num_threads=num_threads,
             leased_at=leased_at,
         )
-        return execute(lease, client, options=options, draining=draining)
+        return execute_lease(lease, client, options=options, draining=draining)
 
 
 @functools.cache

@@ -15,10 +15,10 @@ from warmcore.specs.run import branch_of
 from warmcore.training.events import EvaluationEvent
 from warmcore.training.training import Training
 from workers.attempt import checkpoints
-from workers.attempt.execute import _Attempt, execute
+from workers.attempt.execute import _Attempt, execute_lease
 from workers.attempt.options import AttemptOptions
 from workers.attempt.reporter import CancelledError, Reporter
-from workers.failures import UnrunnableError, failure
+from workers.failures import UnrunnableError, describe_failure
 
 EVALUATED_OFTEN = {"num_steps": 3_000, "evaluations": 300}
 
@@ -74,7 +74,7 @@ def run(spy):
     def run(lease, *, checkpoint_seconds=1e9, **kwargs):
         client = spy()
         options = AttemptOptions(checkpoint_seconds=checkpoint_seconds)
-        return execute(lease, client, options=options, **kwargs), client
+        return execute_lease(lease, client, options=options, **kwargs), client
 
     return run
 
@@ -170,7 +170,7 @@ def test_a_run_whose_finish_was_lost_finishes_from_its_final_checkpoint(lease, r
     one = lease(num_steps=10)
     client = spy()
     client.finish = lambda *_: worker.finish(one, "failed")  # instead: its process was killed
-    execute(one, client, options=AttemptOptions())
+    execute_lease(one, client, options=AttemptOptions())
     ending, again = run(worker.one(wait_seconds=5))
     assert ending == "succeeded"
     assert again.curve == []
@@ -196,7 +196,7 @@ def test_a_target_whose_base_is_damaged_says_so_and_grows_from_nothing_else(
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointCorruptError) as raised:
         run(warm)
-    said = failure(raised.value, draining=False)
+    said = describe_failure(raised.value, draining=False)
     assert "growth.base: " in said.error
     assert "model.safetensors is corrupt" in said.error
     assert "by hand from another trial" in said.error
@@ -260,7 +260,7 @@ def test_a_run_survives_an_outage(fake, client, make_spec):
     fake.away = True
     back = threading.Timer(1.0, lambda: setattr(fake, "away", False))
     back.start()
-    assert execute(one.lease, client, options=AttemptOptions()) == "succeeded"
+    assert execute_lease(one.lease, client, options=AttemptOptions()) == "succeeded"
     back.join()
     assert [m.step for m in one.curve] == list(range(0, 41, 5))
 
@@ -298,7 +298,7 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
         assert measured == expected[-len(measured) :]
         assert min(m.step for m in first.curve) > start
         found = api.client.get(f"/v1/runs/{branch.run_id}")
-        assert (found["state"], found["step"]) == ("succeeded", whole.num_steps)
+        assert (found["state"], found["step"]) == ("succeeded", whole.spec.num_steps)
         assert found["trunk_id"] == trunk.run_id
 
 
@@ -326,9 +326,9 @@ def test_an_attempt_that_is_cancelled_while_it_waits_to_resume_ends(
     def fail(_):
         raise ConnectionResetError
 
-    monkeypatch.setattr(checkpoints, "local", fail)
+    monkeypatch.setattr(checkpoints, "open_local", fail)
     reporter = Reporter(client, leased)
-    monkeypatch.setattr(reporter, "check", lambda: "cancel")
+    monkeypatch.setattr(reporter, "check_decision", lambda: "cancel")
     with pytest.raises(CancelledError):
         _Attempt.prepared(leased, client, reporter, AttemptOptions())
 
@@ -372,7 +372,7 @@ def test_a_store_that_is_away_costs_a_run_time_and_nothing_else(api, refused, ru
 def test_a_store_that_stays_away_ends_the_attempt_with_the_reason(refused, spy):
     leased, _ = refused()
     with pytest.raises(NotADirectoryError):
-        execute(leased, spy(), options=AttemptOptions(store_patience_seconds=0))
+        execute_lease(leased, spy(), options=AttemptOptions(store_patience_seconds=0))
 
 
 def test_a_run_that_is_cancelled_while_it_waits_for_the_store_ends(api, refused, run):

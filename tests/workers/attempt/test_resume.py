@@ -23,7 +23,7 @@ def stored(request, tmp_path: Path, make_spec):
     training = Training.start(spec, prepare(spec.data))
     refs = []
     for name in ("older", "newer"):
-        saved = checkpoints.save(training, f"{root}/{name}")
+        saved = checkpoints.save_training(training, f"{root}/{name}")
         refs.insert(0, CheckpointRef(uri=f"{root}/{name}", hash=saved.hash))
     return refs
 
@@ -37,7 +37,7 @@ def went_on_from(refs, *, patience_seconds=0.0, waits=lambda: None, read=None):
         used.append(folder)
         return found
 
-    found = resume.newest(refs, noted, waits=waits, patience_seconds=patience_seconds)
+    found = resume.read_newest(refs, noted, waits=waits, patience_seconds=patience_seconds)
     return found, used
 
 
@@ -71,7 +71,7 @@ def test_a_damaged_checkpoint_has_the_one_before_in_its_place(stored, name, dama
     found, used = went_on_from(stored, read=read)
     assert found is not None
     assert len(used) == 1
-    with checkpoints.local(stored[1]) as older:
+    with checkpoints.open_local(stored[1]) as older:
         same = load_checkpoint(older).weights
     assert all(found.weights[key].equal(value) for key, value in same.items())
     locations.delete(stored[1].uri)
