@@ -38,14 +38,14 @@ def list_runs(
     )
     filters += [] if state is None else [Run.state == state]
     filters += [] if kind is None else [Run.kind == kind]
-    return store.page(session, caller, filters, cursor, limit)
+    return store.list_runs(session, caller, filters, cursor, limit)
 
 
 @router.get("/{run_id}")
 def read_run(caller: Reader, session: DbSession, run_id: str) -> RunView:
     """One run."""
     run = lookup.find_run(session, caller, run_id)
-    return store.view(run, session.get_one(Study, run.study_id).name)
+    return store.view_run(run, session.get_one(Study, run.study_id).name)
 
 
 @router.get("/{run_id}/measurements")
@@ -58,14 +58,14 @@ def read_measurements(
 ) -> MeasurementPage:
     """The run's curve, by step; nothing of it is left out."""
     run = lookup.find_run(session, caller, run_id)
-    return store.measurements(session, run.id, cursor, limit)
+    return store.list_measurements(session, run.id, cursor, limit)
 
 
 @router.get("/{run_id}/checkpoints")
 def read_checkpoints(caller: Reader, session: DbSession, run_id: str) -> CheckpointList:
     """The run's checkpoints that are kept, newest first."""
     return CheckpointList(
-        items=store.checkpoints(session, lookup.find_run(session, caller, run_id).id)
+        items=store.list_checkpoints(session, lookup.find_run(session, caller, run_id).id)
     )
 
 

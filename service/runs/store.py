@@ -17,13 +17,13 @@ from warmcore.specs import RunSpec
 from warmcore.specs.sizes import flops_per_token
 
 
-def view(run: Run, study_name: str) -> RunView:
+def view_run(run: Run, study_name: str) -> RunView:
     """The run as it is read."""
     same = {name: getattr(run, name) for name in RunView.model_fields if hasattr(run, name)}
     return RunView.model_validate(same | {"study_name": study_name})
 
 
-def page(
+def list_runs(
     session: Session,
     caller: Caller,
     filters: list[ColumnElement[bool]],
@@ -32,19 +32,21 @@ def page(
 ) -> RunPage:
     """The caller's runs with their study's name, newest first."""
     query = select(Run, Study.name).join(Study, Study.id == Run.study_id)
-    query = query.where(caller.studies, *filters)
+    query = query.where(caller.study_filter, *filters)
     query = query.order_by(Run.created_at.desc(), Run.id.desc()).limit(limit + 1)
     if cursor is not None:
         query = query.where(tuple_(Run.created_at, Run.id) < decode_cursor(cursor))
     rows = list(session.execute(query))
     last: Run | None = rows[limit - 1][0] if len(rows) > limit else None
     return RunPage(
-        items=tuple(view(run, name) for run, name in rows[:limit]),
+        items=tuple(view_run(run, name) for run, name in rows[:limit]),
         next_cursor=encode_cursor(last.created_at, last.id) if last else None,
     )
 
 
-def measurements(session: Session, run_id: str, cursor: str | None, limit: int) -> MeasurementPage:
+def list_measurements(
+    session: Session, run_id: str, cursor: str | None, limit: int
+) -> MeasurementPage:
     """The run's curve, by step."""
     fields = tuple(MeasurementView.model_fields)
     query = select(*(getattr(MeasurementRow, field) for field in fields))
@@ -58,21 +60,22 @@ def measurements(session: Session, run_id: str, cursor: str | None, limit: int) 
     )
 
 
-def checkpoints(session: Session, run_id: str) -> tuple[CheckpointView, ...]:
+def list_checkpoints(session: Session, run_id: str) -> tuple[CheckpointView, ...]:
     """The run's checkpoints that are kept, newest first."""
     fields = tuple(CheckpointView.model_fields)
     return tuple(
-        CheckpointView(**{f: getattr(row, f) for f in fields}) for row in kept(session, run_id)
+        CheckpointView(**{f: getattr(row, f) for f in fields})
+        for row in load_kept_checkpoints(session, run_id)
     )
 
 
-def kept(session: Session, run_id: str) -> list[Checkpoint]:
+def load_kept_checkpoints(session: Session, run_id: str) -> list[Checkpoint]:
     """Checkpoints whose files are there, the furthest first."""
     query = select(Checkpoint).where(Checkpoint.run_id == run_id, ~Checkpoint.superseded)
     return list(session.scalars(query.order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc())))
 
 
-def best_trial(session: Session, study_id: str) -> Run | None:
+def find_best_trial(session: Session, study_id: str) -> Run | None:
     """The succeeded trial with the lowest validation loss; the earlier one of equals."""
     query = (
         select(Run)
@@ -83,7 +86,7 @@ def best_trial(session: Session, study_id: str) -> Run | None:
     return session.scalars(query).one_or_none()
 
 
-def best_growable(session: Session, study_id: str) -> Run | None:
+def find_best_growable(session: Session, study_id: str) -> Run | None:
     """The best trial that can be grown: a worker of another framework may publish no checkpoint."""
     query = (
         select(Run)
@@ -96,7 +99,7 @@ def best_growable(session: Session, study_id: str) -> Run | None:
     return session.scalars(query).one_or_none()
 
 
-def new_run(study: Study, spec: StudySpec, run: RunSpec, params: dict[str, object]) -> Run:
+def make_run(study: Study, spec: StudySpec, run: RunSpec, params: dict[str, object]) -> Run:
     """A run's row with its sizes worked out; the caller says what it is for."""
     return Run(
         study_id=study.id,

@@ -7,17 +7,22 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from service.protocol import Resources
-from service.specs.budgets import check_alone, check_longest, check_trunk, trunk_of
+from service.specs.budgets import (
+    check_longest_phases,
+    check_no_other_budget,
+    check_trunk,
+    make_trunk,
+)
 from service.specs.processes import check_batches, check_processes
-from service.specs.search_space import Dimension, check_dimension, check_grid, check_parts
+from service.specs.search_space import Dimension, check_batch_parts, check_dimension, check_grid
 from service.specs.target import (
     TargetSpec,
     WarmstartSpec,
     check_size,
     check_trained_base,
-    grown_model,
-    overridden_train,
-    shaped_like,
+    make_grown_model,
+    override_train,
+    reshape_model,
 )
 from warmcore.specs import (
     NOT_TRANSFERABLE,
@@ -111,21 +116,21 @@ class StudySpec(Spec):
                     message = f"reaches {value!r}, which {name} refuses: {reason(error)}"
                     raise FieldError(f"search_space.{name}", value, message) from None
         _check_phases(self.search_space, self.train, "search_space")
-        check_parts(self.search_space, self.train, "search_space.batch_size")
+        check_batch_parts(self.search_space, self.train, "search_space.batch_size")
         check_batches("resources.trial", self.resources.trial, self.search_space, self.train)
-        check_longest(run, self.search_space, "search_space")
+        check_longest_phases(run, self.search_space, "search_space")
         if self.hpo.sampler == "grid":
             check_grid(self.search_space, self.hpo.trials)
 
     def _check_rungs(self) -> None:
         below, train = self.base_model, self.train
         for place, spec in self._places():
-            below = grown_model(below, spec, self.warmstart, place)
-            train_below, train = train, overridden_train(self.train, spec, place)
+            below = make_grown_model(below, spec, self.warmstart, place)
+            train_below, train = train, override_train(self.train, spec, place)
             check_trained_base(self.warmstart, train_below, train, place)
             tuned = {n: d for n, d in self.search_space.items() if n not in spec.train}
             _check_phases(tuned, train, f"{place}.train")
-            check_parts(tuned, train, f"{place}.train.accumulate")
+            check_batch_parts(tuned, train, f"{place}.train.accumulate")
             check_batches("resources.target", self.resources.target, tuned, train)
             try:
                 run = RunSpec(model=below, data=self.data, train=train)
@@ -133,7 +138,7 @@ class StudySpec(Spec):
             except ValueError as error:
                 raise FieldError(place, spec.width, reason(error)) from None
             _check_tuned(tuned, run, f"{place}.train")
-            check_longest(run, tuned, f"{place}.train")
+            check_longest_phases(run, tuned, f"{place}.train")
             self._check_budgets(run, spec, tuned, place)
 
     def _check_budgets(
@@ -144,7 +149,7 @@ class StudySpec(Spec):
         if self.ladder:
             message = "the rungs of a ladder have one budget each; give a target several"
             raise FieldError(f"{place}.budgets", list(target.budgets), message)
-        check_alone(target.budgets, target.train, place)
+        check_no_other_budget(target.budgets, target.train, place)
         check_trunk(run, target.budgets, tuned, place)
 
     def _places(self) -> list[tuple[str, TargetSpec]]:
@@ -168,11 +173,11 @@ class StudySpec(Spec):
 
     def rung_model(self, rung: int) -> ModelSpec:
         """The model of one rung: the proxy's shape with this width and depth."""
-        return shaped_like(self.base_model, self.rungs[rung])
+        return reshape_model(self.base_model, self.rungs[rung])
 
     def rung_train(self, rung: int) -> TrainSpec:
         """The train spec of one rung: the study's with the rung's overrides."""
-        return overridden_train(self.train, self.rungs[rung], "target")
+        return override_train(self.train, self.rungs[rung], "target")
 
     def trial_run(self, seed: int) -> RunSpec:
         """A trial's run, before its parameters."""
@@ -182,7 +187,7 @@ class StudySpec(Spec):
         """A target's run, before its parameters and its growth; of several budgets, the trunk."""
         model, train = self.rung_model(rung), self.rung_train(rung)
         run = RunSpec(model=model, data=self.data, train=train, seed=seed)
-        return trunk_of(run, self.rungs[rung].budgets)
+        return make_trunk(run, self.rungs[rung].budgets)
 
     @property
     def budgets(self) -> tuple[float, ...]:

@@ -41,18 +41,18 @@ class WarmstartSpec(GrowthOptions):
     seeds: Annotated[int, Field(ge=1, le=100)] = 2
 
 
-def shaped_like(base: ModelSpec, target: TargetSpec) -> ModelSpec:
+def reshape_model(base: ModelSpec, target: TargetSpec) -> ModelSpec:
     """`base` with the target's width and depth."""
     shape = {"width": target.width, "depth": target.depth or base.depth}
     return ModelSpec.model_validate(base.model_dump(exclude_unset=True) | shape)
 
 
-def grown_model(
+def make_grown_model(
     base: ModelSpec, target: TargetSpec, options: GrowthOptions, place: str
 ) -> ModelSpec:
     """The target's model, if `base` can be grown into it; else a FieldError below `place`."""
     try:
-        model = shaped_like(base, target)
+        model = reshape_model(base, target)
     except ValidationError as error:
         raise FieldError(f"{place}.width", target.width, reason(error)) from None
     try:
@@ -66,7 +66,7 @@ def grown_model(
     return model
 
 
-def overridden_train(train: TrainSpec, target: TargetSpec, place: str) -> TrainSpec:
+def override_train(train: TrainSpec, target: TargetSpec, place: str) -> TrainSpec:
     """`train` with the target's overrides; a FieldError below `place` if one is refused."""
     try:
         return TrainSpec.model_validate(train.model_dump() | target.train)

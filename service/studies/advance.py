@@ -10,18 +10,18 @@ from service.database.tables import Checkpoint, Run, Study
 from service.events.audit_log import record_event
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.observability import tracing
-from service.runs.store import best_growable, best_trial, new_run
+from service.runs.store import find_best_growable, find_best_trial, make_run
 from service.specs.stored import UnreadableSpecError, parse_stored
 from service.specs.study import StudySpec
 from service.specs.target import TargetSpec, WarmstartSpec
-from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
+from service.studies.plan import Base, End, NewTarget, TargetFact, make_target_run, plan_next_step
 from warmcore.specs import CheckpointRef, ModelSpec
 
 _log = logging.getLogger(__name__)
 _HIGHEST = select(func.max(Run.trial_number)).where(Run.study_id == bindparam("study"))
 
 
-def advance(session: Session, study: Study) -> None:
+def advance_study(session: Session, study: Study) -> None:
     """Enqueue what follows, or end the study; nothing while trials remain. `study` is locked.
 
     A fault in this must not undo the end of the run that led here: it fails the study.
@@ -38,7 +38,7 @@ def advance(session: Session, study: Study) -> None:
         raise  # the database went away, or so: nothing is done, and it is tried again
     except Exception as error:  # noqa: BLE001 - whatever it is, the run's end must stand
         _log.exception("cannot move on", extra={"study": study.id})
-        end(session, study, "failed", f"cannot move on: {type(error).__name__}: {error}")
+        end_study(session, study, "failed", f"cannot move on: {type(error).__name__}: {error}")
 
 
 def _advance(session: Session, study: Study) -> None:
@@ -46,15 +46,15 @@ def _advance(session: Session, study: Study) -> None:
     if study.state in FINAL_STUDY_STATES or _finished_trials(session, study) < budget:
         return
     spec = parse_stored(study.spec)
-    step = next_step(
+    step = plan_next_step(
         spec,
         _best_base(session, study.id),
         _targets(session, study.id),
-        any_succeeded=best_trial(session, study.id) is not None,
+        any_succeeded=find_best_trial(session, study.id) is not None,
     )
     match step:
         case End(state=state, reason=reason):
-            end(session, study, state, reason)
+            end_study(session, study, state, reason)
         case tuple() as missing:
             for new in missing:
                 _enqueue(session, study, spec, new)
@@ -72,11 +72,11 @@ def _trials_remain(session: Session, study: Study) -> bool:
 
 
 def _best_base(session: Session, study_id: str) -> Base | None:
-    best = best_growable(session, study_id)
-    return None if best is None else base_of(session, best)
+    best = find_best_growable(session, study_id)
+    return None if best is None else find_base(session, best)
 
 
-def base_of(session: Session, run: Run) -> Base | None:
+def find_base(session: Session, run: Run) -> Base | None:
     """The run's final checkpoint as a base; None when it published none."""
     query = (
         select(Checkpoint)
@@ -103,8 +103,8 @@ def enqueue_target(
     launch: int,
 ) -> Run:
     """Write one target run, queued."""
-    run_spec = target_run(spec, model, target, new, warmstart)
-    run = new_run(study, spec, run_spec, new.params)
+    run_spec = make_target_run(spec, model, target, new, warmstart)
+    run = make_run(study, spec, run_spec, new.params)
     run.kind, run.launch, run.rung, run.arm = "target", launch, new.rung, new.arm
     run.cpus, run.gpus = spec.resources.target.cpus, spec.resources.target.gpus
     run.base_checkpoint_id = new.base.checkpoint_id if new.base else None
@@ -146,13 +146,13 @@ def _targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
             seed=run.seed,
             branch=run.branch,
             state=run.state,  # pyright: ignore[reportArgumentType] - checked by the database
-            base=base_of(session, run) if run.state == "succeeded" else None,
+            base=find_base(session, run) if run.state == "succeeded" else None,
         )
         for run in session.scalars(query)
     )
 
 
-def end(session: Session, study: Study, state: str, reason: str | None) -> None:
+def end_study(session: Session, study: Study, state: str, reason: str | None) -> None:
     """End a study, which is locked; of a failed one only what was started by hand goes on."""
     if state == "failed":
         cancel_runs(session, study.id, Run.launch == 0)

@@ -13,28 +13,28 @@ from sqlalchemy.orm import Session
 from service.database.tables import Checkpoint, Run, Study
 from service.events.audit_log import record_event
 from service.problems import bad_field
-from service.runs.store import new_run
+from service.runs.store import make_run
 from service.specs.stored import parse_stored
-from service.studies.locks import lock
+from service.studies.locks import lock_study
 from warmcore.specs import CheckpointRef, RunSpec
 from warmcore.specs.run import branch_of
 
 
-def lock_study(session: Session, run_id: str, step: int) -> None:
+def lock_branching_study(session: Session, run_id: str, step: int) -> None:
     """Lock the study of a trunk that is about to branch at `step`.
 
     Taken before the run's lock, as everywhere: a cancel must not miss the run that this enqueues.
     """
     row = session.execute(select(Run.study_id, Run.spec).where(Run.id == run_id)).one_or_none()
     if row is not None and step in _steps(row.spec):
-        lock(session, row.study_id)
+        lock_study(session, row.study_id)
 
 
 def _steps(spec: dict[str, Any]) -> tuple[int, ...]:
     return RunSpec.model_validate(spec).branch_steps if spec.get("branches") else ()
 
 
-def enqueue(session: Session, trunk: Run, checkpoint: Checkpoint) -> None:
+def enqueue_branch(session: Session, trunk: Run, checkpoint: Checkpoint) -> None:
     """Enqueue the run of the budget that cools down at this checkpoint, unless it is there."""
     steps = _steps(trunk.spec)
     if checkpoint.step not in steps:
@@ -62,7 +62,7 @@ def _branch(study: Study, trunk: Run, checkpoint: Checkpoint, number: int) -> Ru
     spec = RunSpec.model_validate(trunk.spec)
     ref = CheckpointRef(uri=checkpoint.uri, hash=checkpoint.hash)
     branch = branch_of(spec, spec.branches[number - 1], ref)
-    run = new_run(study, parse_stored(study.spec), branch, trunk.params)
+    run = make_run(study, parse_stored(study.spec), branch, trunk.params)
     run.kind, run.launch, run.rung, run.arm = "target", trunk.launch, trunk.rung, trunk.arm
     run.cpus, run.gpus, run.base_hash = trunk.cpus, trunk.gpus, trunk.base_hash
     run.base_checkpoint_id, run.trunk_id, run.branch = checkpoint.id, trunk.id, number

@@ -19,7 +19,7 @@ from warmcore.storage.locations import local_path
 _PLACE = "base.model"
 
 
-def check_imported(spec: StudySpec, model: ModelSpec, warmstart: WarmstartSpec) -> None:
+def check_imported_model(spec: StudySpec, model: ModelSpec, warmstart: WarmstartSpec) -> None:
     """Raise a FieldError unless the study's hyperparameters and tokens are this model's too.
 
     muP carries a learning rate from width to width as long as both have one base (METHOD §2).
@@ -48,7 +48,7 @@ def check_imported(spec: StudySpec, model: ModelSpec, warmstart: WarmstartSpec) 
             raise FieldError(f"warmstart.{name}", value, message)
 
 
-def tuned_params(params: dict[str, Any]) -> dict[str, Any]:
+def select_tuned_params(params: dict[str, Any]) -> dict[str, Any]:
     """What an imported model takes of a trial's parameters; its multipliers are its own."""
     return {name: value for name, value in params.items() if name in TrainSpec.model_fields}
 
@@ -56,7 +56,7 @@ def tuned_params(params: dict[str, Any]) -> dict[str, Any]:
 _STUDY_ID = re.compile(r"st_[0-9a-f]+")
 
 
-def check_base(session: Session, caller: Caller, settings: Settings, uri: str) -> None:
+def check_base_uri(session: Session, caller: Caller, settings: Settings, uri: str) -> None:
     """Refuse an imported model that stands where this caller may not take one from.
 
     Raises:

@@ -5,7 +5,7 @@ from typing import Any
 
 from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import Arm, RunState
-from service.specs.budgets import trunk_of
+from service.specs.budgets import make_trunk
 from service.specs.study import StudySpec
 from service.specs.target import TargetSpec, WarmstartSpec
 from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec, derived_seed
@@ -56,12 +56,12 @@ class End:
     reason: str | None = None
 
 
-def target_seeds(study_seed: int, count: int) -> tuple[int, ...]:
+def derive_target_seeds(study_seed: int, count: int) -> tuple[int, ...]:
     """One seed a pair: a warm and a cold run share it, so that they share the data order."""
     return tuple(derived_seed(study_seed, "target", k) for k in range(count))
 
 
-def next_step(
+def plan_next_step(
     spec: StudySpec, best: Base | None, targets: tuple[TargetFact, ...], *, any_succeeded: bool
 ) -> tuple[NewTarget, ...] | End | None:
     """Decide once every trial has finished: enqueue targets, end, or (None) wait for runs.
@@ -92,12 +92,12 @@ def _cold(spec: StudySpec, best: Base) -> list[NewTarget]:
     if not spec.warmstart.control:
         return []
     last = len(spec.rungs) - 1
-    seeds = target_seeds(spec.hpo.seed, spec.warmstart.seeds)
+    seeds = derive_target_seeds(spec.hpo.seed, spec.warmstart.seeds)
     return [NewTarget(rung=last, arm="cold", seed=s, params=best.params, base=None) for s in seeds]
 
 
 def _warm(spec: StudySpec, best: Base, targets: tuple[TargetFact, ...]) -> list[NewTarget]:
-    seeds = target_seeds(spec.hpo.seed, spec.warmstart.seeds)
+    seeds = derive_target_seeds(spec.hpo.seed, spec.warmstart.seeds)
     wanted = [NewTarget(rung=0, arm="warm", seed=s, params=best.params, base=best) for s in seeds]
     done = {(t.rung, t.seed): t.base for t in targets if t.arm == "warm" and t.base is not None}
     for (rung, seed), base in done.items():
@@ -108,7 +108,7 @@ def _warm(spec: StudySpec, best: Base, targets: tuple[TargetFact, ...]) -> list[
     return wanted
 
 
-def target_run(
+def make_target_run(
     spec: StudySpec,
     model: ModelSpec,
     target: TargetSpec,
@@ -127,7 +127,7 @@ def target_run(
     run = RunSpec(model=model, data=spec.data, train=spec.train, seed=new.seed).with_params(params)
     train = TrainSpec.model_validate(run.train.model_dump() | target.train)
     run = run.model_copy(update={"train": train, "growth": _growth(new, warmstart)})
-    return trunk_of(run, target.budgets)
+    return make_trunk(run, target.budgets)
 
 
 def _growth(new: NewTarget, warmstart: WarmstartSpec) -> GrowthSpec | None:

@@ -47,9 +47,9 @@ def create_study(
     key: Key = None,
 ) -> StudyView:
     """Create a study; everything that can be wrong with it is found here and not an hour later."""
-    study = submission.submit(session, caller, body, settings.readable, key)
+    study = submission.submit_study(session, caller, body, settings.readable, key)
     sampler.create(study.optuna_name)
-    return store.view(session, study)
+    return store.view_study(session, study)
 
 
 @router.get("")
@@ -60,19 +60,19 @@ def list_studies(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> StudyPage:
     """Studies, newest first."""
-    return store.page(session, caller, cursor, limit)
+    return store.list_studies(session, caller, cursor, limit)
 
 
 @router.get("/{study}")
 def read_study(caller: Reader, session: DbSession, study: str) -> StudyView:
     """One study: state, counts by run state, best trial, progress, cost so far."""
-    return store.view(session, lookup.find_study(session, caller, study))
+    return store.view_study(session, lookup.find_study(session, caller, study))
 
 
 @router.post("/{study}/pause")
 def pause_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """Lease nothing more; what runs goes on to its end."""
-    return store.view(
+    return store.view_study(
         session, store.change_state(session, lookup.find_study(session, caller, study), "paused")
     )
 
@@ -80,7 +80,7 @@ def pause_study(caller: Writer, session: DbSession, study: str) -> StudyView:
 @router.post("/{study}/resume")
 def resume_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """Lease again."""
-    return store.view(
+    return store.view_study(
         session, store.change_state(session, lookup.find_study(session, caller, study), "active")
     )
 
@@ -88,7 +88,7 @@ def resume_study(caller: Writer, session: DbSession, study: str) -> StudyView:
 @router.post("/{study}/cancel")
 def cancel_study(caller: Writer, session: DbSession, study: str) -> StudyView:
     """End the study; a running worker hears it at its next report."""
-    return store.view(
+    return store.view_study(
         session, store.change_state(session, lookup.find_study(session, caller, study), "cancelled")
     )
 
@@ -103,7 +103,9 @@ def list_trials(
     limit: Annotated[int, Query(ge=1, le=1000)] = 500,
 ) -> TrialPage:
     """Trials by number with parameters, value and state, enqueued ones included."""
-    return trials.page(session, sampler, lookup.find_study(session, caller, study), cursor, limit)
+    return trials.list_trials(
+        session, sampler, lookup.find_study(session, caller, study), cursor, limit
+    )
 
 
 @router.post("/{study}/trials", status_code=201)
@@ -116,7 +118,7 @@ def enqueue_trial(
     key: Key = None,
 ) -> TrialView:
     """Try given parameters next."""
-    return trials.enqueue(
+    return trials.enqueue_trial(
         session, sampler, lookup.find_study(session, caller, study), body.params, key
     )
 
@@ -129,7 +131,7 @@ def read_importance(
     caller: Reader, session: DbSession, sampler: TheSampler, study: str
 ) -> Importance:
     """How much each parameter decides the loss."""
-    return trials.importance(sampler, lookup.find_study(session, caller, study))
+    return trials.compute_importance(sampler, lookup.find_study(session, caller, study))
 
 
 @router.post("/{study}/targets", status_code=201)
@@ -144,9 +146,9 @@ def start_targets(
     """Start a warmstart by hand, from a trial or a checkpoint."""
     found = lookup.find_study(session, caller, study)
     if body.base is not None:
-        imported_base.check_base(session, caller, settings, body.base.uri)
-    started = targets.start(session, found, body, key)
-    return TargetList(items=tuple(runs.view(run, found.name) for run in started))
+        imported_base.check_base_uri(session, caller, settings, body.base.uri)
+    started = targets.start_targets(session, found, body, key)
+    return TargetList(items=tuple(runs.view_run(run, found.name) for run in started))
 
 
 @router.get(

@@ -10,18 +10,20 @@ from service.events.audit_log import record_event
 from service.lifecycle import LIVE_RUN_STATES, source_states
 from service.problems import Problem, bad_field, conflict
 from service.protocol import StudyState
-from service.runs.store import best_trial
+from service.runs.store import find_best_trial
 from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
 from service.studies.advance import cancel_runs
-from service.studies.locks import lock
+from service.studies.locks import lock_study
 from service.studies.schemas import BestTrial, RunCounts, StudyPage, StudyView
 from service.web.pagination import decode_cursor, encode_cursor
 
 _ENDED = ("completed", "failed")
 
 
-def create(session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None) -> Study:
+def create_study(
+    session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None
+) -> Study:
     """Write a study of the caller's project; the same idempotency key gives the same study.
 
     Raises:
@@ -74,7 +76,7 @@ def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
     return study
 
 
-def page(session: Session, caller: Caller, cursor: str | None, limit: int) -> StudyPage:
+def list_studies(session: Session, caller: Caller, cursor: str | None, limit: int) -> StudyPage:
     """The caller's studies, newest first."""
     query = select(Study).where(caller.study_filter)
     query = query.order_by(Study.created_at.desc(), Study.id.desc()).limit(limit + 1)
@@ -83,7 +85,7 @@ def page(session: Session, caller: Caller, cursor: str | None, limit: int) -> St
     rows = list(session.scalars(query))
     more = rows[limit - 1] if len(rows) > limit else None
     return StudyPage(
-        items=tuple(view(session, row) for row in rows[:limit]),
+        items=tuple(view_study(session, row) for row in rows[:limit]),
         next_cursor=encode_cursor(more.created_at, more.id) if more else None,
     )
 
@@ -96,7 +98,7 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
     Raises:
         Problem: 409 when the state does not allow it.
     """
-    study = lock(session, study.id)
+    study = lock_study(session, study.id)
     if study.state == state:
         return study
     if state == "cancelled" and study.state in _ENDED and cancel_runs(session, study.id):
@@ -118,7 +120,7 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
     return changed
 
 
-def view(session: Session, study: Study) -> StudyView:
+def view_study(session: Session, study: Study) -> StudyView:
     """The study as it is read: state, counts, best trial, progress, cost so far."""
     spec = parse_stored(study.spec)
     counts = _counts(session, study.id)
@@ -157,7 +159,7 @@ def _counts(session: Session, study_id: str) -> dict[str, dict[str, int]]:
 
 
 def _best(session: Session, study_id: str) -> BestTrial | None:
-    run = best_trial(session, study_id)
+    run = find_best_trial(session, study_id)
     if run is None or run.trial_number is None or run.val_loss_nats is None:
         return None
     return BestTrial(

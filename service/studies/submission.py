@@ -16,7 +16,7 @@ from warmcore.specs.fields import FieldError
 from warmcore.specs.sources import HubDataset
 
 
-def submit(
+def submit_study(
     session: Session, caller: Caller, spec: StudySpec, roots: Roots, key: str | None
 ) -> Study:
     """Write a study after a check of its data; the same idempotency key gives the same study.
@@ -29,7 +29,7 @@ def submit(
     """
     files = list_source(spec.data, roots)
     facts = _inspect_corpus(spec.data, files)
-    return store.create(session, caller, pin_to_corpus(spec, facts), key)
+    return store.create_study(session, caller, pin_to_corpus(spec, facts), key)
 
 
 def list_source(data: DataSpec, roots: Roots) -> list[SourceFile] | None:

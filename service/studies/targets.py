@@ -8,8 +8,8 @@ from sqlalchemy.orm import Session
 
 from service.database.tables import Checkpoint, Launch, Run, Study
 from service.problems import bad_field, conflict, not_found
-from service.runs.store import best_trial
-from service.specs.budgets import check_alone
+from service.runs.store import find_best_trial
+from service.specs.budgets import check_no_other_budget
 from service.specs.processes import check_batches
 from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
@@ -17,13 +17,13 @@ from service.specs.target import (
     WarmstartSpec,
     check_size,
     check_trained_base,
-    grown_model,
-    overridden_train,
+    make_grown_model,
+    override_train,
 )
-from service.studies.advance import base_of, enqueue_target
-from service.studies.imported_base import check_imported, tuned_params
-from service.studies.locks import lock
-from service.studies.plan import Base, NewTarget, target_run, target_seeds
+from service.studies.advance import enqueue_target, find_base
+from service.studies.imported_base import check_imported_model, select_tuned_params
+from service.studies.locks import lock_study
+from service.studies.plan import Base, NewTarget, derive_target_seeds, make_target_run
 from service.studies.schemas import ImportedBase, TargetRequest
 from warmcore.specs import CheckpointRef, ModelSpec, RunSpec
 from warmcore.specs.fields import FieldError, reason
@@ -32,13 +32,15 @@ if TYPE_CHECKING:
     from service.protocol import Arm
 
 
-def start(session: Session, study: Study, request: TargetRequest, key: str | None) -> list[Run]:
+def start_targets(
+    session: Session, study: Study, request: TargetRequest, key: str | None
+) -> list[Run]:
     """Enqueue warm runs, and cold ones as control; the same idempotency key gives the same runs.
 
     Raises:
         Problem: 409 for a key that was used with another request, or as `_launch` says.
     """
-    study = lock(session, study.id)
+    study = lock_study(session, study.id)
     asked = request.model_dump(mode="json")
     if key is not None and (again := _launched(session, study, key)) is not None:
         return _same(session, again, asked)
@@ -84,13 +86,13 @@ def _launch(session: Session, study: Study, request: TargetRequest) -> list[Run]
     base_run, base = _base(session, study, request)
     try:
         base_model = _base_model(spec, base_run, request, warmstart)
-        model = grown_model(base_model, request.target, warmstart, "target")
-        check_alone(request.target.budgets, request.target.train, "target")
+        model = make_grown_model(base_model, request.target, warmstart, "target")
+        check_no_other_budget(request.target.budgets, request.target.train, "target")
     except FieldError as error:
         raise bad_field(error.path, error.value, str(error)) from None
     pairs = _pairs(spec, warmstart, base)
     try:
-        run = target_run(spec, model, request.target, pairs[0], warmstart)
+        run = make_target_run(spec, model, request.target, pairs[0], warmstart)
         check_size(run)
         check_batches("resources.target", spec.resources.target, {}, run.train)
     except ValueError as error:
@@ -119,7 +121,7 @@ def _pairs(spec: StudySpec, warmstart: WarmstartSpec, base: Base) -> list[NewTar
         NewTarget(
             rung=0, arm=arm, seed=seed, params=base.params, base=base if arm == "warm" else None
         )
-        for seed in target_seeds(spec.hpo.seed, warmstart.seeds)
+        for seed in derive_target_seeds(spec.hpo.seed, warmstart.seeds)
         for arm in arms
     ]
 
@@ -128,10 +130,10 @@ def _base_model(
     spec: StudySpec, run: Run | None, request: TargetRequest, warmstart: WarmstartSpec
 ) -> ModelSpec:
     """The model to grow; a FieldError where it, or what was trained with it, cannot go on."""
-    train = overridden_train(spec.train, request.target, "target")
+    train = override_train(spec.train, request.target, "target")
     if run is None:
         assert request.base is not None
-        check_imported(spec, request.base.model, warmstart)
+        check_imported_model(spec, request.base.model, warmstart)
         return request.base.model
     trained = RunSpec.model_validate(run.spec)
     check_trained_base(warmstart, trained.train, train, "target")
@@ -149,7 +151,7 @@ def _base(session: Session, study: Study, request: TargetRequest) -> tuple[Run |
     if request.checkpoint is not None:
         return _from_checkpoint(session, study, request.checkpoint)
     run = _trial(session, study, request.trial)
-    base = base_of(session, run)
+    base = find_base(session, run)
     if base is None:
         raise conflict("no-checkpoint", f"trial {run.trial_number} has no final checkpoint to grow")
     return run, base
@@ -165,8 +167,8 @@ def _imported(session: Session, study: Study, base: ImportedBase) -> Base:
     held = session.scalars(select(Checkpoint).where(same).with_for_update(read=True)).all()
     if any(row.superseded for row in held if row.uri == base.uri):
         raise bad_field("base.uri", base.uri, "this checkpoint was deleted; choose another")
-    best = best_trial(session, study.id)
-    params = {} if best is None else tuned_params(best.params)
+    best = find_best_trial(session, study.id)
+    params = {} if best is None else select_tuned_params(best.params)
     ref = CheckpointRef(uri=base.uri, hash=base.hash)
     ours = next((row.id for row in held if row.uri == base.uri), None)
     return Base(checkpoint_id=ours, checkpoint=ref, params=params)
@@ -174,7 +176,7 @@ def _imported(session: Session, study: Study, base: ImportedBase) -> Base:
 
 def _trial(session: Session, study: Study, number: int | None) -> Run:
     if number is None:
-        best = best_trial(session, study.id)
+        best = find_best_trial(session, study.id)
         if best is None:
             raise conflict("no-trial", f"no trial of study {study.name!r} has succeeded yet")
         return best

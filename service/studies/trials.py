@@ -10,10 +10,10 @@ from service.lifecycle import FINAL_STUDY_STATES
 from service.optuna_bridge.sampler import Sampler
 from service.problems import bad_field, conflict
 from service.specs.processes import check_batches
-from service.specs.search_space import contains
+from service.specs.search_space import contains_value
 from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
-from service.studies.locks import lock
+from service.studies.locks import lock_study
 from service.studies.schemas import Importance, TrialPage, TrialView
 from service.web.pagination import decode_number, encode_number
 from warmcore.specs.fields import FieldError, reason
@@ -21,7 +21,7 @@ from warmcore.specs.fields import FieldError, reason
 _FEWEST_FOR_IMPORTANCE = 4
 
 
-def page(
+def list_trials(
     session: Session, sampler: Sampler, study: Study, cursor: str | None, limit: int
 ) -> TrialPage:
     """Trials by number: those with a run, and those still waiting to be asked for."""
@@ -40,7 +40,7 @@ def page(
     return TrialPage(items=tuple(items[:limit]), next_cursor=next_cursor)
 
 
-def enqueue(
+def enqueue_trial(
     session: Session, sampler: Sampler, study: Study, params: dict[str, Any], key: str | None
 ) -> TrialView:
     """Put parameters at the head of the queue; the same idempotency key gives the same trial.
@@ -49,7 +49,7 @@ def enqueue(
         Problem: 409 when no trial of the budget is left, or for a key that was used with others;
             422 for parameters off the search space.
     """
-    study = lock(session, study.id)
+    study = lock_study(session, study.id)
     spec = parse_stored(study.spec)
     if key is not None and (before := sampler.enqueued(study.optuna_name, key)) is not None:
         number, given = before
@@ -57,7 +57,7 @@ def enqueue(
             detail = f"Idempotency-Key {key!r} was used for trial {number}, with parameters {given}"
             raise conflict("idempotency-key-reused", detail)
         return _as_it_is(session, study, number, given)
-    parameters_fit(spec, params)
+    check_parameters(spec, params)
     if study.state in FINAL_STUDY_STATES:
         raise conflict("wrong-state", f"study {study.name!r} is {study.state}; it starts no trials")
     # By Optuna's count: a trial that a crash left without its run will be adopted.
@@ -74,7 +74,7 @@ def _as_it_is(session: Session, study: Study, number: int, given: dict[str, Any]
     return _waiting(spec, number, given) if run is None else _view(run)
 
 
-def importance(sampler: Sampler, study: Study) -> Importance:
+def compute_importance(sampler: Sampler, study: Study) -> Importance:
     """Importances from the finished trials.
 
     Raises:
@@ -119,7 +119,7 @@ def _waiting(spec: StudySpec, number: int, params: dict[str, Any]) -> TrialView:
     )
 
 
-def parameters_fit(spec: StudySpec, params: dict[str, Any]) -> None:
+def check_parameters(spec: StudySpec, params: dict[str, Any]) -> None:
     """Check enqueued parameters against the search space.
 
     Raises:
@@ -130,7 +130,7 @@ def parameters_fit(spec: StudySpec, params: dict[str, Any]) -> None:
         if dimension is None:
             works = ", ".join(sorted(spec.search_space))
             raise bad_field(f"params.{name}", value, f"not in the search space: {works}")
-        if not contains(dimension, value):
+        if not contains_value(dimension, value):
             works = f"outside the search space, which spans {list(dimension.bounds)}"
             raise bad_field(f"params.{name}", value, works)
     try:

@@ -10,8 +10,8 @@ from service.operations.checkpoint_cleanup.policy import (
     Decision,
     decide_checkpoints,
 )
-from service.runs.store import best_growable
-from service.studies.locks import lock
+from service.runs.store import find_best_growable
+from service.studies.locks import lock_study
 
 _DAY_SECONDS = 86400.0
 
@@ -24,9 +24,9 @@ def lock_and_decide(
     A target is enqueued under the study's lock. One of another study that names a checkpoint by
     its URI has that row locked, and is seen here: it is asked for after the rows are.
     """
-    study = lock(session, study_id)
+    study = lock_study(session, study_id)
     facts = _facts(session, study_id)
-    best = best_growable(session, study.id)
+    best = find_best_growable(session, study.id)
     return decide_checkpoints(
         facts,
         best_run=best.id if best else None,

@@ -9,7 +9,7 @@ from service.access.paths import check_published
 from service.client import ServiceError
 from service.problems import Problem
 from service.settings import Settings
-from service.studies.imported_base import check_base
+from service.studies.imported_base import check_base_uri
 from service.studies.submission import list_source
 from service.web.services import find_service, provide_services
 from warmcore.corpus import glob_patterns
@@ -178,10 +178,10 @@ def test_a_checkpoint_of_another_projects_run_is_no_base_however_it_is_spelled(
     link.symlink_to(path / study)
     uri = spelled.format(root=settings.artifact_root, path=path, study=study)
     with shared_api.sessions() as session:
-        check_base(session, everybody("b"), settings, uri)
-        check_base(session, everybody(None), settings, uri)
+        check_base_uri(session, everybody("b"), settings, uri)
+        check_base_uri(session, everybody(None), settings, uri)
         with pytest.raises(Problem) as refusal:
-            check_base(session, everybody("a"), settings, uri)
+            check_base_uri(session, everybody("a"), settings, uri)
     assert (refusal.value.status, "no checkpoint" in refusal.value.detail) == (404, True)
 
 
@@ -195,7 +195,7 @@ def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path)
             (local, f"file://{tmp_path}/llama"),
             (cloud, "s3://bucket/root/imported/llama"),
         ):
-            check_base(session, everybody("a"), settings, good)
+            check_base_uri(session, everybody("a"), settings, good)
         for settings, bad in (
             (local, "/etc"),
             (local, f"{tmp_path}/../x"),
@@ -207,7 +207,7 @@ def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path)
             (cloud, "ftp://host/x"),
         ):
             with pytest.raises(Problem) as refusal:
-                check_base(session, everybody("a"), settings, bad)
+                check_base_uri(session, everybody("a"), settings, bad)
             assert refusal.value.errors[0].path == "base.uri", bad
 
 

@@ -8,7 +8,7 @@ from service.database.tables import Study
 from service.problems import Problem
 from service.specs.study import StudySpec
 from service.studies import submission
-from service.studies.submission import list_source, submit
+from service.studies.submission import list_source, submit_study
 from tests.by_hand import EVERYWHERE
 from warmcore.corpus import inspection
 from warmcore.corpus.inspection import inspect
@@ -34,7 +34,7 @@ def test_a_source_is_listed_once(shared_api, study_spec, corpus, listings, token
     data = {"source": str(corpus), "context": 32, "tokenizer": tokenizer}
     spec = StudySpec.model_validate(study_spec(data=data))
     with shared_api.sessions() as session:
-        study = submit(session, EVERYWHERE, spec, (corpus,), None)
+        study = submit_study(session, EVERYWHERE, spec, (corpus,), None)
         assert study.spec["data"]["hash"] is not None
         session.rollback()
     assert listings == [str(corpus)]
