@@ -1,8 +1,8 @@
 """`python -m workers.convert export|import`: checkpoints from and to Hugging Face folders.
 
-`warmscale export` and `warmscale import` become this process, since the service loads no torch.
+`warmscale export` and `warmscale import` start this module, because the service loads no torch.
 
-Exit codes: 0 done, 1 a checkpoint that is not there or is damaged, 2 refused.
+Exit codes: 0 done, 1 a missing or damaged checkpoint, 2 refused arguments.
 """
 
 import argparse
@@ -33,7 +33,7 @@ DONE, DAMAGED, REFUSED = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert, say what was written, and return the exit code."""
+    """Convert, print the written files, and return the exit code."""
     options = _make_parser().parse_args(arguments)
     console = Console(stderr=True)
     try:
@@ -91,16 +91,16 @@ def _export_checkpoint(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _find_checkpoint(checkpoint: str, given_hash: str | None) -> CheckpointRef:
-    """The checkpoint as it is asked for; of a local run's folder, the newest."""
+    """Return the named checkpoint; for the folder of a local run, the newest."""
     path = checkpoints.local_path(checkpoint)
     if path is None:
         if given_hash is None:
-            raise ValueError(f"{checkpoint} is not local: give its hash")
+            raise ValueError(f"{checkpoint} is not local: give the hash of the checkpoint")
         return CheckpointRef(uri=checkpoint, hash=given_hash)
     if not (path / MANIFEST).exists():
         path = next(iter(list_checkpoints(path / "checkpoints")), path)
-    found = given_hash or read_manifest(path)[1]
-    return CheckpointRef(uri=path.resolve().as_uri(), hash=found)
+    hash_ = given_hash or read_manifest(path)[1]
+    return CheckpointRef(uri=path.resolve().as_uri(), hash=hash_)
 
 
 def _import_folder(options: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _describe_export(done: dict[str, Any]) -> str:
 
 
 def _describe_import(done: dict[str, Any]) -> str:
-    """What a spec takes: the base, and the model, of which a target is a wider or deeper one."""
+    """Return YAML for a spec: the base, and the model that a target widens or deepens."""
     base = {"uri": done["uri"], "hash": done["hash"]}
     lines = yaml.safe_dump({"growth": {"base": base}, "model": done["model"]}, sort_keys=False)
     num_params = count_params(ModelSpec.model_validate(done["model"])).total

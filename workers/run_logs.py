@@ -1,4 +1,4 @@
-"""What the fleet and its worker processes say in the log, and how theirs reaches the fleet's."""
+"""Log lines about runs, and the way from worker processes to the fleet's log."""
 
 import functools
 import logging
@@ -12,17 +12,17 @@ from service.observability import logs
 from service.protocol import Lease
 
 _log = logging.getLogger("workers.ray")
-_OURS = ("time=", '{"time":')  # how `service.observability.logs` begins a line
+_OURS = ("time=", '{"time":')  # the beginnings of lines by `service.observability.logs`
 
 
 def run_fields(lease: Lease) -> dict[str, Any]:
-    """The fields that every line about a run has."""
+    """Return the fields of every log line about a run."""
     return {"study": lease.study_id, "run": lease.run_id, "attempt": lease.attempt}
 
 
 @contextmanager
 def log_run(lease: Lease) -> Generator[None]:
-    """In a worker process, which has one run at a time: its lines say which, in every thread."""
+    """Add the fields of a run to every log line of this worker process, from every thread."""
     _configure_logs()
     with logs.add_fields(**run_fields(lease), pid=os.getpid()):
         yield
@@ -34,9 +34,9 @@ def _configure_logs() -> None:
 
 
 def forward_lines(batch: Mapping[str, Any]) -> None:
-    """Put lines that Ray brought from a worker process's error stream into the fleet's log.
+    """Write lines that Ray collected from a worker process's standard error to the fleet's log.
 
-    Ours come as they are, with their run; of others' at least the process is known.
+    Our own lines already have their fields and are copied. Lines of libraries get the process id.
     """
     if not batch.get("is_err"):
         return

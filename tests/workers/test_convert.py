@@ -58,7 +58,7 @@ def test_a_checkpoint_in_an_object_store_is_exported_by_its_hash(training, tmp_p
     stored = checkpoints.save_training(training, uri)
     out = ["--out", str(tmp_path / "hf")]
     assert main(["export", uri, *out]) == REFUSED
-    assert "give its hash" in capsys.readouterr().err
+    assert "give the hash of the checkpoint" in capsys.readouterr().err
     assert main(["export", uri, "--hash", "0" * 64, *out]) == DAMAGED
     assert main(["export", uri, "--hash", stored.hash, *out]) == DONE
 

@@ -1,6 +1,6 @@
-"""One leased run: resume or grow or initialize, train, report, checkpoint, finish.
+"""Execution of a leased run: resume, grow or initialize; train, report, checkpoint, finish.
 
-Trials and targets take this same way; only `RunSpec.growth` differs.
+Trials and targets take the same path; only `RunSpec.growth` differs.
 """
 
 import contextlib
@@ -38,13 +38,14 @@ def execute_lease(
     options: AttemptOptions,
     draining: Callable[[], bool] = lambda: False,
 ) -> Ending:
-    """Run `lease` to its end, or to a checkpoint from which another attempt goes on.
+    """Run `lease` to the end, or to a checkpoint from which another attempt can go on.
 
     Raises:
-        UnrunnableError: no other worker could run it either.
-        Exception: anything else that went wrong; the caller reports it.
+        UnrunnableError: no other worker could run this lease either.
+        Exception: another failure; the caller reports it.
     """
-    with Reporter(client, lease) as reporter:  # first: a long preparation must not cost the lease
+    # The reporter renews the lease. It starts first, because preparing data can take minutes.
+    with Reporter(client, lease) as reporter:
         try:
             attempt = _Attempt.prepared(lease, client, reporter, options)
             log.info("training", extra={"step": attempt.step, "device": options.device})
@@ -57,7 +58,7 @@ def execute_lease(
 
 
 class _DrainedError(Exception):
-    """The fleet drains, and the store takes no checkpoint."""
+    """The fleet drains while the store accepts no checkpoint."""
 
 
 class _Attempt:
@@ -75,7 +76,9 @@ class _Attempt:
         self._corpus, self._training = corpus, training
         self._curve = Curve(log_every=lease.spec.train.log_every, tokens=training.tokens)
         self._evaluation_steps = frozenset(lease.spec.evaluation_steps)
-        self._branch_steps = frozenset(lease.spec.branch_steps[:-1])  # the last one is final
+        self._branch_steps = frozenset(
+            lease.spec.branch_steps[:-1]
+        )  # the last step gets the final checkpoint
         self._saved_step = training.step
         self._published: CheckpointReport | None = None
         self._saved_at = time.monotonic()
@@ -85,13 +88,13 @@ class _Attempt:
     def prepared(
         cls, lease: Lease, client: Client, reporter: Reporter, options: AttemptOptions
     ) -> Self:
-        """Return an attempt with prepared data, and a training that may go on from a checkpoint.
+        """Return an attempt with prepared data and a started or resumed training.
 
-        Waits for a store that is away, as long as `options` allow it.
+        Wait for a store that is away, as long as `options` allow it.
 
         Raises:
             UnrunnableError: no worker could run this lease.
-            CancelledError: the run was cancelled in the meantime.
+            CancelledError: the run was cancelled during the wait.
         """
         try:
             corpus = prepare.prepare(lease.spec.data)
@@ -103,7 +106,7 @@ class _Attempt:
 
     @property
     def step(self) -> int:
-        """Where the training is."""
+        """The step that the training has reached."""
         return self._training.step
 
     def run_to_end(self, draining: Callable[[], bool]) -> Ending:
@@ -127,7 +130,9 @@ class _Attempt:
                 case "continue":
                     pass
             if isinstance(event, StepEvent) and event.step in self._evaluation_steps:
-                continue  # its evaluation is next: a checkpoint between would split the measurement
+                # The evaluation of this step is the next event, and completes its measurement. A
+                # checkpoint here would make the resumed run report the step without the evaluation.
+                continue
             if draining():
                 return self._save_and_release()
             self._checkpoint_if_due(draining)
@@ -162,21 +167,21 @@ class _Attempt:
         return self._finish_attempt("released")
 
     def _try_checkpoint(self) -> None:
-        """Checkpoint if the store takes one: without it an interruption only costs more steps."""
+        """Publish a checkpoint if the store accepts it; a failure only costs steps later."""
         try:
             saved = self._save_step()
         except OSError as error:
             if self._options.ranks.size > 1:
                 raise  # the other processes are in the middle of this save
             log.warning("the store takes no checkpoint", extra={"error": str(error)})
-            self._saved_at = time.monotonic()
+            self._saved_at = time.monotonic()  # try again after the usual interval
             return
         self._publish_checkpoint(saved)
 
     def _save_patiently(self, draining: Callable[[], bool]) -> CheckpointReport:
-        """A checkpoint that the run cannot do without: a store that is full or away is waited for.
+        """Return a checkpoint that the run needs, and wait for a store that is full or away.
 
-        It would refuse every other attempt as well, so that failing would soon fail the study.
+        The store would refuse every other attempt too, and repeated failures would fail the study.
         """
 
         def end_if_stopped(error: OSError) -> None:
@@ -201,13 +206,13 @@ class _Attempt:
         self._saved_step, self._saved_at = report.step, time.monotonic()
         log.info("checkpoint", extra={"step": report.step, "final": final})
         for superseded in reply.superseded:
-            with contextlib.suppress(Exception):  # tidying must not end a run
+            with contextlib.suppress(Exception):  # a failed clean-up must not end a run
                 checkpoints.delete_checkpoint(
                     superseded, of_run=self._lease.artifact_uri.rpartition("/")[0]
                 )
 
     def _save_step(self) -> CheckpointReport:
-        """This step's checkpoint, in place; the curve up to it accepted. Never written twice."""
+        """Save the checkpoint of this step, once, and report the curve up to it."""
         if self._published is not None and self._published.step == self._training.step:
             return self._published
         uri = f"{self._lease.artifact_uri}/step-{self._training.step:08d}"
@@ -223,7 +228,10 @@ class _Attempt:
         )
 
     def _report_all(self) -> None:
-        """Wait until the curve up to here is accepted, so that resuming here leaves no gap."""
+        """Wait until the service has accepted the curve up to this step.
+
+        An attempt that resumes at this step then leaves no gap in the curve.
+        """
         if (measurement := self._curve.take_measurement()) is not None:
             self._reporter.add_measurement(measurement)
         self._reporter.flush()
@@ -243,5 +251,5 @@ class _Attempt:
             timing=self._timing,
         )
         self._client.finish(self._lease, request)
-        assert outcome != "failed", "failures are the fleet's to report"
+        assert outcome != "failed", "the fleet reports failures"
         return outcome

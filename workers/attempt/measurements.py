@@ -1,4 +1,4 @@
-"""From training events to measurements: one per step number, a step held back until it is whole."""
+"""Measurements from training events: one for each step, kept back until it is complete."""
 
 import math
 
@@ -7,11 +7,15 @@ from warmcore.training.events import EvaluationEvent, StepEvent
 
 
 class Curve:
-    """Merges the events of one step and keeps the time between measurements.
+    """Merger of the events of a step, and of the time between measurements.
 
-    A step is measured every `log_every` steps and wherever there is an evaluation. An evaluation
-    follows its step, so it completes the measurement; a step alone is complete at the next one.
+    A step is measured every `log_every` steps and at every evaluation. An evaluation follows the
+    event of the same step and completes the measurement. A step without an evaluation is complete
+    when the next step arrives.
     """
+
+    # With `log_every` 5 and an evaluation at step 7: step 5 is held until step 6 arrives, and then
+    # given; step 6 is dropped; step 7 is held, and given together with the loss of its evaluation.
 
     def __init__(self, *, log_every: int, tokens: int) -> None:
         self._log_every = log_every
@@ -20,7 +24,7 @@ class Curve:
         self._held: StepEvent | None = None
 
     def add_event(self, event: StepEvent | EvaluationEvent) -> Measurement | None:
-        """Take an event; give the measurement that it completes, if it completes one."""
+        """Add an event; return the measurement that it completes, if any."""
         if isinstance(event, EvaluationEvent):
             step, self._held = self._held, None
             return self._measure_evaluation(event, step)
@@ -30,7 +34,7 @@ class Curve:
         return complete
 
     def take_measurement(self) -> Measurement | None:
-        """Give the present step's measurement, if it has one that was not given yet."""
+        """Return the measurement of the held step; None if no step is held, or it is not logged."""
         step, self._held = self._held, None
         if step is None or step.step % self._log_every:
             return None
@@ -44,7 +48,7 @@ class Curve:
             "val_loss_nats": finite_or_none(event.val_loss_nats),
             "ema_val_loss_nats": finite_or_none(event.ema_val_loss_nats),
             "swa_val_loss_nats": finite_or_none(event.swa_val_loss_nats),
-            "evaluation": event.evaluation or None,  # 0 is before training, and no rung
+            "evaluation": event.evaluation or None,  # evaluation 0 precedes training: no rung
         }
         return base.model_copy(update=values)
 
@@ -63,5 +67,6 @@ class Curve:
 
 
 def finite_or_none(value: float | None) -> float | None:
+    """Return `value`, or None for an infinity or NaN, which JSON cannot hold."""
     """Return `value`, or None for an infinity or NaN, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None

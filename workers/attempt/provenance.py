@@ -1,4 +1,4 @@
-"""What a run was made with, as far as the process and the machine tell."""
+"""Provenance of a run: code, packages, data and machine."""
 
 import functools
 import hashlib
@@ -16,10 +16,11 @@ _PACKAGES = ("torch", "numpy", "safetensors", "ray", "pydantic")
 
 @functools.cache
 def code_hash() -> str:
-    """SHA-256 of warmcore's source text: every file's relative path and content, in order."""
+    """Return the SHA-256 of warmcore's source: path and content of each file, sorted by path."""
     digest = hashlib.sha256()
     root = Path(warmcore.__path__[0])
     for path in sorted(root.rglob("*.py")):
+        # A zero byte ends the path and the content: no two sets of files give the same stream.
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
@@ -34,7 +35,7 @@ def _package_versions() -> dict[str, str]:
 def collect_provenance(
     training: Training, *, data_hash: str, device: str, num_threads: int
 ) -> Provenance:
-    """Describe the run `training` on this machine."""
+    """Return the provenance of `training` in this process."""
     return Provenance(
         warmscale_version=metadata.version("warmscale"),
         code_hash=code_hash(),

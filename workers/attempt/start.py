@@ -1,4 +1,4 @@
-"""The training of an attempt at its start: resumed, grown or initialized."""
+"""The start of a training: resumed from a checkpoint, grown from a base, or initialized."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from workers.attempt.options import AttemptOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingStart:
-    """Everything from which the training of a lease begins."""
+    """Lease, data and options from which a training starts."""
 
     lease: Lease
     corpus: Corpus
     options: AttemptOptions
 
     def begin_training(self, *, before_wait: Callable[[], object]) -> Training:
-        """Return the training of the newest usable checkpoint; without one, of step 0.
+        """Return a training at the newest usable checkpoint, or at step 0 if none is left.
 
-        `before_wait` is called before each wait for the store, and may raise to end the wait.
+        `before_wait` is called before each wait for the store; it may raise to end the wait.
 
         Raises:
             OSError: the store cannot be reached, and may hold a checkpoint of this run.
@@ -35,7 +35,8 @@ class TrainingStart:
 
     def _resume_newest(self, before_wait: Callable[[], object]) -> Training | None:
         options = self.options
-        alone = options.ranks.size == 1  # else the other processes are in the middle of this too
+        # Several processes cannot retry: the others are already in the middle of the same read.
+        alone = options.ranks.size == 1
         return resume.read_newest(
             self.lease.resume_from,
             self._resume_from,
@@ -56,8 +57,9 @@ class TrainingStart:
                 return LeadingTraining.start(
                     spec, self.corpus, device=device, base=base, ranks=ranks
                 )
-        except CheckpointCorruptError as error:  # another attempt may read it from another machine
+        except CheckpointCorruptError as error:
+            # Not an `UnrunnableError`: the next attempt may read the file from another machine.
             name = "trunk" if spec.trunk else "growth.base"
             works = "targets can be started by hand from another trial or checkpoint"
-            message = f"{name}: {error}; nothing else is taken in its place: {works}"
+            message = f"{name}: {error}; no other checkpoint replaces it: {works}"
             raise CheckpointCorruptError(message) from error

@@ -1,9 +1,9 @@
 """The fleet's command line: `python -m workers.fleet --url http://127.0.0.1:8000`.
 
-The API key comes from the environment alone (WARMSCALE_API_KEY): a command line is public on its
-machine. SIGTERM or Ctrl-C drains: every run publishes a checkpoint and is given back, exit 0; a
-second one, or one while Ray still starts, exits at once, and Ray's processes with it. A fleet that
-lost its Ray exits with 1.
+The API key comes from the environment alone (WARMSCALE_API_KEY), because every user of a machine
+can read command lines. SIGTERM or Ctrl-C drains: every run publishes a checkpoint and is given
+back, and the fleet exits with 0. A second signal, or a signal while Ray starts, ends the fleet and
+Ray's processes at once. A fleet that lost the connection to Ray exits with 1.
 """
 
 import argparse
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a fleet until it is drained, idle or refused; gives the exit code."""
+    """Run a fleet until it is drained, idle or refused; return the exit code."""
     args = _make_parser().parse_args(argv)
     api_key = os.environ.get(API_KEY_VARIABLE)
     if not api_key:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     stop = Stop()
-    # Ray prints a paragraph there for every lost process; our log has a line for it.
+    # Ray prints a paragraph to stdout for every lost process; our log already has a line.
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
         return _run_fleet(args, api_key, stop)
 
@@ -78,16 +78,16 @@ def _run_dispatcher(dispatcher: "Dispatcher") -> int:
     try:
         dispatcher.run()
     except FleetRefusedError as error:
-        log.error("refused", extra={"error": error})  # noqa: TRY400 - the message says it all
+        log.error("refused", extra={"error": error})  # noqa: TRY400 - a traceback would add nothing
         return 1
     except RayLostError as error:
         log.error("lost", extra={"error": error})  # noqa: TRY400
-        os._exit(1)  # Ray would take a minute to shut down what is dead; its rest dies with us
+        os._exit(1)  # `ray.shutdown` would wait a minute; Ray's processes end with this process
     return 0
 
 
 def _open_engine(args: argparse.Namespace) -> contextlib.AbstractContextManager["Engine"]:
-    """Set what Ray reads when it is imported, and only then import it."""
+    """Set the environment that Ray reads at import, then import Ray and connect."""
     if args.ray_address is None:
         ray_environment.set_for_local_ray()
     else:
@@ -101,11 +101,13 @@ def _open_engine(args: argparse.Namespace) -> contextlib.AbstractContextManager[
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="workers.fleet", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--url", required=True, help="the service")
-    parser.add_argument("--ray-address", help="a running Ray cluster, `auto` for this node's")
-    parser.add_argument("--cpus", type=int, help="of a local Ray; all by default")
-    parser.add_argument("--gpus", type=int, help="of a local Ray; all by default")
-    parser.add_argument("--study", help="name or id; by default runs of any study")
+    parser.add_argument("--url", required=True, help="URL of the service")
+    parser.add_argument(
+        "--ray-address", help="a running Ray cluster; `auto` for the cluster of this node"
+    )
+    parser.add_argument("--cpus", type=int, help="CPUs of a local Ray; all by default")
+    parser.add_argument("--gpus", type=int, help="GPUs of a local Ray; all by default")
+    parser.add_argument("--study", help="name or id of a study; by default any study")
     parser.add_argument("--kinds", nargs="+", choices=("trial", "target"))
     parser.add_argument("--checkpoint-seconds", type=float, default=30.0, metavar="SECONDS")
     parser.add_argument("--exit-when-idle", type=float, metavar="SECONDS")

@@ -1,8 +1,8 @@
-"""Free resources -> leases -> Ray tasks, until told to drain.
+"""The loop of a fleet: free resources become leases, and leases become Ray tasks.
 
-One loop on the main thread takes events off a queue, and never waits for anything else: a thread
-asks for leases while there is room (a long poll), Ray's callbacks put the ends of runs on the
-queue, and signals put drains. So a slot that falls free is offered again at once.
+A loop on the main thread takes events from a queue and waits for nothing else. A thread asks for
+leases while resources are free (a long poll). Ray's callbacks queue the ends of runs, and signals
+queue the drain. Free resources are therefore offered again at once.
 """
 
 import functools
@@ -27,20 +27,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_MAX_RUNS = 64  # the protocol's
-# While runs run, more may soon be free than was offered: ask for little time, then for all of it.
+_MAX_RUNS = 64  # limit of the protocol
+# While runs are running, a run may end and free more than was offered. A short poll lets the next
+# request offer everything that is free by then.
 _BUSY_WAIT_SECONDS = 1.0
 _IDLE_WAIT_SECONDS = 2.0
 _PAUSE_SECONDS = 0.2
 _AWAY_BACKOFF = Backoff(first_seconds=1.0, max_seconds=15.0)
 _TICK_SECONDS = 0.2
 _KILLED_SECONDS = 10.0
-_QUEUED_SHARE = 1 / 2  # of a lease: a process may have to start, and there must be time to tell
+# Share of the lease after which a run that has not begun is given back. A process may need the
+# first half to start; the second half leaves time to reach the service.
+_QUEUED_SHARE = 1 / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class DispatcherOptions:
-    """What a fleet takes on."""
+    """Settings of a fleet: the service, the runs that it leases, and its times."""
 
     url: str
     api_key: str = field(repr=False)
@@ -60,7 +63,7 @@ class _Running:
 
 
 class Dispatcher:
-    """Runs leases on an engine. Everything but `drain` belongs to the thread that calls `run`."""
+    """Loop that runs leases on an engine. Only `drain` may be called from another thread."""
 
     def __init__(self, engine: Engine, options: DispatcherOptions) -> None:
         self._engine, self._options = engine, options
@@ -69,7 +72,7 @@ class Dispatcher:
         self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._nodes = Nodes()
         self._running: dict[str, _Running] = {}
-        self._due: dict[str, float] = {}  # by when runs that were submitted must have begun
+        self._due: dict[str, float] = {}  # when a submitted run must have begun, by lease token
         self._is_asking = False
         self._away_pauses = _AWAY_BACKOFF.iterate_pauses()
         self._ask_at = self._busy_at = time.monotonic()
@@ -77,15 +80,15 @@ class Dispatcher:
         self._refusal: FleetRefusedError | None = None
 
     def drain(self) -> None:
-        """Lease no more, have every run checkpointed and given back; safe in a signal handler."""
+        """Stop leasing and give every run back with a checkpoint; safe in a signal handler."""
         self._events.put(self._drain_runs)
 
     def run(self) -> None:
-        """Work until drained or, where the options say so, idle for long enough.
+        """Run leases until the fleet is drained, or idle for as long as the options allow.
 
         Raises:
-            FleetRefusedError: and what was running has been given back.
-            RayLostError: and what was running has been reported.
+            FleetRefusedError: the service refused the fleet; its runs have been given back.
+            RayLostError: Ray is gone; the failures of its runs have been reported.
         """
         try:
             while not self._is_done():
@@ -118,7 +121,7 @@ class Dispatcher:
             return False
         return now >= self._busy_at + idle
 
-    # Asking: one request at a time, so that what it offers is still free when it is put_answer.
+    # Only a single request is pending, so that the offered resources stay free until the answer.
 
     def _should_ask(self) -> bool:
         return not self._is_asking and self._kill_at is None and time.monotonic() >= self._ask_at
@@ -168,13 +171,11 @@ class Dispatcher:
             return
         self._ask_at = time.monotonic() + next(self._away_pauses)
 
-    # Running
-
     def _start_run(self, lease: Lease, node: str) -> None:
         seconds = self._options.checkpoint_seconds
         try:
             handle = self._engine.submit(lease, node, self._connection, seconds)
-        except Exception as error:  # noqa: BLE001 - the run's; of a lost Ray the next asking tells
+        except Exception as error:  # noqa: BLE001 - fails this run; `nodes()` notices a lost Ray
             self._report_failure(lease, error)
             return
         token = lease.lease_token
@@ -183,9 +184,9 @@ class Dispatcher:
         self._running[token] = _Running(lease=lease, handle=handle, started=now)
         self._due[token] = now + _QUEUED_SHARE * lease.lease_seconds
         needs = {"cpus": lease.resources.cpus, "gpus": lease.resources.gpus}
-        what = {"kind": lease.kind, "trial": lease.trial_number, "arm": lease.arm}
+        about = {"kind": lease.kind, "trial": lease.trial_number, "arm": lease.arm}
         log.info(
-            "lease", extra=run_fields(lease) | {"name_of_study": lease.study_name} | what | needs
+            "lease", extra=run_fields(lease) | {"name_of_study": lease.study_name} | about | needs
         )
         handle.future.add_done_callback(
             lambda future: self._events.put(functools.partial(self._handle_end, token, future))
@@ -206,7 +207,10 @@ class Dispatcher:
         log.info("end", extra=run_fields(running.lease) | how)
 
     def _give_back_queued_runs(self) -> None:
-        """Another fleet of this Ray was faster, and in Ray's queue nobody renews a lease."""
+        """Give back each run that has not begun by half of its lease.
+
+        Another fleet of this Ray took its CPUs first, and no process renews a lease in Ray's queue.
+        """
         now = time.monotonic()
         for token in [token for token, due in self._due.items() if now >= due]:
             del self._due[token]
@@ -227,7 +231,10 @@ class Dispatcher:
         log.warning("end", extra=run_fields(lease) | how)
         self._link.finish_attempt(lease, finish)
 
-    # Draining
+    # A drain asks every run to publish a checkpoint and return. Example with `drain_seconds` 60: a
+    # run that returns within 60 s loses no step. A slower run is killed, and the fleet releases it:
+    # it resumes from its last published checkpoint. The loop ends when no run is left, at the latest
+    # 10 s after the kill. If a lease arrives during the drain, `_handle_answer` releases it.
 
     def _drain_runs(self) -> None:
         if self._kill_at is None:

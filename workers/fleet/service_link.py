@@ -1,6 +1,6 @@
-"""The fleet's line to the service: requests on threads of their own, answers as calls back.
+"""Requests of the fleet to the service, each on a thread of its own, with a callback.
 
-Threads are daemons: a service that never answers must not keep a fleet from exiting.
+The threads are daemons: a service that never answers must not keep a fleet from exiting.
 """
 
 import logging
@@ -14,28 +14,27 @@ from workers.run_logs import run_fields
 
 log = logging.getLogger(__name__)
 
-_TELL_PATIENCE_SECONDS = 30.0
+_FINISH_PATIENCE_SECONDS = 30.0
 
 
 class FleetRefusedError(Exception):
-    """The service does not accept this fleet: its key, its study or its protocol."""
+    """The service does not accept the key, the study or the protocol of this fleet."""
 
 
 class ServiceLink:
-    """Asks for leases, and tells how attempts ended that could not tell so themselves."""
+    """Requests for leases, and finishes of attempts whose own process could not send them."""
 
     def __init__(self, url: str, api_key: str) -> None:
-        self._lease_client = Client(
-            url, api_key, patience_seconds=0.0
-        )  # the fleet asks again anyway
-        self._finish_client = Client(url, api_key, patience_seconds=_TELL_PATIENCE_SECONDS)
+        # Without patience: after a failure the dispatcher pauses and repeats the request itself.
+        self._lease_client = Client(url, api_key, patience_seconds=0.0)
+        self._finish_client = Client(url, api_key, patience_seconds=_FINISH_PATIENCE_SECONDS)
         self._finishing: list[threading.Thread] = []
         self._is_away = False
 
     def request_leases(
         self, request: LeaseRequest, answered: Callable[[tuple[Lease, ...] | Exception], None]
     ) -> None:
-        """Call `answered` from another thread, once, with leases or with the reason for none."""
+        """Call `answered` from another thread, once, with leases or with an exception."""
         threading.Thread(
             target=lambda: answered(self._lease_or_error(request)), daemon=True
         ).start()
@@ -43,7 +42,7 @@ class ServiceLink:
     def _lease_or_error(self, request: LeaseRequest) -> tuple[Lease, ...] | Exception:
         try:
             leases = self._lease_client.lease(request)
-        except Exception as error:  # noqa: BLE001 - unanswered, the fleet would never ask again
+        except Exception as error:  # noqa: BLE001 - without an answer the fleet would never ask again
             if isinstance(error, ServiceError) and _is_refusal(error.status):
                 return FleetRefusedError(str(error))
             if not self._is_away:
@@ -65,14 +64,14 @@ class ServiceLink:
         try:
             self._finish_client.finish(lease, finish)
         except StaleLeaseError:
-            pass  # told before, or another attempt's business by now
+            pass  # already reported, or another attempt holds the run by now
         except Exception as error:  # noqa: BLE001 - a thread's end
             log.warning(
                 "untold", extra=run_fields(lease) | {"error": repr(error)}
             )  # its lease will expire
 
     def close(self) -> None:
-        """Wait until everything is told, or was tried for as long as patience lasts; hang up."""
+        """Wait until every finish was sent or given up, and close the connections."""
         for thread in self._finishing:
             thread.join()
         self._lease_client.close()

@@ -1,4 +1,4 @@
-"""A run that several processes share: a Ray Train `TorchTrainer`, led from a task of its own.
+"""A run in several processes: a Ray Train `TorchTrainer`, started from a Ray task of its own.
 
 Rank 0 executes the attempt (`workers.attempt.execute`), and the other ranks follow it. Ray Train
 places and joins the processes, and ends all of them when one fails. The task then fails, and the
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from workers.attempt.execute import Ending
 
 _TICK_SECONDS = 0.2
-# Of one word between ranks: rank 0 may be waiting out an outage of the service.
+# Longest wait of a rank for a message: rank 0 may be waiting for the service, up to 600 s.
 _COLLECTIVE_SECONDS = 1800
 _SETTINGS = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path of data means the same to every process
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how late an end is noticed
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of data keep their meaning
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray notices the end of a process this late
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
@@ -42,7 +42,7 @@ _SETTINGS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupRun:
-    """What every process of a run needs to know."""
+    """A run in several processes: the data that every process needs."""
 
     lease: Lease
     connection: Connection
@@ -52,12 +52,12 @@ class GroupRun:
 
     @property
     def begun_file(self) -> Path:
-        """Exists once rank 0 keeps the lease itself."""
+        """A file that exists once rank 0 renews the lease itself."""
         return self.folder / "begun"
 
     @property
     def drain_file(self) -> Path:
-        """Exists once the run is to be given back."""
+        """A file that exists once the run must be given back."""
         return self.folder / "drain"
 
 
@@ -69,7 +69,7 @@ def run_group(
     leased_at: float,
     node: str,
 ) -> "Ending":
-    """Run a lease in as many processes as it asks for, on this node; this one only waits."""
+    """Run a lease in as many processes as it asks for, on this node; this process waits."""
     with (
         run_logs.log_run(lease),
         drain_on_cancel() as draining,
@@ -84,6 +84,8 @@ def run_group(
             leased_at=leased_at,
             folder=Path(folder),
         )
+        # Processes and torch may take longer to start than the lease lasts. This reporter renews
+        # the lease until rank 0's reporter does; the file `begun` ends the first.
         starting.enter_context(Reporter(client_of(connection), lease))
         fit = pool.submit(_fit_trainer, group, node)
         while not fit.done():
@@ -105,7 +107,7 @@ def _fit_trainer(group: GroupRun, node: str) -> "Ending":
     needs, size = group.lease.resources, group.lease.resources.num_processes
     each = {"CPU": needs.cpus / size, "GPU": needs.gpus / size}
     trainer = TorchTrainer(
-        functools.partial(_run_rank, group),  # its config would be logged, and the key with it
+        functools.partial(_run_rank, group),  # Ray would log a config, and with it the API key
         torch_config=TorchConfig(
             backend=backend("cuda" if needs.gpus else "cpu"), timeout_s=_COLLECTIVE_SECONDS
         ),
@@ -131,13 +133,14 @@ def _fit_trainer(group: GroupRun, node: str) -> "Ending":
 
 
 def _find_cause(failures: Mapping[int, BaseException]) -> UnrunnableError | None:
-    """The verdict on the run itself, if any process came to one."""
+    """Return the `UnrunnableError` among the failures, if any process raised it."""
+    # Ray Train wraps an exception of a process and keeps the original in `_base_exc`.
     causes = [getattr(error, "_base_exc", error) for error in failures.values()]
     return next((cause for cause in causes if isinstance(cause, UnrunnableError)), None)
 
 
 def _run_rank(group: GroupRun) -> "Ending | None":
-    """One process's part; rank 0 tells how it ended."""
+    """Run the part of this process; rank 0 returns the ending, other ranks return None."""
     from warmcore.training.follow import follow
     from warmcore.training.ranks import Ranks
     from workers.attempt import cpus
