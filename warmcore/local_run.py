@@ -15,6 +15,7 @@ from warmcore.corpus.prepare import Corpus
 from warmcore.run_file import reference, require_local_path
 from warmcore.specs import RunSpec
 from warmcore.specs.run import branch_of
+from warmcore.storage.atomic_writes import write_file
 from warmcore.training.events import DivergedEvent, EvaluationEvent, Event, StepEvent
 from warmcore.training.leading import LeadingTraining
 from warmcore.training.ranks import ALONE, Ranks
@@ -133,9 +134,8 @@ class LocalRun:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if len(lines) < num_lines:
             raise _MeasurementsMissingError(f"{path} has {len(lines)} of {num_lines} lines")
-        aside = path.with_suffix(".aside")
-        aside.write_text("".join(lines[:num_lines]))
-        aside.rename(path)
+        with write_file(path) as file:
+            file.write("".join(lines[:num_lines]).encode())
 
     def _record(self, event: Event, file: TextIO) -> None:
         match event:

@@ -104,7 +104,7 @@ def test_prepared_records_are_their_texts(tmp_path):
     corpus = prepare(spec, tmp_path / "cache")
     tokens = bytes([*corpus.train.tolist(), *corpus.val.tolist()])
     assert sorted(tokens.split(b"\0")[:-1]) == sorted(text.encode() for text in DOCUMENTS)
-    assert not list((tmp_path / "cache").glob(".aside-*"))
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_null_is_no_document_and_neither_is_a_blank_line(tmp_path):
