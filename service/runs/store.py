@@ -1,4 +1,4 @@
-"""Queries on runs: reading them, and what their worker writes under its lease."""
+"""Reading runs, their curves and checkpoints; the best trial; the row of a new run."""
 
 from sqlalchemy import ColumnElement, select, tuple_
 from sqlalchemy.orm import Session
@@ -6,10 +6,7 @@ from sqlalchemy.orm import Session
 from service.access.caller import Caller
 from service.database.tables import Checkpoint, Run, Study
 from service.database.tables import Measurement as MeasurementRow
-from service.protocol import (
-    CheckpointView,
-    RunView,
-)
+from service.protocol import CheckpointView, RunView
 from service.runs.schemas import MeasurementPage, MeasurementView, RunPage
 from service.specs.study import StudySpec
 from service.web.pagination import decode_cursor, decode_number, encode_cursor, encode_number
@@ -18,7 +15,7 @@ from warmcore.specs.sizes import flops_per_token
 
 
 def view_run(run: Run, study_name: str) -> RunView:
-    """The run as it is read."""
+    """Return the run as the API shows it."""
     same = {name: getattr(run, name) for name in RunView.model_fields if hasattr(run, name)}
     return RunView.model_validate(same | {"study_name": study_name})
 
@@ -30,9 +27,10 @@ def list_runs(
     cursor: str | None,
     limit: int,
 ) -> RunPage:
-    """The caller's runs with their study's name, newest first."""
+    """Return a page of the caller's runs with their studies' names, newest first."""
     query = select(Run, Study.name).join(Study, Study.id == Run.study_id)
     query = query.where(caller.study_filter, *filters)
+    # One row more than the page holds tells whether there is a next page.
     query = query.order_by(Run.created_at.desc(), Run.id.desc()).limit(limit + 1)
     if cursor is not None:
         query = query.where(tuple_(Run.created_at, Run.id) < decode_cursor(cursor))
@@ -47,7 +45,7 @@ def list_runs(
 def list_measurements(
     session: Session, run_id: str, cursor: str | None, limit: int
 ) -> MeasurementPage:
-    """The run's curve, by step."""
+    """Return a page of the run's curve, ordered by step."""
     fields = tuple(MeasurementView.model_fields)
     query = select(*(getattr(MeasurementRow, field) for field in fields))
     query = query.where(MeasurementRow.run_id == run_id)
@@ -61,7 +59,7 @@ def list_measurements(
 
 
 def list_checkpoints(session: Session, run_id: str) -> tuple[CheckpointView, ...]:
-    """The run's checkpoints that are kept, newest first."""
+    """Return the run's kept checkpoints as the API shows them, newest first."""
     fields = tuple(CheckpointView.model_fields)
     return tuple(
         CheckpointView(**{f: getattr(row, f) for f in fields})
@@ -70,13 +68,13 @@ def list_checkpoints(session: Session, run_id: str) -> tuple[CheckpointView, ...
 
 
 def load_kept_checkpoints(session: Session, run_id: str) -> list[Checkpoint]:
-    """Checkpoints whose files are there, the furthest first."""
+    """Return the rows of checkpoints that have files, the highest step first."""
     query = select(Checkpoint).where(Checkpoint.run_id == run_id, ~Checkpoint.superseded)
     return list(session.scalars(query.order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc())))
 
 
 def find_best_trial(session: Session, study_id: str) -> Run | None:
-    """The succeeded trial with the lowest validation loss; the earlier one of equals."""
+    """Return the succeeded trial with the lowest validation loss; of equal ones the earliest."""
     query = (
         select(Run)
         .where(Run.study_id == study_id, Run.kind == "trial", Run.state == "succeeded")
@@ -87,7 +85,10 @@ def find_best_trial(session: Session, study_id: str) -> Run | None:
 
 
 def find_best_growable(session: Session, study_id: str) -> Run | None:
-    """The best trial that can be grown: a worker of another framework may publish no checkpoint."""
+    """Return the best succeeded trial that has a final checkpoint.
+
+    A worker of another framework may publish none, and the overall best trial cannot be grown then.
+    """
     query = (
         select(Run)
         .join(Checkpoint, Checkpoint.run_id == Run.id)
@@ -100,7 +101,7 @@ def find_best_growable(session: Session, study_id: str) -> Run | None:
 
 
 def make_run(study: Study, spec: StudySpec, run: RunSpec, params: dict[str, object]) -> Run:
-    """A run's row with its sizes worked out; the caller says what it is for."""
+    """Build a run's row with its sizes computed; the caller sets its kind and its resources."""
     return Run(
         study_id=study.id,
         spec=run.model_dump(mode="json"),

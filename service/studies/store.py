@@ -1,4 +1,4 @@
-"""Queries on studies. The session comes first; nothing here commits."""
+"""Queries on studies: create, list, view, change the state. Nothing here commits."""
 
 from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
@@ -29,9 +29,9 @@ def create_study(
     Raises:
         Problem: 409 for a name that is taken, or for a key that was used with another spec.
     """
-    again = _made_before(session, caller, idempotency_key)
-    if again is not None:
-        return _same(again, spec, idempotency_key)
+    earlier = _find_by_key(session, caller, idempotency_key)
+    if earlier is not None:
+        return _check_same_spec(earlier, spec, idempotency_key)
     values = {
         "project": caller.home_project,
         "name": spec.name,
@@ -41,12 +41,12 @@ def create_study(
     statement = statement.on_conflict_do_nothing().returning(Study)
     study = session.scalars(statement).one_or_none()
     if study is None:
-        return _lost_the_race(session, caller, spec, idempotency_key)
+        return _resolve_conflict(session, caller, spec, idempotency_key)
     record_event(session, "study.created", study_id=study.id, name=study.name)
     return study
 
 
-def _made_before(session: Session, caller: Caller, idempotency_key: str | None) -> Study | None:
+def _find_by_key(session: Session, caller: Caller, idempotency_key: str | None) -> Study | None:
     if idempotency_key is None:
         return None
     query = select(Study).where(
@@ -55,29 +55,31 @@ def _made_before(session: Session, caller: Caller, idempotency_key: str | None) 
     return session.scalar(query)
 
 
-def _lost_the_race(
+def _resolve_conflict(
     session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None
 ) -> Study:
-    again = _made_before(session, caller, idempotency_key)
-    if again is not None:
-        return _same(again, spec, idempotency_key)
+    """Return the study that the same key has just created; raise 409 for a name that is taken."""
+    earlier = _find_by_key(session, caller, idempotency_key)
+    if earlier is not None:
+        return _check_same_spec(earlier, spec, idempotency_key)
     field = bad_field("name", spec.name, "a study of this name exists; choose another name")
     raise Problem(409, "duplicate-name", field.detail, field.errors)
 
 
-def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
-    before = parse_stored(study.spec)
-    if before.without_pins() != spec.without_pins():
+def _check_same_spec(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
+    # The corpus may have changed between the two requests: compare the specs without its hashes.
+    earlier = parse_stored(study.spec)
+    if earlier.without_pins() != spec.without_pins():
         detail = (
             f"Idempotency-Key {idempotency_key!r} was used for study {study.name!r}, "
-            "whose spec is another"
+            "which has another spec"
         )
         raise conflict("idempotency-key-reused", detail)
     return study
 
 
 def list_studies(session: Session, caller: Caller, cursor: str | None, limit: int) -> StudyPage:
-    """The caller's studies, newest first."""
+    """Return a page of the caller's studies, newest first."""
     query = select(Study).where(caller.study_filter)
     query = query.order_by(Study.created_at.desc(), Study.id.desc()).limit(limit + 1)
     if cursor is not None:
@@ -91,12 +93,12 @@ def list_studies(session: Session, caller: Caller, cursor: str | None, limit: in
 
 
 def change_state(session: Session, study: Study, state: StudyState) -> Study:
-    """Move a study to `state` if its state allows it; asking for the state it is in is fine.
+    """Move a study to `state`, if its present state allows that; the same state changes nothing.
 
-    To cancel a study that has ended cancels the targets that were started by hand after it.
+    Cancelling a study that has ended cancels the targets that were started by hand after its end.
 
     Raises:
-        Problem: 409 when the state does not allow it.
+        Problem: 409 if the present state does not allow it.
     """
     study = lock_study(session, study.id)
     if study.state == state:
@@ -121,9 +123,9 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
 
 
 def view_study(session: Session, study: Study) -> StudyView:
-    """The study as it is read: state, counts, best trial, progress, cost so far."""
+    """Return the study as the API shows it: state, counts, best trial, progress, cost so far."""
     spec = parse_stored(study.spec)
-    counts = _counts(session, study.id)
+    counts = _count_runs(session, study.id)
     cost = session.scalar(select(func.sum(Run.cost_flops)).where(Run.study_id == study.id))
     return StudyView.model_validate(
         {
@@ -135,8 +137,8 @@ def view_study(session: Session, study: Study) -> StudyView:
             "trials": RunCounts(**counts["trial"]),
             "targets": RunCounts(**counts["target"]),
             "trials_budget": spec.hpo.trials,
-            "best_trial": _best(session, study.id),
-            "progress": _progress(spec, study.state, counts),
+            "best_trial": _view_best_trial(session, study.id),
+            "progress": _compute_progress(spec, study.state, counts),
             "cost_flops": cost or 0.0,
             "warnings": tuple(spec.warnings()),
             "spec": spec,
@@ -146,7 +148,7 @@ def view_study(session: Session, study: Study) -> StudyView:
     )
 
 
-def _counts(session: Session, study_id: str) -> dict[str, dict[str, int]]:
+def _count_runs(session: Session, study_id: str) -> dict[str, dict[str, int]]:
     query = (
         select(Run.kind, Run.state, func.count())
         .where(Run.study_id == study_id)
@@ -158,7 +160,7 @@ def _counts(session: Session, study_id: str) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _best(session: Session, study_id: str) -> BestTrial | None:
+def _view_best_trial(session: Session, study_id: str) -> BestTrial | None:
     run = find_best_trial(session, study_id)
     if run is None or run.trial_number is None or run.val_loss_nats is None:
         return None
@@ -170,7 +172,7 @@ def _best(session: Session, study_id: str) -> BestTrial | None:
     )
 
 
-def _progress(spec: StudySpec, state: str, counts: dict[str, dict[str, int]]) -> float:
+def _compute_progress(spec: StudySpec, state: str, counts: dict[str, dict[str, int]]) -> float:
     if state == "completed":
         return 1.0
     expected = spec.hpo.trials + spec.num_target_runs

@@ -85,7 +85,7 @@ def _chosen(session: "Session", study: str | None, project: str | None) -> list[
 
     operator = Caller(key_id="", scopes=frozenset(), project=project)
     if study is None:
-        query = select(Study.id).where(operator.studies).order_by(Study.created_at)
+        query = select(Study.id).where(operator.study_filter).order_by(Study.created_at)
         return list(session.scalars(query))
     try:
         return [find_study(session, operator, study).id]
