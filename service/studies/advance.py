@@ -1,4 +1,7 @@
-"""Moves a study on when a run has ended: in the transaction that ended it, under its row lock."""
+"""The step of a study after one of its runs has ended: enqueue targets, or end the study.
+
+It is taken in the transaction that ends the run, while that transaction holds the study's row.
+"""
 
 import logging
 
@@ -22,34 +25,35 @@ _HIGHEST = select(func.max(Run.trial_number)).where(Run.study_id == bindparam("s
 
 
 def advance_study(session: Session, study: Study) -> None:
-    """Enqueue what follows, or end the study; nothing while trials remain. `study` is locked.
+    """Take the study's next step, if all its trials have finished; `study` is locked.
 
-    A fault in this must not undo the end of the run that led here: it fails the study.
+    An unexpected error fails the study. It must not undo the end of the run, since its worker
+    would train the same run again.
 
     Raises:
-        UnreadableSpecError: 503, the end is for a replica of the version that knows what follows.
+        UnreadableSpecError: 503; a replica that can read the spec must take this end.
     """
-    if _trials_remain(session, study):
+    if _has_trials_left(session, study):
         return
     try:
         with tracing.span("advance", study=study.id), session.begin_nested():
-            _advance(session, study)
+            _take_next_step(session, study)
     except (OperationalError, UnreadableSpecError):
-        raise  # the database went away, or so: nothing is done, and it is tried again
-    except Exception as error:  # noqa: BLE001 - whatever it is, the run's end must stand
+        raise  # the database is away, for example: nothing is written and the worker retries
+    except Exception as error:  # noqa: BLE001 - the run's end must be kept
         _log.exception("cannot move on", extra={"study": study.id})
         end_study(session, study, "failed", f"cannot move on: {type(error).__name__}: {error}")
 
 
-def _advance(session: Session, study: Study) -> None:
+def _take_next_step(session: Session, study: Study) -> None:
     budget = study.spec["hpo"]["trials"]
-    if study.state in FINAL_STUDY_STATES or _finished_trials(session, study) < budget:
+    if study.state in FINAL_STUDY_STATES or _count_finished_trials(session, study) < budget:
         return
     spec = parse_stored(study.spec)
     step = plan_next_step(
         spec,
-        _best_base(session, study.id),
-        _targets(session, study.id),
+        _find_best_base(session, study.id),
+        _load_targets(session, study.id),
         any_succeeded=find_best_trial(session, study.id) is not None,
     )
     match step:
@@ -57,27 +61,28 @@ def _advance(session: Session, study: Study) -> None:
             end_study(session, study, state, reason)
         case tuple() as missing:
             for new in missing:
-                _enqueue(session, study, spec, new)
-        case None:
+                _enqueue_planned(session, study, spec, new)
+        case None:  # target runs are under way
             pass
 
 
-def _trials_remain(session: Session, study: Study) -> bool:
-    """Whether trials of the budget have yet to start: one look at an index, not a count.
+def _has_trials_left(session: Session, study: Study) -> bool:
+    """Return whether trials of the budget have not started yet.
 
-    Numbers are of one trial each, so there are no more trials than the highest plus one.
+    Each trial has a number of its own. Therefore a highest number of 41 means at most 42 trials:
+    one read of an index, where a count reads every trial.
     """
     highest = session.scalar(_HIGHEST, {"study": study.id})
     return highest is None or highest + 1 < study.spec["hpo"]["trials"]
 
 
-def _best_base(session: Session, study_id: str) -> Base | None:
+def _find_best_base(session: Session, study_id: str) -> Base | None:
     best = find_best_growable(session, study_id)
     return None if best is None else find_base(session, best)
 
 
 def find_base(session: Session, run: Run) -> Base | None:
-    """The run's final checkpoint as a base; None when it published none."""
+    """Return the run's final checkpoint as a base; None if the run published none."""
     query = (
         select(Checkpoint)
         .where(Checkpoint.run_id == run.id, Checkpoint.final, ~Checkpoint.superseded)
@@ -102,7 +107,7 @@ def enqueue_target(
     warmstart: WarmstartSpec,
     launch: int,
 ) -> Run:
-    """Write one target run, queued."""
+    """Write one queued target run."""
     run_spec = make_target_run(spec, model, target, new, warmstart)
     run = make_run(study, spec, run_spec, new.params)
     run.kind, run.launch, run.rung, run.arm = "target", launch, new.rung, new.arm
@@ -117,7 +122,7 @@ def enqueue_target(
     return run
 
 
-def _enqueue(session: Session, study: Study, spec: StudySpec, new: NewTarget) -> None:
+def _enqueue_planned(session: Session, study: Study, spec: StudySpec, new: NewTarget) -> None:
     enqueue_target(
         session,
         study,
@@ -130,14 +135,14 @@ def _enqueue(session: Session, study: Study, spec: StudySpec, new: NewTarget) ->
     )
 
 
-def _finished_trials(session: Session, study: Study) -> int:
+def _count_finished_trials(session: Session, study: Study) -> int:
     query = select(func.count()).where(
         Run.study_id == study.id, Run.kind == "trial", Run.state.in_(FINAL_RUN_STATES)
     )
     return session.scalar(query) or 0
 
 
-def _targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
+def _load_targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
     query = select(Run).where(Run.study_id == study_id, Run.kind == "target", Run.launch == 0)
     return tuple(
         TargetFact(
@@ -153,7 +158,10 @@ def _targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
 
 
 def end_study(session: Session, study: Study, state: str, reason: str | None) -> None:
-    """End a study, which is locked; of a failed one only what was started by hand goes on."""
+    """End a study, whose row is locked. The live runs of a failed study are cancelled.
+
+    Targets that a user started by hand (launch 1 and higher) go on.
+    """
     if state == "failed":
         cancel_runs(session, study.id, Run.launch == 0)
     session.execute(
@@ -164,11 +172,14 @@ def end_study(session: Session, study: Study, state: str, reason: str | None) ->
     record_event(session, f"study.{state}", study_id=study.id, reason=reason)
 
 
-def cancel_runs(session: Session, study_id: str, *which: ColumnElement[bool]) -> int:
-    """Cancel the live runs of a study; a worker hears it at its next report. Return how many."""
+def cancel_runs(session: Session, study_id: str, *conditions: ColumnElement[bool]) -> int:
+    """Cancel the live runs of a study and return their number.
+
+    The answer to its next report tells each worker.
+    """
     cancelled = session.execute(
         update(Run)
-        .where(Run.study_id == study_id, Run.state.in_(LIVE_RUN_STATES), *which)
+        .where(Run.study_id == study_id, Run.state.in_(LIVE_RUN_STATES), *conditions)
         .values(state="cancelled", finished_at=func.now(), lease_expires_at=None)
         .returning(Run.id, Run.attempt)
     ).all()

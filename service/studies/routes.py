@@ -1,4 +1,4 @@
-"""`/v1/studies`: submit, read, steer."""
+"""`/v1/studies`: submit, read, pause, resume and cancel; trials, targets and events."""
 
 from typing import Annotated
 
@@ -46,7 +46,7 @@ def create_study(
     settings: TheSettings,
     key: Key = None,
 ) -> StudyView:
-    """Create a study; everything that can be wrong with it is found here and not an hour later."""
+    """Create a study; every fault is reported now, not when its first run starts."""
     study = submission.submit_study(session, caller, body, settings.readable, key)
     sampler.create(study.optuna_name)
     return store.view_study(session, study)
@@ -59,19 +59,19 @@ def list_studies(
     cursor: str | None = None,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
 ) -> StudyPage:
-    """Studies, newest first."""
+    """List studies, newest first."""
     return store.list_studies(session, caller, cursor, limit)
 
 
 @router.get("/{study}")
 def read_study(caller: Reader, session: DbSession, study: str) -> StudyView:
-    """One study: state, counts by run state, best trial, progress, cost so far."""
+    """Read a study: state, counts by run state, best trial, progress, cost so far."""
     return store.view_study(session, lookup.find_study(session, caller, study))
 
 
 @router.post("/{study}/pause")
 def pause_study(caller: Writer, session: DbSession, study: str) -> StudyView:
-    """Lease nothing more; what runs goes on to its end."""
+    """Lease no further runs; runs that are leased go on to their end."""
     return store.view_study(
         session, store.change_state(session, lookup.find_study(session, caller, study), "paused")
     )
@@ -79,7 +79,7 @@ def pause_study(caller: Writer, session: DbSession, study: str) -> StudyView:
 
 @router.post("/{study}/resume")
 def resume_study(caller: Writer, session: DbSession, study: str) -> StudyView:
-    """Lease again."""
+    """Lease runs again."""
     return store.view_study(
         session, store.change_state(session, lookup.find_study(session, caller, study), "active")
     )
@@ -87,7 +87,7 @@ def resume_study(caller: Writer, session: DbSession, study: str) -> StudyView:
 
 @router.post("/{study}/cancel")
 def cancel_study(caller: Writer, session: DbSession, study: str) -> StudyView:
-    """End the study; a running worker hears it at its next report."""
+    """End the study; the answer to its next report tells a running worker."""
     return store.view_study(
         session, store.change_state(session, lookup.find_study(session, caller, study), "cancelled")
     )
@@ -102,7 +102,7 @@ def list_trials(
     cursor: str | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 500,
 ) -> TrialPage:
-    """Trials by number with parameters, value and state, enqueued ones included."""
+    """List trials by number with parameters, value and state; enqueued trials are included."""
     return trials.list_trials(
         session, sampler, lookup.find_study(session, caller, study), cursor, limit
     )
@@ -117,7 +117,7 @@ def enqueue_trial(
     study: str,
     key: Key = None,
 ) -> TrialView:
-    """Try given parameters next."""
+    """Enqueue the given parameters as the next trial."""
     return trials.enqueue_trial(
         session, sampler, lookup.find_study(session, caller, study), body.params, key
     )
@@ -130,7 +130,7 @@ def enqueue_trial(
 def read_importance(
     caller: Reader, session: DbSession, sampler: TheSampler, study: str
 ) -> Importance:
-    """How much each parameter decides the loss."""
+    """Compute each parameter's share in the variance of the loss."""
     return trials.compute_importance(sampler, lookup.find_study(session, caller, study))
 
 
@@ -143,7 +143,7 @@ def start_targets(
     study: str,
     key: Key = None,
 ) -> TargetList:
-    """Start a warmstart by hand, from a trial or a checkpoint."""
+    """Start targets by hand, from a trial, a checkpoint or an imported model."""
     found = lookup.find_study(session, caller, study)
     if body.base is not None:
         imported_base.check_base_uri(session, caller, settings, body.base.uri)
@@ -159,7 +159,7 @@ def start_targets(
 async def stream_events(
     request: Request, caller: Reader, study: str, after: event_stream.LastEventId = None
 ) -> event_stream.EventSourceResponse:
-    """The study's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
+    """Stream the study's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
     return await event_stream.stream_events(
         request, caller, lambda session: event_stream.study_topic(session, caller, study), after
     )

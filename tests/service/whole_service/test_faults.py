@@ -10,7 +10,7 @@ from sqlalchemy.exc import OperationalError
 from service.access import lookup
 from service.client import ServiceError
 from service.database.tables import Event, Run, Study
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.leases import attempts
 from service.leases import rounds as lease_rounds
 from service.leases.presence import Presence
@@ -181,7 +181,7 @@ def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit
         cancel.start()
         cancel.join(0.5)
         assert cancel.is_alive()  # it holds the study and waits for the run
-        record(session, "run.noted", study_id=run.study_id, run_id=run.id)
+        record_event(session, "run.noted", study_id=run.study_id, run_id=run.id)
     cancel.join(5)
     assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "cancelled"
 
@@ -256,7 +256,7 @@ def test_a_stream_waits_for_an_event_that_commits_after_a_later_one(api, submit)
     path = f"{api.url}/v1/studies/{study['id']}"
     headers = {"Authorization": f"Bearer {api.key}"}
     early = api.sessions()
-    record(early, "early", study_id=study["id"])
+    record_event(early, "early", study_id=study["id"])
     api.client.post(f"/v1/studies/{study['id']}/pause")
     seen = []
     with httpx.stream("GET", f"{path}/events", headers=headers, timeout=10) as response:
