@@ -8,14 +8,13 @@ that is done in a process of its own, which is gone afterwards.
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from warmcore.corpus import documents, tokenizer
 from warmcore.corpus.documents import CorpusFacts
+from warmcore.corpus.module_process import run_module
 from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
 from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import FieldError
@@ -46,20 +45,12 @@ def inspect(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFact
 
 
 def _in_a_process(spec: DataSpec, files: list[SourceFile] | None) -> CorpusFacts:
-    package = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    try:
-        found = subprocess.run(  # noqa: S603 - our own module, and a spec on its input
-            [sys.executable, "-P", "-m", __name__],
-            input=f"{spec.model_dump_json()}\n{_dump_files(files)}",
-            env=os.environ | {"PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"looking at source {spec.source} took over {_SECONDS} s") from None
+    found = run_module(
+        __name__,
+        text=f"{spec.model_dump_json()}\n{_dump_files(files)}",
+        seconds=_SECONDS,
+        too_slow=f"looking at source {spec.source} took over {_SECONDS} s",
+    )
     if found.returncode == 0:
         return CorpusFacts(**json.loads(found.stdout))
     if found.returncode == BAD_SPEC:
