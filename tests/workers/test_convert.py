@@ -1,4 +1,4 @@
-"""The process that `warmscale export` and `warmscale import` become."""
+"""The process that `warmscale export` and `warmscale import` start."""
 
 import json
 
@@ -31,7 +31,7 @@ def exported(saved, tmp_path):
     return tmp_path / "hf"
 
 
-def said(capsys):
+def read_output(capsys):
     return json.loads(capsys.readouterr().out)
 
 
@@ -39,7 +39,7 @@ def test_of_a_local_run_the_newest_checkpoint_is_exported(training, saved, tmp_p
     newest = training.save(checkpoint_path(saved.path.parent, 8))
     out = tmp_path / "hf"
     assert main(["--json", "export", str(tmp_path / "run"), "--out", str(out)]) == DONE
-    done = said(capsys)
+    done = read_output(capsys)
     assert done["checkpoint"] == {"uri": newest.path.as_uri(), "hash": newest.hash}
     assert done["path"] == str(out)
     assert set(done["files"]) == {path.name for path in out.iterdir()}
@@ -80,7 +80,7 @@ def test_what_is_printed_is_what_a_spec_takes(place, exported, make_spec, tmp_pa
 def test_json_holds_the_same(exported, tmp_path, capsys):
     capsys.readouterr()
     assert main(["--json", "import", str(exported), "--out", str(tmp_path / "base")]) == DONE
-    done = said(capsys)
+    done = read_output(capsys)
     ref = CheckpointRef(uri=done["uri"], hash=done["hash"])
     with checkpoints.open_local(ref) as base:
         manifest = load_checkpoint(base, expected_hash=ref.hash).manifest

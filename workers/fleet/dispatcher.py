@@ -233,8 +233,8 @@ class Dispatcher:
 
     # A drain asks every run to publish a checkpoint and return. Example with `drain_seconds` 60: a
     # run that returns within 60 s loses no step. A slower run is killed, and the fleet releases it:
-    # it resumes from its last published checkpoint. The loop ends when no run is left, at the latest
-    # 10 s after the kill. If a lease arrives during the drain, `_handle_answer` releases it.
+    # it resumes from its last published checkpoint. The loop ends when no run is left, or 10 s
+    # after the kill. If a lease arrives during the drain, `_handle_answer` releases it.
 
     def _drain_runs(self) -> None:
         if self._kill_at is None:

@@ -67,7 +67,7 @@ class ServiceLink:
             pass  # already reported, or another attempt holds the run by now
         except Exception as error:  # noqa: BLE001 - a thread's end
             log.warning(
-                "untold", extra=run_fields(lease) | {"error": repr(error)}
+                "finish not sent", extra=run_fields(lease) | {"error": repr(error)}
             )  # its lease will expire
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from workers.attempt import checkpoints
 
 @pytest.fixture(params=["file", "memory"])
 def uri(request, tmp_path: Path) -> str:
-    """A place on disk, and one in an object store."""
+    """A URI on disk, and a URI in an object store."""
     if request.param == "file":
         return (tmp_path / "a b" / "step-00000000").as_uri()
     return f"memory://{tmp_path.name}/step-00000000"
@@ -52,9 +52,9 @@ def test_another_checkpoint_in_its_place_is_refused(training: Training, uri: str
 def test_the_manifest_is_uploaded_last(training: Training, tmp_path: Path) -> None:
     checkpoints.save_training(training, f"memory://{tmp_path.name}/c")
     files = fsspec.filesystem("memory")
-    found = {Path(f["name"]).name: f["created"] for f in files.ls(f"/{tmp_path.name}/c")}
-    assert max(found, key=found.__getitem__) == MANIFEST
-    assert len(found) == 3
+    created_at = {Path(f["name"]).name: f["created"] for f in files.ls(f"/{tmp_path.name}/c")}
+    assert max(created_at, key=created_at.__getitem__) == MANIFEST
+    assert len(created_at) == 3
 
 
 def test_deleting_removes_all_of_it_and_what_is_gone_may_be_deleted(

@@ -31,7 +31,7 @@ def test_a_step_and_its_evaluation_are_one_measurement() -> None:
 
 
 def test_the_evaluation_before_training_is_no_rung() -> None:
-    measurement = _curve().add(_evaluation(0, 0))
+    measurement = _curve().add_event(_evaluation(0, 0))
     assert (measurement.step, measurement.val_loss_nats, measurement.evaluation) == (0, 3, None)
     assert measurement.loss_nats is None
 
@@ -79,6 +79,6 @@ def test_losses_of_averages_stand_beside_the_weights_own() -> None:
     event = dataclasses.replace(
         _evaluation(2, 1), ema_val_loss_nats=2.5, swa_val_loss_nats=math.inf
     )
-    measurement = _curve().add(event)
+    measurement = _curve().add_event(event)
     assert (measurement.val_loss_nats, measurement.ema_val_loss_nats) == (3, 2.5)
     assert measurement.swa_val_loss_nats is None

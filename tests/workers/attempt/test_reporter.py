@@ -50,7 +50,7 @@ def test_a_decision_reaches_the_run_and_stands(fake, client, make_spec) -> None:
         assert reporter.flush() == "continue"
         reporter.add_measurement(_point(2, evaluation=2))
         assert reporter.flush() == "prune"
-        reporter.add_measurement(_point(3))  # answered with "continue"
+        reporter.add_measurement(_point(3))  # the service answers "continue"
         assert reporter.flush() == reporter.check_decision() == "prune"
 
 

@@ -88,7 +88,7 @@ def test_a_run_placed_just_now_is_not_free_because_ray_counts_it_late() -> None:
     nodes.place_run("run", _placement("a", 2), now=0.0)
     nodes.update_nodes(
         total, {"a": Resources(cpus=4)}, now=0.01
-    )  # others have 4, and ours is to come
+    )  # others use 4; Ray has not yet counted ours
     assert nodes.next_offer() == _placement("a", 2)
     nodes.update_nodes(total, {"a": Resources(cpus=2)}, now=2.0)
     assert nodes.next_offer() == _placement("a", 2)
