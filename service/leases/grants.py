@@ -15,8 +15,8 @@ from service.leases.services import LeaseServices
 from service.protocol import Lease, LeaseRequest, Resources, RunKind
 from service.runs.store import load_kept_checkpoints
 from service.settings import Settings
+from service.specs.processes import StudyResources
 from service.specs.stored import log_skipped_study
-from service.specs.study import StudyResources
 from warmcore.specs import CheckpointRef, RunSpec
 
 # A study that has ended may have targets that a user started by hand.
@@ -76,7 +76,7 @@ def _grant_readable(
     granted: list[Lease] = []
     for run, study in session.execute(query):
         try:
-            needs = StudyResources.model_validate(study.spec["resources"]).of(run.kind)
+            needs = StudyResources.model_validate(study.spec["resources"]).needs_of(run.kind)
             RunSpec.model_validate(run.spec)
         except (KeyError, ValueError) as error:
             log_skipped_study(study.id, f"its run {run.id}: {type(error).__name__}")

@@ -140,7 +140,7 @@ def view_study(session: Session, study: Study) -> StudyView:
             "best_trial": _view_best_trial(session, study.id),
             "progress": _compute_progress(spec, study.state, counts),
             "cost_flops": cost or 0.0,
-            "warnings": tuple(spec.warnings()),
+            "warnings": tuple(spec.find_warnings()),
             "spec": spec,
             "created_at": study.created_at,
             "finished_at": study.finished_at,
