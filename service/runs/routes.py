@@ -39,7 +39,7 @@ def list_runs(
 
 @router.get("/{run_id}")
 def read_run(caller: Reader, session: DbSession, run_id: str) -> RunView:
-    """Read one run."""
+    """Read a run."""
     run = lookup.find_run(session, caller, run_id)
     return store.view_run(run, session.get_one(Study, run.study_id).name)
 

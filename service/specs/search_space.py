@@ -73,6 +73,7 @@ Dimension = Annotated[
 def _check_range(low: float, high: float, *, log: bool, step: float | None) -> None:
     if low >= high:
         raise FieldError("low", low, f"low {low:g} must be below high {high:g}")
+    # Optuna requires both of the following rules too, but fails at the first trial.
     if log and low <= 0:
         raise FieldError("low", low, f"log needs low above 0, not {low:g}; try 1e-4 or log: false")
     if log and step is not None:
@@ -87,6 +88,7 @@ def check_dimension(name: str, dimension: Dimension) -> None:
         raise FieldError(path, name, f"not tunable; these are: {works}")
     if name not in WHOLE_PARAMS:
         return
+    # A float dimension over 8 to 16 would propose batch size 11.37.
     if isinstance(dimension, FloatDimension):
         raise FieldError(f"{path}.type", "float", f"{name} is a whole number; use type int")
     for value in dimension.bounds:
@@ -99,6 +101,7 @@ def check_batch_parts(space: dict[str, Dimension], train: TrainSpec, prefix: str
     sizes, parts = space.get("batch_size"), train.accumulate
     if not isinstance(sizes, IntDimension) or parts == 1:
         return
+    # Example: accumulate 4 allows low 8 and step 4 (8, 12, 16), not low 8 and step 2 (10).
     if sizes.log or sizes.low % parts or (sizes.step or 1) % parts:
         message = (
             f"not every batch size of the search space is a multiple of accumulate {parts}; "

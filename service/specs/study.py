@@ -90,6 +90,8 @@ class StudySpec(Spec):
                 except ValueError as error:
                     message = f"reaches {value!r}; {name} refuses it: {reason(error)}"
                     raise FieldError(f"search_space.{name}", value, message) from None
+        # Each bound was checked alone; these checks are of bounds that only together cannot be
+        # trained.
         _check_phases(self.search_space, self.train, "search_space")
         check_batch_parts(self.search_space, self.train, "search_space.batch_size")
         check_batches("resources.trial", self.resources.trial, self.search_space, self.train)
@@ -143,6 +145,7 @@ class StudySpec(Spec):
     @property
     def base_model(self) -> ModelSpec:
         """The proxy with its base width and depth, at which every muP factor is 1."""
+        # muP scales by width / base_width: settled here, a target keeps its proxy as base.
         base = {
             "base_width": self.proxy.base_width or self.proxy.width,
             "base_depth": self.proxy.base_depth or self.proxy.depth,

@@ -104,6 +104,7 @@ def check_trained_base(
 
 def check_size(run: RunSpec) -> None:
     """Raise ValueError if a run or a step of it would have more than `MAX_TOKENS` tokens."""
+    # The database counts tokens in 64-bit integers, up to 9.2e18.
     tokens = run.train.num_tokens or run.train.tokens_per_param * count_params(run.model).total
     if tokens > MAX_TOKENS or run.tokens_per_step > MAX_TOKENS:
         raise ValueError(f"the run would train on {tokens:.3g} tokens; {MAX_TOKENS:.0e} at most")

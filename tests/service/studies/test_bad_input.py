@@ -436,13 +436,13 @@ def test_nothing_is_stored_of_a_body_with_a_key_twice(api, study_spec):
 
 
 def test_a_long_body_is_read_beside_the_loop_that_serves_the_others(api, study_spec, monkeypatch):
-    threads, parsed = [], json_body._parsed
+    threads, parse_body = [], json_body._parse_body
 
     def seen(body):
         threads.append(threading.current_thread())
-        return parsed(body)
+        return parse_body(body)
 
-    monkeypatch.setattr(json_body, "_parsed", seen)
+    monkeypatch.setattr(json_body, "_parse_body", seen)
     short = json.dumps(study_spec(colour="red"))
     for text in (short, short + " " * 2**17):
         assert send(api, "POST", "/v1/studies", text).status_code == 422
