@@ -176,7 +176,7 @@ class Client:
         """GET `path` and return its JSON."""
         return _json(self.request("GET", path, params=_given(params)))
 
-    def pages(self, path: str, *, first: int | None = None, **params: Any) -> list[Any]:
+    def list_items(self, path: str, *, first: int | None = None, **params: Any) -> list[Any]:
         """The items of every page of a list, or the first so many of them."""
         items: list[Any] = []
         cursor: str | None = None

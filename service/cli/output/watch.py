@@ -105,7 +105,7 @@ def _wait(tick: Tick) -> None:
 
 def _read(client: Client, name: str, last: Snapshot | None) -> Snapshot:
     study = StudyView.model_validate(client.get(f"/v1/studies/{name}"))
-    items = client.pages("/v1/runs", study=study.id, state="leased")
+    items = client.list_items("/v1/runs", study=study.id, state="leased")
     running = tuple(RunView.model_validate(item) for item in reversed(items))
     here = {run.id for run in running}
     gone = [run.id for run in last.running if run.id not in here] if last else []

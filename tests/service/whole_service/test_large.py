@@ -106,7 +106,7 @@ def answer(api, path, **params):
 
 def test_pages_of_trials_have_every_trial_once_in_order(api, large):
     path = f"/v1/studies/{large['id']}/trials"
-    found = api.client.pages(path, limit=1000)
+    found = api.client.list_items(path, limit=1000)
     assert [trial["number"] for trial in found] == list(range(NUM_TRIALS + 1))
     assert len(answer(api, path).json()["items"]) == 500
     assert (
@@ -184,7 +184,7 @@ def test_pages_of_measurements_have_every_step_once_in_order(api, long_run):
     _, lease = long_run
     path = f"/v1/runs/{lease.run_id}/measurements"
     assert len(answer(api, path).json()["items"]) == 1000
-    found = api.client.pages(path, limit=5000)
+    found = api.client.list_items(path, limit=5000)
     assert [point["step"] for point in found] == list(range(1, NUM_POINTS + 1))
 
 
