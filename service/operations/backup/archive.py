@@ -29,7 +29,7 @@ class _Frozen(BaseModel):
 
 
 class BackupTable(_Frozen):
-    """A table in the manifest: its rows are COPY text of these columns, one line per row."""
+    """A table in the manifest: its rows are COPY text of these columns, a line per row."""
 
     schema_name: str
     name: str
