@@ -19,8 +19,8 @@ from service.client import Client
 from service.local_stack.child_process import ChildError
 from service.local_stack.home import HomeInUseError
 from service.local_stack.supervisor import Interrupted, PortTakenError, stack
-from service.protocol import RunView
 from service.results.schemas import StudyResults
+from service.runs.schemas import RunView
 from service.studies.schemas import TrialView
 
 

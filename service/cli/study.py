@@ -172,7 +172,7 @@ def show_run(
 ) -> None:
     """Show a run: state, progress, parameters, checkpoints, error."""
     from service.cli.output import tables
-    from service.protocol import CheckpointView, RunView
+    from service.runs.schemas import CheckpointView, RunView
 
     with connected(home, project) as client:
         found = client.get(f"/v1/runs/{quoted(run_id)}")

@@ -6,8 +6,7 @@ from sqlalchemy.orm import Session
 from service.access.caller import Caller
 from service.database.tables import Checkpoint, Run, Study
 from service.database.tables import Measurement as MeasurementRow
-from service.protocol import CheckpointView, RunView
-from service.runs.schemas import MeasurementPage, MeasurementView, RunPage
+from service.runs.schemas import CheckpointView, MeasurementPage, MeasurementView, RunPage, RunView
 from service.specs.study import StudySpec
 from service.web.pagination import decode_cursor, decode_number, encode_cursor, encode_number
 from warmcore.specs import RunSpec

@@ -20,8 +20,8 @@ from service.cli.output.eta import Pace
 from service.cli.output.tables import console, counts
 from service.client import Client, ServiceError
 from service.lifecycle import FINAL_STUDY_STATES
-from service.protocol import RunView
 from service.results.wording import format_nats, format_parameter, format_tokens, label_run
+from service.runs.schemas import RunView
 from service.studies.schemas import StudyView
 
 Style = Literal["live", "plain", "json"]
