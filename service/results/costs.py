@@ -19,9 +19,8 @@ def compute_costs(
     here = [r for r in targets if r.branch == branch and not r.is_trunk]
     last = select_last_rung(here)
     warm = _mean_flops(last, "warm")
-    # A ladder of widths 96 and 128 grows the model of 128 from the warm run at 96, so the run at 96
-    # belongs to the base. Each seed climbs the ladder alone: one base is their sum divided
-    # by the number of seeds.
+    # A ladder of widths 96 and 128 grows the model of 128 from the warm run at 96: the run at 96
+    # belongs to the base. Each seed has lower runs of its own, hence the mean over the seeds.
     lower = [r for r in here if r.arm == "warm" and r not in last]
     seeds = len({r.seed for r in lower}) or 1
     base = None if best_flops is None else best_flops + sum(r.cost_flops for r in lower) / seeds

@@ -101,8 +101,8 @@ def _span_decade(values: list[float]) -> dict[str, Any]:
     """Return range and ticks of a log axis that spans a factor of 10 at least."""
     if not values:
         return {}
-    # Means from 0.98 to 1.02 are flat. An axis of only that range would show noise as steep lines,
-    # so it goes from 0.32 to 3.2. Beyond a decade the range gets 15 % more than the values span.
+    # Means from 0.98 to 1.02 are flat. An axis of only that range would show noise as steep lines;
+    # this axis goes from 0.32 to 3.2. Beyond a decade the range is 15 % more than the values span.
     low, high = log10(min(values)), log10(max(values))
     reach = max(1.0, 1.15 * (high - low)) / 2
     middle = (low + high) / 2

@@ -1,6 +1,6 @@
 """The report's figures as plain Plotly dictionaries. Pure; the page sets fonts and axis colours.
 
-Plotly reads text as its own markup, so every text from a user is escaped.
+Plotly reads text as its own markup, hence the escapes of all text from users.
 """
 
 from collections.abc import Callable, Sequence
@@ -87,8 +87,8 @@ def draw_arm_curves(runs: Sequence[TargetRun]) -> Figure:
 
 def _make_arm_trace(run: TargetRun) -> Figure:
     name = f"{format_arm(run)}, seed {run.seed_number}"
-    # A branch's curve begins with its trunk's points. The trunk draws those as its own line, so a
-    # branch that left at 500 tokens is drawn from 500 on, without an entry in the legend.
+    # A branch's curve begins with its trunk's points, which the trunk draws as its own line. Draw a
+    # branch that left at 500 tokens from 500 on, without an entry in the legend.
     points = [p for p in run.curve if p.tokens >= max(1, run.trunk_tokens)]
     return {
         **make_line([(p.tokens, p.val_loss_nats) for p in points], name),
@@ -228,7 +228,7 @@ def draw_learning_curves(trials: Sequence[ReportTrial]) -> Figure:
     losses = [p.val_loss_nats for t in curved if not t.diverged for p in t.curve if p.tokens]
     data = [_make_learning_trace(trial) for trial in curved]
     figure = add_axes(data, "tokens", log_x=True, showlegend=False)
-    # One trial that ends at 80 nats would press all others, at 2 to 4 nats, into a flat line.
+    # A single trial that ends at 80 nats would press all others, at 2 to 4 nats, into a flat line.
     if losses:
         pad = 0.05 * clamp_to_finite(max(losses) - min(losses))
         reach = [clamp_to_finite(min(losses) - pad), clamp_to_finite(max(losses) + pad)]

@@ -1,4 +1,4 @@
-"""A team's database in small: studies in every state, runs of every kind and state."""
+"""A small copy of a team's database: studies in every state, runs of every kind and state."""
 
 import contextlib
 
@@ -20,13 +20,14 @@ SPEC = {
 
 
 def play(worker, **changes):
-    """Drive a service to where every state is there; `changes` are of every study's spec."""
+    """Drive a service until every state occurs; `changes` apply to the spec of every study."""
     client = worker.client
 
     def submit(name, **more):
         return client.post("/v1/studies", SPEC | changes | {"name": name} | more)["id"]
 
     failed = submit("failed", max_attempts=1)
+    # An error with the characters that COPY's text format escapes.
     worker.finish(worker.one(study=failed), "failed", error="CUDA said no\n\tand \\ more")
     completed = submit("completed", hpo=ONE | {"trials": 2})
     for loss in (2.5, 2.0):
@@ -45,24 +46,26 @@ def play(worker, **changes):
     train(worker, worker.one(study=active), 2.25)
     for outcome in ("pruned", "diverged", "released"):
         worker.finish(worker.one(study=active), outcome)
-    held = worker.one(study=active)  # the released one again
+    # The released run is leased again, as its second attempt, and stays leased.
+    held = worker.one(study=active)
     worker.evaluate(held, 1, 3.0)
     for step in (5, 10, 15):
         worker.publish(held, step, final=False)
-    with contextlib.suppress(Exception):  # a revision that has no budgets yet
-        budgets(worker, submit)
+    # The code of an old revision, with which a sample is made, has no budgets.
+    with contextlib.suppress(Exception):
+        make_budgets(worker, submit)
 
 
-def budgets(worker, submit):
-    """A trunk that has published the first of its two budgets."""
+def make_budgets(worker, submit):
+    """Make a study with a trunk that has published the first of its two budgets."""
     study = submit("budgets", target={"width": 64, "budgets": [2, 4]})
     worker.complete(worker.one(study=study), 2.0)
     trunk, _ = worker.lease(2, study=study)
-
     worker.publish(trunk, trunk.spec.branch_steps[0], final=False)
 
 
 def train(worker, lease, loss):
+    # An old revision has no averages in its measurements.
     averages = {"ema_val_loss_nats", "swa_val_loss_nats"} & set(Measurement.model_fields)
     for evaluation in (1, 2):
         step = evaluation * 5

@@ -1,4 +1,4 @@
-"""Backup and restore: the same rows, all or nothing, and the studies go on."""
+"""A restored backup has the same rows, or nothing changed, and its studies go on."""
 
 import json
 import os
@@ -53,12 +53,12 @@ def empty_url(postgres):
 
 @pytest.fixture
 def head_file(tmp_path):
-    """The newest sample, as a backup of a team's."""
+    """Return the path of the newest sample, as the backup of a team."""
     return sample(HEAD)
 
 
 def everything(url):
-    """Every row of every table, where every sequence stands, and every foreign key."""
+    """Return every row of every table, the number of every sequence, and every foreign key."""
     with connected(url) as connection:
         rows = {
             (t.schema, t.name): sorted(
@@ -94,7 +94,8 @@ def test_a_backup_is_of_one_moment_while_writes_go_on(empty_url, tmp_path):
     migrations.upgrade_database(empty_url)
 
     def write(name, _):
-        if name == "warmscale.aaa":  # the first of them has been read, the last not yet
+        # The tables are read by name: `aaa` has been read at this moment, and `zzz` not yet.
+        if name == "warmscale.aaa":
             with connected(empty_url) as connection:
                 for table in ("aaa", "zzz"):
                     connection.execute(text(f"INSERT INTO warmscale.{table} VALUES (1)"))
@@ -105,6 +106,7 @@ def test_a_backup_is_of_one_moment_while_writes_go_on(empty_url, tmp_path):
     write("warmscale.aaa", 0)
     manifest = write_backup(empty_url, tmp_path / "moment", write)
     counts = {table.name: table.num_rows for table in manifest.tables}
+    # Both have the row from before the backup, and neither has the row that came during it.
     assert (counts["aaa"], counts["zzz"]) == (1, 1)
 
 
@@ -174,7 +176,7 @@ def test_a_backup_of_a_later_version_is_refused(empty_url, head_file, tmp_path):
 
 
 def rewritten(path, to, **changes):
-    """The same tables under another manifest."""
+    """Write the same tables under another manifest to `to`, and return that path."""
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(to, "w") as target:
         manifest = json.loads(source.read(archive.MANIFEST)) | changes
         for name in source.namelist():
@@ -196,6 +198,7 @@ def test_a_damaged_backup_is_refused_or_says_the_same(tmp_path_factory, data):
     whole = sample(HEAD).read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
     damage = data.draw(st.sampled_from(["cut", "flip", "zero"]))
+    # Cut the file, flip a bit, or zero up to 512 bytes, a disk's sector.
     broken = {
         "cut": whole[:at],
         "flip": whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :],
@@ -211,7 +214,7 @@ def test_a_damaged_backup_is_refused_or_says_the_same(tmp_path_factory, data):
 
 
 def test_a_wrong_table_is_told_by_its_hash(tmp_path, head_file):
-    """Control: the zip itself is in order, only its rows are not those of the manifest."""
+    """Change rows in a valid zip: only the manifest's hash can reveal it."""
     to = tmp_path / "swapped"
     with zipfile.ZipFile(head_file) as source, zipfile.ZipFile(to, "w") as target:
         for name in source.namelist():
@@ -224,6 +227,7 @@ def test_a_wrong_table_is_told_by_its_hash(tmp_path, head_file):
 def test_rows_that_break_a_foreign_key_are_refused_and_nothing_changes(
     empty_url, head_file, tmp_path
 ):
+    # Without the runs, their measurements refer to nothing.
     manifest = json.loads(zipfile.ZipFile(head_file).read(archive.MANIFEST))
     kept = [t for t in manifest["tables"] if (t["schema_name"], t["name"]) != ("warmscale", "runs")]
     orphaned = rewritten(head_file, tmp_path / "orphaned", tables=kept)
@@ -236,6 +240,7 @@ def test_events_of_a_server_that_was_ahead_are_the_past(empty_url, tmp_path, set
     migrations.upgrade_database(empty_url)
     with serving(settings, empty_url) as api:
         play(Worker(api.client))
+    # Transaction numbers of a server that is a billion transactions ahead.
     with connected(empty_url) as connection:
         connection.execute(text("ALTER TABLE warmscale.events DISABLE TRIGGER append_only"))
         connection.execute(text("UPDATE warmscale.events SET xid = xid + 1000000000"))
@@ -255,6 +260,7 @@ def test_events_of_a_server_that_was_ahead_are_the_past(empty_url, tmp_path, set
     assert seen[-1] == "event: study.failed"
 
 
+# A restore that waits in the middle of a table, for the test to kill it.
 KILLED = """
 import sys
 from pathlib import Path
@@ -285,7 +291,8 @@ def test_a_restore_that_is_killed_has_changed_nothing(empty_url, head_file):
 
 
 def until_alone(url):
-    """The server notices that a client is gone when it next reads from it."""
+    """Wait until the server has noticed the end of its client and rolled back."""
+    # It notices when it next reads from the connection.
     with connected(url) as connection:
         while catalog.list_other_connections(connection) or locks(connection):
             time.sleep(0.02)

@@ -1,7 +1,7 @@
-"""`warmscale db check`: no violation in a database that the service wrote, and each one by hand.
+"""`warmscale db check` finds nothing in a service's own database, and every break by hand.
 
-All tests share one database, with runs of every kind and state. Each test breaks it in a
-transaction that is rolled back, and the check must name that invariant and no other.
+All tests share a database with runs of every kind and state. Each test breaks it in a transaction
+that is rolled back, and the check must name that invariant and no other.
 """
 
 import hashlib

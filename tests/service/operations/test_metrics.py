@@ -1,4 +1,4 @@
-"""What Prometheus reads: parsed as it parses it, counted once and only when committed."""
+"""The metrics as Prometheus parses them; each event counts once, after its commit."""
 
 from datetime import timedelta
 
@@ -19,7 +19,7 @@ HOUR_SECONDS = 3600.0
 
 
 def scrape(api):
-    """Families by name."""
+    """Return the families of metrics by name, as Prometheus' own parser reads them."""
     answer = httpx.get(f"{api.url}/metrics", headers={"Authorization": f"Bearer {api.key}"})
     assert answer.headers["content-type"].startswith("text/plain; version=")
     families = list(text_string_to_metric_families(answer.text))
@@ -28,7 +28,7 @@ def scrape(api):
 
 
 def value(api, name, **labels):
-    """Of the one sample of this name and these labels; 0 where there is none yet."""
+    """Return the value of the sample with this name and these labels; 0 if there is no sample."""
     found = [
         sample.value
         for family in scrape(api).values()
@@ -41,7 +41,8 @@ def value(api, name, **labels):
 
 @pytest.fixture
 def change(api):
-    """By how much a sample has grown since it was last asked for; counters are of the process."""
+    """Return a function that returns the growth of a sample since its last call, None at first."""
+    # Counters belong to the process, and other tests in it have counted already.
     last = {}
 
     def grown(name, **labels):
@@ -61,6 +62,7 @@ def test_names_and_units_are_as_prometheus_has_them(api, submit, worker):
         assert family.name.startswith("warmscale_")
         assert family.documentation.endswith("."), family.name
         assert not family.name.endswith(("_created", "_ms", "_milliseconds", "_minutes"))
+        # A counter's samples end with `_total`, and no gauge's sample does.
         is_total = {sample.name.endswith("_total") for sample in family.samples}
         assert family.type == "counter" or True not in is_total, family.name
         assert family.type != "counter" or False not in is_total, family.name
@@ -79,6 +81,7 @@ def test_a_granted_lease_is_counted_once_by_its_kind(api, submit, worker, change
         change(name, **labels)
     submit(hpo=ONE | {"trials": 3, "parallel": 3}, target=None)
     assert len(worker.lease(2)) == 2
+    # A kind that was never leased stays at 0.
     assert [change(name, **labels) for name, labels in names] == [2, 0, 2]
 
 
@@ -92,6 +95,7 @@ def test_a_lease_that_ran_out_is_counted_once_and_what_its_worker_writes_then(
     late = worker.one()
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=func.now() - text("interval '1 s'")))
+    # The first request expires the lease; the next two must not count it again.
     for _ in range(3):
         worker.lease(1)
     assert [change(name) for name in names] == [1, 0]
@@ -106,7 +110,7 @@ def test_a_lease_that_ran_out_is_counted_once_and_what_its_worker_writes_then(
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Types of the events that were counted."""
+    """Return the list of the types of events that are counted from now on."""
     types = []
     monkeypatch.setattr(metrics, "count_event", lambda type_, _: types.append(type_))
     return types
@@ -118,6 +122,7 @@ def record(session, *types):
 
 
 def test_what_is_rolled_back_is_not_counted(api, counted):
+    # A session goes on after a rollback: its next commit must count only the later event.
     with api.sessions() as session:
         record(session, "test.undone")
         session.rollback()
@@ -148,10 +153,11 @@ def test_of_savepoints_those_are_counted_that_stand_and_when_all_commits(api, co
 
 
 def test_a_transition_that_its_database_refused_is_not_counted(api, submit, worker, change):
-    """The refusal comes late, after the event was written."""
+    """Let the database refuse a transaction at its commit, after the event was written."""
     change("warmscale_events_total", type="run.succeeded")
     submit(hpo=ONE, target=None)
     lease = worker.one()
+    # A deferred trigger runs at the commit. 57P03 is "cannot connect now": the service answers 503.
     refuse = """
         CREATE FUNCTION pg_temp_refuse() RETURNS trigger LANGUAGE plpgsql AS
         $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '57P03'; END $$;
@@ -184,6 +190,8 @@ def test_the_age_of_the_queue_is_of_the_run_that_waited_longest(api, submit, wor
             )
         return value(api, name, **kind)
 
+    # Trial 0 waits for 2 h, then also trial 1 for 1 h: the age is that of trial 0. A retry that is
+    # due in an hour has a negative age.
     assert 2 * HOUR_SECONDS <= wait(0, 2) < 2 * HOUR_SECONDS + 300
     assert 2 * HOUR_SECONDS <= wait(1, 1) < 2 * HOUR_SECONDS + 300
     assert 1 * HOUR_SECONDS <= wait(0, -1) < 1 * HOUR_SECONDS + 300
@@ -199,11 +207,12 @@ def test_states_and_speed_are_the_databases_from_every_replica(
     worker.finish(lease)
     other = settings.model_copy(update={"port": free_port()})
     with serving(other, database_url) as replica:
-        for one in (api, replica):
-            assert value(one, "warmscale_runs", kind="trial", state="leased") == 2
-            assert value(one, "warmscale_runs", kind="trial", state="succeeded") == 1
-            assert value(one, "warmscale_studies", state="active") == 1
-            assert value(one, "warmscale_tokens_per_second", kind="trial") == 120
+        # 100 + 20: the third run has finished, and its speed no longer counts.
+        for server in (api, replica):
+            assert value(server, "warmscale_runs", kind="trial", state="leased") == 2
+            assert value(server, "warmscale_runs", kind="trial", state="succeeded") == 1
+            assert value(server, "warmscale_studies", state="active") == 1
+            assert value(server, "warmscale_tokens_per_second", kind="trial") == 120
 
 
 def test_connections_in_use_are_counted_by_pool(api):

@@ -1,4 +1,4 @@
-"""Migrations: from empty and from every revision with its data in it; down and up; under load."""
+"""Migrations from an empty database and from every revision with data; down, up, and under load."""
 
 import contextlib
 import inspect as python
@@ -31,7 +31,7 @@ runner = CliRunner()
 SAMPLES = Path(__file__).with_name("samples")
 REVISIONS = [script.revision for script in list_scripts()]
 HEAD = REVISIONS[-1]
-# What a downgrade says that it loses, as a condition on the rows of a table.
+# The rows that a downgrade loses, as its docstring says: a condition on the rows of a table.
 LOST = {"0002": {"runs": "branch > 0"}}
 
 
@@ -68,7 +68,7 @@ def sample(revision):
 
 
 def put(url, revision, optuna_revision=None):
-    """The sample of a revision, in tables of that revision."""
+    """Load the sample of a revision into tables of that revision, and return its manifest."""
     with archive.open_backup(sample(revision)) as reader, connected(url) as connection:
         manifest = reader.manifest
         if optuna_revision:
@@ -80,7 +80,7 @@ def put(url, revision, optuna_revision=None):
 
 
 def rows(url, tables):
-    """The rows of these tables, sorted, in these columns as far as they are there."""
+    """Return the sorted rows of these tables, in those of the columns that exist."""
     found = {}
     with connected(url) as connection:
         for schema, name, columns in tables:
@@ -89,6 +89,7 @@ def rows(url, tables):
             there = {c["name"] for c in inspect(connection).get_columns(name, schema)}
             kept = [column for column in columns if column in there]
             query = f"SELECT {', '.join(kept)} FROM {schema}.{name}"
+            # As text: None and JSON cannot be sorted.
             values = [tuple(map(repr, row)) for row in connection.execute(text(query))]
             found[schema, name] = (kept, sorted(values))
     return found
@@ -105,7 +106,7 @@ def tables(url, schema):
 
 def standing(url):
     with connected(url) as connection:
-        return {one.schema: one.status for one in read_revisions(connection)}
+        return {revision.schema: revision.status for revision in read_revisions(connection)}
 
 
 def test_upgrading_an_empty_database_makes_our_tables_and_optunas_and_none_in_public(empty_url):
@@ -136,13 +137,15 @@ def test_an_upgrade_from_any_revision_keeps_every_row_and_the_service_goes_on(
         table.name: table.num_rows for table in manifest.tables
     }
     migrations.upgrade_database(empty_url)
+    # Alembic compares the tables with the models: no difference is left.
     command.check(migrations.alembic_config(empty_url))
     assert rows(empty_url, shape(manifest)) == before
-    serves(settings, empty_url)
+    serve_to_the_end(settings, empty_url)
 
 
-def serves(settings, url):
-    """Everything can be read, and the studies go on to their ends."""
+def serve_to_the_end(settings, url):
+    """Read everything through the API, and complete the studies."""
+    # The root of the samples' artifacts, in their URIs.
     same_place = settings.model_copy(update={"artifacts": "s3://bucket/all"})
     with serving(same_place, url) as api:
         assert api.client.get("/readyz") == {"status": "ready"}
@@ -160,13 +163,14 @@ def serves(settings, url):
 
 
 def end_all(api):
-    """Free what is leased, as its worker would; then complete whatever can be leased."""
+    """Let every lease expire; then lease and complete runs until no run is left."""
     with api.sessions.begin() as session:
         session.execute(
             text("UPDATE warmscale.runs SET lease_expires_at = now() - interval '1 hour'")
         )
     worker = Worker(api.client)
-    worker.lease(1)  # an absence of the service: leases get their time again
+    # The service was away when these leases expired, so it extends each lease once (decision 0008).
+    worker.lease(1)
     with api.sessions.begin() as session:
         session.execute(
             text(
@@ -175,12 +179,14 @@ def end_all(api):
             )
         )
     for _ in range(40):
+        # A failed run waits for its retry; make it due.
         with api.sessions.begin() as session:
             session.execute(text("UPDATE warmscale.runs SET available_at = now()"))
         leases = worker.lease(8)
         if not leases:
             break
         for lease in leases:
+            # A trunk publishes a checkpoint at each branch, from which a branch starts.
             if lease.spec.branches:
                 for step in lease.spec.branch_steps:
                     worker.publish(lease, step, final=False)
@@ -203,8 +209,8 @@ def test_a_downgrade_says_what_is_lost_and_up_again_nothing_else_is(empty_url, r
             assert gone.rowcount > 0
     command.downgrade(migrations.alembic_config(empty_url), to)
     kept = rows(empty_url, shape(manifest)) if before_names else None
-    said = python.getdoc(list_scripts()[len(before_names)].module.downgrade)
-    assert said
+    loss = python.getdoc(list_scripts()[len(before_names)].module.downgrade)
+    assert loss
     migrations.upgrade_database(empty_url)
     command.check(migrations.alembic_config(empty_url))
     if kept is not None:
@@ -222,11 +228,11 @@ def test_an_older_schema_of_optunas_is_upgraded_with_ours_and_its_trials_stay(
     assert standing(empty_url)["optuna"] == "older"
     migrations.upgrade_database(empty_url)
     assert rows(empty_url, trials) == before
-    serves(settings, empty_url)
+    serve_to_the_end(settings, empty_url)
 
 
 def put_older_optuna(url, older):
-    """The newest sample, Optuna's part of it in tables of before: those had no infinite values."""
+    """Load the newest sample, with Optuna's rows in tables of an older Optuna."""
     manifest = put(url, HEAD)
     with connected(url) as connection:
         held = {t.name: t for t in catalog.list_tables(connection) if t.schema == "optuna"}
@@ -248,14 +254,16 @@ def put_older_optuna(url, older):
         for name, held_rows in saved.items():
             if held_rows:
                 refill(connection, name, held_rows)
-        for one in sequences:
-            connection.execute(text(f"SELECT setval('optuna.{one.name}', {one.last_value})"))
+        for sequence in sequences:
+            setval = f"SELECT setval('optuna.{sequence.name}', {sequence.last_value})"
+            connection.execute(text(setval))
     return manifest
 
 
 def refill(connection, name, rows):
     there = {c["name"] for c in inspect(connection).get_columns(name, "optuna")}
     for row in rows:
+        # The older tables could not hold infinite values, which have no number in this column.
         if row.get("intermediate_value", 0) is None:
             continue
         given = {k: v for k, v in row.items() if k in there}
@@ -314,7 +322,8 @@ def test_an_upgrade_gives_way_to_a_long_transaction_and_goes_through_after_it(em
     put(empty_url, REVISIONS[0])
     holder = create_engine(empty_url)
     with holder.connect() as held:
-        held.execute(text("SELECT count(*) FROM warmscale.runs"))  # a report that takes its time
+        # An open transaction that has read `runs`, as of a slow report, keeps a lock on it.
+        held.execute(text("SELECT count(*) FROM warmscale.runs"))
         upgrade = threading.Thread(
             target=migrations.upgrade_database,
             args=(empty_url, Patience(lock_seconds=0.2, pause_seconds=0.1, attempts=1000)),
@@ -323,13 +332,15 @@ def test_an_upgrade_gives_way_to_a_long_transaction_and_goes_through_after_it(em
             upgrade.start()
             while "a table is locked" not in caplog.text:
                 time.sleep(0.01)
-        with connected(empty_url) as other:  # others go on between the attempts
+        # Between two attempts of the migration, other queries of the table get through.
+        with connected(empty_url) as other:
             assert other.execute(text("SELECT count(*) FROM warmscale.runs")).scalar() > 0
         assert upgrade.is_alive()
     upgrade.join(30)
     holder.dispose()
     assert standing(empty_url)["warmscale"] == "ready"
-    assert "SELECT count(*) FROM warmscale.runs" in caplog.text  # who held it
+    # The warning names the query of the transaction that held the lock.
+    assert "SELECT count(*) FROM warmscale.runs" in caplog.text
 
 
 def test_an_upgrade_that_never_gets_its_lock_changes_nothing_and_says_who_has_it(empty_url):
