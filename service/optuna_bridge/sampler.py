@@ -28,7 +28,6 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from service.database.engine import autocommit_engine, engine_options
-from service.optuna_bridge.cached_tpe import Memory
 from service.optuna_bridge.draft_storage import DraftStorage, Drawn
 from service.optuna_bridge.study_cache import KnownStudies
 from service.optuna_bridge.translation import make_pruner, make_sampler, suggest_all
@@ -96,7 +95,7 @@ class Sampler:
         self._turns = BoundedSemaphore(pool_size)
         self._gp: ProcessPoolExecutor | None = None
         self._known = KnownStudies(rdb)
-        self._drawing = Lock()  # of histories and memories; it is one core's work in any case
+        self._drawing = Lock()  # of histories; it is one core's work in any case
 
     def close(self) -> None:
         """End the connections, and the helper process of GP if there is one."""
@@ -130,7 +129,7 @@ class Sampler:
                 handle = optuna.Study(
                     study,
                     cast("BaseStorage", drafts),
-                    make_sampler(spec, drafts.num_trials, known.memory),
+                    make_sampler(spec, drafts.num_trials),
                     make_pruner(spec),
                 )
                 suggest_all(handle.ask(), spec)
@@ -164,7 +163,7 @@ class Sampler:
         handle.get_trials(deepcopy=False)  # Optuna's cache writes to no trial that it has not read
         handle.sampler = RandomSampler(seed=derived_seed(spec.hpo.seed, "adopt", number) % 2**32)
         if spec.hpo.sampler == "grid":  # its point, and no other
-            handle.sampler = make_sampler(spec, number, Memory())
+            handle.sampler = make_sampler(spec, number)
             handle.sampler.before_trial(handle, self.storage.get_trial(trial_id))
         trial = Trial(handle, trial_id)
         return Suggestion(number=number, params=suggest_all(trial, spec))
