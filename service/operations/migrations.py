@@ -79,6 +79,7 @@ def known_revisions() -> dict[str, tuple[str, ...]]:
     """The revisions that this program knows of each schema, oldest first."""
     from service.optuna_bridge import schema as optuna_schema  # noqa: PLC0415 - optuna takes a second to import
 
+    optuna_schema.check_installed_optuna()
     ours = tuple(script.revision for script in scripts())
     return {SCHEMA: ours, OPTUNA_SCHEMA: optuna_schema.revisions()}
 
@@ -96,10 +97,12 @@ def upgrade(url: URL, patience: Patience = Patience()) -> None:
 
     Raises:
         NewerDatabaseError: a later version has been here.
+        UnknownOptunaError: the installed Optuna's tables are not the known ones.
         LockBusyError: a transaction held a table for too long; nothing was changed.
     """
     from service.optuna_bridge import schema as optuna_schema  # noqa: PLC0415 - optuna takes a second to import
 
+    known_revisions()  # refuses an unknown Optuna before the first statement
     config = alembic_config(url, lock_seconds=patience.lock_seconds)
     theirs = optuna_url(_giving_way(url, patience.lock_seconds))
     with tables_held(url) as connection:

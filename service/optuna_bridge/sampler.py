@@ -29,6 +29,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from service.database.engine import autocommit_engine, engine_options
 from service.optuna_bridge.draft_storage import DraftStorage, Drawn
+from service.optuna_bridge.schema import check_installed_optuna
 from service.optuna_bridge.study_cache import KnownStudies
 from service.optuna_bridge.translation import make_pruner, make_sampler, suggest_all
 from service.specs.study import StudySpec
@@ -84,6 +85,7 @@ class Sampler:
     """
 
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
+        check_installed_optuna()
         self._url = url
         pool = {"pool_size": pool_size, "max_overflow": pool_size}
         rdb = RDBStorage(
