@@ -39,7 +39,7 @@ def check_installed_optuna() -> None:
         raise UnknownOptunaError(f"its tables are at revision {newest}")
     tables = models.BaseModel.metadata.tables
     for name, known in KNOWN_COLUMNS.items():
-        columns = set(tables[name].columns.keys()) if name in tables else set[str]()
+        columns = frozenset(tables[name].columns.keys() if name in tables else ())
         if columns != known:
             raise UnknownOptunaError(f"its table {name} has the columns {sorted(columns)}")
 
