@@ -158,7 +158,7 @@ class _Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
 
 
-def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
+def study_topic(session: Session, caller: Caller, name_or_id: str) -> Topic:
     """Return the topic of every event of a study and of its runs."""
     study = find_study(session, caller, name_or_id)
     live = select(Run.id).where(Run.study_id == study.id, Run.state.in_(LIVE_RUN_STATES)).limit(1)
@@ -166,13 +166,13 @@ def of_study(session: Session, caller: Caller, name_or_id: str) -> Topic:
     return Topic(id=study.id, where=Event.study_id == study.id, is_over=is_over)
 
 
-def of_run(session: Session, caller: Caller, run_id: str) -> Topic:
+def run_topic(session: Session, caller: Caller, run_id: str) -> Topic:
     """Return the topic of every event of a run."""
     run = find_run(session, caller, run_id)
     return Topic(id=run.id, where=Event.run_id == run.id, is_over=run.state in FINAL_RUN_STATES)
 
 
-async def respond(
+async def stream_events(
     request: Request, caller: Caller, topic: Callable[[Session], Topic], after: str | None
 ) -> EventSourceResponse:
     """Stream the events after `Last-Event-ID`, until the topic is over or the key is revoked."""
@@ -203,11 +203,17 @@ def _read_batch(
     """Return the next events of ended transactions, ordered by transaction, then by id.
 
     PostgreSQL assigns an event's id before its transaction commits. Event 17 can therefore become
-    visible after event 18 was read, and a reader that orders by id alone would skip it. A
-    transaction below every running one cannot add events any more, so its events are read in order.
+    visible after event 18 was read, and a reader that goes by ids alone would skip it. No
+    transaction below the oldest running one can add events any more, so those are read in order.
     """
     with sessions() as session:
         subject = topic(session)
+        # A committed event is unsettled while an older transaction runs. Ask for those first: if
+        # the older transaction ends between the two statements, the second returns the event. In
+        # the other order neither would report it, and the stream would sleep or end without it.
+        unsettled = session.scalar(
+            select(Event.id).where(subject.where, Event.xid >= _SETTLED).limit(1)
+        )
         query = (
             select(Event)
             .where(subject.where, tuple_(Event.xid, Event.id) > last, Event.xid < _SETTLED)
@@ -219,9 +225,6 @@ def _read_batch(
             ((event.xid, event.id), EventView(**{f: getattr(event, f) for f in fields}))
             for event in session.scalars(query)
         ]
-        unsettled = session.scalar(
-            select(Event.id).where(subject.where, Event.xid >= _SETTLED).limit(1)
-        )
         is_over = subject.is_over and len(rows) < _BATCH and unsettled is None
         return Batch(
             topic=subject.id, rows=rows, is_over=is_over, has_unsettled=unsettled is not None
@@ -247,7 +250,7 @@ class _Follower:
         retry = random.randint(*_RETRY_MILLISECONDS)  # noqa: S311 - jitter
         yield ServerSentEvent(comment="warmscale", retry=retry)
         checked_at = time.monotonic()
-        with self.wakeups.subscription(batch.topic) as notification:
+        with self.wakeups.subscribe_to(batch.topic) as notification:
             # An event may have been written between the first read and the subscription.
             notification.notify()
             while True:
@@ -269,4 +272,4 @@ class _Follower:
 
     def _is_key_good(self) -> bool:
         with self.sessions() as session:
-            return keys.is_good(session, self.caller.key_id)
+            return keys.is_key_good(session, self.caller.key_id)

@@ -29,12 +29,12 @@ RETRY_FIRST_SECONDS = 1.0
 RETRY_MAX_SECONDS = 300.0
 
 
-def sources(state: StudyState) -> tuple[StudyState, ...]:
+def source_states(state: StudyState) -> tuple[StudyState, ...]:
     """The study states from which `state` can be reached."""
     return tuple(s for s, nexts in STUDY_TRANSITIONS.items() if state in nexts)
 
 
-def after_attempt(
+def state_after_attempt(
     outcome: Outcome, *, retryable: bool, failures: int, max_attempts: int
 ) -> RunState:
     """Where a leased run goes when its attempt ends.

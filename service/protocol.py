@@ -72,7 +72,7 @@ class Resources(Message):
         """Whether these fit into what is free."""
         return self.cpus <= free.cpus and self.gpus <= free.gpus
 
-    def less(self, used: "Resources") -> "Resources":
+    def subtract(self, used: "Resources") -> "Resources":
         """What is left of these; GPU shares are rounded as Ray counts them."""
         gpus = max(0.0, round(self.gpus - used.gpus, 4))
         return self.model_copy(update={"cpus": self.cpus - used.cpus, "gpus": gpus})

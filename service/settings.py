@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.observability.logs import Format
+from service.observability.logs import LogFormat
 
 
 class Settings(BaseSettings):
@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     webhook_allow_private: bool = Field(
         default=False, description="send webhooks to addresses of private networks too"
     )
-    log_format: Format = Field(
+    log_format: LogFormat = Field(
         default="text", description="text: lines of key=value; json: an object a line"
     )
     max_body_bytes: Annotated[int, Field(ge=1024)] = Field(

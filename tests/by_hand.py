@@ -1,8 +1,14 @@
 """A worker that trains nothing: it leases, reports and finishes as a test tells it."""
 
+import asyncio
+from dataclasses import replace
+
 from sqlalchemy.orm import Session
 
 from service.access.caller import Caller
+from service.events.wakeups import Wakeups
+from service.leases.queue import LeaseQueue
+from service.leases.services import LeaseServices
 from service.optuna_bridge import finish_trial
 from service.optuna_bridge.draft_storage import write
 from service.optuna_bridge.sampler import Suggestion
@@ -14,6 +20,8 @@ from service.protocol import (
     MeasurementBatch,
     Resources,
 )
+from service.web.services import find_service
+from service.web.shutdown import Shutdown
 
 # What a store takes for the one who asks, where a test calls it without a route.
 EVERYWHERE = Caller(key_id="key", scopes=frozenset(), project=None)
@@ -67,6 +75,24 @@ class Worker:
     def complete(self, lease, loss=2.0):
         self.publish(lease)
         return self.finish(lease, loss=loss)
+
+
+def forget_presence(api):
+    """Let the API be a process that has just started: it cannot tell how long it was away."""
+    find_service(api.app, LeaseServices).presence._last_request = None
+
+
+def run_with_queue(api, scene, **settings):
+    """Run `scene` with a lease queue of its own, on an event loop of its own."""
+    services = find_service(api.app, LeaseServices)
+    services = replace(services, settings=services.settings.model_copy(update=settings))
+    wakeups = Wakeups(api.engine.url)
+
+    async def listen_and_run():
+        async with wakeups.keep_listening():
+            return await scene(LeaseQueue(services, wakeups, Shutdown()))
+
+    return asyncio.run(listen_and_run())
 
 
 def ask(sampler, study, spec):

@@ -49,7 +49,7 @@ def postgres():
             warnings.simplefilter("ignore")  # platformdirs: no XDG_RUNTIME_DIR for root
             server = db.start_embedded(folder)
         with server:
-            url = db.normalized(server.get_uri())
+            url = db.normalize_url(server.get_uri())
             admin = create_engine(url, isolation_level="AUTOCOMMIT")
             with admin.connect() as connection:
                 # No test cuts the power: what is synced to disk is only waited for.

@@ -65,13 +65,13 @@ def test_the_example_for_receivers_of_webhooks_verifies_ours_and_no_others():
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     example = {}
     exec(code, example)  # noqa: S102 - the example as it is printed
-    secret, body, now = signing.new_secret(), b'{"type": "run.failed"}', int(time.time())
-    headers = signing.headers(secret, "msg_1", now, body)
+    secret, body, now = signing.create_secret(), b'{"type": "run.failed"}', int(time.time())
+    headers = signing.sign_message(secret, "msg_1", now, body)
     verify = example["verify"]
     assert verify(secret, headers, body)
     both = headers["webhook-signature"] + " v1,b3RoZXI="
     assert verify(secret, headers | {"webhook-signature": both}, body)
     assert not verify(secret, headers, body + b" ")
-    assert not verify(signing.new_secret(), headers, body)
+    assert not verify(signing.create_secret(), headers, body)
     assert not verify(secret, headers | {"webhook-id": "msg_2"}, body)
-    assert not verify(secret, signing.headers(secret, "msg_1", now - 600, body), body)
+    assert not verify(secret, signing.sign_message(secret, "msg_1", now - 600, body), body)

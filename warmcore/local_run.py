@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, TextIO
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError, checkpoint_path, list_checkpoints
 from warmcore.corpus.prepare import Corpus
-from warmcore.run_file import local_path, reference
+from warmcore.run_file import reference, require_local_path
 from warmcore.specs import RunSpec
 from warmcore.specs.run import branch_of
+from warmcore.training.events import DivergedEvent, EvaluationEvent, Event, StepEvent
+from warmcore.training.leading import LeadingTraining
 from warmcore.training.ranks import ALONE, Ranks
-from warmcore.training.training import DivergedEvent, EvaluationEvent, Event, StepEvent, Training
 
 if TYPE_CHECKING:
     from warmcore.checkpoint.progress import Progress
@@ -59,7 +60,6 @@ class LocalRun:
         self._spec = spec
         self._place = place
         self.checkpoints = place.out / "checkpoints"
-        self._branch_steps = spec.branch_steps
         self._saved: Progress | None = None
         self._measurements = place.out / "measurements.jsonl"
         self._interrupted = False
@@ -90,15 +90,15 @@ class LocalRun:
         return FINISHED
 
     def _branches_at(self, event: Event) -> bool:
-        return isinstance(event, EvaluationEvent) and event.step in self._branch_steps
+        return isinstance(event, EvaluationEvent) and event.step in self._spec.branch_steps
 
     def _interrupt(self, _number: int, _frame: object) -> None:
         self._interrupted = True  # the state is whole only between events
 
-    def _resumed(self, corpus: Corpus) -> Training | None:
+    def _resumed(self, corpus: Corpus) -> LeadingTraining | None:
         for path in list_checkpoints(self.checkpoints):
             try:
-                training = Training.resume(
+                training = LeadingTraining.resume(
                     self._spec, corpus, path, device=self._place.device, ranks=self._place.ranks
                 )
                 self._cut_measurements(self._num_measured(training))
@@ -110,17 +110,17 @@ class LocalRun:
             return training
         return None
 
-    def _started(self, corpus: Corpus) -> Training:
+    def _started(self, corpus: Corpus) -> LeadingTraining:
         ref = self._spec.start_checkpoint
         field = "trunk" if self._spec.trunk else "growth.base"
-        base = local_path(ref.uri, field) if ref else None
-        training = Training.start(
+        base = require_local_path(ref.uri, field) if ref else None
+        training = LeadingTraining.start(
             self._spec, corpus, base=base, device=self._place.device, ranks=self._place.ranks
         )
         self._measurements.write_text("")
         return training
 
-    def _num_measured(self, training: Training) -> int:
+    def _num_measured(self, training: LeadingTraining) -> int:
         """Lines up to here; those up to a branch's beginning are its trunk's."""
         log_every, start = self._spec.train.log_every, self._spec.start_step
         before = sum(step <= start for step in self._spec.evaluation_steps) if start else 0
@@ -142,9 +142,9 @@ class LocalRun:
             case StepEvent(step=step, loss_nats=loss, lr=lr):
                 if step % self._spec.train.log_every:
                     return
-                log.info("step %d/%d loss=%.4f lr=%.2e", step, self._training.num_steps, loss, lr)
+                log.info("step %d/%d loss=%.4f lr=%.2e", step, self._spec.num_steps, loss, lr)
             case EvaluationEvent(step=step):
-                log.info("step %d/%d %s", step, self._training.num_steps, _losses(event))
+                log.info("step %d/%d %s", step, self._spec.num_steps, _losses(event))
             case DivergedEvent(step=step, reason=reason):
                 log.error("diverged after step %d: %s", step, reason)
         file.write(json.dumps(dataclasses.asdict(event)) + "\n")
@@ -158,7 +158,7 @@ class LocalRun:
         saved = self._training.save(checkpoint_path(self.checkpoints, self._training.step))
         self._saved = self._training.progress
         log.info("checkpoint %s hash=%s", saved.path, saved.hash)
-        kept = {checkpoint_path(self.checkpoints, step) for step in self._branch_steps}
+        kept = {checkpoint_path(self.checkpoints, step) for step in self._spec.branch_steps}
         others = [path for path in list_checkpoints(self.checkpoints) if path not in kept]
         for old in others[NUM_KEPT:]:
             shutil.rmtree(old)

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, ValidationError
 
 from warmcore.checkpoint.checkpoint import read_manifest
 from warmcore.specs import CheckpointRef, RunSpec
-from warmcore.storage import plain_yaml
+from warmcore.storage import locations, plain_yaml
 
 
 def read_spec(path: Path) -> RunSpec:
@@ -39,19 +38,24 @@ def _with_hashes(fields: Any) -> Any:
 
 def reference(uri: str, field: str) -> CheckpointRef:
     """The local checkpoint that is there now."""
-    _, found = read_manifest(local_path(uri, field))
+    _, found = read_manifest(require_local_path(uri, field))
     return CheckpointRef(uri=uri, hash=found)
 
 
-def local_path(uri: str, field: str) -> Path:
-    """Path of a plain path or a file:// URI in `field`."""
+def require_local_path(uri: str, field: str) -> Path:
+    """Return the path that `uri`, the value of `field`, names on this machine.
+
+    Raises:
+        ValueError: the URI is of an object store, or no path of this machine.
+    """
     try:
-        parts = urlsplit(uri)
-        path = Path(unquote(parts.path) if parts.scheme else uri).expanduser()
-        path.exists()
+        path = locations.local_path(uri)
+        if path is not None:
+            path = path.expanduser()
+            path.exists()  # raises where the name is too long for the file system
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{field}.uri {uri!r} is no path: {error}") from None
-    if parts.scheme not in ("", "file"):
+    if path is None:
         raise ValueError(f"{field}.uri {uri} is not local; a path or a file:// URI works here")
     return path
 

@@ -24,13 +24,13 @@ def subject(lease: Lease) -> dict[str, Any]:
 def about(lease: Lease) -> Generator[None]:
     """In a worker process, which has one run at a time: its lines say which, in every thread."""
     _configure()
-    with logs.about(**subject(lease), pid=os.getpid()):
+    with logs.add_fields(**subject(lease), pid=os.getpid()):
         yield
 
 
 @functools.cache
 def _configure() -> None:
-    logs.configure(logs.format_of(os.environ))
+    logs.configure_logging(logs.read_format(os.environ))
 
 
 def forward(batch: Mapping[str, Any]) -> None:

@@ -6,13 +6,13 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import psutil
 from sqlalchemy import text
 
 from benchmarks.chaos.schedule import Fault
 from benchmarks.chaos.stack import LEASE_SECONDS, Stack, alive, kill_alone
+from warmcore.storage.locations import local_path
 
 Check = Callable[[], bool]
 
@@ -123,7 +123,7 @@ class Faults:
         _signal(victims, signal.SIGSTOP)  # so that it publishes no newer one meanwhile
         uri, found = newest
         with contextlib.suppress(FileNotFoundError):  # it may just have been superseded
-            flip_bit(Path(unquote(urlsplit(uri).path)) / "model.safetensors", share)
+            flip_bit(Path(local_path(uri) or uri) / "model.safetensors", share)
             self.corrupted.add(found)
         _signal(victims, signal.SIGKILL)
         return Struck(is_over=lambda: self._moved_on(runs))

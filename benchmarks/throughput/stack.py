@@ -36,7 +36,7 @@ class Stack:
 
     def connect(self, side: str) -> psycopg.Connection:
         """A connection to a side's database, which sees that side's tables of Optuna's first."""
-        url = self.service_url if side == "service" else engine.normalized(self.optuna_url)
+        url = self.service_url if side == "service" else engine.normalize_url(self.optuna_url)
         text = url.set(drivername="postgresql").render_as_string(hide_password=False)
         path = "-c search_path=optuna,warmscale,public"
         return psycopg.connect(text, options=path, autocommit=True)
@@ -48,7 +48,7 @@ def stack(folder: Path, *, replicas: int) -> Generator[Stack]:
     engine.use_utc()
     with ExitStack() as stop:
         server = stop.enter_context(engine.start_embedded(folder))
-        ours = engine.normalized(server.get_uri())
+        ours = engine.normalize_url(server.get_uri())
         theirs = _second_database(ours)
         migrations.upgrade(ours)
         RDBStorage(theirs).engine.dispose()

@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from service.access.caller import Caller
-from service.access.caller_cache import RecentCallers
-from service.access.keys import caller_of, hash_key
-from service.access.rate_limits import Limits
+from service.access.caller_cache import CallerCache
+from service.access.keys import find_caller, hash_key
+from service.access.rate_limits import RateLimits
 from service.observability import request_context
 from service.problems import Problem
 from service.protocol import PROJECT_PATTERN, Scope
@@ -29,7 +29,7 @@ _bearer = HTTPBearer(auto_error=False, description="an API key: `warmscale key c
 _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
-def enter(request: Request, key: str | None, scope: Scope) -> Caller:
+def authenticate(request: Request, key: str | None, scope: Scope) -> Caller:
     """Give the caller of a request, whose key may do `scope`.
 
     Raises:
@@ -37,20 +37,20 @@ def enter(request: Request, key: str | None, scope: Scope) -> Caller:
     """
     if key is None:
         raise _unauthorized("send `Authorization: Bearer <API key>`")
-    limits, digest = find_service(request.app, Limits), hash_key(key)
+    limits, digest = find_service(request.app, RateLimits), hash_key(key)
     address = request.client.host if request.client else ""
-    limits.knock(address, digest)
+    limits.check_address(address, digest)
     try:
         # A session of its own, closed at once: a long-poll must not hold a connection.
         with find_service(request.app, Database).sessions.begin() as session:
-            caller = check(session, key, scope)
+            caller = check_key(session, key, scope)
     except Problem as problem:
         if problem.status == HTTPStatus.UNAUTHORIZED:
-            limits.wrong(address)
+            limits.count_wrong_key(address)
         else:
-            limits.good(digest)  # a key that may not do this counts as any other
+            limits.count_request(digest)  # a key that may not do this counts as any other
         raise
-    limits.good(digest)
+    limits.count_request(digest)
     return caller
 
 
@@ -58,12 +58,12 @@ def _unauthorized(detail: str) -> Problem:
     return Problem(401, "unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
 
 
-def check(session: Session, key: str, scope: Scope) -> Caller:
+def check_key(session: Session, key: str, scope: Scope) -> Caller:
     """Give the caller, or raise the problem of a key that may not do `scope`.
 
     `admin` may do everything.
     """
-    caller = caller_of(session, key)
+    caller = find_caller(session, key)
     if caller is None:
         raise _unauthorized("this API key is unknown, expired or revoked")
     if not caller.scopes & {scope, "admin"}:
@@ -72,11 +72,11 @@ def check(session: Session, key: str, scope: Scope) -> Caller:
     return caller
 
 
-def require(scope: Scope) -> Callable[..., Caller]:
+def require_scope(scope: Scope) -> Callable[..., Caller]:
     """A dependency that lets a request pass only with a key that holds `scope`."""
 
     def dependency(credentials: _Credentials, request: Request, project: _Project = None) -> Caller:
-        return enter(request, _key(credentials), scope).within(project)
+        return authenticate(request, _key(credentials), scope).narrow_to(project)
 
     return dependency
 
@@ -85,17 +85,17 @@ async def _recent_worker(
     credentials: _Credentials, request: Request, project: _Project = None
 ) -> Caller:
     """As `require("work")`, of a key that may have been looked up a moment ago."""
-    recent = find_service(request.app, RecentCallers)
+    recent = find_service(request.app, CallerCache)
     key = _key(credentials)
     name, now = hash_key(key or ""), recent.now()
     caller = recent.get(name)
     if caller is None:
-        caller = await run_in_threadpool(enter, request, key, "work")
+        caller = await run_in_threadpool(authenticate, request, key, "work")
         recent.keep(name, caller, now)
     else:
-        find_service(request.app, Limits).good(name)
-        request_context.note(key_id=caller.key_id)
-    return caller.within(project)
+        find_service(request.app, RateLimits).count_request(name)
+        request_context.note_facts(key_id=caller.key_id)
+    return caller.narrow_to(project)
 
 
 def _key(credentials: HTTPAuthorizationCredentials | None) -> str | None:
@@ -103,7 +103,7 @@ def _key(credentials: HTTPAuthorizationCredentials | None) -> str | None:
 
 
 # A route says by its parameter which scope it needs, and passes the caller on to what it reads.
-Reader = Annotated[Caller, Depends(require("read"))]
-Writer = Annotated[Caller, Depends(require("write"))]
+Reader = Annotated[Caller, Depends(require_scope("read"))]
+Writer = Annotated[Caller, Depends(require_scope("write"))]
 Fleet = Annotated[Caller, Depends(_recent_worker)]
-Scraper = Annotated[Caller, Depends(require("metrics"))]
+Scraper = Annotated[Caller, Depends(require_scope("metrics"))]

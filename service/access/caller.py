@@ -16,7 +16,7 @@ class Caller:
     scopes: frozenset[str]
     project: str | None  # None: every project
 
-    def within(self, project: str | None) -> "Caller":
+    def narrow_to(self, project: str | None) -> "Caller":
         """This caller, narrowed to one project.
 
         Raises:
@@ -33,7 +33,7 @@ class Caller:
         """The project of what this caller makes."""
         return self.project or DEFAULT_PROJECT
 
-    def sees(self, optuna_name: str) -> bool:
+    def can_see(self, optuna_name: str) -> bool:
         """Whether a study is there for this caller, by its name in Optuna (`tables.Study`)."""
         project, slash, _ = optuna_name.partition("/")
         return self.project in (None, project if slash else DEFAULT_PROJECT)

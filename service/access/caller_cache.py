@@ -13,7 +13,7 @@ KEPT_SECONDS = 3.0
 _MOST_KEPT = 1024
 
 
-class RecentCallers:
+class CallerCache:
     """Holders of keys that were good when they were last looked up. For one event loop."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from service.access.caller import Caller
 from service.database.tables import DEFAULT_PROJECT, ApiKey
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.observability import request_context
 from service.protocol import Message, Scope
 
@@ -43,7 +43,7 @@ def create_key(
     )
     session.add(row)
     session.flush()
-    record(
+    record_event(
         session,
         "key.created",
         study_id=None,
@@ -69,7 +69,7 @@ def revoke_key(session: Session, key_id: str) -> bool:
     )
     is_revoked = revoked.scalar_one_or_none() is not None
     if is_revoked:
-        record(session, "key.revoked", study_id=None, key=key_id)
+        record_event(session, "key.revoked", study_id=None, key=key_id)
     return is_revoked
 
 
@@ -104,12 +104,12 @@ _GOOD = (
 )
 
 
-def is_good(session: Session, key_id: str) -> bool:
+def is_key_good(session: Session, key_id: str) -> bool:
     """Whether a key that was good is still neither revoked nor expired."""
     return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, *_GOOD)) is not None
 
 
-def caller_of(session: Session, key: str) -> Caller | None:
+def find_caller(session: Session, key: str) -> Caller | None:
     """The caller with a good key; None for an unknown, expired or revoked one."""
     unnoted = func.coalesce(ApiKey.last_used_at < func.now() - timedelta(minutes=1), True)
     query = select(ApiKey.id, ApiKey.scopes, ApiKey.project, unnoted.label("unnoted")).where(
@@ -121,5 +121,5 @@ def caller_of(session: Session, key: str) -> Caller | None:
     if row.unnoted:  # to the minute: a write for every request would be a lock for every request
         noted = update(ApiKey).where(ApiKey.id == row.id, unnoted).values(last_used_at=func.now())
         session.execute(noted)
-    request_context.note(key_id=row.id)
+    request_context.note_facts(key_id=row.id)
     return Caller(key_id=row.id, scopes=frozenset(row.scopes), project=row.project)

@@ -18,7 +18,7 @@ _GOOD_FOR_SECONDS = 86_400.0  # a guesser must not shut out who comes by once a 
 _FORGET_ABOVE = 10_000
 
 
-class Buckets:
+class TokenBuckets:
     """One bucket for each name: `at_once` tokens, refilled at `per_second`."""
 
     def __init__(
@@ -28,7 +28,7 @@ class Buckets:
         self._clock, self._lock = clock, Lock()
         self._full_at: dict[str, float] = {}
 
-    def take(self, name: str) -> float:
+    def take_token(self, name: str) -> float:
         """Take a token; give 0, or the seconds until there is one."""
         with self._lock:
             now = self._clock()
@@ -40,7 +40,7 @@ class Buckets:
             self._forget(now)
             return 0.0
 
-    def wait(self, name: str) -> float:
+    def seconds_until_token(self, name: str) -> float:
         """The seconds until there is a token; takes none."""
         with self._lock:
             now = self._clock()
@@ -52,16 +52,16 @@ class Buckets:
             self._full_at = {name: at for name, at in self._full_at.items() if at > now}
 
 
-class Limits:
+class RateLimits:
     """What a request passes on its way in: `knock` before its key is looked up, then the other."""
 
     def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._keys = Buckets(per_second, max(1.0, per_second * _BURST_SECONDS), clock)
-        self._wrong = Buckets(_WRONG_KEYS_PER_SECOND, _WRONG_KEYS_AT_ONCE, clock)
+        self._keys = TokenBuckets(per_second, max(1.0, per_second * _BURST_SECONDS), clock)
+        self._wrong = TokenBuckets(_WRONG_KEYS_PER_SECOND, _WRONG_KEYS_AT_ONCE, clock)
         self._good_until: dict[str, float] = {}
 
-    def knock(self, address: str, digest: str) -> None:
+    def check_address(self, address: str, digest: str) -> None:
         """Refuse an address that has tried too many wrong keys, before the database is asked.
 
         A key that was good lately passes: who shares an address with a guesser is not shut out.
@@ -70,13 +70,16 @@ class Limits:
             Problem: 429.
         """
         if self._good_until.get(digest, -math.inf) < self._clock():
-            _refuse(self._wrong.wait(_network(address)), "wrong API keys from this address")
+            _refuse(
+                self._wrong.seconds_until_token(_network(address)),
+                "wrong API keys from this address",
+            )
 
-    def wrong(self, address: str) -> None:
+    def count_wrong_key(self, address: str) -> None:
         """Count a key that let nobody in."""
-        self._wrong.take(_network(address))
+        self._wrong.take_token(_network(address))
 
-    def good(self, digest: str) -> None:
+    def count_request(self, digest: str) -> None:
         """Count a request with a good key.
 
         Raises:
@@ -86,7 +89,7 @@ class Limits:
         if len(self._good_until) > _FORGET_ABOVE:
             self._good_until = {d: at for d, at in self._good_until.items() if at > now}
         self._good_until[digest] = now + _GOOD_FOR_SECONDS
-        _refuse(self._keys.take(digest), "requests with this API key")
+        _refuse(self._keys.take_token(digest), "requests with this API key")
 
 
 def _refuse(wait: float, what: str) -> None:

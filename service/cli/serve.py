@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from service.cli.common import Exit, fail
-from service.database.engine import database, use_utc, wait_until_reachable
+from service.database.engine import open_database, use_utc, wait_until_reachable
 from service.database.tables import ApiKey
 from service.local_stack.child_process import die_with_parent
 from service.observability import logs, tracing
@@ -43,7 +43,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
     end_on_sigterm()
     use_utc()
     # Before any upgrade: Optuna's silences every logger there is if the root has no handler.
-    logs.configure(settings.log_format)
+    logs.configure_logging(settings.log_format)
     if not settings.is_loopback:
         _log.warning(
             "plain HTTP: keys can be read on the way; put a proxy with TLS in front",
@@ -51,7 +51,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
         )
     if supervised:
         die_with_parent()
-    with traced(), database(settings) as url:
+    with traced(), open_database(settings) as url:
         app = _application(settings, url, supervised=supervised)
         config = uvicorn.Config(
             app,
@@ -101,7 +101,7 @@ def _reason(error: Exception) -> str:
 def traced() -> Generator[None]:
     """Send traces while inside, if the environment asks for them; exit where that cannot be."""
     try:
-        with tracing.exporting(os.environ):
+        with tracing.export_traces(os.environ):
             yield
     except tracing.TracesMissingError as error:
         fail(Exit.USAGE, str(error))
@@ -139,6 +139,6 @@ def admit(url: URL, key: str, fleet_key: str) -> None:
     engine = create_engine(url, poolclass=NullPool)
     with Session(engine) as session, session.begin():
         session.execute(insert(ApiKey).values(rows).on_conflict_do_nothing())
-        caller = keys.caller_of(session, key)
+        caller = keys.find_caller(session, key)
     if caller is None:
         raise SystemExit("the key in client.json was revoked; delete that file for a new one")

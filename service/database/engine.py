@@ -55,16 +55,16 @@ def start_embedded(home: Path) -> "PostgresServer":
 
 
 @contextmanager
-def database(settings: Settings) -> Generator[URL]:
+def open_database(settings: Settings) -> Generator[URL]:
     """The database's URL, with the embedded server held up while inside when it is that one."""
     if settings.database_url is not None:
-        yield normalized(settings.database_url)
+        yield normalize_url(settings.database_url)
         return
     with start_embedded(settings.home) as server:
-        yield normalized(server.get_uri())
+        yield normalize_url(server.get_uri())
 
 
-def normalized(url: str) -> URL:
+def normalize_url(url: str) -> URL:
     """`url` with psycopg 3 as its driver.
 
     Raises:

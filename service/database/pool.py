@@ -17,12 +17,12 @@ IDLE_SECONDS = 2.0
 _SINCE = "idle_since"
 
 
-def note(_: Any, entry: ConnectionPoolEntry) -> None:
+def note_checkin(_: Any, entry: ConnectionPoolEntry) -> None:
     """Note when a connection came back."""
     entry.info[_SINCE] = time.monotonic()
 
 
-def try_idle(connection: Any, entry: ConnectionPoolEntry, _: Any) -> None:
+def check_idle(connection: Any, entry: ConnectionPoolEntry, _: Any) -> None:
     """Try a connection that has been idle; where it is broken, the pool makes new ones."""
     since = entry.info.get(_SINCE)
     if since is None or time.monotonic() - since < IDLE_SECONDS:
@@ -39,5 +39,5 @@ def try_idle(connection: Any, entry: ConnectionPoolEntry, _: Any) -> None:
 # For `create_engine`. The connection that was used last goes first: it has its statements prepared.
 OPTIONS: dict[str, Any] = {
     "pool_use_lifo": True,
-    "pool_events": [(note, "checkin"), (try_idle, "checkout")],
+    "pool_events": [(note_checkin, "checkin"), (check_idle, "checkout")],
 }

@@ -91,7 +91,7 @@ _WORDS: dict[str, Any] = {
 }
 
 
-def event(
+def new_event(
     type_: str,
     *,
     study_id: str | None,
@@ -102,10 +102,10 @@ def event(
 ) -> NewEvent:
     """An event to be written, e.g. `run.leased`; the doing of whoever asks, unless said."""
     row = {"study_id": study_id, "run_id": run_id, "type": type_, "attempt": attempt}
-    return row | {"actor": actor or request_context.actor(), "payload": payload}
+    return row | {"actor": actor or request_context.current_actor(), "payload": payload}
 
 
-def record(
+def record_event(
     session: Session,
     type_: str,
     *,
@@ -115,11 +115,11 @@ def record(
     **payload: Any,
 ) -> None:
     """Write one event, and wake with the commit who waits for such."""
-    one = event(type_, study_id=study_id, run_id=run_id, attempt=attempt, **payload)
-    record_all(session, [one])
+    one = new_event(type_, study_id=study_id, run_id=run_id, attempt=attempt, **payload)
+    record_events(session, [one])
 
 
-def record_all(session: Session, events: Sequence[NewEvent]) -> None:
+def record_events(session: Session, events: Sequence[NewEvent]) -> None:
     """Write events in this order, and wake with the commit who waits for such.
 
     Those that webhooks want are put into the outbox with them.
@@ -129,7 +129,7 @@ def record_all(session: Session, events: Sequence[NewEvent]) -> None:
     session.info.setdefault(_UNTOLD, []).append(untold)
 
 
-def install(sessions: sessionmaker[Session]) -> None:
+def install_hooks(sessions: sessionmaker[Session]) -> None:
     """Tell of the events of these sessions when they have committed."""
 
     @hooks.listens_for(sessions, "after_commit")
@@ -157,7 +157,7 @@ def _is_inside(savepoint: SessionTransaction | None, other: SessionTransaction) 
 def _tell(one: NewEvent) -> None:
     payload: dict[str, Any] = one["payload"]
     metrics.count_event(one["type"], payload)
-    tracing.tell(one["type"], one["run_id"], one["attempt"], one["actor"])
+    tracing.add_event_span(one["type"], one["run_id"], one["attempt"], one["actor"])
     if _log.isEnabledFor(logging.INFO):
         more = {name: payload.get(name) for name in _LOGGED}
         short = {name: v[:_LONGEST] if isinstance(v, str) else v for name, v in more.items()}

@@ -51,7 +51,7 @@ class Wakeups:
         self._bells: defaultdict[str, set[Notification]] = defaultdict(set)
 
     @contextmanager
-    def subscription(self, topic: str) -> Generator[Notification]:
+    def subscribe_to(self, topic: str) -> Generator[Notification]:
         """A bell for a topic: `WORK`, a study's id or a run's id."""
         bell = Notification()
         self._bells[topic].add(bell)
@@ -63,7 +63,7 @@ class Wakeups:
                 del self._bells[topic]
 
     @asynccontextmanager
-    async def listening(self) -> AsyncGenerator[None]:
+    async def keep_listening(self) -> AsyncGenerator[None]:
         """Listen while inside."""
         task = asyncio.create_task(self._listen())
         try:

@@ -2,14 +2,12 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Request
+from fastapi import APIRouter, Depends, Header, Request
 from starlette.concurrency import run_in_threadpool
 
 from service.access.authentication import Fleet
-from service.access.paths import check_published
-from service.database.tables import Run
-from service.leases import attempts, reports
-from service.leases.grants import artifact_uri
+from service.leases import attempts, checkpoints, reports
+from service.leases.services import LeaseServices
 from service.protocol import (
     LEASE_TOKEN_HEADER,
     CheckpointReply,
@@ -19,20 +17,27 @@ from service.protocol import (
     MeasurementBatch,
     ReportReply,
 )
-from service.studies import branches
 from service.web.dependencies import DbSession, TheSettings, UnitOfWork
-from service.web.json_body import Route
+from service.web.json_body import JsonRoute
+from service.web.services import find_service
 
-router = APIRouter(prefix="/runs", tags=["runs"], route_class=Route)
+
+# A plain function would cost a change of thread in every report.
+async def _services(request: Request) -> LeaseServices:
+    return find_service(request.app, LeaseServices)
+
+
+router = APIRouter(prefix="/runs", tags=["runs"], route_class=JsonRoute)
 Token = Annotated[str, Header(alias=LEASE_TOKEN_HEADER)]
+TheServices = Annotated[LeaseServices, Depends(_services)]
 
 
 @router.post("/{run_id}/measurements")
 async def report(
-    body: MeasurementBatch, caller: Fleet, run_id: str, token: Token, request: Request
+    body: MeasurementBatch, caller: Fleet, run_id: str, token: Token, services: TheServices
 ) -> ReportReply:
     """Add points to the run's curve and renew its lease; an empty batch just renews it."""
-    write = reports.report, request.app.state, caller, run_id, token, body.measurements
+    write = reports.take_report, services, caller, run_id, token, body.measurements
     return ReportReply(decision=await run_in_threadpool(*write))
 
 
@@ -41,7 +46,7 @@ async def finish(
     body: FinishRequest, caller: Fleet, run_id: str, token: Token, work: UnitOfWork
 ) -> FinishReply:
     """End this attempt. Sending the same end twice changes nothing."""
-    state = await work(attempts.finish, caller, run_id, token, body)
+    state = await work(attempts.finish_attempt, caller, run_id, token, body)
     return FinishReply.model_validate({"state": state})
 
 
@@ -55,9 +60,4 @@ def publish(
     settings: TheSettings,
 ) -> CheckpointReply:
     """Publish a checkpoint whose files are complete and in place."""
-    branches.lock_study(session, run_id, body.step)
-    run = attempts.renew(session, caller, run_id, token, settings.lease_seconds)
-    if not isinstance(run, Run):
-        return CheckpointReply(decision=run)
-    check_published(body.uri, artifact_uri(settings, run), run.id)
-    return CheckpointReply(decision="continue", superseded=attempts.publish(session, run, body))
+    return checkpoints.publish_checkpoint(session, caller, run_id, token, body, settings=settings)

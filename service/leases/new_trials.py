@@ -1,30 +1,31 @@
-"""New trials: which studies may start some, and starting them.
+"""New trials: which studies may start some, and how they are sampled, written and leased.
 
-What Optuna suggests is drawn before anything is locked. Then one transaction writes Optuna's trials
-with their parameters, the runs, the leases and the events, if the study is still as it was.
+Optuna samples before anything is locked. One transaction then writes Optuna's trials with their
+parameters, the runs, the leases and the events, unless the study has changed since.
 """
 
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 
 from sqlalchemy import ColumnElement, Integer, any_, bindparam, case, func, select, text
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.exc import DBAPIError, OperationalError
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
 from service.access.caller import Caller
 from service.database.tables import Run, Study
-from service.events.audit_log import NewEvent, event, record_all
-from service.leases.grants import clock, lease_of, leased_event, take
-from service.leases.requests import OpenStudy, PendingRequest
+from service.events.audit_log import NewEvent, new_event, record_events
+from service.leases.grants import leased_event, make_lease, read_clock, take_run
+from service.leases.requests import Granted, OpenStudy, PendingRequest
+from service.leases.services import LeaseServices
 from service.lifecycle import LIVE_RUN_STATES
 from service.observability import tracing
 from service.optuna_bridge.draft_storage import Drawn, MovedOnError, WentBackError, write
 from service.optuna_bridge.sampler import TRANSIENT, Sampler, Suggestion
 from service.protocol import Lease
 from service.runs.store import new_run
-from service.settings import Settings
 from service.specs.stored import UnreadableSpecError, log_skipped_study, parse_stored
 from service.specs.study import StudySpec
 from service.studies.advance import end
@@ -32,9 +33,11 @@ from service.studies.locks import lock
 from warmcore.specs import derived_seed
 
 _log = logging.getLogger(__name__)
-_DRAWS = 5  # before the next round, where other replicas are always faster
+_MAX_SAMPLINGS = 5  # then leave the study to the next round: other replicas write faster
 _LOCK_TIMEOUT = "2s"
 _LOCK_NOT_AVAILABLE = "55P03"
+
+Grants = list[tuple[PendingRequest, Lease]]
 
 
 class StudyFaultError(Exception):
@@ -45,13 +48,14 @@ class StudyFaultError(Exception):
         super().__init__(f"cannot start a trial: {type(error).__name__}: {error}")
 
 
-def openings(session: Session, within: ColumnElement[bool]) -> dict[str, OpenStudy]:
-    """Active studies with fewer live trials than `parallel` and fewer trials than their budget.
+def find_open_studies(session: Session, study_filter: ColumnElement[bool]) -> dict[str, OpenStudy]:
+    """Return the active studies with room for a trial, by id, the oldest first.
 
-    The oldest first. What only another version can read is left to that.
+    A study has room while it has fewer live trials than `parallel` and fewer trials than its
+    budget. Studies that this version cannot read are skipped.
     """
     found: dict[str, OpenStudy] = {}
-    for study, room in session.execute(_OPEN.where(within)):
+    for study, room in session.execute(_OPEN.where(study_filter)):
         try:
             needs = parse_stored(study.spec).resources.trial
         except UnreadableSpecError as error:
@@ -61,8 +65,9 @@ def openings(session: Session, within: ColumnElement[bool]) -> dict[str, OpenStu
     return found
 
 
-# Live ones are counted by their partial indexes. The newest number bounds how many there are, as
-# numbers have no gaps but trials that lost their runs; counting 10 000 takes ten times as long.
+# Partial indexes count the live trials. Numbers have no gaps, except where a trial lost its run, so
+# the highest number bounds the count: 9 means at most 10 trials. Only a study that seems full is
+# counted, since counting 10 000 trials takes ten times as long.
 _trials = select(func.count(Run.trial_number)).where(Run.study_id == Study.id)
 _newest = select(func.max(Run.trial_number)).where(Run.study_id == Study.id)
 _live = sum(_trials.where(Run.state == state).scalar_subquery() for state in LIVE_RUN_STATES)
@@ -73,14 +78,14 @@ _room = func.least(
     case((_left > 0, _left), else_=_budget - _trials.scalar_subquery()),
     _hpo["parallel"].as_integer() - _live,
 )
-# Statements of every round are made once: to make them takes longer than to have them answered.
+# Built once: building a statement takes longer than its execution.
 _OPEN = select(Study, _room).where(Study.state == "active", _room > 0).order_by(Study.created_at)
-# A study's room, and those of the trials that run for Optuna that have a run.
+# A study's room, and those of the trials that run in Optuna that have a run here.
 _running = Run.trial_number == any_(bindparam("running", type_=ARRAY(Integer)))
-_known = select(Run.trial_number).where(Run.study_id == Study.id, _running).scalar_subquery()
-_STANDING = select(_room, func.array(_known)).where(Study.id == bindparam("study"))
-# Both rows of a study, ours before Optuna's. The next statement sees what was written while this
-# waited. A replica that commits is waited for, one that hangs is not.
+_with_run = select(Run.trial_number).where(Run.study_id == Study.id, _running).scalar_subquery()
+_ROOM_AND_RUNS = select(_room, func.array(_with_run)).where(Study.id == bindparam("study"))
+# Locks both rows of a study, ours before Optuna's. The next statement sees what another transaction
+# wrote while this one waited. The timeout bounds the wait for a replica that hangs.
 _LOCK = text("""
 SELECT study.state, theirs.study_id AS optuna_id
 FROM set_config('lock_timeout', :patience, true), warmscale.studies AS study
@@ -90,56 +95,57 @@ FOR NO KEY UPDATE OF study, theirs
 """)
 
 
-def start(
-    sessions: sessionmaker[Session],
-    sampler: Sampler,
-    settings: Settings,
-    study: Study,
-    bids: list[PendingRequest],
-) -> Generator[float, None, bool]:
-    """Start a trial for every bid, as many as there is room for; False if it is held up.
+def start_trials(
+    services: LeaseServices, study: Study, requests: list[PendingRequest]
+) -> Generator[Granted, None, list[PendingRequest]]:
+    """Start a trial for each request while the study has room; yield after each commit of grants.
 
-    By others, or by what the database refused: whose fault that is nobody knows, so no study ends
-    of it. Yields 0 when some have been granted.
+    Returns the requests that are held up: another replica holds or changes the study, or the
+    database refused the trials. A refusal is not known to be the study's fault, so the study
+    goes on.
 
     Raises:
-        StudyFaultError: this study's fault, which must not stop the others.
+        StudyFaultError: this study's own fault; other studies can start trials.
     """
-    spec = parse_stored(study.spec)
+    spec, sampler = parse_stored(study.spec), services.sampler
     try:
-        for _ in range(_DRAWS):
-            bids = [bid for bid in bids if bid.wanted]
-            with tracing.span("ask", study=study.id, trials=len(bids)):
-                drawn = sampler.draw(study.optuna_name, spec, len(bids)) if bids else None
-            leases: list[tuple[PendingRequest, Lease]] = []
-            if drawn is None:
-                return True
-            with suppress(MovedOnError), _forgetting(sampler, study), sessions.begin() as session:
-                leases, bids = _start(
-                    session, sampler, settings, study, spec=spec, drawn=drawn, bids=bids
+        for _ in range(_MAX_SAMPLINGS):
+            requests = [pending for pending in requests if pending.num_wanted]
+            if not requests:
+                return []
+            with tracing.span("ask", study=study.id, trials=len(requests)):
+                batch = sampler.draw(study.optuna_name, spec, len(requests))
+            grants: Grants = []
+            with (
+                suppress(MovedOnError),
+                _evict_if_it_went_back(sampler, study),
+                services.sessions.begin() as session,
+            ):
+                grants, requests = _write_trials(
+                    session, services, study, spec=spec, batch=batch, requests=requests
                 )
-            for bid, lease in leases:  # after the commit
-                bid.granted.append(lease)
-            if leases:
-                yield 0.0
+            for pending, lease in grants:  # after the commit
+                pending.granted.append(lease)
+            if grants:
+                yield Granted()
     except TRANSIENT as error:
-        if isinstance(error, OperationalError) and _code(error) == _LOCK_NOT_AVAILABLE:
-            return False
+        if isinstance(error, OperationalError) and _sqlstate_of(error) == _LOCK_NOT_AVAILABLE:
+            return requests
         raise
     except DBAPIError:
         _log.exception("no trial can be written", extra={"study": study.id})
         sampler.forget(study.optuna_name)
-        return False
+        return requests
     except Exception as error:
         raise StudyFaultError(study.id, error) from error
-    if bids:
+    if requests:
         sampler.forget(study.optuna_name)
-    return not bids
+    return requests
 
 
 @contextmanager
-def _forgetting(sampler: Sampler, study: Study) -> Generator[None]:
-    """Forget what is known of a study that went back in time while inside."""
+def _evict_if_it_went_back(sampler: Sampler, study: Study) -> Generator[None]:
+    """Evict the study from the sampler's cache if the database turns out to have lost commits."""
     try:
         yield
     except WentBackError:
@@ -147,58 +153,95 @@ def _forgetting(sampler: Sampler, study: Study) -> Generator[None]:
         raise
 
 
-def _code(error: OperationalError) -> str | None:
+def _sqlstate_of(error: OperationalError) -> str | None:
     return getattr(error.orig, "sqlstate", None)
 
 
-def _start(
+def _write_trials(
     session: Session,
-    sampler: Sampler,
-    settings: Settings,
+    services: LeaseServices,
     study: Study,
     *,
     spec: StudySpec,
-    drawn: Drawn,
-    bids: list[PendingRequest],
-) -> tuple[list[tuple[PendingRequest, Lease]], list[PendingRequest]]:
-    """Grants, and the bids that are to be drawn for again: the study was not as it was."""
-    held = session.execute(_LOCK, {"study": study.id, "patience": _LOCK_TIMEOUT}).one_or_none()
-    if held is None or held.optuna_id != drawn.study_id:
+    batch: Drawn,
+    requests: list[PendingRequest],
+) -> tuple[Grants, list[PendingRequest]]:
+    """Write the sampled trials and lease them; return the grants and the unserved requests.
+
+    Writes nothing if fewer trials can start than were sampled: a smaller batch is sampled anew.
+
+    Raises:
+        MovedOnError: another transaction has started trials since.
+        WentBackError: the database has lost trials that this process had read.
+    """
+    # Example: two replicas sample trials 7 and 8 of one study. The first locks the study's row,
+    # writes two trials, parameters, runs, leases and events, and commits. The second then gets the
+    # lock and finds 9 trials where it had read 7: MovedOnError, rollback, sample again. No trial
+    # is numbered twice, and no trial is left without its run if a process is killed here.
+    locked = session.execute(_LOCK, {"study": study.id, "patience": _LOCK_TIMEOUT}).one_or_none()
+    if locked is None or locked.optuna_id != batch.study_id:
         raise WentBackError
-    standing = {"study": study.id, "running": drawn.running}
-    room, known = session.execute(_STANDING, standing).one()
-    still = [bid for bid in bids if not bid.gone][: max(0, room) if held.state == "active" else 0]
-    if len(still) < len(bids):
+    parameters = {"study": study.id, "running": batch.running}
+    room, with_run = session.execute(_ROOM_AND_RUNS, parameters).one()
+    may_start = max(0, room) if locked.state == "active" else 0
+    still = [pending for pending in requests if not pending.is_closed][:may_start]
+    if len(still) < len(requests):
         return [], still
-    # Trials that run for Optuna but have no run: an older version was killed in between.
-    lost = [number for number in drawn.running if number not in known][: len(bids)]
-    try:
-        suggestions = [sampler.adopt(study.optuna_name, spec, number) for number in lost]
-    except KeyError as error:  # Optuna has it no more: a standby without it was promoted
-        raise WentBackError from error
-    if suggestions:
-        now = clock(session)
+    lost = [number for number in batch.running if number not in with_run][: len(requests)]
+    if lost:
+        suggestions, now = _adopt_trials(session, services.sampler, study, spec, lost)
     else:
-        now = write(session, drawn)
-        suggestions = [Suggestion(number=d.number, params=d.params) for d in drawn.drafts]
-    runs = [_trial_run(study, spec, suggestion) for suggestion in suggestions]
-    for bid, run in zip(bids, runs, strict=False):
-        take(run, bid.request, settings, now)
+        now = write(session, batch)
+        suggestions = [Suggestion(number=d.number, params=d.params) for d in batch.drafts]
+    leases = _lease_new_runs(
+        session, services, study, spec=spec, suggestions=suggestions, requests=requests, now=now
+    )
+    return list(zip(requests, leases, strict=False)), requests[len(leases) :]
+
+
+def _adopt_trials(
+    session: Session, sampler: Sampler, study: Study, spec: StudySpec, numbers: list[int]
+) -> tuple[list[Suggestion], datetime]:
+    """Take over trials that run in Optuna and have no run, and return the database's time.
+
+    An older version wrote the two in separate transactions and could be killed in between.
+    """
+    try:
+        suggestions = [sampler.adopt(study.optuna_name, spec, number) for number in numbers]
+    except KeyError as error:  # a standby without this trial was promoted
+        raise WentBackError from error
+    return suggestions, read_clock(session)
+
+
+def _lease_new_runs(
+    session: Session,
+    services: LeaseServices,
+    study: Study,
+    *,
+    spec: StudySpec,
+    suggestions: list[Suggestion],
+    requests: list[PendingRequest],
+    now: datetime,
+) -> list[Lease]:
+    """Write a leased run for each suggestion, in the order of the requests, and its two events."""
+    settings = services.settings
+    runs = [_make_trial_run(study, spec, suggestion) for suggestion in suggestions]
+    for pending, run in zip(requests, runs, strict=False):
+        take_run(run, pending.request, settings, now)
     session.add_all(runs)
     session.flush()
     events = [
-        one
-        for bid, run in zip(bids, runs, strict=False)
-        for one in (queued_event(run, bid.caller), leased_event(run, bid.caller))
+        new
+        for pending, run in zip(requests, runs, strict=False)
+        for new in (queued_event(run, pending.caller), leased_event(run, pending.caller))
     ]
-    record_all(session, events)
-    leases = [lease_of(session, settings, run, study, needs=spec.resources.trial) for run in runs]
-    return list(zip(bids, leases, strict=False)), bids[len(leases) :]
+    record_events(session, events)
+    return [make_lease(session, settings, run, study, needs=spec.resources.trial) for run in runs]
 
 
 def queued_event(run: Run, caller: Caller) -> NewEvent:
     """Build the event of a run that has been queued."""
-    return event(
+    return new_event(
         "run.queued",
         study_id=run.study_id,
         run_id=run.id,
@@ -207,15 +250,15 @@ def queued_event(run: Run, caller: Caller) -> NewEvent:
     )
 
 
-def fail(session: Session, fault: StudyFaultError) -> None:
-    """End a study that cannot start a trial."""
+def fail_study(session: Session, fault: StudyFaultError) -> None:
+    """End a study that cannot start a trial as failed, unless it has ended or is paused."""
     _log.error("%s", fault, exc_info=fault.__cause__, extra={"study": fault.study_id})
     study = lock(session, fault.study_id)
     if study.state == "active":
         end(session, study, "failed", str(fault))
 
 
-def _trial_run(study: Study, spec: StudySpec, suggestion: Suggestion) -> Run:
+def _make_trial_run(study: Study, spec: StudySpec, suggestion: Suggestion) -> Run:
     seed = derived_seed(spec.hpo.seed, suggestion.number)
     run = new_run(
         study, spec, spec.trial_run(seed).with_params(suggestion.params), suggestion.params

@@ -1,4 +1,4 @@
-"""The lease queue: requests for leases wait in line, and each round serves all of them at once.
+"""The lease queue: requests for leases wait here, and each round serves all of them at once.
 
 A round is one set of queries and one commit for as many requests as it can serve: sixteen workers
 that ask at once get sixteen trials in one transaction. A request is answered as soon as its grant
@@ -9,172 +9,215 @@ time at which a run falls due. It runs only while a request waits.
 
 import asyncio
 import logging
-from collections import Counter
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
-from starlette.datastructures import State
+from starlette.concurrency import run_in_threadpool
 
 from service.access.caller import Caller
-from service.events.wakeups import WORK, Notification
+from service.access.concurrency_limits import ConcurrencyLimit
+from service.events.wakeups import WORK, Notification, Wakeups
 from service.leases import rounds
-from service.leases.grants import give_back
-from service.leases.requests import PendingRequest
+from service.leases.attempts import release_leases
+from service.leases.requests import Granted, PendingRequest, RoundEnd
+from service.leases.services import LeaseServices
 from service.observability import request_context, tracing
 from service.optuna_bridge.sampler import TRANSIENT
-from service.problems import Problem
 from service.protocol import Lease, LeaseRequest
+from service.web.shutdown import Shutdown
 
 _log = logging.getLogger(__name__)
-_LOOK_SECONDS = 5.0  # a notice may be lost with the connection that it would have come by
-_MARGIN_SECONDS = 0.01  # what is due at a moment is not before it
-_AT_ONCE = 256  # bids a round serves: the next round takes those behind them
+_POLL_SECONDS = 5.0  # a notification can be lost while the listener reconnects
+_MARGIN_SECONDS = 0.01  # wake slightly after the due time: a timer that fires early finds nothing
+_MAX_PER_ROUND = 256  # the next round takes the requests behind them
 
 
 @dataclass(kw_only=True)
 class _Waiting:
-    """A place in line."""
+    """A request that waits in the queue, and the future that answers it."""
 
-    bid: PendingRequest
+    pending: PendingRequest
     deadline: float
     answer: asyncio.Future[tuple[Lease, ...]]
 
 
 class LeaseQueue:
-    """Serves one replica's requests, on its event loop."""
+    """The requests of one replica. Its methods run on one event loop, its rounds in threads."""
 
-    def __init__(self, state: State) -> None:
-        self._state = state
-        self._line: list[_Waiting] = []
-        self._of_key = Counter[str]()  # places in line
-        self._bell = Notification()  # of the rounds that run, or of none
+    # Example: workers a, b and c ask within a millisecond; a study has room for two trials.
+    #   a  enters the queue and starts `_run_rounds`; its round takes a alone and samples for a
+    #   b  and c enter while that round runs
+    #   a  is answered when its grant has committed
+    #   b  and c share the next round: b is granted the second trial and answered
+    #   c  stays; the queue waits for a notification, for c's deadline or for 5 s
+    # A client that disconnects cancels its `lease_runs`. Runs that it was granted in that moment
+    # are queued again.
+
+    def __init__(self, services: LeaseServices, wakeups: Wakeups, shutdown: Shutdown) -> None:
+        self._services, self._wakeups, self._shutdown = services, wakeups, shutdown
+        self._waiting: list[_Waiting] = []
+        self._limit = ConcurrencyLimit(
+            services.settings.max_waiting_leases,
+            kind="too-many-waiting",
+            noun="lease requests waiting",
+            retry_after_seconds=1,
+        )
+        self._notification = Notification()  # of the rounds that run; replaced when they start
+        # asyncio refers to tasks weakly: without these references a garbage collection could
+        # destroy one that is pending.
         self._rounds: asyncio.Task[None] | None = None
-        self._givings: set[asyncio.Task[None]] = set()
+        self._releases: set[asyncio.Task[None]] = set()
 
-    async def lease(self, caller: Caller, request: LeaseRequest) -> tuple[Lease, ...]:
-        """Lease runs that fit; wait up to `wait_seconds` for some. Who cancels this gets none.
+    async def lease_runs(self, caller: Caller, request: LeaseRequest) -> tuple[Lease, ...]:
+        """Lease runs that fit; wait up to `wait_seconds` for the first. Cancelling leases none.
 
         Raises:
-            Problem: 404 for a study that does not exist; 429 for a key with its share of the line.
+            Problem: 404 for a study that does not exist; 429 if the key has its share waiting.
         """
-        self._of_key[caller.key_id] += 1
-        try:
-            self._check_share(caller.key_id)
-            with tracing.span("lease", worker=request.worker, most=request.max_runs):
-                return await self._lease(caller, request)
-        finally:
-            self._of_key[caller.key_id] -= 1
-            self._of_key += Counter()  # forgets keys that have none
+        with (
+            self._limit.hold_place(caller.key_id),
+            tracing.span("lease", worker=request.worker, most=request.max_runs),
+        ):
+            return await self._wait_for_answer(caller, request)
 
-    def _check_share(self, key_id: str) -> None:
-        """Nobody fills the line for the others."""
-        at_most = self._state.settings.max_waiting_leases
-        if self._of_key[key_id] > at_most:
-            detail = f"this API key has {at_most} lease requests in line here, its most"
-            raise Problem(429, "too-many-waiting", detail, headers={"Retry-After": "1"})
-
-    async def _lease(self, caller: Caller, request: LeaseRequest) -> tuple[Lease, ...]:
-        if self._state.drain.begun:
+    async def _wait_for_answer(self, caller: Caller, request: LeaseRequest) -> tuple[Lease, ...]:
+        if self._shutdown.begun:
             return ()
         loop = asyncio.get_running_loop()
-        place = _Waiting(
-            bid=PendingRequest(caller=caller, request=request),
+        entry = _Waiting(
+            pending=PendingRequest(caller=caller, request=request),
             deadline=loop.time() + request.wait_seconds,
             answer=loop.create_future(),
         )
-        self._line.append(place)
-        self._bell.notify()
+        self._waiting.append(entry)
+        self._notification.notify()
         if self._rounds is None or self._rounds.done():
-            self._rounds = asyncio.create_task(self._serve())
+            self._rounds = asyncio.create_task(self._run_rounds())
+            self._rounds.add_done_callback(self._fail_waiting)
         try:
-            return await place.answer
+            return await entry.answer
         except asyncio.CancelledError:
-            place.bid.gone = True
-            self._take_back(place)
+            entry.pending.is_closed = True
+            self._release_unreceived(entry)
             raise
 
-    def _take_back(self, place: _Waiting) -> None:
-        """Queue again what was answered in the very moment that the client left."""
-        answer = place.answer
+    def _release_unreceived(self, entry: _Waiting) -> None:
+        """Queue again the runs of an answer that was given as its client left."""
+        answer = entry.answer
         if answer.done() and not answer.cancelled() and not answer.exception():
-            self._give_back(place.bid.caller, answer.result())
+            self._start_release(entry.pending.caller, answer.result())
 
-    def _give_back(self, caller: Caller, leases: tuple[Lease, ...]) -> None:
-        """Beside the rounds: who waits for an answer does not wait for this."""
+    def _start_release(self, caller: Caller, leases: tuple[Lease, ...]) -> None:
+        """Queue runs again in a task of its own: no request that waits is delayed by it."""
         if leases:
-            giving = asyncio.create_task(give_back_to(self._state, caller, leases))
-            self._givings.add(giving)
-            giving.add_done_callback(self._givings.discard)
+            task = asyncio.create_task(self.release_runs(caller, leases))
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
 
-    async def _serve(self) -> None:
-        # What a round mends is no doing of the request that happened to start it.
+    async def release_runs(self, caller: Caller, leases: tuple[Lease, ...]) -> None:
+        """Queue again the runs granted to a client that has left; an error is logged.
+
+        After an error the leases expire, which queues the runs as well.
+        """
+
+        def release() -> None:
+            with self._services.sessions.begin() as session:
+                release_leases(session, caller, leases)
+
+        try:
+            await run_in_threadpool(release)
+        except Exception:  # noqa: BLE001 - the queue must go on
+            _log.exception("%d leases of a client that left are not queued again", len(leases))
+
+    async def _run_rounds(self) -> None:
+        """Run rounds until no request waits."""
+        # Repairs are logged as done by `service`, not by the caller whose request started this
+        # round.
         with (
-            request_context.acting("service"),
-            self._state.wakeups.subscription(WORK) as self._bell,
+            request_context.act_as("service"),
+            self._wakeups.subscribe_to(WORK) as self._notification,
         ):
-            while self._line:
-                line = tuple(self._line)
-                firsts = range(0, len(line), _AT_ONCE)
-                pauses = [await self._round(line[first : first + _AT_ONCE]) for first in firsts]
-                self._line = [place for place in self._line if not place.answer.done()]
-                if self._line:
+            while self._waiting:
+                entries = tuple(self._waiting)
+                firsts = range(0, len(entries), _MAX_PER_ROUND)
+                pauses = [await self._run_round(entries[n : n + _MAX_PER_ROUND]) for n in firsts]
+                self._waiting = [entry for entry in self._waiting if not entry.answer.done()]
+                if self._waiting:
                     await self._pause(min(pauses))
 
-    async def _round(self, line: tuple[_Waiting, ...]) -> float:
-        """Serve these; give the seconds until the next round of them has reason to be."""
-        served = [place for place in line if not place.answer.done()]
-        due = 0.0 if self._state.drain.begun else await self._served(served)
-        for place in served:
-            self._answer(place)
-        return _LOOK_SECONDS if due is None else min(due + _MARGIN_SECONDS, _LOOK_SECONDS)
+    def _fail_waiting(self, rounds_task: asyncio.Task[None]) -> None:
+        """Log an error that ended the rounds, and answer the waiting requests with it."""
+        if rounds_task.cancelled() or (error := rounds_task.exception()) is None:
+            return
+        _log.error("the lease queue's rounds ended with an error", exc_info=error)
+        for entry in self._waiting:
+            if not entry.answer.done():
+                entry.answer.set_exception(error)
+        self._waiting = []
 
-    async def _served(self, places: list[_Waiting]) -> float | None:
-        """Serve these together; where that fails each alone, so that one is told what one did."""
-        due, bids = None, [place.bid for place in places]
+    async def _run_round(self, entries: tuple[_Waiting, ...]) -> float:
+        """Serve these requests; return the seconds until they have a reason for another round."""
+        open_entries = [entry for entry in entries if not entry.answer.done()]
+        if not self._shutdown.begun:
+            end = await self._serve_together(open_entries)
+            due_seconds = end.due_seconds
+        else:
+            due_seconds = 0.0
+        for entry in open_entries:
+            self._answer_if_ready(entry)
+        if due_seconds is None:
+            return _POLL_SECONDS
+        return min(due_seconds + _MARGIN_SECONDS, _POLL_SECONDS)
+
+    async def _serve_together(self, entries: list[_Waiting]) -> RoundEnd:
+        """Serve these requests in one round; if it fails, serve each alone to find the faulty one.
+
+        An outage fails all of them: serving each alone would only repeat it.
+        """
+        requests = [entry.pending for entry in entries]
         try:
-            async for due in iterate_in_threadpool(rounds.serve(self._state, bids)):  # noqa: B007 - the last
-                for place in places:
-                    if place.bid.granted:
-                        self._answer(place)
-            return due  # noqa: TRY300 - what fails in the loop is what is caught
-        except Exception as error:  # noqa: BLE001 - each that was not served is told
-            if len(bids) == 1 or isinstance(error, TRANSIENT):
-                for bid in bids:
-                    bid.error = bid.error or error
-                return None
-        for place in places:
-            await self._served([place])
-        return None
+            steps = rounds.serve_round(self._services, requests)
+            while isinstance(step := await run_in_threadpool(_run_to_next_step, steps), Granted):
+                self._answer_granted(entries)
+            return step  # noqa: TRY300 - an error of a step is what is caught
+        except Exception as error:  # noqa: BLE001 - each request that was not served gets it
+            if len(requests) == 1 or isinstance(error, TRANSIENT):
+                for pending in requests:
+                    pending.error = pending.error or error
+                return RoundEnd(due_seconds=None)
+        for entry in entries:
+            await self._serve_together([entry])
+        return RoundEnd(due_seconds=None)
 
-    def _answer(self, place: _Waiting) -> None:
-        """Answer who was granted something, or is not to wait; it is granted no more."""
-        bid, answer = place.bid, place.answer
-        leases, bid.granted = tuple(bid.granted), []
-        if answer.done():  # it left while it was served
-            self._give_back(bid.caller, leases)
+    def _answer_granted(self, entries: Iterable[_Waiting]) -> None:
+        for entry in entries:
+            if entry.pending.granted:
+                self._answer_if_ready(entry)
+
+    def _answer_if_ready(self, entry: _Waiting) -> None:
+        """Answer a request with its leases or its error, or with none at its deadline."""
+        pending, answer = entry.pending, entry.answer
+        leases, pending.granted = tuple(pending.granted), []
+        if answer.done():  # the client left while the round ran
+            self._start_release(pending.caller, leases)
         elif leases:
             answer.set_result(leases)
-        elif bid.error:
-            answer.set_exception(bid.error)
-        elif self._state.drain.begun or asyncio.get_running_loop().time() >= place.deadline:
+        elif pending.error:
+            answer.set_exception(pending.error)
+        elif self._shutdown.begun or asyncio.get_running_loop().time() >= entry.deadline:
             answer.set_result(())
-        bid.gone = answer.done()
+        pending.is_closed = answer.done()
 
     async def _pause(self, seconds: float) -> None:
-        """Until the bell, the first deadline, the end of this process, or so many seconds."""
+        """Wait for a notification, the first deadline, the shutdown, or `seconds` to pass."""
         now = asyncio.get_running_loop().time()
-        seconds = max(0.0, min(seconds, *(place.deadline - now for place in self._line)))
-        await self._state.drain.cut_short(self._bell.wait(seconds))
+        seconds = max(0.0, min(seconds, *(entry.deadline - now for entry in self._waiting)))
+        await self._shutdown.cut_short(self._notification.wait(seconds))
 
 
-async def give_back_to(state: State, caller: Caller, leases: tuple[Lease, ...]) -> None:
-    """Queue again what was granted to a client that is gone; at worst its leases run out."""
-
-    def give() -> None:
-        with state.sessions.begin() as session:
-            give_back(session, caller, leases)
-
+def _run_to_next_step(steps: Generator[Granted, None, RoundEnd]) -> Granted | RoundEnd:
+    """Run a round until it has granted runs, or to its end; called in a thread."""
     try:
-        await run_in_threadpool(give)
-    except Exception:  # noqa: BLE001 - whatever it is, the line is served on
-        _log.exception("%d leases of a client that is gone could not be queued again", len(leases))
+        return next(steps)
+    except StopIteration as end:
+        return end.value

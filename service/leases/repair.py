@@ -1,4 +1,4 @@
-"""What every lease request mends first: leases that ran out, ends that Optuna has not heard of."""
+"""Repair at the start of a round: expired leases, and ends of trials that Optuna has not got."""
 
 from datetime import timedelta
 
@@ -6,7 +6,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.database.tables import Run, Study
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.leases.attempts import end_attempt, finish_trial_of
 from service.leases.presence import Presence
 from service.lifecycle import FINAL_RUN_STATES
@@ -14,39 +14,45 @@ from service.specs.stored import UnreadableSpecError, log_skipped_study
 from service.studies.advance import advance
 from service.studies.locks import locked
 
-_TOLD_AT_ONCE = 100
+_MAX_TRIALS = 100
 LATE = (Run.state == "leased", Run.lease_expires_at < func.now())
-UNTOLD = (Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES))
+UNREPORTED = (Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES))
 
 
-def expire(sessions: sessionmaker[Session], presence: Presence) -> frozenset[str]:
+def expire_leases(sessions: sessionmaker[Session], presence: Presence) -> frozenset[str]:
     """Take back the runs whose lease has run out, one study and one transaction at a time.
 
-    Returns the studies whose leases are left to a replica of another version.
+    Returns the ids of the studies that this version cannot read; another replica repairs them.
     """
-    late = _late_studies(sessions)  # first: while the database is away nothing is served
+    # Example: study A has two late leases, study B has one. A's transaction locks A, then its two
+    # runs, queues both again and advances A; commit. Then B's. A worker whose `finish` holds A's
+    # row is not waited for: A is skipped and comes again in the next round.
+    late = _find_late_studies(sessions)  # first: while the database is away, no request is noted
     if not presence.note_request():
-        _give_time_again(sessions, presence.lease_seconds)
+        _extend_live_leases(sessions, presence.lease_seconds)
         presence.note_extended()
-        late = _late_studies(sessions)
-    left: set[str] = set()
+        late = _find_late_studies(sessions)
+    skipped: set[str] = set()
     for study_id in late:
         try:
             with sessions.begin() as session:
-                _expire_in(session, study_id)
+                _expire_leases_of(session, study_id)
         except UnreadableSpecError as error:
             log_skipped_study(study_id, error.detail)
-            left.add(study_id)
-    return frozenset(left)
+            skipped.add(study_id)
+    return frozenset(skipped)
 
 
-def _late_studies(sessions: sessionmaker[Session]) -> list[str]:
+def _find_late_studies(sessions: sessionmaker[Session]) -> list[str]:
     with sessions() as session:
         return sorted(session.scalars(select(Run.study_id).where(*LATE).distinct()))
 
 
-def _give_time_again(sessions: sessionmaker[Session], lease_seconds: float) -> None:
-    """Give live leases their whole time, each once; whoever holds one now renews or ends it."""
+def _extend_live_leases(sessions: sessionmaker[Session], lease_seconds: float) -> None:
+    """Extend live leases to their whole time, each once; skip runs that a worker writes just now.
+
+    A worker that holds its run's row renews or ends the lease itself.
+    """
     live = select(Run.id).where(Run.state == "leased", ~Run.graced)
     free = live.with_for_update(skip_locked=True).cte()
     more = func.clock_timestamp() + timedelta(seconds=lease_seconds)
@@ -59,15 +65,15 @@ def _give_time_again(sessions: sessionmaker[Session], lease_seconds: float) -> N
         )
 
 
-def _expire_in(session: Session, study_id: str) -> None:
-    """Not while another request holds the study: its leases are looked at again in a moment."""
+def _expire_leases_of(session: Session, study_id: str) -> None:
+    """Expire a study's late leases; do nothing while another request holds the study's row."""
     free = locked(Study.id == study_id).with_for_update(key_share=True, skip_locked=True)
     study = session.scalars(free).one_or_none()
     if study is None:
         return
     query = select(Run).where(Run.study_id == study_id, *LATE).order_by(Run.id)
     for run in session.scalars(query.with_for_update()).all():
-        record(
+        record_event(
             session,
             "lease.expired",
             study_id=study_id,
@@ -82,16 +88,16 @@ def _expire_in(session: Session, study_id: str) -> None:
 
 
 def finish_pending_trials(sessions: sessionmaker[Session]) -> None:
-    """Tell Optuna of the finished trials that it has not heard of: cancelled ones, mostly.
+    """Report finished trials to Optuna that it has not got; most of them were cancelled.
 
-    Another request may be telling the same, or be ending the run: what is locked is left to it.
+    Skips rows that another request has locked: it reports the same trial, or ends the run.
     """
     query = (
         select(Run, Study)
         .join(Study, Study.id == Run.study_id)
-        .where(*UNTOLD)
+        .where(*UNREPORTED)
         .order_by(Run.id)
-        .limit(_TOLD_AT_ONCE)
+        .limit(_MAX_TRIALS)
         .with_for_update(of=Run, skip_locked=True)
     )
     with sessions.begin() as session:

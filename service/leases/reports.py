@@ -1,8 +1,8 @@
-"""A worker's report, in one statement: nothing of it stands unless its lease does.
+"""A worker's report of measurements, written in one statement, if its lease is valid.
 
-The statement is a transaction of its own. It renews the lease, adds points to the curve, keeps what
-the run shows of itself, and gives Optuna the validation losses that its pruner judges by. Written
-apart these were eight transactions, most of a report's time.
+The statement is a transaction of its own. It renews the lease, adds points to the curve, updates
+the numbers that the run shows, and gives Optuna the validation losses that its pruner compares.
+Written separately these were eight transactions, which took most of a report's time.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from typing import Any
 
 from sqlalchemy import text
 from sqlalchemy.orm import Session
-from starlette.datastructures import State
 
 from service.access.caller import Caller
-from service.leases import attempts
+from service.leases.attempts import decide_after_end
+from service.leases.services import LeaseServices
 from service.optuna_bridge.sampler import Sampler
 from service.protocol import Decision, Measurement
 from service.specs.stored import UnreadableSpecError, parse_stored
@@ -21,40 +21,44 @@ from service.specs.stored import UnreadableSpecError, parse_stored
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenReport:
-    """A report that was written: whose it was, and whether its study's pruner has a say."""
+    """A report that was written, and the facts that decide whether its trial is pruned."""
 
     study_id: str
     attempt: int
     trial_number: int | None
     optuna_name: str
-    judged_by: dict[str, Any] | None  # the study's spec; None: nothing to judge
+    judged_by: dict[str, Any] | None  # the study's spec; None: the report has nothing to compare
 
 
-def report(
-    state: State, caller: Caller, run_id: str, token: str, points: tuple[Measurement, ...]
+def take_report(
+    services: LeaseServices,
+    caller: Caller,
+    run_id: str,
+    token: str,
+    points: tuple[Measurement, ...],
 ) -> Decision:
-    """Write a report and say what the worker should do next.
+    """Write a report and return the worker's next step.
 
     Raises:
-        Problem: 404 for no such run; 409 for a token that another attempt has replaced.
+        Problem: 404 for an unknown run; 409 for a token that another attempt has replaced.
     """
-    with state.statements() as session:
-        lease_seconds = state.settings.lease_seconds
-        heard = write_report(session, caller, run_id, token, points, lease_seconds=lease_seconds)
-        if heard is None:
-            return attempts.after_end(session, caller, run_id, token)
-    state.presence.note_request()
-    return "prune" if _is_pruned(state.sampler, heard) else "continue"
+    with services.statements() as session:
+        lease_seconds = services.settings.lease_seconds
+        written = write_report(session, caller, run_id, token, points, lease_seconds=lease_seconds)
+        if written is None:
+            return decide_after_end(session, caller, run_id, token)
+    services.presence.note_request()
+    return "prune" if _is_pruned(services.sampler, written) else "continue"
 
 
-def _is_pruned(sampler: Sampler, heard: WrittenReport) -> bool:
-    if heard.judged_by is None or heard.trial_number is None:
+def _is_pruned(sampler: Sampler, written: WrittenReport) -> bool:
+    if written.judged_by is None or written.trial_number is None:
         return False
     try:
-        spec = parse_stored(heard.judged_by)
+        spec = parse_stored(written.judged_by)
     except UnreadableSpecError:
-        return False  # another version's pruner may say so at a later report
-    return sampler.prunes(heard.optuna_name, spec, heard.trial_number)
+        return False  # a replica of the spec's version may prune at a later report
+    return sampler.prunes(written.optuna_name, spec, written.trial_number)
 
 
 def write_report(
@@ -66,11 +70,9 @@ def write_report(
     *,
     lease_seconds: float,
 ) -> WrittenReport | None:
-    """Write a report; None when no lease of this token stands.
+    """Write a report; return None if no lease has this token.
 
-    A lease that has run out but was not taken by anybody else yet is still good. A step or an
-    evaluation that is there already keeps its first report. What the run shows of itself is the
-    newest of each number, but a resumed attempt goes over ground that is on record.
+    A lease that has run out is valid too, unless another worker has leased the run since.
     """
     values = {
         "run_id": run_id,
@@ -83,6 +85,16 @@ def write_report(
     return None if row is None else WrittenReport(**row)
 
 
+# Every part of the statement depends on the UPDATE in `run`: with a stale token it returns no row,
+# so that nothing is written. A point has a number in its order of arrival, `place`.
+#
+# Example: the run shows step 40, loss 2.9 and has a curve up to step 40. The worker resumed at step
+# 30 and reports step 35 (loss 3.0) and step 45 (loss 2.8, evaluation 3, val_loss 2.85).
+#   run        step 45, loss 2.8, val_loss 2.85: of the points from step 40 on, the newest number
+#              of each kind. Step 35 changes nothing that the run shows.
+#   curve      45 is added; 35 is not if the curve has it: the first report of a step stays.
+#   evaluated  (3, 2.85); `judged` adds it to Optuna's trial unless the trial has ended there.
+#   judged_by  the study's spec, since the study has a pruner and the report an evaluation.
 _WRITE_REPORT = text("""
 WITH point AS MATERIALIZED (
     SELECT * FROM ROWS FROM (json_to_recordset(CAST(:points AS json)) AS (
@@ -94,7 +106,7 @@ WITH point AS MATERIALIZED (
         lr, grad_norm, tokens_per_second, train_seconds, place)
 ), run AS (
     UPDATE warmscale.runs AS run SET
-        -- Not now(), which is when this began: it may have waited for the row.
+        -- Not now(), the time at which the statement began: it may have waited for the row.
         lease_expires_at = clock_timestamp() + make_interval(secs => :lease_seconds),
         graced = false,
         step = coalesce((

@@ -1,4 +1,4 @@
-"""Requests that are served together, first come first served. Pure: no database, no clock."""
+"""Lease requests that a round serves together, in order of arrival. Pure: no database, no clock."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,59 +12,83 @@ from service.protocol import Lease, LeaseRequest, Resources, RunKind
 
 @dataclass(kw_only=True)
 class PendingRequest:
-    """A request for leases, and what it was given so far."""
+    """A request for leases, and the leases that it has been granted."""
 
     caller: Caller
     request: LeaseRequest
-    within: ColumnElement[bool] | None = None  # the studies it takes from; None: not looked up yet
-    scope: str | None = None  # names `within`
+    study_filter: ColumnElement[bool] | None = None  # None until a round has found it
+    scope: str | None = None  # names `study_filter`: requests of one scope see the same studies
     granted: list[Lease] = field(default_factory=list[Lease])
     error: Exception | None = None
-    gone: bool = False  # answered, or its client has left: another thread may find it at any time
+    # The request was answered, or its client has left. The event loop sets this while a round runs
+    # in another thread.
+    is_closed: bool = False
 
     @property
-    def wanted(self) -> int:
-        """Runs that may still be granted."""
-        return 0 if self.error or self.gone else self.request.max_runs - len(self.granted)
+    def num_wanted(self) -> int:
+        """Number of runs that may still be granted."""
+        if self.error or self.is_closed:
+            return 0
+        return self.request.max_runs - len(self.granted)
 
     @property
-    def free(self) -> Resources:
-        """What the runs that were granted leave free."""
+    def free_resources(self) -> Resources:
+        """CPUs and GPUs that the granted runs leave free."""
         free = self.request.resources
         for lease in self.granted:
-            free = free.less(lease.resources)
+            free = free.subtract(lease.resources)
         return free
 
-    def takes(self, kind: RunKind) -> bool:
-        """Whether it asks for runs of this kind."""
+    def accepts(self, kind: RunKind) -> bool:
+        """Return whether the request asks for runs of this kind."""
         return self.request.kinds is None or kind in self.request.kinds
 
 
 @dataclass(kw_only=True)
 class OpenStudy:
-    """A study that may start so many trials, and what each of them needs."""
+    """A study that may start `room` more trials, each of which needs `needs`."""
 
     study: Study
     room: int
     needs: Resources
 
 
-def assign_trials(
-    bids: Iterable[PendingRequest],
-    openings: Mapping[str, OpenStudy],
-    studies: Mapping[str | None, Iterable[str]],
-) -> dict[str, list[PendingRequest]]:
-    """Who gets a trial of which study, once for each trial; no study beyond its room.
+@dataclass(frozen=True)
+class Granted:
+    """A step of a round: some of its requests were granted runs and can be answered now."""
 
-    Every bid in its turn takes what fits it from the first of its scope's `studies` with room.
+
+@dataclass(frozen=True, kw_only=True)
+class RoundEnd:
+    """The end of a round. `due_seconds`: until a retry or an expiry is due; None: neither is."""
+
+    due_seconds: float | None
+
+
+def assign_trials(
+    requests: Iterable[PendingRequest],
+    open_studies: Mapping[str, OpenStudy],
+    studies_of_scope: Mapping[str | None, Iterable[str]],
+) -> dict[str, list[PendingRequest]]:
+    """Return the requests that get a trial of each study, by the study's id.
+
+    A request is listed once for each trial. No study is given more trials than its room.
     """
-    allotted: dict[str, list[PendingRequest]] = {}
-    room = {study: opening.room for study, opening in openings.items()}
-    for bid in bids:
-        free, wanted = bid.free, bid.wanted if bid.takes("trial") else 0
-        for study in studies[bid.scope]:
-            needs = openings[study].needs
-            while wanted and room[study] > 0 and needs.fits(free):
-                allotted.setdefault(study, []).append(bid)
-                free, wanted, room[study] = free.less(needs), wanted - 1, room[study] - 1
-    return allotted
+    # Example: study A has room for 2 trials of 1 CPU, study B for 1 trial of 4 CPUs. The requests
+    # are r1 (3 runs, 4 CPUs) and r2 (1 run, 8 CPUs). r1 takes both trials of A, and its 2 free CPUs
+    # do not fit B. r2 then gets the trial of B: {A: [r1, r1], B: [r2]}.
+    assigned: dict[str, list[PendingRequest]] = {}
+    room = {study: opening.room for study, opening in open_studies.items()}
+    for pending in requests:
+        free = pending.free_resources
+        num_wanted = pending.num_wanted if pending.accepts("trial") else 0
+        for study in studies_of_scope[pending.scope]:
+            needs = open_studies[study].needs
+            while num_wanted and room[study] > 0 and needs.fits(free):
+                assigned.setdefault(study, []).append(pending)
+                free, num_wanted, room[study] = (
+                    free.subtract(needs),
+                    num_wanted - 1,
+                    room[study] - 1,
+                )
+    return assigned

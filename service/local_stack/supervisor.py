@@ -22,7 +22,7 @@ from types import FrameType
 import httpx
 from sqlalchemy.engine import URL
 
-from service.database.engine import database
+from service.database.engine import open_database
 from service.local_stack import home as homes
 from service.local_stack.child_process import Child
 from service.settings import Settings
@@ -116,7 +116,7 @@ def stack(
     with homes.held(settings.home), _heard(signals):
         settings = settings.model_copy(update={"port": free_port(settings.host, settings.port)})
         access = _access(settings)
-        with database(settings) as url:
+        with open_database(settings) as url:
             children = _children(settings, url, access, fleet)
             try:
                 for child in children:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TextIO, cast, get_args
 
 from service.observability import request_context
 
-Format = Literal["text", "json"]
+LogFormat = Literal["text", "json"]
 FORMAT_VARIABLE = "WARMSCALE_LOG_FORMAT"
 
 _OWN = frozenset(
@@ -28,31 +28,31 @@ _SECRET = re.compile(r"\b(?:ws|whsec)_[A-Za-z0-9+/=_-]{20,}|(?<=://)[^\s/@]+(?=@
 _process: dict[str, Any] = {}
 
 
-def format_of(environment: Mapping[str, str]) -> Format:
+def read_format(environment: Mapping[str, str]) -> LogFormat:
     """The format that the environment asks for.
 
     Raises:
         ValueError: there is no such format.
     """
     given = environment.get(FORMAT_VARIABLE, "text")
-    if given not in get_args(Format):
+    if given not in get_args(LogFormat):
         raise ValueError(
-            f"{FORMAT_VARIABLE} is one of {', '.join(get_args(Format))}, not {given!r}"
+            f"{FORMAT_VARIABLE} is one of {', '.join(get_args(LogFormat))}, not {given!r}"
         )
-    return cast("Format", given)
+    return cast("LogFormat", given)
 
 
-def configure(form: Format, stream: TextIO | None = None) -> None:
+def configure_logging(form: LogFormat, stream: TextIO | None = None) -> None:
     """Have every logger of this process write lines of this form to `stream` (standard error)."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(Lines(form))
+    handler.setFormatter(LineFormatter(form))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.captureWarnings(capture=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every call
 
 
 @contextmanager
-def about(**fields: Any) -> Generator[None]:
+def add_fields(**fields: Any) -> Generator[None]:
     """Put these fields on every line of this process, whatever its thread, while inside."""
     before = dict(_process)
     _process.update(fields)
@@ -63,16 +63,16 @@ def about(**fields: Any) -> Generator[None]:
         _process.update(before)
 
 
-class Lines(logging.Formatter):
+class LineFormatter(logging.Formatter):
     """One line for a record, and one for each line of its trace."""
 
-    def __init__(self, form: Format) -> None:
+    def __init__(self, form: LogFormat) -> None:
         super().__init__()
         self._spell = _json if form == "json" else _text
 
     def format(self, record: logging.LogRecord) -> str:
         """The record's lines."""
-        facts = request_context.current()
+        facts = request_context.current_facts()
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         head = {"time": at.replace("+00:00", "Z"), "level": record.levelname, "logger": record.name}
         given = {name: value for name, value in vars(record).items() if name not in _OWN}

@@ -55,7 +55,7 @@ Gauge("warmscale_build_info", "Constant 1.", ("version", "python"), registry=reg
 ).set(1)
 
 
-def observe(method: str, route: str, status: int, seconds: float) -> None:
+def observe_request(method: str, route: str, status: int, seconds: float) -> None:
     """Count an answer. Only methods that have routes are told apart: a client may invent others."""
     _latency.labels(method if method in _METHODS else "other", route, str(status)).observe(seconds)
 

@@ -16,7 +16,7 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 @dataclass(kw_only=True)
-class Facts:
+class RequestFacts:
     """Who asks for what."""
 
     request_id: str
@@ -40,24 +40,24 @@ class Facts:
 
 
 _acting: ContextVar[str | None] = ContextVar("acting", default=None)
-_current: ContextVar[Facts | None] = ContextVar("facts", default=None)
+_current: ContextVar[RequestFacts | None] = ContextVar("facts", default=None)
 
 
-def begin(scope: Mapping[str, Any], given_id: str | None) -> Facts:
+def begin_request(scope: Mapping[str, Any], given_id: str | None) -> RequestFacts:
     """The facts of a request that begins; its id is the one given, if that can stand in a log."""
     is_sane = given_id is not None and _SANE_ID.fullmatch(given_id)
-    facts = Facts(request_id=given_id if is_sane and given_id else secrets.token_hex(16))
+    facts = RequestFacts(request_id=given_id if is_sane and given_id else secrets.token_hex(16))
     facts.scope = scope
     _current.set(facts)
     return facts
 
 
-def current() -> Facts | None:
+def current_facts() -> RequestFacts | None:
     """The facts of the request at hand; None outside of one."""
     return _current.get()
 
 
-def note(
+def note_facts(
     *,
     key_id: str | None = None,
     study_id: str | None = None,
@@ -74,14 +74,14 @@ def note(
     facts.attempt = attempt or facts.attempt
 
 
-def actor() -> str:
+def current_actor() -> str:
     """Who does what is done now: the request's key; without a request, who has the database."""
     facts = _current.get()
     return _acting.get() or (facts.key_id if facts and facts.key_id else "operator")
 
 
 @contextmanager
-def acting(name: str) -> Generator[None]:
+def act_as(name: str) -> Generator[None]:
     """What is done inside nobody asked for: it is `name`'s doing."""
     token = _acting.set(name)
     try:

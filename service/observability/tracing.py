@@ -25,7 +25,7 @@ class TracesMissingError(Exception):
     """Traces were asked for, and what makes them is not installed."""
 
 
-def wanted(environment: Mapping[str, str]) -> bool:
+def are_traces_wanted(environment: Mapping[str, str]) -> bool:
     """Whether an endpoint is named; where `WARMSCALE_TRACES` is set, that decides."""
     switch = environment.get(SWITCH)
     if switch is not None:
@@ -34,13 +34,13 @@ def wanted(environment: Mapping[str, str]) -> bool:
 
 
 @contextmanager
-def exporting(environment: Mapping[str, str]) -> Generator[None]:
+def export_traces(environment: Mapping[str, str]) -> Generator[None]:
     """Send traces while inside, to where OpenTelemetry's own variables say, if they are wanted.
 
     Raises:
         TracesMissingError: they are, and the extra is not installed.
     """
-    if not wanted(environment):
+    if not are_traces_wanted(environment):
         yield
         return
     try:
@@ -53,12 +53,12 @@ def exporting(environment: Mapping[str, str]) -> Generator[None]:
         raise TracesMissingError(
             f"{asked} asks for traces: pip install 'warmscale[otel]', or set {SWITCH}=0 ({error})"
         ) from error
-    with recording(BatchSpanProcessor(OTLPSpanExporter())):
+    with record_spans(BatchSpanProcessor(OTLPSpanExporter())):
         yield
 
 
 @contextmanager
-def recording(processor: "SpanProcessor") -> Generator[None]:
+def record_spans(processor: "SpanProcessor") -> Generator[None]:
     """Hand every span to this processor while inside."""
     provider = _provider()
     provider.add_span_processor(processor)
@@ -103,7 +103,7 @@ def _context(header: str) -> Any:
     return TraceContextTextMapPropagator().extract({TRACE_HEADER: header})
 
 
-def tell(type_: str, run_id: str | None, attempt: int | None, actor: str) -> None:
+def add_event_span(type_: str, run_id: str | None, attempt: int | None, actor: str) -> None:
     """An event that has committed, in the trace of its run."""
     if run_id is not None and _state:
         with span(type_, within=traceparent(run_id), run=run_id, attempt=attempt, actor=actor):

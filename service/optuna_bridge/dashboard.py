@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.access.authentication import enter
+from service.access.authentication import authenticate
 from service.access.caller import Caller
 from service.optuna_bridge.sampler import Sampler
 from service.problems import Problem
@@ -54,7 +54,7 @@ class Dashboard:
         if not reads and not _is_own_page(request):
             return PlainTextResponse("This was sent by a page of another site.", 403)
         try:
-            caller = enter(request, _key(request), "read" if reads else "write")
+            caller = authenticate(request, _key(request), "read" if reads else "write")
         except Problem as problem:
             headers = _BASIC if problem.status == 401 else problem.headers  # noqa: PLR2004
             return PlainTextResponse(problem.detail, problem.status, headers=headers)
@@ -67,12 +67,12 @@ class Dashboard:
             return True
         study = _OF_STUDY.fullmatch(path)
         name = find_service(self._app, Sampler).name_of(int(study[1])) if study else None
-        return name is not None and caller.sees(name)
+        return name is not None and caller.can_see(name)
 
     def _dashboard(self, caller: Caller) -> ASGIApp:
         known = self._of_project.get(caller.project)
         if known is None:
-            wsgi = find_service(self._app, Sampler).dashboard(caller.sees)
+            wsgi = find_service(self._app, Sampler).dashboard(caller.can_see)
             known = cast("ASGIApp", WSGIMiddleware(wsgi))  # two spellings of one type
             self._of_project[caller.project] = known
         return known

@@ -1,4 +1,4 @@
-"""What a study's runs cost, with the base sunk and with it counted. Pure."""
+"""The cost of a study's runs in FLOPs, with the base sunk and with the base counted. Pure."""
 
 from collections.abc import Iterable, Sequence
 from statistics import fmean
@@ -15,13 +15,13 @@ def compute_costs(
     total_flops: float,
     branch: int = 0,
 ) -> Costs:
-    """Both accountings; a ladder's lower warm runs belong to the base of its last rung.
-
-    Of several budgets, those of the runs at `branch`.
-    """
+    """Return both accountings of the runs at `branch`; 0 where the target has a single budget."""
     here = [r for r in targets if r.branch == branch and not r.is_trunk]
     last = select_last_rung(here)
     warm = _mean_flops(last, "warm")
+    # A ladder of widths 96 and 128 grows the model of 128 from the warm run at 96, so the run at 96
+    # belongs to the base. Each seed climbs the ladder alone: one base is their sum divided
+    # by the number of seeds.
     lower = [r for r in here if r.arm == "warm" and r not in last]
     seeds = len({r.seed for r in lower}) or 1
     base = None if best_flops is None else best_flops + sum(r.cost_flops for r in lower) / seeds
@@ -31,6 +31,7 @@ def compute_costs(
         warm_flops=warm,
         warm_base_counted_flops=None if warm is None or base is None else warm + base,
         cold_flops=_mean_flops(last, "cold"),
+        # Two sums: a trunk that two branches share counts once in the first, twice in the second.
         targets_flops=sum(r.cost_flops for r in targets),
         targets_alone_flops=sum(r.alone_flops for r in targets if not r.is_trunk),
         total_flops=total_flops,
@@ -38,5 +39,6 @@ def compute_costs(
 
 
 def _mean_flops(runs: Iterable[TargetRun], arm: str) -> float | None:
+    # A run that failed stopped early: its cost says nothing about the cost of a whole run.
     flops = [r.alone_flops for r in runs if r.arm == arm and r.state == "succeeded"]
     return fmean(flops) if flops else None

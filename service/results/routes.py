@@ -10,10 +10,10 @@ from service.results.report import page as report
 from service.results.schemas import StudyResults
 from service.specs.stored import parse_stored
 from service.web.dependencies import DbSession
-from service.web.json_body import Route
+from service.web.json_body import JsonRoute
 from service.web.protection import NO_FRAMES
 
-router = APIRouter(prefix="/studies", tags=["results"], route_class=Route)
+router = APIRouter(prefix="/studies", tags=["results"], route_class=JsonRoute)
 
 
 @router.get("/{study}/results")

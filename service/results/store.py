@@ -34,21 +34,23 @@ from warmcore.specs.sizes import growth_factors
 
 MAX_TRIAL_CURVES = 100
 MAX_TRIAL_POINTS = 200
-# As many evaluations as a run may have: nothing that was numbered as one is left out of a verdict.
+# The limit of evaluations in a run, so that the verdict uses every numbered evaluation.
 MAX_JUDGED_POINTS = 10_000
 MAX_SHOWN_POINTS = 1000
 
 
 def load_results(session: Session, study: Study) -> StudyResults:
-    """Everything that the study has found so far."""
+    """Return best trial, target runs, costs and verdict of a study, as far as it has come."""
     spec = parse_stored(study.spec)
-    best = _best(session, study.id)
-    targets = _targets(session, study.id)
-    trials = _trial_counts(session, study.id)
-    flops = _flops_by_kind(session, study.id)
+    best = _load_best_trial(session, study.id)
+    targets = _load_targets(session, study.id)
+    trials = _count_trials(session, study.id)
+    flops = _sum_flops_by_kind(session, study.id)
+    # The study's own targets are launch 0. The verdict and the costs leave out targets that a user
+    # started by hand: another model or another budget would not pair with them.
     own = tuple(t for t in targets if t.launch == 0)
 
-    def costs(branch: int) -> Costs:
+    def costs_at(branch: int) -> Costs:
         return compute_costs(
             search_flops=flops.get("trial", 0.0),
             best_flops=best.cost_flops if best else None,
@@ -57,8 +59,11 @@ def load_results(session: Session, study: Study) -> StudyResults:
             branch=branch,
         )
 
-    budgets = judge_budgets(own, spec.budgets, _growth(spec), costs) if own and spec.budgets else ()
-    judged = _judge(study, spec, own, trials, costs)
+    has_budgets = own and spec.budgets
+    budgets = (
+        judge_budgets(own, spec.budgets, _compute_growth(spec), costs_at) if has_budgets else ()
+    )
+    judged = _judge_study(study, spec, own, trials, costs_at)
     return StudyResults(
         study_id=study.id,
         study_name=study.name,
@@ -67,38 +72,39 @@ def load_results(session: Session, study: Study) -> StudyResults:
         trials_budget=spec.hpo.trials,
         trials=trials,
         best_trial=best,
-        targets=tuple(_shown(target) for target in targets),
-        costs=costs(len(spec.budgets)),
+        targets=tuple(_thin_curve(target) for target in targets),
+        costs=costs_at(len(spec.budgets)),
         verdict=judged if isinstance(judged, Verdict) else None,
         pending=judged.why if isinstance(judged, Pending) else None,
         budgets=budgets,
     )
 
 
-def _shown(target: TargetRun) -> TargetRun:
+def _thin_curve(target: TargetRun) -> TargetRun:
     return target.model_copy(update={"curve": tuple(thin_points(target.curve, MAX_SHOWN_POINTS))})
 
 
-def _growth(spec: StudySpec) -> Growth:
+def _compute_growth(spec: StudySpec) -> Growth:
     factors = growth_factors(spec.base_model, spec.rung_model(len(spec.rungs) - 1))
     return Growth(**asdict(factors))
 
 
-def _judge(
+def _judge_study(
     study: Study,
     spec: StudySpec,
     own: tuple[TargetRun, ...],
     trials: RunCounts,
-    costs: ComputeCosts,
+    costs_at: ComputeCosts,
 ) -> Verdict | Pending:
-    """Of several budgets the largest is judged."""
+    """Judge the study's own targets, at the largest budget where there are several."""
     if not own or not spec.rungs:
         return Pending(why=explain_missing_target(spec, study.state, study.reason, trials))
     last = len(spec.budgets)
-    return judge_runs(select_branch_runs(own, last), growth=_growth(spec), costs=costs(last))
+    runs = select_branch_runs(own, last)
+    return judge_runs(runs, growth=_compute_growth(spec), costs=costs_at(last))
 
 
-def _trial_counts(session: Session, study_id: str) -> RunCounts:
+def _count_trials(session: Session, study_id: str) -> RunCounts:
     query = (
         select(Run.state, func.count())
         .where(Run.study_id == study_id, Run.kind == "trial")
@@ -108,7 +114,7 @@ def _trial_counts(session: Session, study_id: str) -> RunCounts:
     return RunCounts.model_validate({s: counts.get(s, 0) for s in get_args(RunState)})
 
 
-def _flops_by_kind(session: Session, study_id: str) -> dict[str, float]:
+def _sum_flops_by_kind(session: Session, study_id: str) -> dict[str, float]:
     query = (
         select(Run.kind, func.sum(Run.cost_flops))
         .where(Run.study_id == study_id)
@@ -117,7 +123,9 @@ def _flops_by_kind(session: Session, study_id: str) -> dict[str, float]:
     return {kind: flops or 0.0 for kind, flops in session.execute(query)}
 
 
-def _best(session: Session, study_id: str) -> BestTrialResult | None:
+def _load_best_trial(session: Session, study_id: str) -> BestTrialResult | None:
+    # The best trial with a checkpoint is the base of the targets. While no trial has published a
+    # final checkpoint, show the best loss anyway.
     run = best_growable(session, study_id) or best_trial(session, study_id)
     if run is None or run.trial_number is None or run.val_loss_nats is None:
         return None
@@ -132,22 +140,30 @@ def _best(session: Session, study_id: str) -> BestTrialResult | None:
     )
 
 
-def _targets(session: Session, study_id: str) -> tuple[TargetRun, ...]:
+def _load_targets(session: Session, study_id: str) -> tuple[TargetRun, ...]:
     query = select(Run).where(Run.study_id == study_id, Run.kind == "target").order_by(Run.id)
     runs = session.scalars(query).all()
-    curves = _curves(session, [run.id for run in runs], MAX_JUDGED_POINTS)
+    curves = _load_curves(session, [run.id for run in runs], MAX_JUDGED_POINTS)
+    # A seed is a 64-bit number. People read its place among the seeds of its launch: 0, 1, 2, ...
     seeds = {run.launch: sorted({r.seed for r in runs if r.launch == run.launch}) for run in runs}
-    targets = [_target(run, _whole(run, curves), seeds[run.launch].index(run.seed)) for run in runs]
+    targets = [
+        _make_target(run, _join_trunk_curve(run, curves), seeds[run.launch].index(run.seed))
+        for run in runs
+    ]
     return tuple(sorted(targets, key=lambda t: (t.launch, t.rung, t.branch, t.seed_number, t.arm)))
 
 
-def _whole(run: Run, curves: Mapping[str, tuple[Evaluation, ...]]) -> tuple[Evaluation, ...]:
-    """The run's curve; a branch's with what its trunk was up to there."""
+def _join_trunk_curve(
+    run: Run, curves: Mapping[str, tuple[Evaluation, ...]]
+) -> tuple[Evaluation, ...]:
+    """Return the run's curve; for a branch, after the trunk's curve up to the branch's start."""
+    # For example a branch that left its trunk at 500 tokens has the trunk's points at 250 and 500,
+    # then points of its own. The trunk's points at 750 and 1000 belong to other branches.
     trunk = curves[run.trunk_id] if run.trunk_id else ()
     return (*(point for point in trunk if point.tokens <= run.trunk_tokens), *curves[run.id])
 
 
-def _target(run: Run, curve: tuple[Evaluation, ...], seed_number: int) -> TargetRun:
+def _make_target(run: Run, curve: tuple[Evaluation, ...], seed_number: int) -> TargetRun:
     same = ("launch", "rung", "arm", "seed", "state", "diverged", "val_loss_nats", "base_hash")
     more = ("branch", "trunk_id", "trunk_tokens", "tokens", "num_tokens", "cost_flops", "error")
     return TargetRun.model_validate(
@@ -164,23 +180,30 @@ def _target(run: Run, curve: tuple[Evaluation, ...], seed_number: int) -> Target
     )
 
 
-def _curves(
+# PostgreSQL thins the curves, so that a study of 10 000 evaluations a run sends no more than the
+# page draws. `to_end` numbers a run's evaluations from the last (1) to the first (n), and `stride`
+# is ceil(n / most). A row stays if (to_end - 1) % stride = 0.
+# For example n = 10 and most = 4: stride 3 keeps to_end 1, 4, 7 and 10, the last evaluation always.
+def _load_curves(
     session: Session, run_ids: list[str], most: int
 ) -> defaultdict[str, tuple[Evaluation, ...]]:
-    """The evaluations of these runs by step; `most` of each run, evenly, with its last one."""
+    """Return the evaluations of these runs by step: at most `most` of each run, evenly spaced.
+
+    The last evaluation of a run is always there. A run without evaluations has an empty curve.
+    """
     to_end = func.row_number().over(
         partition_by=Measurement.run_id, order_by=Measurement.step.desc()
     )
     size = func.count().over(partition_by=Measurement.run_id)
-    found = (
+    numbered = (
         select(Measurement.run_id, Measurement.step, Measurement.tokens, Measurement.val_loss_nats)
         .add_columns(Measurement.ema_val_loss_nats, Measurement.swa_val_loss_nats)
         .add_columns(to_end.label("to_end"), ((size + most - 1) // most).label("stride"))
         .where(Measurement.run_id.in_(run_ids), Measurement.val_loss_nats.is_not(None))
         .subquery()
     )
-    query = select(found).where((found.c.to_end - 1) % found.c.stride == 0)
-    query = query.order_by(found.c.run_id, found.c.step)
+    query = select(numbered).where((numbered.c.to_end - 1) % numbered.c.stride == 0)
+    query = query.order_by(numbered.c.run_id, numbered.c.step)
     points: defaultdict[str, list[Evaluation]] = defaultdict(list)
     for row in session.execute(query):
         point = Evaluation.model_validate(row, from_attributes=True)
@@ -189,7 +212,10 @@ def _curves(
 
 
 def load_report_trials(session: Session, study_id: str) -> tuple[ReportTrial, ...]:
-    """Every trial by number; curves for the best `MAX_TRIAL_CURVES` of them, to bound the page."""
+    """Return every trial by number, with curves of the best `MAX_TRIAL_CURVES` trials only.
+
+    The limit bounds the size of the page.
+    """
     query = (
         select(Run.id.label("run_id"), Run.trial_number.label("number"), Run.state, Run.diverged)
         .add_columns(Run.params, Run.val_loss_nats, Run.error)
@@ -198,9 +224,10 @@ def load_report_trials(session: Session, study_id: str) -> tuple[ReportTrial, ..
         .order_by(Run.trial_number)
     )
     rows = session.execute(query).mappings().all()
+    # Trials without a loss come last: False sorts before True.
     by_loss = sorted(rows, key=lambda r: (r["val_loss_nats"] is None, r["val_loss_nats"]))
     best = [row["run_id"] for row in by_loss[:MAX_TRIAL_CURVES]]
-    curves = _curves(session, best, MAX_TRIAL_POINTS)
+    curves = _load_curves(session, best, MAX_TRIAL_POINTS)
     return tuple(
         ReportTrial.model_validate({**row, "curve": curves[row["run_id"]]}) for row in rows
     )

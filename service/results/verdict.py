@@ -1,9 +1,9 @@
-"""Whether growing paid (METHOD §6): pure arithmetic on finished runs.
+"""The verdict on growing (docs/method.md): pure arithmetic on finished runs.
 
-Per seed `s` the difference of final validation losses is `d_s = warm_s - cold_s`, nats per token.
-Its mean over `n` seeds has Student's interval `mean(d) ± t(0.975, n-1) · stdev(d) / sqrt(n)`, and
-growing is said to pay only when all of that lies below 0. Runs are compared cooled down, never
-mid-curve.
+For each seed `s` the difference of final validation losses is `d_s = warm_s - cold_s`, in nats per
+token. The mean over `n` seeds has Student's interval
+`mean(d) ± t(0.975, n-1) · stdev(d) / sqrt(n)`. Growing paid only if the whole interval is below 0.
+Only runs that have cooled down are compared, never points in the middle of a curve.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,49 +30,49 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """There is no verdict; `why` says what is missing."""
+    """A verdict that is not possible yet; `why` names the missing runs."""
 
     why: str
 
 
 def judge_runs(runs: Sequence[TargetRun], *, growth: Growth, costs: Costs) -> Verdict | Pending:
     """Compare the warm and the cold runs of a study's own targets on the last rung."""
-    if waiting := _waiting(runs):
-        return Pending(why=waiting)
+    if reason := _explain_waiting(runs):
+        return Pending(why=reason)
     last = select_last_rung(runs)
     pairs = pair_runs(last)
-    left_out = (*_fallen(runs), *_unmatched(last, {p.seed for p in pairs}))
+    left_out = (*_list_failures(runs), *_list_unpaired(last, {p.seed for p in pairs}))
     if not pairs:
         reasons = "; ".join(left_out)
-        return Pending(why=f"no seed has both a warm and a cold run that succeeded: {reasons}")
+        return Pending(why=f"no seed has a warm and a cold run to compare: {reasons}")
     diverged = tuple(sorted(r.seed_number for r in runs if r.arm == "warm" and r.diverged))
-    return _verdict(pairs, left_out, growth, costs, warm_diverged=diverged)
+    return _make_verdict(pairs, left_out, growth, costs, warm_diverged=diverged)
 
 
 def select_last_rung(runs: Sequence[TargetRun]) -> tuple[TargetRun, ...]:
-    """The runs of the largest model: what the study is for."""
+    """Return the runs of the largest model, the purpose of the study."""
     last = max((r.rung for r in runs), default=0)
     return tuple(r for r in runs if r.rung == last)
 
 
-def _waiting(runs: Sequence[TargetRun]) -> str | None:
+def _explain_waiting(runs: Sequence[TargetRun]) -> str | None:
     if not runs:
         return "the target's runs have not started"
-    live = [f"{_name(r)} is {r.state}" for r in runs if r.state in LIVE_RUN_STATES]
+    live = [f"{_name_run(r)} is {r.state}" for r in runs if r.state in LIVE_RUN_STATES]
     if live:
         return f"{len(live)} of {len(runs)} target runs are unfinished: {', '.join(live)}"
     if all(r.arm == "warm" for r in runs):
-        return "no cold run to compare with: set warmstart.control to true"
+        return "there is no cold run to compare with; set warmstart.control to true"
     return None
 
 
-def _name(run: TargetRun) -> str:
+def _name_run(run: TargetRun) -> str:
     trunk = "'s trunk" if run.is_trunk else ""
     rung = f" at rung {run.rung}" if run.rung else ""
     return f"{run.arm} seed {run.seed_number}{trunk}{rung}"
 
 
-def _verdict(
+def _make_verdict(
     pairs: tuple[SeedPair, ...],
     left_out: tuple[str, ...],
     growth: Growth,
@@ -83,6 +83,8 @@ def _verdict(
     differences = [p.difference_nats for p in pairs]
     interval = student_interval(differences)
     verdict = Verdict(
+        # A warm run that diverged has no loss and no pair, so the interval cannot contain it.
+        # Without the last condition, the remaining seeds would make growing look safe.
         grow=interval is not None and interval.high < 0 and not warm_diverged,
         sentence="",
         seeds=len(pairs),
@@ -98,23 +100,23 @@ def _verdict(
 
 
 def pair_runs(runs: Iterable[TargetRun]) -> tuple[SeedPair, ...]:
-    """The seeds whose warm and cold runs both succeeded on equal terms, in their order."""
+    """Pair the warm and the cold run of each seed where both succeeded on equal terms, by seed."""
     done = [r for r in runs if r.state == "succeeded" and r.val_loss_nats is not None]
     cold = {r.seed: r for r in done if r.arm == "cold"}
     warm = sorted((r for r in done if r.arm == "warm"), key=lambda r: r.seed_number)
     return tuple(
-        _pair(run, cold[run.seed])
+        _make_pair(run, cold[run.seed])
         for run in warm
-        if run.seed in cold and _equal(run, cold[run.seed])
+        if run.seed in cold and _have_equal_terms(run, cold[run.seed])
     )
 
 
-def _equal(warm: TargetRun, cold: TargetRun) -> bool:
-    """Whether two runs differ in their start alone: the same budget, the same text."""
+def _have_equal_terms(warm: TargetRun, cold: TargetRun) -> bool:
+    """Return whether two runs differ only in their start: same budget, same text."""
     return (warm.tokens, warm.data_hash) == (cold.tokens, cold.data_hash)
 
 
-def _pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
+def _make_pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
     assert warm.val_loss_nats is not None
     assert cold.val_loss_nats is not None
     reached = tokens_to_reach(warm.curve, cold.val_loss_nats)
@@ -132,74 +134,85 @@ def _pair(warm: TargetRun, cold: TargetRun) -> SeedPair:
     )
 
 
-def _fallen(runs: Iterable[TargetRun]) -> list[str]:
-    """The runs that ended without a result, and how."""
-    fallen = sorted((r for r in runs if r.state != "succeeded"), key=_order)
-    return [f"{_name(r)} {'diverged' if r.diverged else r.state}" for r in fallen]
+def _list_failures(runs: Iterable[TargetRun]) -> list[str]:
+    """Name the runs that ended without a result, and their ends."""
+    failures = sorted((r for r in runs if r.state != "succeeded"), key=_sort_key)
+    return [f"{_name_run(r)} {'diverged' if r.diverged else r.state}" for r in failures]
 
 
-def _unmatched(runs: Iterable[TargetRun], judged: set[int]) -> list[str]:
-    """The results that have nothing equal to be compared with."""
-    alone = sorted((r for r in runs if r.state == "succeeded" and r.seed not in judged), key=_order)
+def _list_unpaired(runs: Iterable[TargetRun], judged: set[int]) -> list[str]:
+    """Name the runs that succeeded, but have no run with equal terms to compare with."""
+    unpaired = [r for r in runs if r.state == "succeeded" and r.seed not in judged]
     return [
-        f"{_name(r)} ({r.tokens} tokens of corpus {(r.data_hash or 'unknown')[:8]}) "
-        "has no equal partner"
-        for r in alone
+        f"{_name_run(r)} ({r.tokens} tokens of corpus {(r.data_hash or 'unknown')[:8]}) "
+        f"has no {'cold' if r.arm == 'warm' else 'warm'} run with equal tokens and corpus"
+        for r in sorted(unpaired, key=_sort_key)
     ]
 
 
-def _order(run: TargetRun) -> tuple[int, int, str]:
+def _sort_key(run: TargetRun) -> tuple[int, int, str]:
     return run.rung, run.seed_number, run.arm
 
 
 def tokens_to_reach(curve: Sequence[Evaluation], goal_nats: float) -> float | None:
-    """Where the curve first meets the goal, linear between evaluations; None when it never does.
+    """Return the tokens at which the curve first reaches the goal; None if it never does.
 
-    Nothing is known before the first evaluation, so a goal met there counts from there. The
-    evaluation of untrained weights (0 tokens) is no training and is skipped.
+    The curve is linear between evaluations. A goal that the first evaluation already meets counts
+    from that evaluation: nothing is measured before it.
     """
     before: Evaluation | None = None
     for here in curve:
+        # The evaluation at 0 tokens is of untrained weights. A warm start may meet the goal there:
+        # it would make the speedup infinite.
         if here.tokens == 0:
             continue
         if here.val_loss_nats <= goal_nats:
-            return float(here.tokens) if before is None else _crossing(before, here, goal_nats)
+            return float(here.tokens) if before is None else _find_crossing(before, here, goal_nats)
         before = here
     return None
 
 
-def _crossing(before: Evaluation, here: Evaluation, goal_nats: float) -> float:
+def _find_crossing(before: Evaluation, here: Evaluation, goal_nats: float) -> float:
+    # For example 4.0 nats at 500 tokens and 2.0 nats at 1000: the curve is at 3.0 at 750 tokens.
     fraction = fraction_between(before.val_loss_nats, goal_nats, here.val_loss_nats)
     return before.tokens + fraction * (here.tokens - before.tokens)
 
 
+# The interval is of the differences within pairs, not of the two arms' losses. A pair shares seed
+# and data order, so most of the noise cancels. For example warm ends at 1.00 and 1.01, cold at 2.00
+# twice. The differences are -1.00 and -0.99: mean -0.995, stdev 0.00707. t(0.975, 1) is 12.71,
+# hence the half width 12.71 · 0.00707 / sqrt(2) = 0.0635: from -1.0585 to -0.9315, wholly below 0.
 def student_interval(differences: Sequence[float]) -> Interval | None:
-    """The mean's Student-t interval; None from a single difference, which has no spread."""
+    """Return the mean's Student-t interval; None for a single difference, which has no spread."""
     n = len(differences)
     if n < 2:  # noqa: PLR2004 - one seed has no degree of freedom
         return None
     middle = mean(differences)
-    half = clamp_to_finite(
-        float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * standard_error(differences)
-    )
+    t = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+    half = clamp_to_finite(t * standard_error(differences))
     low, high = clamp_to_finite(middle - half), clamp_to_finite(middle + half)
     return Interval(low=low, high=high, confidence=CONFIDENCE)
 
 
 def token_speedup(pairs: Sequence[SeedPair]) -> float | None:
-    """Cold's tokens over warm's to the same loss, over all seeds; None unless each got there."""
+    """Return cold's tokens over warm's tokens to the same loss, summed over all seeds.
+
+    None if the warm run of any seed never reached cold's final loss.
+    """
     reached = [p.tokens_to_cold_loss for p in pairs if p.tokens_to_cold_loss is not None]
+    # A mean over the seeds that reached the loss would leave out exactly the slowest seeds.
     if len(reached) < len(pairs):
         return None
     return sum(p.tokens for p in pairs) / fsum(reached)
 
 
 def base_counted_speedup(pairs: Sequence[SeedPair], costs: Costs) -> float | None:
-    """Cold's FLOPs over warm's to the same loss with the base's own added.
+    """Return cold's FLOPs over warm's FLOPs to the same loss with the base's own FLOPs added.
 
-    A model's FLOPs are proportional to its tokens, so warm gets there at `cold_flops / speedup`.
+    FLOPs are proportional to tokens, so warm reaches the loss after `cold_flops / speedup`.
     """
     speedup = token_speedup(pairs)
     if speedup is None or costs.cold_flops is None or costs.base_flops is None:
         return None
+    # For example cold 4e9, speedup 1.2, base 1e9: 4e9 / (3.33e9 + 1e9) = 0.92, slower than cold.
     return costs.cold_flops / (costs.cold_flops / speedup + costs.base_flops)

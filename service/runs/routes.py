@@ -16,10 +16,10 @@ from service.protocol import (
 from service.runs import store
 from service.runs.schemas import CheckpointList, MeasurementPage, RunPage
 from service.web.dependencies import DbSession
-from service.web.json_body import Route
+from service.web.json_body import JsonRoute
 from service.web.openapi import may_answer
 
-router = APIRouter(prefix="/runs", tags=["runs"], route_class=Route)
+router = APIRouter(prefix="/runs", tags=["runs"], route_class=JsonRoute)
 
 
 @router.get("", responses=may_answer(404, "There is no such study."))
@@ -78,6 +78,6 @@ async def stream_events(
     request: Request, caller: Reader, run_id: str, after: event_stream.LastEventId = None
 ) -> event_stream.EventSourceResponse:
     """The run's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await event_stream.respond(
-        request, caller, lambda session: event_stream.of_run(session, caller, run_id), after
+    return await event_stream.stream_events(
+        request, caller, lambda session: event_stream.run_topic(session, caller, run_id), after
     )

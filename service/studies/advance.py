@@ -7,7 +7,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from service.database.tables import Checkpoint, Run, Study
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.observability import tracing
 from service.runs.store import best_growable, best_trial, new_run
@@ -110,7 +110,9 @@ def enqueue_target(
     run.base_hash = new.base.checkpoint.hash if new.base else None
     session.add(run)
     session.flush()
-    record(session, "run.queued", study_id=study.id, run_id=run.id, arm=new.arm, rung=new.rung)
+    record_event(
+        session, "run.queued", study_id=study.id, run_id=run.id, arm=new.arm, rung=new.rung
+    )
     return run
 
 
@@ -158,7 +160,7 @@ def end(session: Session, study: Study, state: str, reason: str | None) -> None:
         .where(Study.id == study.id)
         .values(state=state, reason=reason, finished_at=func.now())
     )
-    record(session, f"study.{state}", study_id=study.id, reason=reason)
+    record_event(session, f"study.{state}", study_id=study.id, reason=reason)
 
 
 def cancel_runs(session: Session, study_id: str, *which: ColumnElement[bool]) -> int:
@@ -170,5 +172,5 @@ def cancel_runs(session: Session, study_id: str, *which: ColumnElement[bool]) ->
         .returning(Run.id, Run.attempt)
     ).all()
     for run_id, attempt in cancelled:
-        record(session, "run.cancelled", study_id=study_id, run_id=run_id, attempt=attempt)
+        record_event(session, "run.cancelled", study_id=study_id, run_id=run_id, attempt=attempt)
     return len(cancelled)

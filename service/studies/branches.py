@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.database.tables import Checkpoint, Run, Study
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.problems import bad_field
 from service.runs.store import new_run
 from service.specs.stored import parse_stored
@@ -46,7 +46,7 @@ def enqueue(session: Session, trunk: Run, checkpoint: Checkpoint) -> None:
     run = _branch(study, trunk, checkpoint, number)
     session.add(run)
     session.flush()
-    record(
+    record_event(
         session,
         "run.queued",
         study_id=study.id,

@@ -24,7 +24,7 @@ from service.studies.schemas import (
     TrialView,
 )
 from service.web.dependencies import DbSession, TheSettings
-from service.web.json_body import Route
+from service.web.json_body import JsonRoute
 from service.web.openapi import may_answer
 from service.web.services import find_service
 from warmcore.corpus.inspection import inspect
@@ -36,7 +36,7 @@ async def _sampler(request: Request) -> Sampler:
 
 
 TheSampler = Annotated[Sampler, Depends(_sampler)]
-router = APIRouter(prefix="/studies", tags=["studies"], route_class=Route)
+router = APIRouter(prefix="/studies", tags=["studies"], route_class=JsonRoute)
 Key = Annotated[str | None, Header(alias=IDEMPOTENCY_HEADER, max_length=200)]
 
 
@@ -183,6 +183,6 @@ async def stream_events(
     request: Request, caller: Reader, study: str, after: event_stream.LastEventId = None
 ) -> event_stream.EventSourceResponse:
     """The study's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
-    return await event_stream.respond(
-        request, caller, lambda session: event_stream.of_study(session, caller, study), after
+    return await event_stream.stream_events(
+        request, caller, lambda session: event_stream.study_topic(session, caller, study), after
     )

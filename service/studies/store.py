@@ -6,8 +6,8 @@ from sqlalchemy.orm import Session
 
 from service.access.caller import Caller
 from service.database.tables import Run, Study
-from service.events.audit_log import record
-from service.lifecycle import LIVE_RUN_STATES, sources
+from service.events.audit_log import record_event
+from service.lifecycle import LIVE_RUN_STATES, source_states
 from service.problems import Problem, bad_field, conflict
 from service.protocol import StudyState
 from service.runs.store import best_trial
@@ -36,7 +36,7 @@ def create(session: Session, caller: Caller, spec: StudySpec, idempotency_key: s
     study = session.scalars(statement).one_or_none()
     if study is None:
         return _lost_the_race(session, caller, spec, idempotency_key)
-    record(session, "study.created", study_id=study.id, name=study.name)
+    record_event(session, "study.created", study_id=study.id, name=study.name)
     return study
 
 
@@ -99,7 +99,7 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
         return study
     changed = session.scalars(
         update(Study)
-        .where(Study.id == study.id, Study.state.in_(sources(state)))
+        .where(Study.id == study.id, Study.state.in_(source_states(state)))
         .values(state=state, finished_at=func.now() if state == "cancelled" else None)
         .returning(Study)
         .execution_options(populate_existing=True)
@@ -108,7 +108,7 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
         raise conflict(
             "wrong-state", f"study {study.name!r} is {study.state}; it cannot become {state}"
         )
-    record(session, f"study.{state}", study_id=study.id)
+    record_event(session, f"study.{state}", study_id=study.id)
     if state == "cancelled":
         cancel_runs(session, study.id)
     return changed

@@ -14,7 +14,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Work:
+class WorkRunner:
     """Runs store functions in a thread, each a unit of work that has committed when it returns.
 
     For the calls that a fleet lives by: a session as a dependency of a plain route costs three
@@ -43,8 +43,8 @@ def _session(request: Request) -> Generator[Session]:
 
 
 # What does not block is async: FastAPI takes a plain function to a thread.
-async def _work(request: Request) -> Work:
-    return Work(find_service(request.app, Database).sessions)
+async def _work(request: Request) -> WorkRunner:
+    return WorkRunner(find_service(request.app, Database).sessions)
 
 
 async def _settings(request: Request) -> Settings:
@@ -53,5 +53,5 @@ async def _settings(request: Request) -> Settings:
 
 # Function scope: the commit happens before the response is sent, so that an answer is a promise.
 DbSession = Annotated[Session, Depends(_session, scope="function")]
-UnitOfWork = Annotated[Work, Depends(_work)]
+UnitOfWork = Annotated[WorkRunner, Depends(_work)]
 TheSettings = Annotated[Settings, Depends(_settings)]

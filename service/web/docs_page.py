@@ -22,13 +22,13 @@ _DIGEST = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _POLICY = f"default-src 'none'; style-src 'sha256-{_DIGEST}'; {NO_FRAMES}"
 
 
-async def page(request: Request) -> HTMLResponse:
+async def serve_docs(request: Request) -> HTMLResponse:
     """The page."""
-    content = render(request.app.openapi())
+    content = render_document(request.app.openapi())
     return HTMLResponse(content, headers={"Content-Security-Policy": _POLICY})
 
 
-def render(document: dict[str, Any]) -> str:
+def render_document(document: dict[str, Any]) -> str:
     """All calls, then all messages."""
     info = document["info"]
     title = escape(f"{info['title']} {info['version']}")

@@ -61,7 +61,7 @@ class ProblemResponse(JSONResponse):
 
 def _response(problem: Problem, headers: dict[str, str] | None = None) -> JSONResponse:
     metrics.count_problem(problem.kind)
-    facts = request_context.current()
+    facts = request_context.current_facts()
     body = ProblemBody(
         type=f"urn:warmscale:{problem.kind}",
         title=HTTPStatus(problem.status).phrase,
@@ -113,7 +113,7 @@ def _short(value: object) -> object:
     return value if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "…"
 
 
-def from_validation(errors: list[dict[str, Any]], body: object) -> Problem:
+def validation_problem(errors: list[dict[str, Any]], body: object) -> Problem:
     """422 with every bad field."""
     fields = tuple(_field(error, body) for error in errors)
     detail = "; ".join(f"{f.path}: {f.message} (got {f.value!r})" for f in fields[:3])
@@ -144,7 +144,7 @@ def _on_value(_: Request, error: Exception) -> JSONResponse:
     return _response(Problem(422, "invalid", f"a value cannot be stored: {reason}"))
 
 
-def install(app: FastAPI, *, away: tuple[type[Exception], ...]) -> None:
+def install_handlers(app: FastAPI, *, away: tuple[type[Exception], ...]) -> None:
     """Answer every error of `app` as a problem; those in `away` pass by themselves."""
 
     @app.exception_handler(Problem)
@@ -155,7 +155,7 @@ def install(app: FastAPI, *, away: tuple[type[Exception], ...]) -> None:
     def on_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         if isinstance(error.body, bytes):  # FastAPI reads JSON, and what says that it is JSON
             return _response(_unread("send it as JSON, with `Content-Type: application/json`"))
-        return _response(from_validation(list(error.errors()), error.body))
+        return _response(validation_problem(list(error.errors()), error.body))
 
     @app.exception_handler(HTTPException)
     def on_http(request: Request, error: HTTPException) -> JSONResponse:
@@ -192,7 +192,7 @@ def _install_database(app: FastAPI, away: tuple[type[Exception], ...]) -> None:
 
 def _on_bug(request: Request, error: Exception) -> JSONResponse:
     _log.error("fault", extra={"path": request.url.path}, exc_info=error)
-    facts = request_context.current()
+    facts = request_context.current_facts()
     headers = SAFE_HEADERS | ({REQUEST_ID_HEADER: facts.request_id} if facts else {})
     problem = Problem(500, "internal", "a fault of the service; its log has the trace")
     return _response(problem, headers)  # out here no middleware adds the header

@@ -26,7 +26,7 @@ class KeyTwiceError(HTTPException):
         self.key, self.values = key, values
 
 
-class Route(APIRoute):
+class JsonRoute(APIRoute):
     """FastAPI's route, but for how its body is read."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -111,19 +111,19 @@ _LEADS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
 )
 
 
-def install(app: FastAPI) -> None:
+def install_document(app: FastAPI) -> None:
     """Serve the whole document instead of FastAPI's."""
     plain = app.openapi
 
     def whole() -> dict[str, Any]:
         document = plain()  # which FastAPI keeps: describing it twice changes nothing
-        describe(document)
+        complete_document(document)
         return document
 
     app.openapi = whole
 
 
-def describe(document: dict[str, Any]) -> None:
+def complete_document(document: dict[str, Any]) -> None:
     """Add every answer and every link that is not there yet."""
     calls = list(_calls(document))
     for call in calls:

@@ -28,7 +28,7 @@ class RequestLogMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        facts = request_context.begin(scope, Headers(scope=scope).get(REQUEST_ID_HEADER))
+        facts = request_context.begin_request(scope, Headers(scope=scope).get(REQUEST_ID_HEADER))
         header = (REQUEST_ID_HEADER.lower().encode(), facts.request_id.encode())
         start, status = time.perf_counter(), _NO_ANSWER
 
@@ -38,7 +38,7 @@ class RequestLogMiddleware:
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), header]
                 seconds = time.perf_counter() - start
-                metrics.observe(scope["method"], route_of(scope), status, seconds)
+                metrics.observe_request(scope["method"], find_route(scope), status, seconds)
             await send(message)
 
         try:
@@ -46,20 +46,20 @@ class RequestLogMiddleware:
             with tracing.span(scope["method"], within=within, request=facts.request_id) as span:
                 await self._app(scope, receive, sending)
                 if span is not None:
-                    span.update_name(f"{scope['method']} {route_of(scope)}")
+                    span.update_name(f"{scope['method']} {find_route(scope)}")
                     span.set_attribute("http.response.status_code", status)
         except Exception:  # answered further out
             if status == _NO_ANSWER:
                 status = 500
-                metrics.observe(
-                    scope["method"], route_of(scope), status, time.perf_counter() - start
+                metrics.observe_request(
+                    scope["method"], find_route(scope), status, time.perf_counter() - start
                 )
             raise
         finally:
             _write(scope, status, time.perf_counter() - start)
 
 
-def route_of(scope: Scope) -> str:
+def find_route(scope: Scope) -> str:
     """The template of the path, such as `/v1/runs/{run_id}`; `other` for what no route matched."""
     # A route in a router that was included knows its path below that router only.
     included: Any = scope.get("fastapi", {}).get("effective_route_context")
@@ -70,7 +70,7 @@ def _write(scope: Scope, status: int, seconds: float) -> None:
     if _log.isEnabledFor(logging.INFO):
         fields = {
             "method": scope["method"],
-            "route": route_of(scope),
+            "route": find_route(scope),
             "status": status,
             "milliseconds": round(1000 * seconds, 2),
         }

@@ -19,7 +19,7 @@ class ForbiddenURLError(ValueError):
     """Nothing is sent there."""
 
 
-def parsed(url: str) -> SplitResult:
+def parse_url(url: str) -> SplitResult:
     """The URL in parts.
 
     Raises:
@@ -52,7 +52,7 @@ def _netloc(host: str, port: int | None) -> str:
     return name if port is None else f"{name}:{port}"
 
 
-async def checked(parts: SplitResult, *, allow_private: bool) -> tuple[str, int]:
+async def resolve_address(parts: SplitResult, *, allow_private: bool) -> tuple[str, int]:
     """An address and port of the URL's host that may be connected to.
 
     Raises:

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from service.events.wakeups import WEBHOOKS, Notification, Wakeups
 from service.observability import metrics
 from service.webhooks import store
-from service.webhooks.sending import client, encoded, send
+from service.webhooks.sending import encode_body, make_client, send_message
 
 _AT_ONCE = 8
 _LOOK_SECONDS = 5.0  # for what is to be tried again, and what no bell was heard for
@@ -34,7 +34,7 @@ class Outbox:
         self._tidied_at: float | None = None
 
     @asynccontextmanager
-    async def emptied(self, wakeups: Wakeups) -> AsyncGenerator[None]:
+    async def keep_delivering(self, wakeups: Wakeups) -> AsyncGenerator[None]:
         """Deliver while inside; what is on its way at the end is tried again after its claim."""
         task = asyncio.create_task(self._run(wakeups))
         try:
@@ -45,14 +45,14 @@ class Outbox:
                 await task
 
     async def _run(self, wakeups: Wakeups) -> None:
-        async with client() as http:
-            with wakeups.subscription(WEBHOOKS) as bell:
+        async with make_client() as http:
+            with wakeups.subscribe_to(WEBHOOKS) as bell:
                 while True:
                     await self._round(http, bell)
 
     async def _round(self, http: httpx.AsyncClient, bell: Notification) -> None:
         try:
-            found = await self.deliver(http)
+            found = await self.deliver_due(http)
         except SQLAlchemyError as error:
             _log.warning("webhooks wait", extra={"error": type(error).__name__})
             found = 0
@@ -62,7 +62,7 @@ class Outbox:
         if found < _AT_ONCE:
             await bell.wait(_LOOK_SECONDS)
 
-    async def deliver(self, http: httpx.AsyncClient) -> int:
+    async def deliver_due(self, http: httpx.AsyncClient) -> int:
         """Try what is due, a few at once; how many there were."""
         claimed = await run_in_threadpool(self._claim)
         tries = (self._try(http, one) for one in claimed)
@@ -71,15 +71,15 @@ class Outbox:
                 raise failure
         return len(claimed)
 
-    def _claim(self) -> list[store.Claimed]:
+    def _claim(self) -> list[store.ClaimedDelivery]:
         now = time.monotonic()
         with self._sessions.begin() as session:
             if self._tidied_at is None or now - self._tidied_at > _TIDY_SECONDS:
-                store.tidy(session)
+                store.delete_old_deliveries(session)
                 self._tidied_at = now
-            return store.claim(session, _AT_ONCE)
+            return store.claim_deliveries(session, _AT_ONCE)
 
-    async def _try(self, http: httpx.AsyncClient, one: store.Claimed) -> None:
+    async def _try(self, http: httpx.AsyncClient, one: store.ClaimedDelivery) -> None:
         error = await self._send(http, one)
         outcome = await run_in_threadpool(self._settle, one, error)
         metrics.count_delivery(outcome)
@@ -87,21 +87,21 @@ class Outbox:
         level = logging.INFO if error is None else logging.WARNING
         _log.log(level, "webhook", extra=fields | {"outcome": outcome, "error": error})
 
-    async def _send(self, http: httpx.AsyncClient, one: store.Claimed) -> str | None:
+    async def _send(self, http: httpx.AsyncClient, one: store.ClaimedDelivery) -> str | None:
         """None when it was taken, else why not; whatever goes wrong is an attempt's failure."""
         try:
-            return await send(
+            return await send_message(
                 http,
                 one.url,
                 secret=one.secret,
                 message_id=one.message_id,
-                body=encoded(one.body),
+                body=encode_body(one.body),
                 allow_private=self._allow_private,
             )
         except Exception as error:  # noqa: BLE001 - one message must not end all deliveries
             _log.exception("a webhook that cannot be written", extra={"delivery": one.message_id})
             return f"not written: {type(error).__name__}"
 
-    def _settle(self, one: store.Claimed, error: str | None) -> str:
+    def _settle(self, one: store.ClaimedDelivery, error: str | None) -> str:
         with self._sessions.begin() as session:
-            return store.settle(session, one, error)
+            return store.settle_delivery(session, one, error)

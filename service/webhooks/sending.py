@@ -11,17 +11,17 @@ import httpx
 
 from service import __version__
 from service.webhooks import signing
-from service.webhooks.addresses import ForbiddenURLError, checked, parsed
+from service.webhooks.addresses import ForbiddenURLError, parse_url, resolve_address
 
 TIMEOUT_SECONDS = 10.0
 
 
-def encoded(body: Mapping[str, Any]) -> bytes:
+def encode_body(body: Mapping[str, Any]) -> bytes:
     """The bytes that are signed and sent."""
     return json.dumps(body, separators=(",", ":")).encode()
 
 
-async def send(
+async def send_message(
     http: httpx.AsyncClient,
     url: str,
     *,
@@ -58,15 +58,15 @@ async def _post(
     *,
     allow_private: bool,
 ) -> int:
-    parts = parsed(url)
-    address, port = await checked(parts, allow_private=allow_private)
+    parts = parse_url(url)
+    address, port = await resolve_address(parts, allow_private=allow_private)
     host = address if ":" not in address else f"[{address}]"
     target = parts._replace(netloc=f"{host}:{port}", fragment="").geturl()
     headers = {
         "Host": parts.netloc,
         "Content-Type": "application/json",
         "User-Agent": f"warmscale/{__version__}",
-        **signing.headers(secret, message_id, int(time.time()), body),
+        **signing.sign_message(secret, message_id, int(time.time()), body),
     }
     # The address was checked, the certificate is the name's.
     named = {"sni_hostname": parts.hostname}
@@ -76,7 +76,7 @@ async def _post(
         return response.status_code
 
 
-def client() -> httpx.AsyncClient:
+def make_client() -> httpx.AsyncClient:
     """The client that messages are sent with: no proxy, redirect or cookie of the environment's."""
     limits = httpx.Limits(max_keepalive_connections=0)  # a connection is to an address, not a name
     return httpx.AsyncClient(

@@ -13,12 +13,12 @@ import secrets
 PREFIX = "whsec_"
 
 
-def new_secret() -> str:
+def create_secret() -> str:
     """A secret of 32 random bytes."""
     return PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
-def headers(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
+def sign_message(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
     """The headers of a message that is sent at this time."""
     signed = f"{message_id}.{timestamp}.".encode() + body
     key = base64.b64decode(secret.removeprefix(PREFIX))

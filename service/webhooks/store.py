@@ -9,9 +9,9 @@ from sqlalchemy import delete, func, select, tuple_, update
 from sqlalchemy.orm import Session, aliased
 
 from service.database.tables import Delivery, Event, Run, Study, Webhook
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.protocol import Message
-from service.webhooks.signing import new_secret
+from service.webhooks.signing import create_secret
 
 MAX_ATTEMPTS = 10
 CLAIM_SECONDS = 60.0  # far more than an attempt may take: then whoever claimed it is gone
@@ -36,7 +36,7 @@ class WebhookView(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claimed:
+class ClaimedDelivery:
     """A delivery that is this process's to try for the next minute."""
 
     event_id: int
@@ -72,27 +72,31 @@ class Claimed:
         return f"msg_{self.event_id}_{self.webhook_id}"
 
 
-def add(session: Session, url: str, events: list[str], project: str | None) -> tuple[Webhook, str]:
+def add_webhook(
+    session: Session, url: str, events: list[str], project: str | None
+) -> tuple[Webhook, str]:
     """Write a webhook; return it and its secret, which is not shown again."""
-    secret = new_secret()
+    secret = create_secret()
     row = Webhook(url=url, events=sorted(set(events)), project=project, secret=secret)
     session.add(row)
     session.flush()
-    record(session, "webhook.added", study_id=None, webhook=row.id, url=url, events=row.events)
+    record_event(
+        session, "webhook.added", study_id=None, webhook=row.id, url=url, events=row.events
+    )
     return row, secret
 
 
-def remove(session: Session, webhook_id: str) -> bool:
+def remove_webhook(session: Session, webhook_id: str) -> bool:
     """Delete a webhook and what waits for it; False when there is none of that id."""
     removed = session.execute(
         delete(Webhook).where(Webhook.id == webhook_id).returning(Webhook.url)
     ).one_or_none()
     if removed is not None:
-        record(session, "webhook.removed", study_id=None, webhook=webhook_id, url=removed.url)
+        record_event(session, "webhook.removed", study_id=None, webhook=webhook_id, url=removed.url)
     return removed is not None
 
 
-def listing(session: Session) -> tuple[WebhookView, ...]:
+def list_webhooks(session: Session) -> tuple[WebhookView, ...]:
     """Every webhook, how its deliveries stand, and what the newest failure said."""
     counts = [
         func.count().filter(Delivery.state == state).label(state)
@@ -117,7 +121,7 @@ def listing(session: Session) -> tuple[WebhookView, ...]:
     return tuple(WebhookView.model_validate(dict(row)) for row in session.execute(query).mappings())
 
 
-def revive(session: Session, webhook_id: str) -> int:
+def revive_deliveries(session: Session, webhook_id: str) -> int:
     """Have given up deliveries tried anew; return how many."""
     again = {"state": "waiting", "attempts": 0, "next_at": func.now(), "ended_at": None}
     revived = session.execute(
@@ -129,7 +133,7 @@ def revive(session: Session, webhook_id: str) -> int:
     return len(revived.all())
 
 
-def claim(session: Session, limit: int) -> list[Claimed]:
+def claim_deliveries(session: Session, limit: int) -> list[ClaimedDelivery]:
     """Take deliveries that are due and that nobody else has.
 
     An attempt is counted when it begins: what ends the process that tries it, or cannot be noted
@@ -167,7 +171,7 @@ def claim(session: Session, limit: int) -> list[Claimed]:
         .order_by(Event.id)
     )
     return [
-        Claimed(
+        ClaimedDelivery(
             event_id=event.id,
             webhook_id=webhook.id,
             url=webhook.url,
@@ -182,7 +186,7 @@ def claim(session: Session, limit: int) -> list[Claimed]:
     ]
 
 
-def settle(session: Session, one: Claimed, error: str | None) -> str:
+def settle_delivery(session: Session, one: ClaimedDelivery, error: str | None) -> str:
     """Note how an attempt went: `delivered`, `failed`, or `dead` where it was the last.
 
     A failure that another process's later attempt has overtaken is not noted.
@@ -210,7 +214,7 @@ def delay_seconds(attempts: int) -> float:
     return base * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - jitter
 
 
-def tidy(session: Session) -> None:
+def delete_old_deliveries(session: Session) -> None:
     """Forget what was delivered long ago."""
     old = func.now() - timedelta(days=KEPT_DAYS)
     session.execute(delete(Delivery).where(Delivery.state == "delivered", Delivery.ended_at < old))

@@ -140,7 +140,7 @@ def home(home):
     for stack in (home, home / ".warmscale"):  # of `up`, of `demo`
         if (stack / "artifacts").exists() and (stack / "postgres").exists():
             with db.start_embedded(stack) as server:
-                check(db.normalized(server.get_uri()))
+                check(db.normalize_url(server.get_uri()))
 
 
 @pytest.fixture

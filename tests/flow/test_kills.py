@@ -11,7 +11,8 @@ import pytest
 
 from warmcore.corpus import prepare
 from warmcore.specs import RunSpec
-from warmcore.training.training import EvaluationEvent, StepEvent, Training
+from warmcore.training.events import EvaluationEvent, StepEvent
+from warmcore.training.training import Training
 
 
 def leased_with_checkpoint(client, study):

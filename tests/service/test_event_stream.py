@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from sqlalchemy import event as hooks
 from sqlalchemy import func, select, text, update
 
 from benchmarks.ports import free_port
@@ -16,6 +17,7 @@ from service.database.tables import ApiKey, Event
 from service.events import audit_log
 from service.observability import metrics
 from service.problems import Problem
+from tests.by_hand import EVERYWHERE
 from tests.conftest import serving
 
 LONG = 30.0
@@ -58,7 +60,7 @@ def field(lines, name):
 
 def say(api, study, type_, *, pause=0.0, commit=True):
     with api.sessions() as session:
-        audit_log.record(session, type_, study_id=study["id"])
+        audit_log.record_event(session, type_, study_id=study["id"])
         time.sleep(pause)
         (session.commit if commit else session.rollback)()
 
@@ -105,7 +107,7 @@ def test_nothing_is_lost_or_repeated_while_others_write_and_the_stream_reconnect
         monkeypatch.setattr(event_stream, "_SETTLED", text("9223372036854775807"))
     study, seen, n = submit(), [], itertools.cycle([1, 4, 2, 6, 3])
     with api.sessions() as early:  # begins first, ends after others were read
-        audit_log.record(early, "test.early", study_id=study["id"])
+        audit_log.record_event(early, "test.early", study_id=study["id"])
         with writing(api, study, [1, 2, 3]):
             take(api, study, seen, 1 if is_settled else 5)
         early.commit()
@@ -162,6 +164,27 @@ def test_what_waits_for_another_transaction_comes_when_that_ends_without_a_notic
             begun = time.monotonic()
             assert field(lines, "event") == "test.done"
     assert time.monotonic() - begun < LONG / 2
+
+
+def test_an_event_is_not_missed_when_the_older_transaction_ends_during_a_read(api, submit):
+    study, other = submit(), api.sessions()
+    other.execute(select(func.pg_current_xact_id()))
+    say(api, study, "test.done")
+
+    def end_other(connection, cursor, statement, *_):
+        if "FROM warmscale.events" in statement:
+            other.rollback()
+
+    def topic(session):
+        return event_stream.study_topic(session, EVERYWHERE, study["id"])
+
+    hooks.listen(api.engine, "after_cursor_execute", end_other)
+    try:
+        batch = event_stream._read_batch(api.sessions, topic, (0, 0))
+    finally:
+        hooks.remove(api.engine, "after_cursor_execute", end_other)
+        other.close()
+    assert batch.has_unsettled or "test.done" in {event.type for _, event in batch.rows}
 
 
 def streams():

@@ -12,9 +12,9 @@ from service.lifecycle import (
     LIVE_RUN_STATES,
     RUN_TRANSITIONS,
     STUDY_TRANSITIONS,
-    after_attempt,
     retry_delay_seconds,
-    sources,
+    source_states,
+    state_after_attempt,
 )
 from service.protocol import Outcome, RunState, StudyState
 from service.specs.study import StudySpec
@@ -32,20 +32,20 @@ def test_every_state_has_its_row():
 
 
 def test_a_study_moves_to_a_state_only_from_its_sources():
-    assert set(sources("paused")) == {"active"}
-    assert set(sources("active")) == {"paused"}
-    assert set(sources("cancelled")) == {"active", "paused"}
+    assert set(source_states("paused")) == {"active"}
+    assert set(source_states("active")) == {"paused"}
+    assert set(source_states("cancelled")) == {"active", "paused"}
 
 
 @given(outcomes, st.booleans(), st.integers(0, 5), st.integers(1, 5))
 def test_an_attempt_ends_only_where_the_table_allows(outcome, retryable, failures, most):
-    state = after_attempt(outcome, retryable=retryable, failures=failures, max_attempts=most)
+    state = state_after_attempt(outcome, retryable=retryable, failures=failures, max_attempts=most)
     assert state in RUN_TRANSITIONS["leased"]
 
 
 @given(st.booleans(), st.integers(1, 9), st.integers(1, 9))
 def test_a_failed_attempt_is_tried_again_only_while_attempts_are_left(retryable, failures, most):
-    state = after_attempt("failed", retryable=retryable, failures=failures, max_attempts=most)
+    state = state_after_attempt("failed", retryable=retryable, failures=failures, max_attempts=most)
     assert (state == "queued") == (retryable and failures < most)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from warmcore.specs import CheckpointRef, GrowthSpec
-from warmcore.training.training import StepEvent, Training
+from warmcore.training.events import StepEvent
+from warmcore.training.training import Training
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from typing import NamedTuple
 
-from service.lifecycle import after_attempt, retry_delay_seconds
+from service.lifecycle import retry_delay_seconds, state_after_attempt
 from service.protocol import (
     CheckpointReport,
     FinishRequest,
@@ -125,7 +125,7 @@ class Run:
         """End an attempt as the service's state table has it."""
         self.finish, self.finished_at = finish, time.monotonic()
         self.failures += finish.outcome == "failed"
-        self.state = after_attempt(
+        self.state = state_after_attempt(
             finish.outcome,
             retryable=finish.retryable,
             failures=self.failures,

@@ -30,7 +30,7 @@ from service.protocol import (
     ReportReply,
     Resources,
 )
-from service.web.error_handlers import MEDIA_TYPE, from_validation
+from service.web.error_handlers import MEDIA_TYPE, validation_problem
 from tests.workers.fake_run import Batch, Published, Run
 from warmcore.specs import RunSpec
 
@@ -223,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
         except Problem as problem:
             self._send_problem(problem)
         except ValidationError as error:
-            self._send_problem(from_validation(list(error.errors()), None))
+            self._send_problem(validation_problem(list(error.errors()), None))
 
     def _send_problem(self, problem: Problem) -> None:
         body = {

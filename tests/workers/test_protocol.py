@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from service.client import Client, ServiceError, StaleLeaseError
-from service.lifecycle import after_attempt
+from service.lifecycle import state_after_attempt
 from service.protocol import (
     LEASE_TOKEN_HEADER,
     CheckpointReply,
@@ -368,7 +368,7 @@ def test_an_end_leads_to_the_state_of_the_table(service, worker, outcome, retrya
     lease = worker.one()
     worker.publish(lease)
     failures = int(outcome == "failed")
-    state = after_attempt(
+    state = state_after_attempt(
         outcome, retryable=retryable, failures=failures, max_attempts=max_attempts
     )
     assert worker.finish(lease, outcome, retryable=retryable) == state

@@ -11,8 +11,8 @@ from warmcore.storage.file_facts import MANIFEST
 
 
 def local_path(uri: str) -> Path | None:
-    """Path of a plain path or a file:// URI; None for what is elsewhere."""
-    # As `Path.as_uri` writes them: fsspec takes "%20" in a file URI for three characters.
+    """Return the path of a plain path or a file:// URI; None for a URI of an object store."""
+    # `Path.as_uri` writes "a b" as "a%20b", and fsspec would look for a file of that name.
     parts = urlsplit(uri)
     if parts.scheme == "file":
         return Path(unquote(parts.path))

@@ -4,27 +4,17 @@ A run's seed drives two generators: one for the initial weights (and the noise o
 the data order. So warm and cold runs of one seed read the same batches.
 """
 
-import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from warmcore.checkpoint.checkpoint import (
-    Checkpoint,
-    SavedCheckpoint,
-    load_checkpoint,
-    read_manifest,
-    save_checkpoint,
-)
+from warmcore.checkpoint.checkpoint import SavedCheckpoint, save_checkpoint
 from warmcore.checkpoint.progress import Progress
 from warmcore.corpus.prepare import Corpus
-from warmcore.growth.from_checkpoint import Grown, weights_generator
-from warmcore.model.decoder import Decoder, init_, load_weights
-from warmcore.specs import AverageName, RunSpec, derived_seed, growth_rules
-from warmcore.specs.branching import past_evaluations
+from warmcore.model.decoder import Decoder
+from warmcore.specs import AverageName, RunSpec, derived_seed
 from warmcore.specs.schedule import lr_factor
 from warmcore.specs.train import check_shared
 from warmcore.tensors.files import TensorStream
@@ -32,6 +22,8 @@ from warmcore.training.averages import Averages
 from warmcore.training.batches import train_batch
 from warmcore.training.divergence import why_broken, why_diverged
 from warmcore.training.evaluate import val_loss_nats
+from warmcore.training.events import DivergedEvent, EvaluationEvent, Event, StepEvent
+from warmcore.training.initial_state import InitialState, open_resume, open_start
 from warmcore.training.loss import backward, compiled, loss_in
 from warmcore.training.optimizer import (
     build_optimizer,
@@ -41,60 +33,13 @@ from warmcore.training.optimizer import (
     set_lr,
     vector_weight,
 )
-from warmcore.training.ranks import ALONE, Beginning, Ranks, unsharded
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepEvent:
-    """`step` steps are done; the loss and the gradient norm before the last one's update."""
-
-    step: int
-    tokens: int
-    loss_nats: float
-    lr: float
-    grad_norm: float
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationEvent:
-    """Evaluation number `evaluation`, after `step` steps; number 0 precedes training.
-
-    `val_loss_nats` is of the weights themselves, the others of averages that have begun.
-    """
-
-    step: int
-    tokens: int
-    evaluation: int
-    val_loss_nats: float
-    ema_val_loss_nats: float | None = None
-    swa_val_loss_nats: float | None = None
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class DivergedEvent:
-    """The run ended after `step` good steps; the step that showed it was not applied."""
-
-    step: int
-    tokens: int
-    reason: str
-
-
-Event = StepEvent | EvaluationEvent | DivergedEvent
+from warmcore.training.ranks import ALONE, Ranks, unsharded
 
 
 class Training:
     """A run in memory: its model, optimizer and progress."""
 
-    def __init__(self, spec: RunSpec, corpus: Corpus, model: Decoder, ranks: Ranks = ALONE) -> None:
-        if corpus.vocab_size > spec.model.vocab_size:
-            raise ValueError(
-                f"vocab_size {spec.model.vocab_size} is smaller than the {corpus.vocab_size} of "
-                f"tokenizer {spec.data.tokenizer}"
-            )
+    def __init__(self, spec: RunSpec, corpus: Corpus, model: Decoder, ranks: Ranks) -> None:
         self.spec = spec
         self.corpus = corpus
         self.model = model
@@ -103,14 +48,11 @@ class Training:
         self.optimizer = build_optimizer(model.named_parameters(), spec.model, spec.train)
         self.base_hash: str | None = None
         self.progress = Progress()
-        self.num_steps = spec.num_steps
-        self._budget_steps = spec.budget_steps
         self._loss_of = loss_in(spec.train.precision)
         self._train_loss_of = (
             compiled(self._loss_of, model.device) if spec.train.compile else self._loss_of
         )
-        self.averages = Averages(train=spec.train, num_steps=self._budget_steps)
-        self._evaluation_steps = spec.evaluation_steps
+        self.averages = Averages(train=spec.train, num_steps=spec.budget_steps)
         self._data_seed = derived_seed("data", spec.seed)
 
     @classmethod
@@ -131,47 +73,8 @@ class Training:
                 processes cannot share the run.
             CheckpointCorruptError: `base` is not the checkpoint that `spec` names.
         """
-        if (spec.start_checkpoint is None) != (base is None):
-            name, ref = ("trunk", spec.trunk) if spec.trunk else ("growth", spec.growth)
-            raise ValueError(f"{name} is {ref} but the base checkpoint is {base}; give both")
         check_shared(spec.train, ranks.size, ranks.strategy)
-        if spec.trunk is not None and base is not None:
-            return cls._branch(spec, corpus, base, device=device, ranks=ranks)
-        model = _decoder(spec)
-        if spec.growth is None or base is None:
-            init_(model, spec.model, weights_generator(spec))
-            ranks.lead(Beginning(how="start", spec=spec, checkpoint=None))
-            return cls(spec, corpus, ranks.placed(model, device), ranks)
-        manifest, _ = read_manifest(base, expected_hash=spec.growth.base.hash)
-        manifest.check_tokenizer(corpus.tokenizer)  # says more than that vocabularies differ
-        grown = Grown.from_base(spec, base)
-        for warning in growth_rules.warnings(spec.growth, grown.growth.base, spec.model):
-            log.warning(warning)
-        ranks.lead(Beginning(how="start", spec=spec, checkpoint=base))
-        load_weights(model, grown.weights.tensors)
-        training = cls(spec, corpus, ranks.placed(model, device), ranks)
-        training.base_hash = grown.source.hash
-        load_optimizer_tensors(training.optimizer, grown.optimizer.gathered())
-        ranks.wait()
-        return training
-
-    @classmethod
-    def _branch(
-        cls, spec: RunSpec, corpus: Corpus, trunk: Path, *, device: str, ranks: Ranks
-    ) -> Self:
-        """Go on from a trunk's checkpoint: from here on this is the run without a trunk."""
-        assert spec.trunk is not None
-        saved = load_checkpoint(trunk, expected_hash=spec.trunk.hash)
-        try:
-            saved.manifest.check_trunk_of(spec, corpus.data_hash)
-        except ValueError as error:
-            raise ValueError(f"trunk {trunk} {error}") from error
-        ranks.lead(Beginning(how="start", spec=spec, checkpoint=trunk))
-        training = cls._restored(spec, corpus, saved, device=device, ranks=ranks)
-        trunk_run = saved.manifest.trained_run
-        losses = past_evaluations(spec, trunk_run, training.progress.val_losses_nats)
-        training.progress = training.progress.model_copy(update={"val_losses_nats": losses})
-        return training
+        return cls.build(open_start(spec, corpus, base), device=device, ranks=ranks)
 
     @classmethod
     def resume(
@@ -193,25 +96,22 @@ class Training:
             CheckpointCorruptError: a file differs from its hash.
         """
         check_shared(spec.train, ranks.size, ranks.strategy)
-        saved = load_checkpoint(checkpoint)
-        try:
-            saved.manifest.check(spec, corpus.data_hash)
-        except ValueError as error:
-            raise ValueError(f"checkpoint {checkpoint} {error}") from error
-        ranks.lead(Beginning(how="resume", spec=spec, checkpoint=checkpoint))
-        return cls._restored(spec, corpus, saved, device=device, ranks=ranks)
+        return cls.build(open_resume(spec, corpus, checkpoint), device=device, ranks=ranks)
 
     @classmethod
-    def _restored(
-        cls, spec: RunSpec, corpus: Corpus, saved: Checkpoint, *, device: str, ranks: Ranks
-    ) -> Self:
-        model = _decoder(spec)
-        model.load_state_dict(saved.weights)
-        training = cls(spec, corpus, ranks.placed(model, device), ranks)
-        load_optimizer_tensors(training.optimizer, saved.optimizer)
-        training.averages.load(saved.averages, training.model)
-        training.base_hash = saved.manifest.base_hash
-        training.progress = saved.manifest.progress
+    def build(cls, state: InitialState, *, device: str, ranks: Ranks) -> Self:
+        """Bring a run's initial state into memory; all ranks at once."""
+        spec = state.spec
+        model = Decoder(
+            spec.model,
+            context=spec.data.context,
+            activation_checkpointing=spec.train.activation_checkpointing,
+        )
+        state.fill_model(model)
+        training = cls(spec, state.corpus, ranks.placed(model, device), ranks)
+        load_optimizer_tensors(training.optimizer, state.read_optimizer())
+        training.averages.load(state.averages, training.model)
+        training.base_hash, training.progress = state.base_hash, state.progress
         ranks.wait()
         return training
 
@@ -233,8 +133,7 @@ class Training:
 
     def events(self) -> Iterator[Event]:
         """Train from here to the end. Stop or save at any of them: state is whole at a yield."""
-        while len(self.progress.val_losses_nats) < len(self._evaluation_steps):
-            self.ranks.lead("advance")
+        while len(self.progress.val_losses_nats) < len(self.spec.evaluation_steps):
             event = self.advance()
             yield event
             if isinstance(event, DivergedEvent):
@@ -250,12 +149,11 @@ class Training:
     def advance(self) -> Event:
         """One step or the evaluation that is due; on all ranks at once."""
         evaluation = len(self.progress.val_losses_nats)
-        due = self.step == self._evaluation_steps[evaluation]
+        due = self.step == self.spec.evaluation_steps[evaluation]
         return self._evaluate(evaluation) if due else self._train()
 
     def save(self, directory: Path) -> SavedCheckpoint:
         """Write the checkpoint folder `directory`, whole or not at all; rank 0 alone does."""
-        self.ranks.lead("save")
         weights, optimizer, averages = self._streams()
         return save_checkpoint(
             directory,
@@ -298,10 +196,11 @@ class Training:
         weight = vector_weight(train.clip, self.spec.model)
         norm = clip_(self.optimizer, weight, train.grad_clip).item()
         watch = self.progress.watch.after(loss, self.spec.model.vocab_size)
-        reason = why_broken(loss, norm) or why_diverged(watch, self._budget_steps)
+        num_steps = self.spec.budget_steps  # of the whole schedule, also for a trunk
+        reason = why_broken(loss, norm) or why_diverged(watch, num_steps)
         if reason:
             return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
-        factor = lr_factor(self.step, self._budget_steps, train)
+        factor = lr_factor(self.step, num_steps, train)
         set_lr(self.optimizer, factor)
         self.optimizer.step()
         self.progress = self.progress.model_copy(update={"step": self.step + 1, "watch": watch})
@@ -346,11 +245,3 @@ class Training:
             loss_of=self._loss_of,  # never compiled: its shapes vary, and its value should not
             ranks=self.ranks,
         )
-
-
-def _decoder(spec: RunSpec) -> Decoder:
-    return Decoder(
-        spec.model,
-        context=spec.data.context,
-        activation_checkpointing=spec.train.activation_checkpointing,
-    )

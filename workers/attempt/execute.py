@@ -4,25 +4,25 @@ Trials and targets take this same way; only `RunSpec.growth` differs.
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from service.client import Client, StaleLeaseError
 from service.protocol import CheckpointReport, FinishRequest, Lease, Outcome, Timing
-from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.corpus import prepare
+from warmcore.corpus.prepare import Corpus
 from warmcore.storage.backoff import Backoff, retry
-from warmcore.training.ranks import ALONE, Ranks
-from warmcore.training.training import DivergedEvent, EvaluationEvent, StepEvent, Training
-from workers.attempt import checkpoints, resume
+from warmcore.training.events import DivergedEvent, EvaluationEvent, StepEvent
+from warmcore.training.training import Training
+from workers.attempt import checkpoints
 from workers.attempt.measurements import Curve
+from workers.attempt.options import AttemptOptions
 from workers.attempt.provenance import provenance
-from workers.attempt.reporter import Reporter
+from workers.attempt.reporter import CancelledError, Reporter
+from workers.attempt.start import TrainingStart
 from workers.failures import UnrunnableError
 
 log = logging.getLogger(__name__)
@@ -30,18 +30,6 @@ log = logging.getLogger(__name__)
 _STORE_BACKOFF = Backoff(first_seconds=0.5, max_seconds=5.0)
 
 Ending = Literal["succeeded", "pruned", "diverged", "released", "cancelled", "stale"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttemptOptions:
-    """What the worker decides, not the spec."""
-
-    checkpoint_seconds: float = 30.0
-    store_patience_seconds: float = 600.0  # as in processes.single
-    device: str = "cpu"
-    num_threads: int = 1
-    ranks: Ranks = ALONE
-    leased_at: float = dataclasses.field(default_factory=time.time)
 
 
 def execute(
@@ -59,27 +47,14 @@ def execute(
     """
     with Reporter(client, lease) as reporter:  # first: a long preparation must not cost the lease
         try:
-            attempt = _prepared(lease, client, reporter, options)
+            attempt = _Attempt.prepared(lease, client, reporter, options)
             log.info("training", extra={"step": attempt.step, "device": options.device})
             return attempt.run(draining)
         except StaleLeaseError:
             log.warning("stale lease: another attempt has this run")
             return "stale"
-        except _CancelledError:
+        except CancelledError:
             return "cancelled"
-
-
-def _prepared(
-    lease: Lease, client: Client, reporter: Reporter, options: AttemptOptions
-) -> "_Attempt":
-    try:
-        return _Attempt(lease, client, reporter, options)
-    except ValueError as error:
-        raise UnrunnableError(str(error)) from error
-
-
-class _CancelledError(Exception):
-    """The run was cancelled while it waited for the store."""
 
 
 class _DrainedError(Exception):
@@ -88,61 +63,56 @@ class _DrainedError(Exception):
 
 class _Attempt:
     def __init__(
-        self, lease: Lease, client: Client, reporter: Reporter, options: AttemptOptions
+        self,
+        lease: Lease,
+        client: Client,
+        reporter: Reporter,
+        options: AttemptOptions,
+        *,
+        corpus: Corpus,
+        training: Training,
     ) -> None:
         self._lease, self._client, self._reporter, self._options = lease, client, reporter, options
-        self._corpus = prepare.prepare(lease.spec.data)
-        self._training = self._resumed() or self._started()
-        self._curve = Curve(log_every=lease.spec.train.log_every, tokens=self._training.tokens)
+        self._corpus, self._training = corpus, training
+        self._curve = Curve(log_every=lease.spec.train.log_every, tokens=training.tokens)
         self._evaluation_steps = frozenset(lease.spec.evaluation_steps)
         self._branch_steps = frozenset(lease.spec.branch_steps[:-1])  # the last one is final
-        self._saved_step = self._training.step
+        self._saved_step = training.step
         self._published: CheckpointReport | None = None
         self._saved_at = time.monotonic()
         self._timing = Timing()
+
+    @classmethod
+    def prepared(
+        cls, lease: Lease, client: Client, reporter: Reporter, options: AttemptOptions
+    ) -> Self:
+        """Return an attempt with prepared data, and a training that may go on from a checkpoint.
+
+        Waits for a store that is away, as long as `options` allow it.
+
+        Raises:
+            UnrunnableError: no worker could run this lease.
+            CancelledError: the run was cancelled in the meantime.
+        """
+        try:
+            corpus = prepare.prepare(lease.spec.data)
+            start = TrainingStart(lease=lease, corpus=corpus, options=options)
+            training = start.begin(before_wait=reporter.end_if_cancelled)
+        except ValueError as error:
+            raise UnrunnableError(str(error)) from error
+        return cls(lease, client, reporter, options, corpus=corpus, training=training)
 
     @property
     def step(self) -> int:
         """Where the training is."""
         return self._training.step
 
-    def _resumed(self) -> Training | None:
-        options = self._options
-        alone = options.ranks.size == 1  # else the other processes are in the middle of this too
-        return resume.newest(
-            self._lease.resume_from,
-            self._resume_from,
-            waits=self._end_if_cancelled,
-            patience_seconds=options.store_patience_seconds if alone else 0.0,
-        )
-
-    def _resume_from(self, checkpoint: Path) -> Training:
-        spec, ranks, device = self._lease.spec, self._options.ranks, self._options.device
-        return Training.resume(spec, self._corpus, checkpoint, device=device, ranks=ranks)
-
-    def _end_if_cancelled(self) -> None:
-        if self._reporter.check() == "cancel":
-            raise _CancelledError
-
-    def _started(self) -> Training:
-        spec, ranks, device = self._lease.spec, self._options.ranks, self._options.device
-        if spec.start_checkpoint is None:
-            return Training.start(spec, self._corpus, device=device, ranks=ranks)
-        try:
-            with checkpoints.local(spec.start_checkpoint) as base:
-                return Training.start(spec, self._corpus, device=device, base=base, ranks=ranks)
-        except CheckpointCorruptError as error:  # another attempt may read it from another machine
-            name = "trunk" if spec.trunk else "growth.base"
-            works = "targets can be started by hand from another trial or checkpoint"
-            message = f"{name}: {error}; nothing else is taken in its place: {works}"
-            raise CheckpointCorruptError(message) from error
-
     def run(self, draining: Callable[[], bool]) -> Ending:
         try:
             return self._train(draining)
         except _DrainedError:
             return self._finish("released")
-        except _CancelledError:
+        except CancelledError:
             return "cancelled"
 
     def _train(self, draining: Callable[[], bool]) -> Ending:
@@ -212,7 +182,7 @@ class _Attempt:
 
         def end_if_stopped(error: OSError) -> None:
             log.warning("the store takes no checkpoint", extra={"error": str(error)})
-            self._end_if_cancelled()
+            self._reporter.end_if_cancelled()
             if draining():
                 raise _DrainedError
 

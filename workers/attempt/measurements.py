@@ -3,7 +3,7 @@
 import math
 
 from service.protocol import Measurement
-from warmcore.training.training import EvaluationEvent, StepEvent
+from warmcore.training.events import EvaluationEvent, StepEvent
 
 
 class Curve:

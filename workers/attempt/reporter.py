@@ -18,6 +18,10 @@ _MAX_BATCH = 1000  # the protocol's
 _LEAVE_SECONDS = 5.0
 
 
+class CancelledError(Exception):
+    """The run was cancelled while its attempt waited."""
+
+
 class Reporter:
     """Reports one lease's measurements; a context manager that owns the sending thread."""
 
@@ -68,6 +72,11 @@ class Reporter:
         if self._error is not None:
             raise self._error
         return self._decision
+
+    def end_if_cancelled(self) -> None:
+        """Raise `CancelledError` if the service cancelled the run; raises as `check` does."""
+        if self.check() == "cancel":
+            raise CancelledError
 
     def flush(self) -> Decision:
         """Block until everything added so far is accepted; raises as `check` does."""

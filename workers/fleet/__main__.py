@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"set {API_KEY_VARIABLE} to a key with the scope `work`\n")
         return 2
     try:
-        logs.configure(logs.format_of(os.environ))
+        logs.configure_logging(logs.read_format(os.environ))
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 2
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _work(args: argparse.Namespace, api_key: str, stop: Stop) -> int:
     started = time.monotonic()
-    with logs.about(fleet=args.name), _engine(args) as engine:
+    with logs.add_fields(fleet=args.name), _engine(args) as engine:
         from workers.fleet.dispatcher import Dispatcher, DispatcherOptions  # noqa: PLC0415 - see `_engine`
 
         options = DispatcherOptions(

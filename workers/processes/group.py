@@ -141,7 +141,8 @@ def _share(shared: Shared) -> "Ending | None":
     from warmcore.training.follow import follow
     from warmcore.training.ranks import Ranks
     from workers.attempt import cpus
-    from workers.attempt.execute import AttemptOptions, execute
+    from workers.attempt.execute import execute
+    from workers.attempt.options import AttemptOptions
 
     needs, size = shared.lease.resources, shared.lease.resources.num_processes
     ranks, device = Ranks.joined(needs.strategy), device_of(needs.gpus / size)

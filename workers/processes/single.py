@@ -76,7 +76,8 @@ def _run_pinned(
     lease: Lease, connection: Connection, checkpoint_seconds: float, leased_at: float
 ) -> "Ending":
     from workers.attempt import cpus
-    from workers.attempt.execute import AttemptOptions, execute
+    from workers.attempt.execute import execute
+    from workers.attempt.options import AttemptOptions
 
     client = client_of(connection)
     with (

@@ -67,7 +67,7 @@ def _collect(
     from service.operations.checkpoint_cleanup.collect import collect_checkpoints
 
     chosen = settings(home)
-    with reached(), engine.database(chosen) as url:
+    with reached(), engine.open_database(chosen) as url:
         sessions = sessionmaker(create_engine(url, poolclass=NullPool), expire_on_commit=False)
         with sessions() as session:
             ids = _chosen(session, study, project)

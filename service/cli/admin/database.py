@@ -29,7 +29,7 @@ def _database(home: Path) -> Generator["URL"]:
     from service.operations.backup.load import InUseError, NotEmptyError
 
     try:
-        with reached(), db.database(settings(home)) as url:
+        with reached(), db.open_database(settings(home)) as url:
             db.use_utc()
             yield url
     except (BackupError, InUseError, NotEmptyError) as error:
@@ -171,12 +171,12 @@ db = typer.Typer(help="The database.", no_args_is_help=True)
 @db.command()
 def upgrade(home: Home = DEFAULT) -> None:
     """Create the tables, or bring them to the newest version. Safe to repeat."""
-    from service.database import engine as database  # a second of imports
+    from service.database import engine  # a second of imports
     from service.operations import migrations
 
     logging.basicConfig(level=logging.WARNING)
-    with reached(), database.database(settings(home)) as url:
-        database.use_utc()
+    with reached(), engine.open_database(settings(home)) as url:
+        engine.use_utc()
         migrations.upgrade(url)
         typer.echo(f"{url.render_as_string(hide_password=True)} is up to date")
 
@@ -196,10 +196,10 @@ def check(
     """Check what must always hold (docs/guarantees.md); 0: it does. Changes nothing."""
     from sqlalchemy import NullPool, create_engine
 
-    from service.database.engine import database
+    from service.database.engine import open_database
     from service.operations import invariants
 
-    with reached(), database(settings(home)) as url:
+    with reached(), open_database(settings(home)) as url:
         engine = create_engine(url, poolclass=NullPool)
         with invariants.open_snapshot(engine) as session:
             report = invariants.check_database(session, at_rest=at_rest, with_files=files)

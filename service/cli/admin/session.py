@@ -17,9 +17,9 @@ def on_database(home: Path) -> Generator["Session"]:
     from sqlalchemy import NullPool, create_engine
     from sqlalchemy.orm import Session
 
-    from service.database.engine import database
+    from service.database.engine import open_database
 
-    with reached(), database(settings(home)) as url:
+    with reached(), open_database(settings(home)) as url:
         engine = create_engine(url, poolclass=NullPool)
         with Session(engine) as session, session.begin():
             yield session

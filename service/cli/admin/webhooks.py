@@ -36,11 +36,11 @@ def add(
         fail(Exit.USAGE, f"--events: no {unknown[0]!r}; there are {', '.join(sorted(NOTIFIED))}")
     project = checked_project(project)
     try:
-        addresses.parsed(url)
+        addresses.parse_url(url)
     except addresses.ForbiddenURLError as error:
         fail(Exit.USAGE, str(error))
     with on_database(home) as session:
-        row, secret = store.add(session, url, types, project)
+        row, secret = store.add_webhook(session, url, types, project)
         webhook_id = row.id
     typer.echo(f"{webhook_id}  {url}  {', '.join(types)}", err=True)
     typer.echo(secret)
@@ -52,7 +52,7 @@ def list_(home: Home = DEFAULT, *, as_json: Json = False) -> None:
     from service.webhooks import store
 
     with on_database(home) as session:
-        found = store.listing(session)
+        found = store.list_webhooks(session)
     if as_json:
         print_json(found)
         return
@@ -70,7 +70,7 @@ def remove(webhook_id: Id, home: Home = DEFAULT) -> None:
     from service.webhooks import store
 
     with on_database(home) as session:
-        removed = store.remove(session, webhook_id)
+        removed = store.remove_webhook(session, webhook_id)
     if not removed:
         fail(Exit.CONFLICT, f"there is no webhook {webhook_id!r}")
     typer.echo(f"{webhook_id} is removed")
@@ -82,7 +82,7 @@ def retry(webhook_id: Id, home: Home = DEFAULT) -> None:
     from service.webhooks import store
 
     with on_database(home) as session:
-        revived = store.revive(session, webhook_id)
+        revived = store.revive_deliveries(session, webhook_id)
     typer.echo(f"{revived} deliveries wait again")
 
 
@@ -109,9 +109,9 @@ async def _ping(url: str, secret: str, *, allow_private: bool) -> str | None:
     from service.webhooks import sending
 
     now = datetime.now(UTC).isoformat()
-    body = sending.encoded({"type": "webhook.test", "timestamp": now, "data": {}})
-    async with sending.client() as http:
-        return await sending.send(
+    body = sending.encode_body({"type": "webhook.test", "timestamp": now, "data": {}})
+    async with sending.make_client() as http:
+        return await sending.send_message(
             http,
             url,
             secret=secret,

@@ -4,7 +4,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from service.database.tables import Checkpoint, Run
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.operations.checkpoint_cleanup.policy import (
     CheckpointFact,
     Decision,
@@ -80,7 +80,7 @@ def supersede_checkpoints(session: Session, study_id: str, decisions: tuple[Deci
     for run_id in sorted({fact.run_id for fact in doomed}):
         ids = [fact.id for fact in doomed if fact.run_id == run_id]
         session.execute(update(Checkpoint).where(Checkpoint.id.in_(ids)).values(superseded=True))
-        record(
+        record_event(
             session, "run.checkpoints-dropped", study_id=study_id, run_id=run_id, checkpoints=ids
         )
 

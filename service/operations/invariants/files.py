@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import fsspec
 from pydantic import BaseModel, ValidationError
@@ -12,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from service.operations.invariants.rules import Violation
 from warmcore.storage.file_facts import MANIFEST, FileFacts, facts_of
+from warmcore.storage.locations import local_path
 
 _KEPT = """
 SELECT r.study_id, r.id AS run_id, c.id, c.uri, c.hash
@@ -67,6 +67,4 @@ def _fault(uri: str, name: str, expected: FileFacts) -> str | None:
 
 
 def _open(uri: str, name: str) -> Any:
-    parts = urlsplit(uri)  # fsspec takes "%20" in a file URI for three characters
-    folder = unquote(parts.path) if parts.scheme == "file" else uri
-    return fsspec.open(f"{folder}/{name}", "rb")
+    return fsspec.open(f"{local_path(uri) or uri}/{name}", "rb")

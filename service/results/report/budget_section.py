@@ -1,10 +1,10 @@
-"""What growing gains against tokens per parameter: the report's figure and table."""
+"""The report's figure and table of the gain from growing against tokens per parameter."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from service.results.numbers import clamp_to_finite
-from service.results.report.figures import COLD, WARM, Figure
 from service.results.report.markup import Column, render_plot, render_section, render_table
+from service.results.report.plotting import COLD, WARM, Figure
 from service.results.schemas import BudgetResult, Verdict
 from service.results.wording import (
     format_difference,
@@ -16,8 +16,9 @@ from service.results.wording import (
 )
 
 _NOTE = (
-    "One constant phase an arm and seed (the trunk), cooled down at each budget by a run of its "
-    "own. FLOPs are those of one run on its own: the trunk up to its branch, and the cooldown."
+    "Each arm and seed trains one constant phase, the trunk. At each budget a run of its own "
+    "leaves the trunk and cools down. FLOPs count a run as if it shared nothing: the trunk up to "
+    "its branch, and its cooldown."
 )
 _COLUMNS: tuple[Column[BudgetResult], ...] = (
     Column(title="tpp", text=lambda b: f"{b.tokens_per_param:g}"),
@@ -34,30 +35,33 @@ _COLUMNS: tuple[Column[BudgetResult], ...] = (
 )
 
 
-def render_budget_section(budgets: Sequence[BudgetResult], drawn: dict[str, Figure]) -> str:
-    """The section of the report, where there are several budgets."""
+def render_budget_section(budgets: Sequence[BudgetResult], figures: Mapping[str, Figure]) -> str:
+    """Return the section, or nothing where the target has a single budget."""
     if not budgets:
         return ""
     figure = (
-        render_plot("budgets", "Difference: below 0, warm is better") if "budgets" in drawn else ""
+        render_plot("budgets", "Difference: below 0, warm is better")
+        if "budgets" in figures
+        else ""
     )
-    return render_section(
-        "Gain against tokens per parameter", _NOTE, figure, render_table(_COLUMNS, budgets)
-    )
+    table = render_table(_COLUMNS, budgets)
+    return render_section("Gain against tokens per parameter", _NOTE, figure, table)
 
 
 def draw_budget_figures(budgets: Sequence[BudgetResult]) -> dict[str, Figure]:
-    """The figure by the id of its place, once there is something to draw."""
+    """Return the figure by the id of its element, as soon as a budget has a verdict."""
     figure = draw_gain_by_budget(budgets)
     return {"budgets": figure} if figure["data"] else {}
 
 
 def draw_gain_by_budget(budgets: Sequence[BudgetResult]) -> Figure:
-    """Warm - cold against tokens per parameter: the mean with its interval, and each seed."""
+    """Draw warm - cold against tokens per parameter: the mean with its interval, and each seed."""
     judged = [(b.tokens_per_param, b.verdict) for b in budgets if b.verdict is not None]
     if not judged:
         return {"data": [], "layout": {}}
     zero = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0}
+    # Budgets usually double, 5, 10, 20, 40: a logarithmic axis spaces them evenly. The ticks are
+    # the budgets themselves, for nothing was measured between them.
     ticks = [budget for budget, _ in judged]
     axis = {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
     layout = {
@@ -66,10 +70,10 @@ def draw_gain_by_budget(budgets: Sequence[BudgetResult]) -> Figure:
         "shapes": [zero | {"line": {"dash": "dot"}}],
         "showlegend": False,
     }
-    return {"data": [_seeds(judged), _means(judged)], "layout": layout}
+    return {"data": [_make_seed_trace(judged), _make_mean_trace(judged)], "layout": layout}
 
 
-def _seeds(judged: Sequence[tuple[float, Verdict]]) -> Figure:
+def _make_seed_trace(judged: Sequence[tuple[float, Verdict]]) -> Figure:
     points = [(budget, p.difference_nats) for budget, v in judged for p in v.pairs]
     return {
         "type": "scatter",
@@ -81,7 +85,7 @@ def _seeds(judged: Sequence[tuple[float, Verdict]]) -> Figure:
     }
 
 
-def _means(judged: Sequence[tuple[float, Verdict]]) -> Figure:
+def _make_mean_trace(judged: Sequence[tuple[float, Verdict]]) -> Figure:
     halves = [
         clamp_to_finite(v.interval_nats.high - v.difference_nats) if v.interval_nats else 0
         for _, v in judged

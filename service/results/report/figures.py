@@ -1,67 +1,58 @@
-"""The report's figures as plain Plotly dictionaries. Pure; colours and fonts are the page's.
+"""The report's figures as plain Plotly dictionaries. Pure; the page sets fonts and axis colours.
 
-Plotly reads text as its own markup, so whatever a user may have written is escaped.
+Plotly reads text as its own markup, so every text from a user is escaped.
 """
 
 from collections.abc import Callable, Sequence
 from html import escape
 from itertools import accumulate
-from math import ceil, floor, inf, log10
-from typing import Any
+from math import inf
 
 from service.protocol import Arm
 from service.results.numbers import clamp_to_finite, thin_points
+from service.results.report.plotting import (
+    COLD,
+    STATE_COLOURS,
+    WARM,
+    Figure,
+    add_axes,
+    display_state,
+    make_line,
+)
 from service.results.schemas import ReportTrial, StudyResults, TargetRun, Verdict
 from service.results.verdict import select_last_rung
 from service.results.wording import format_arm, format_nats, format_parameter
 from service.specs.study import StudySpec
 
-Figure = dict[str, Any]
-
-WARM, COLD = "#e2662b", "#3f86c9"
 _ARM_COLOURS: dict[Arm, str] = {"warm": WARM, "cold": COLD}
 _ARM_SYMBOLS: dict[Arm, str] = {"warm": "circle", "cold": "square"}
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 _AVERAGES = {"ema": 0.8, "swa": 0.5}  # opacities
-STATE_COLOURS = {
-    "succeeded": "#2f9e77",
-    "pruned": "#8b93a1",
-    "diverged": "#c2418a",
-    "failed": "#d64545",
-    "leased": "#d99a1c",
-    "queued": "#a8adb8",
-    "cancelled": "#6d7380",
-}
 MAX_DIMENSIONS = 6
 MAX_TABLE_TRIALS = 500
 MAX_DRAWN_TRIALS = 2000
 
 
-def display_state(trial: ReportTrial | TargetRun) -> str:
-    """The state as a reader cares for it: a diverged run is not just any failure."""
-    return "diverged" if trial.diverged else trial.state
-
-
 def draw_figures(
     results: StudyResults, trials: Sequence[ReportTrial], spec: StudySpec
 ) -> dict[str, Figure]:
-    """Every figure that there is something to draw in, by the id of its place on the page."""
+    """Return the figures by the id of their element; a figure without data is left out."""
     own = select_last_rung([t for t in results.targets if t.launch == 0])
-    shown = select_drawn_trials(trials)
-    drawn = {
+    drawn_trials = select_drawn_trials(trials)
+    figures = {
         "arms": draw_arm_curves(own),
         "differences": draw_differences(results.verdict),
-        "trials": draw_trial_losses(shown, trials),
+        "trials": draw_trial_losses(drawn_trials, trials),
         "learning": draw_learning_curves(trials),
     }
     for name in select_dimensions(spec):
         log = getattr(spec.search_space[name], "log", False)
-        drawn[f"dimension-{name}"] = draw_loss_against(shown, name, log=log)
-    return {place: figure for place, figure in drawn.items() if figure["data"]}
+        figures[f"dimension-{name}"] = draw_loss_against(drawn_trials, name, log=log)
+    return {place: figure for place, figure in figures.items() if figure["data"]}
 
 
 def rank_trials(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
-    """The succeeded ones by loss, then the others."""
+    """Return the succeeded trials by loss, then the other trials."""
 
     def rank(trial: ReportTrial) -> tuple[bool, float, int]:
         loss = trial.val_loss_nats
@@ -70,8 +61,11 @@ def rank_trials(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
     return sorted(trials, key=rank)
 
 
+# A study may have 10 000 trials, more than a browser draws at ease. For example of 4001 trials the
+# plots show the best 500, the same as the table, and of the other 3501 every third by number: 1167
+# points that keep the shape of the search over time.
 def select_drawn_trials(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
-    """What can be drawn: the best ones that are listed, and others evenly by number."""
+    """Return the trials to draw: the best trials, and an even selection of the others by number."""
     best = {trial.number for trial in rank_trials(trials)[:MAX_TABLE_TRIALS]}
     others = [trial for trial in trials if trial.number not in best]
     among = {trial.number for trial in thin_points(others, MAX_DRAWN_TRIALS - MAX_TABLE_TRIALS)}
@@ -79,24 +73,25 @@ def select_drawn_trials(trials: Sequence[ReportTrial]) -> list[ReportTrial]:
 
 
 def select_dimensions(spec: StudySpec) -> list[str]:
-    """The parameters to draw, the learning rate first."""
+    """Return the names of the parameters to draw, the learning rate first."""
     names = sorted(spec.search_space, key=lambda name: (name != "lr", name))
     return names[:MAX_DIMENSIONS]
 
 
 def draw_arm_curves(runs: Sequence[TargetRun]) -> Figure:
-    """Validation loss against tokens: a colour per arm, a dash per seed; averages thin."""
-    data = [_arm_curve(run) for run in runs if run.curve]
-    data += [_average_curve(run, name) for run in runs for name in _AVERAGES]
-    return _with_axes([trace for trace in data if trace["x"]], "tokens", log_x=True)
+    """Draw validation loss against tokens: a colour per arm, a dash per seed, averages thin."""
+    data = [_make_arm_trace(run) for run in runs if run.curve]
+    data += [_make_average_trace(run, name) for run in runs for name in _AVERAGES]
+    return add_axes([trace for trace in data if trace["x"]], "tokens", log_x=True)
 
 
-def _arm_curve(run: TargetRun) -> Figure:
-    """A branch's own part alone: what is before is its trunk's line, and so is its legend."""
+def _make_arm_trace(run: TargetRun) -> Figure:
     name = f"{format_arm(run)}, seed {run.seed_number}"
+    # A branch's curve begins with its trunk's points. The trunk draws those as its own line, so a
+    # branch that left at 500 tokens is drawn from 500 on, without an entry in the legend.
     points = [p for p in run.curve if p.tokens >= max(1, run.trunk_tokens)]
     return {
-        **_line([(p.tokens, p.val_loss_nats) for p in points], name),
+        **make_line([(p.tokens, p.val_loss_nats) for p in points], name),
         "mode": "lines+markers",
         "showlegend": run.branch == 0,
         "line": {
@@ -108,26 +103,16 @@ def _arm_curve(run: TargetRun) -> Figure:
     }
 
 
-def _average_curve(run: TargetRun, name: str) -> Figure:
+def _make_average_trace(run: TargetRun, name: str) -> Figure:
     losses = [(p.tokens, getattr(p, f"{name}_val_loss_nats")) for p in run.curve if p.tokens]
     points = [(tokens, loss) for tokens, loss in losses if loss is not None]
-    trace = _line(points, f"{run.arm}, seed {run.seed_number}, {name.upper()}")
+    trace = make_line(points, f"{run.arm}, seed {run.seed_number}, {name.upper()}")
     color = {"color": _ARM_COLOURS[run.arm], "width": 1}
     return trace | {"mode": "lines", "line": color, "opacity": _AVERAGES[name]}
 
 
-def _line(points: Sequence[tuple[int, float]], name: str) -> Figure:
-    return {
-        "type": "scatter",
-        "x": [tokens for tokens, _ in points],
-        "y": [loss for _, loss in points],
-        "name": name,
-        "hovertemplate": "%{y:.4f} nats<br>%{x:.4s} tokens",
-    }
-
-
 def draw_differences(verdict: Verdict | None) -> Figure:
-    """Warm - cold of each seed, and the mean with its interval: does it keep clear of 0?"""
+    """Draw warm - cold of each seed, and the mean with its interval beside a line at 0."""
     if verdict is None:
         return {"data": [], "layout": {}}
     half = 0.0
@@ -162,27 +147,28 @@ def draw_differences(verdict: Verdict | None) -> Figure:
     return {"data": [seeds, seeds | mean], "layout": layout}
 
 
-def draw_trial_losses(shown: Sequence[ReportTrial], trials: Sequence[ReportTrial]) -> Figure:
-    """Final loss by trial number, coloured by state, and the best so far, of all, as a line."""
-    data = [*_by_state(shown, lambda trial: trial.number), _best_so_far(trials)]
-    return _with_axes([trace for trace in data if trace["x"]], "trial")
+def draw_trial_losses(drawn: Sequence[ReportTrial], trials: Sequence[ReportTrial]) -> Figure:
+    """Draw the final loss of the drawn trials by number, and the best loss so far of all trials."""
+    data = [*_make_state_traces(drawn, lambda trial: trial.number), _make_record_trace(trials)]
+    return add_axes([trace for trace in data if trace["x"]], "trial")
 
 
 def draw_loss_against(trials: Sequence[ReportTrial], name: str, *, log: bool) -> Figure:
-    """Final loss against one parameter."""
+    """Draw the final loss against the parameter of this name."""
     having = [trial for trial in trials if name in trial.params]
-    data = _by_state(having, lambda trial: _coordinate(trial.params[name]))
-    return _with_axes(data, name, log_x=log, showlegend=False)
+    data = _make_state_traces(having, lambda trial: _to_coordinate(trial.params[name]))
+    return add_axes(data, name, log_x=log, showlegend=False)
 
 
-def _coordinate(value: object) -> float | str:
-    """Numbers as they are, anything else as a category."""
+def _to_coordinate(value: object) -> float | str:
+    """Return a number unchanged, and any other value as the name of a category."""
+    # Python's True is an int, and Plotly would put it at 1.
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     return escape(str(value))
 
 
-def _by_state(
+def _make_state_traces(
     trials: Sequence[ReportTrial], x_of: Callable[[ReportTrial], float | str]
 ) -> list[Figure]:
     traces: list[Figure] = []
@@ -196,7 +182,7 @@ def _by_state(
                     "name": state,
                     "x": [x_of(trial) for trial in here],
                     "y": [trial.val_loss_nats for trial in here],
-                    "text": [_hover(trial) for trial in here],
+                    "text": [_write_hover_text(trial) for trial in here],
                     "hovertemplate": "%{text}<extra></extra>",
                     "marker": {"color": colour, "size": 9, "opacity": 0.9},
                 }
@@ -204,7 +190,7 @@ def _by_state(
     return traces
 
 
-def _hover(trial: ReportTrial) -> str:
+def _write_hover_text(trial: ReportTrial) -> str:
     loss = "" if trial.val_loss_nats is None else f"{format_nats(trial.val_loss_nats)} nats"
     params = [
         f"{escape(k)} = {escape(format_parameter(v))}" for k, v in sorted(trial.params.items())
@@ -212,19 +198,21 @@ def _hover(trial: ReportTrial) -> str:
     return "<br>".join([f"<b>trial {trial.number}</b> ({display_state(trial)})", loss, *params])
 
 
-def _best_so_far(trials: Sequence[ReportTrial]) -> Figure:
-    found = [
+def _make_record_trace(trials: Sequence[ReportTrial]) -> Figure:
+    succeeded = [
         (trial.number, trial.val_loss_nats)
         for trial in trials
         if trial.state == "succeeded" and trial.val_loss_nats is not None
     ]
-    best = list(accumulate((loss for _, loss in found), min))
+    best = list(accumulate((loss for _, loss in succeeded), min))
+    # A step line needs only its corners. For example losses 3, 4, 2, 5 have the records 3, 3, 2, 2:
+    # the first trial, the third, where the record falls, and the last, where the line ends.
     steps = [i for i, loss in enumerate(best) if i in (0, len(best) - 1) or loss < best[i - 1]]
     return {
         "type": "scatter",
         "mode": "lines",
         "name": "best so far",
-        "x": [found[i][0] for i in steps],
+        "x": [succeeded[i][0] for i in steps],
         "y": [best[i] for i in steps],
         "line": {"color": STATE_COLOURS["succeeded"], "width": 1.5, "shape": "hv", "dash": "dot"},
         "hoverinfo": "skip",
@@ -232,10 +220,15 @@ def _best_so_far(trials: Sequence[ReportTrial]) -> Figure:
 
 
 def draw_learning_curves(trials: Sequence[ReportTrial]) -> Figure:
-    """Validation loss against tokens, one line a trial; diverged ones do not stretch the axis."""
-    shown = [trial for trial in trials if trial.curve]
-    losses = [p.val_loss_nats for t in shown if not t.diverged for p in t.curve if p.tokens]
-    figure = _with_axes([_learning_curve(t) for t in shown], "tokens", log_x=True, showlegend=False)
+    """Draw validation loss against tokens, a line per trial.
+
+    The loss axis fits the trials that did not diverge.
+    """
+    curved = [trial for trial in trials if trial.curve]
+    losses = [p.val_loss_nats for t in curved if not t.diverged for p in t.curve if p.tokens]
+    data = [_make_learning_trace(trial) for trial in curved]
+    figure = add_axes(data, "tokens", log_x=True, showlegend=False)
+    # One trial that ends at 80 nats would press all others, at 2 to 4 nats, into a flat line.
     if losses:
         pad = 0.05 * clamp_to_finite(max(losses) - min(losses))
         reach = [clamp_to_finite(min(losses) - pad), clamp_to_finite(max(losses) + pad)]
@@ -243,36 +236,12 @@ def draw_learning_curves(trials: Sequence[ReportTrial]) -> Figure:
     return figure
 
 
-def _learning_curve(trial: ReportTrial) -> Figure:
+def _make_learning_trace(trial: ReportTrial) -> Figure:
     points = [(p.tokens, p.val_loss_nats) for p in trial.curve if p.tokens > 0]
     return {
-        **_line(points, f"trial {trial.number}"),
+        **make_line(points, f"trial {trial.number}"),
         "mode": "lines+markers",
         "line": {"color": STATE_COLOURS[display_state(trial)], "width": 1.5},
         "marker": {"size": 4},
         "opacity": 0.75,
     }
-
-
-def _with_axes(data: list[Figure], x: str, *, log_x: bool = False, **layout: Any) -> Figure:
-    axis: Figure = {"title": {"text": escape(x)}}
-    values = [value for trace in data for value in trace["x"]]
-    if log_x and values:
-        ticks = log_ticks(min(values), max(values))
-        axis |= {"type": "log", "tickvals": ticks, "ticktext": [_tick(tick) for tick in ticks]}
-    yaxis = {"title": {"text": "validation loss (nats/token)"}}
-    return {"data": data, "layout": {"xaxis": axis, "yaxis": yaxis, **layout}}
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten from below `low` to above `high`."""
-    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
-    ticks = [float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5)]
-    return [tick for tick in ticks if 0 < tick < inf]
-
-
-def _tick(value: float) -> str:
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"

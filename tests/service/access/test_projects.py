@@ -231,7 +231,7 @@ def test_what_is_foreign_and_what_is_not_there_are_refused_in_the_same_words(api
 def test_only_admins_fleets_and_scrapers_have_keys_for_every_project(api, scopes):
     key = key_of(api, scopes, None)
     with api.sessions.begin() as session:
-        caller = keys.caller_of(session, key)
+        caller = keys.find_caller(session, key)
         assert caller.project == "default"
         with pytest.raises(IntegrityError, match="ck_api_keys_project"):
             session.execute(update(ApiKey).where(ApiKey.id == caller.key_id).values(project=None))
@@ -257,7 +257,7 @@ names = st.from_regex(PROJECT_PATTERN, fullmatch=True)
 @given(names, names)
 def test_a_caller_is_narrowed_and_never_widened(own, other):
     caller = Caller(key_id="k", scopes=frozenset(), project=own)
-    assert caller.within(None) == caller.within(own) == caller
+    assert caller.narrow_to(None) == caller.narrow_to(own) == caller
     if other != own:
         with pytest.raises(Exception, match="there is no project"):
-            caller.within(other)
+            caller.narrow_to(other)

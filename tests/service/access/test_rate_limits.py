@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.ports import free_port
 from service.access import keys
-from service.access.rate_limits import Buckets, Limits
+from service.access.rate_limits import RateLimits, TokenBuckets
 from service.problems import Problem
 from service.settings import Settings
 from service.web.protection import SAFE_HEADERS
@@ -29,7 +29,7 @@ def now():
 
 @pytest.fixture
 def limits(now):
-    return Limits(1.0, lambda: now[0])
+    return RateLimits(1.0, lambda: now[0])
 
 
 def bearer(api):
@@ -141,50 +141,50 @@ def test_wrong_keys_from_an_address_are_refused_before_the_database_is_asked(api
 
 def test_a_guesser_shuts_out_strangers_of_its_network_and_nobody_else(limits, now):
     for _ in range(61):
-        limits.wrong("2001:db8::1")
+        limits.count_wrong_key("2001:db8::1")
     with pytest.raises(Problem, match="wrong API keys"):
-        limits.knock("2001:db8::ffff", "unknown")
-    limits.knock("2001:db8:0:1::1", "unknown")
-    limits.knock("", "unknown")
-    limits.good("known")
-    limits.knock("2001:db8::1", "known")
+        limits.check_address("2001:db8::ffff", "unknown")
+    limits.check_address("2001:db8:0:1::1", "unknown")
+    limits.check_address("", "unknown")
+    limits.count_request("known")
+    limits.check_address("2001:db8::1", "known")
     now[0] = 70.0
-    limits.knock("2001:db8::1", "unknown")
+    limits.check_address("2001:db8::1", "unknown")
 
 
 def test_a_key_that_was_good_within_a_day_passes_a_guesser(limits, now):
-    limits.good("known")
+    limits.count_request("known")
     now[0] = 86_000.0
     for _ in range(61):
-        limits.wrong("192.0.2.1")
-    limits.knock("192.0.2.1", "known")
+        limits.count_wrong_key("192.0.2.1")
+    limits.check_address("192.0.2.1", "known")
     now[0] = 86_500.0
     for _ in range(61):
-        limits.wrong("192.0.2.1")
+        limits.count_wrong_key("192.0.2.1")
     with pytest.raises(Problem, match="wrong API keys"):
-        limits.knock("192.0.2.1", "known")
+        limits.check_address("192.0.2.1", "known")
 
 
 @given(st.floats(0.1, 100.0), st.integers(1, 50), st.lists(st.floats(0.0, 5.0), min_size=1))
 def test_no_more_pass_than_the_burst_and_what_has_flowed_in_since(per_second, at_once, pauses):
     clock = [0.0]
-    buckets, passed = Buckets(per_second, at_once, lambda: clock[0]), 0
+    buckets, passed = TokenBuckets(per_second, at_once, lambda: clock[0]), 0
     for pause in pauses:
         clock[0] += pause
-        passed += buckets.take("k") == 0.0
+        passed += buckets.take_token("k") == 0.0
         assert passed <= at_once + clock[0] * per_second + 1e-6
 
 
 @given(st.floats(0.1, 100.0), st.integers(1, 50))
 def test_who_waits_as_long_as_told_passes(per_second, at_once):
     clock = [0.0]
-    buckets = Buckets(per_second, at_once, lambda: clock[0])
+    buckets = TokenBuckets(per_second, at_once, lambda: clock[0])
     for _ in range(at_once):
-        assert buckets.take("k") == 0.0
-    wait = buckets.take("k")
+        assert buckets.take_token("k") == 0.0
+    wait = buckets.take_token("k")
     assert 0 < wait <= 1 / per_second + 1e-6
     clock[0] += wait
-    assert buckets.take("k") == 0.0
+    assert buckets.take_token("k") == 0.0
 
 
 def test_a_key_that_may_not_is_limited_as_any_other(api):

@@ -40,7 +40,7 @@ def test_serve_says_shortly_that_it_cannot_reach_its_database(monkeypatch, home)
     monkeypatch.setenv("WARMSCALE_DATABASE_URL", url.render_as_string(hide_password=False))
     monkeypatch.setattr(serve, "_DATABASE_PATIENCE_SECONDS", 0)
     monkeypatch.setattr(serve, "end_on_sigterm", lambda: None)
-    monkeypatch.setattr(serve.logs, "configure", lambda _: None)
+    monkeypatch.setattr(serve.logs, "configure_logging", lambda _: None)
     said = CliRunner().invoke(app, ["serve", "--home", str(home)])
     assert said.exit_code == 3
     assert "error: cannot reach the database: " in said.output
@@ -63,6 +63,6 @@ def test_a_database_that_goes_away_at_the_start_is_waited_for_again(
     monkeypatch.setattr(service.app, "create_app", created)
     monkeypatch.setattr(serve.Server, "run", lambda _: served.append("once"))
     monkeypatch.setattr(serve, "end_on_sigterm", lambda: None)
-    monkeypatch.setattr(serve.logs, "configure", lambda _: None)
+    monkeypatch.setattr(serve.logs, "configure_logging", lambda _: None)
     said = CliRunner().invoke(app, ["serve", "--home", str(home)])
     assert (said.exit_code, len(served)) == (0, 1), said.output

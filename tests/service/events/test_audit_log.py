@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import func, select, text, update
@@ -14,11 +13,8 @@ from service.access.caller import Caller
 from service.cli import main
 from service.client import Client
 from service.database.tables import ApiKey, Event, Run
-from service.events.wakeups import Wakeups
-from service.leases.queue import LeaseQueue
 from service.protocol import LeaseRequest, Resources
-from service.web.shutdown import Shutdown
-from tests.by_hand import Worker
+from tests.by_hand import Worker, run_with_queue
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
@@ -83,21 +79,17 @@ def test_targets_are_of_the_key_whose_finish_or_request_started_them(api, key_of
 
 
 def test_who_is_served_in_one_round_is_told_apart(api, submit):
-    """The desk's round runs in the context of whoever came first."""
+    """A round runs in the context of the request that started it."""
     submit(hpo=ONE | {"trials": 6, "parallel": 6})
-    state = SimpleNamespace(**api.app.state._state)
-    state.wakeups, state.drain = Wakeups(api.engine.url), Shutdown()
     request = LeaseRequest(worker="w", resources=Resources(cpus=1))
 
-    async def scene():
-        desk = LeaseQueue(state)
+    async def scene(queue):
         callers = [
             Caller(key_id=f"key_{n}", scopes=frozenset({"work"}), project=None) for n in range(6)
         ]
-        async with state.wakeups.listening():
-            await asyncio.gather(*(desk.lease(caller, request) for caller in callers))
+        await asyncio.gather(*(queue.lease_runs(caller, request) for caller in callers))
 
-    asyncio.run(scene())
+    run_with_queue(api, scene)
     assert {actor for _, actor in log(api, type="run.leased")} == {f"key_{n}" for n in range(6)}
     with api.sessions() as session:
         assert len(set(session.scalars(select(Event.xid).where(Event.type == "run.leased")))) == 1

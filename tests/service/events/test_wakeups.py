@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from service.database.tables import Study
 from service.events import wakeups
-from service.events.audit_log import record
+from service.events.audit_log import record_event
 from service.events.wakeups import WEBHOOKS, WORK, Wakeups
 from service.webhooks import store
 
@@ -26,7 +26,7 @@ def say(database_url):
 
     def event(type_, *, commit=True, **payload):
         with Session(engine) as session:
-            record(session, type_, study_id="st_1", **payload)
+            record_event(session, type_, study_id="st_1", **payload)
             (session.commit if commit else session.rollback)()
 
     yield event
@@ -38,8 +38,8 @@ async def replica(url, *topics):
     """A replica that listens; a bell for each topic."""
     heard = Wakeups(url)
     with contextlib.ExitStack() as stack:
-        bells = [stack.enter_context(heard.subscription(topic)) for topic in topics]
-        async with heard.listening():
+        bells = [stack.enter_context(heard.subscribe_to(topic)) for topic in topics]
+        async with heard.keep_listening():
             for bell in bells:
                 assert await bell.wait(LONG)  # rung once when the listener is there
             yield bells
@@ -75,7 +75,7 @@ def test_the_outbox_is_woken_only_for_what_a_webhook_wants(database_url, say):
             assert not await outbox.wait(SHORT)
             engine = create_engine(database_url)
             with Session(engine) as session, session.begin():
-                store.add(session, "http://127.0.0.1/", ["study.failed"], project=None)
+                store.add_webhook(session, "http://127.0.0.1/", ["study.failed"], project=None)
             engine.dispose()
             await asyncio.to_thread(say, "study.completed")
             assert not await outbox.wait(SHORT)

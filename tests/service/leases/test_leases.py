@@ -10,7 +10,10 @@ from sqlalchemy import text, update
 from service.client import ServiceError, StaleLeaseError
 from service.database.tables import Run
 from service.leases import queue
+from service.leases.queue import LeaseQueue
 from service.protocol import Resources
+from service.settings import Settings
+from service.web.services import find_service
 from tests.by_hand import ask
 
 LONG = 60.0  # what a poll may wait for: nothing here takes it, on a slow machine neither
@@ -31,7 +34,7 @@ def wait_until(condition, seconds=LONG / 2):
 
 
 def standing_in_line(api):
-    return len(api.app.state.desk._line)
+    return len(find_service(api.app, LeaseQueue)._waiting)
 
 
 def test_trials_are_leased_up_to_parallel(submit, worker):
@@ -93,7 +96,7 @@ def test_sixteen_racing_workers_start_each_trial_once_and_no_more_than_the_budge
         numbers = [number for taken in pool.map(lease_all, range(16)) for number in taken]
     assert sorted(numbers) == list(range(24))
     assert api.client.get(f"/v1/studies/{study['id']}")["trials"]["leased"] == 24
-    assert len(api.app.state.sampler.states(study["name"])) == 24
+    assert len(api.sampler.states(study["name"])) == 24
 
 
 def test_an_expired_run_is_leased_again_with_the_next_attempt(api, submit, worker):
@@ -145,7 +148,7 @@ def test_every_report_renews_the_lease(api, submit, worker):
     assert worker.report(lease) == "continue"
     with api.sessions() as session:
         given = session.get_one(Run, lease.run_id).lease_expires_at
-    seconds = timedelta(seconds=api.app.state.settings.lease_seconds)
+    seconds = timedelta(seconds=find_service(api.app, Settings).lease_seconds)
     assert before + seconds < given < now(api) + seconds
 
 
@@ -219,7 +222,7 @@ def test_a_paused_study_leases_nothing_until_it_resumes(api, submit, worker):
 def test_a_long_poll_is_answered_by_work_that_comes_and_not_by_its_end(
     api, submit, worker, monkeypatch
 ):
-    monkeypatch.setattr(queue, "_LOOK_SECONDS", LONG)
+    monkeypatch.setattr(queue, "_POLL_SECONDS", LONG)
     with ThreadPoolExecutor(1) as pool:
         poll = pool.submit(worker.one, wait_seconds=LONG)
         wait_until(lambda: standing_in_line(api) == 1)
@@ -229,7 +232,7 @@ def test_a_long_poll_is_answered_by_work_that_comes_and_not_by_its_end(
 
 def test_waiting_polls_hold_no_connection(api, submit, worker):
     def in_use():
-        return sum(engine.pool.checkedout() for engine in api.app.state.engines.values())
+        return sum(engine.pool.checkedout() for engine in (api.engine, api.sampler.engine))
 
     with ThreadPoolExecutor(30) as pool:  # three times the pool of connections
         polls = [pool.submit(worker.lease, 1, wait_seconds=LONG) for _ in range(30)]
@@ -245,7 +248,7 @@ def test_a_trial_whose_run_was_never_written_is_adopted(api, submit, worker, stu
 
     study = submit()
     spec = StudySpec.model_validate(study["spec"])
-    lost = ask(api.app.state.sampler, study["name"], spec)  # then the process was killed
+    lost = ask(api.sampler, study["name"], spec)  # then the process was killed
     lease = worker.one()
     assert (lease.trial_number, lease.params) == (lost.number, lost.params)
 
@@ -269,7 +272,7 @@ def test_a_finished_trial_that_optuna_has_not_heard_of_is_told_at_the_next_lease
     study = submit()
     lease = worker.one()
     worker.complete(lease)
-    wait_until(lambda: api.app.state.sampler.states(study["name"])[0][0] != "RUNNING")
+    wait_until(lambda: api.sampler.states(study["name"])[0][0] != "RUNNING")
     with api.sessions.begin() as session:  # as if the process had died between the two
         session.execute(update(Run).values(told=False))
     worker.lease()

@@ -7,7 +7,7 @@ from sqlalchemy import text, update
 
 from service.database.tables import Run
 from service.leases import repair
-from service.leases.presence import Presence
+from tests.by_hand import forget_presence
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 TWO = {"trials": 2, "parallel": 2, "sampler": "random", "pruner": "none"}
@@ -33,7 +33,7 @@ def test_the_first_request_after_an_absence_may_be_a_report(api, submit, worker,
     submit(hpo=TWO)
     one, other = worker.lease(2)
     late()
-    api.app.state.presence = Presence(5.0)  # a process that has just started
+    forget_presence(api)  # a process that has just started
     worker.report(one)
     worker.lease(1)
     assert state(api, other) == ("leased", 0)
@@ -47,7 +47,7 @@ def test_a_replica_that_is_asked_seldom_gives_a_dead_workers_lease_time_once(
     dead = worker.one()
     for _ in range(2):  # replicas in turn, each after an absence of its own
         late()
-        api.app.state.presence = Presence(5.0)
+        forget_presence(api)
         worker.lease(1)
     assert state(api, dead) == ("queued", 1)
     assert worker.one(wait_seconds=5).attempt == 2
@@ -60,7 +60,7 @@ def test_a_worker_that_reported_since_gets_its_time_again_at_the_next_absence(
     alive = worker.one()
     for _ in range(3):
         late()
-        api.app.state.presence = Presence(5.0)
+        forget_presence(api)
         worker.lease(1)
         assert worker.report(alive) == "continue"
     assert state(api, alive) == ("leased", 0)
@@ -72,7 +72,7 @@ def test_a_grace_that_waits_for_a_run_in_use_passes_it_by(api, submit, worker, l
     late()
     with api.sessions.begin() as session:
         session.execute(text("SELECT FROM warmscale.runs FOR UPDATE"))
-        repair._give_time_again(api.sessions, 5.0)
+        repair._extend_live_leases(api.sessions, 5.0)
     assert worker.report(lease) == "continue"
 
 

@@ -1,4 +1,4 @@
-"""The desk: many requests in one commit, none while nothing happens, nothing for who has left."""
+"""The lease queue: many requests share a commit, an idle queue reads nothing, none is lost."""
 
 import asyncio
 import socket
@@ -6,7 +6,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -14,16 +13,16 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import InternalError
 
 from service.database.tables import Event, Run
-from service.events.wakeups import Wakeups
 from service.leases import new_trials
-from service.leases import queue as desks
-from service.leases import rounds as store
+from service.leases import queue as lease_queue
+from service.leases import rounds as lease_rounds
 from service.leases.queue import LeaseQueue
+from service.leases.requests import Granted
 from service.problems import Problem
 from service.protocol import LeaseRequest, Resources
 from service.studies.locks import lock
-from service.web.shutdown import Shutdown
-from tests.by_hand import EVERYWHERE, Worker
+from service.web.services import find_service
+from tests.by_hand import EVERYWHERE, Worker, run_with_queue
 from tests.conftest import serving, settings_below
 
 OPEN = {"trials": 24, "parallel": 24, "sampler": "tpe", "pruner": "none"}
@@ -32,40 +31,28 @@ LONG = 20.0
 
 @pytest.fixture
 def rounds(monkeypatch):
-    """How many bids each round had."""
-    sizes, serve = [], store.serve
+    """The number of requests of each round."""
+    sizes, serve_round = [], lease_rounds.serve_round
 
     def counted(*arguments):
         sizes.append(len(arguments[-1]))
-        return serve(*arguments)
+        return serve_round(*arguments)
 
-    monkeypatch.setattr(store, "serve", counted)
+    monkeypatch.setattr(lease_rounds, "serve_round", counted)
     return sizes
 
 
 def request(**more):
-    return LeaseRequest(worker="desk", resources=Resources(cpus=1), **more)
-
-
-def at_the_desk(api, scene):
-    """Run a scene with a desk of its own, on a loop of its own."""
-    state = SimpleNamespace(**api.app.state._state)
-    state.wakeups, state.drain = Wakeups(api.engine.url), Shutdown()
-
-    async def staged():
-        async with state.wakeups.listening():
-            return await scene(LeaseQueue(state))
-
-    return asyncio.run(staged())
+    return LeaseRequest(worker="by-hand", resources=Resources(cpus=1), **more)
 
 
 def test_who_asks_at_once_is_served_by_one_commit(api, submit, rounds):
     submit(hpo=OPEN)
 
-    async def scene(desk):
-        return await asyncio.gather(*(desk.lease(EVERYWHERE, request()) for _ in range(16)))
+    async def scene(queue):
+        return await asyncio.gather(*(queue.lease_runs(EVERYWHERE, request()) for _ in range(16)))
 
-    numbers = [lease.trial_number for (lease,) in at_the_desk(api, scene)]
+    numbers = [lease.trial_number for (lease,) in run_with_queue(api, scene)]
     assert numbers == list(range(16))  # in the order that they came
     assert rounds == [16]
     with api.sessions() as session:
@@ -76,9 +63,9 @@ def test_who_asks_at_once_is_served_by_one_commit(api, submit, rounds):
 
 
 def test_nothing_is_asked_of_the_database_while_nothing_happens(api, submit, rounds):
-    async def scene(desk):
+    async def scene(queue):
         waiting = [
-            asyncio.create_task(desk.lease(EVERYWHERE, request(wait_seconds=LONG)))
+            asyncio.create_task(queue.lease_runs(EVERYWHERE, request(wait_seconds=LONG)))
             for _ in range(20)
         ]
         await asyncio.sleep(1)
@@ -89,14 +76,14 @@ def test_nothing_is_asked_of_the_database_while_nothing_happens(api, submit, rou
         return await asyncio.gather(*waiting)
 
     begun = time.monotonic()
-    assert sorted(lease.trial_number for (lease,) in at_the_desk(api, scene)) == [*range(20)]
+    assert sorted(lease.trial_number for (lease,) in run_with_queue(api, scene)) == [*range(20)]
     assert time.monotonic() - begun < LONG
 
 
 def test_a_retry_is_granted_when_it_is_due_without_a_notice(
     api, submit, worker, rounds, monkeypatch
 ):
-    monkeypatch.setattr(desks, "_LOOK_SECONDS", LONG)
+    monkeypatch.setattr(lease_queue, "_POLL_SECONDS", LONG)
     submit(hpo=OPEN | {"trials": 1})
     worker.finish(worker.one(), "failed", error="boom")  # again in 1 s
     begun = time.monotonic()
@@ -109,11 +96,14 @@ def test_a_retry_is_granted_when_it_is_due_without_a_notice(
 def test_a_request_that_failed_tells_its_own_client_and_no_other(api, submit):
     submit(hpo=OPEN)
 
-    async def scene(desk):
-        asked = [desk.lease(EVERYWHERE, request(study="typo")), desk.lease(EVERYWHERE, request())]
+    async def scene(queue):
+        asked = [
+            queue.lease_runs(EVERYWHERE, request(study="typo")),
+            queue.lease_runs(EVERYWHERE, request()),
+        ]
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    typo, served = at_the_desk(api, scene)
+    typo, served = run_with_queue(api, scene)
     assert "typo" in str(typo)
     assert len(served) == 1
 
@@ -122,31 +112,33 @@ def test_when_the_database_is_away_everybody_in_the_round_hears_it(api, submit, 
     def away(*_):
         raise OSError("away")
 
-    monkeypatch.setattr(store, "expire", away)
+    monkeypatch.setattr(lease_rounds, "expire_leases", away)
 
-    async def scene(desk):
-        asked = [desk.lease(EVERYWHERE, request(wait_seconds=LONG)) for _ in range(3)]
+    async def scene(queue):
+        asked = [queue.lease_runs(EVERYWHERE, request(wait_seconds=LONG)) for _ in range(3)]
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    assert [str(error) for error in at_the_desk(api, scene)] == ["away"] * 3
+    assert [str(error) for error in run_with_queue(api, scene)] == ["away"] * 3
 
 
 def test_who_left_before_its_turn_is_granted_nothing(api, submit, monkeypatch):
     submit(hpo=OPEN)
-    draw = api.app.state.sampler.draw
+    draw = api.sampler.draw
 
-    async def scene(desk):
+    async def scene(queue):
         def leaves(*arguments):
             loop.call_soon_threadsafe(gone.cancel)
             time.sleep(0.2)
             return draw(*arguments)
 
-        monkeypatch.setattr(api.app.state.sampler, "draw", leaves)
+        monkeypatch.setattr(api.sampler, "draw", leaves)
         loop = asyncio.get_running_loop()
-        gone, stays = (asyncio.create_task(desk.lease(EVERYWHERE, request())) for _ in range(2))
+        gone, stays = (
+            asyncio.create_task(queue.lease_runs(EVERYWHERE, request())) for _ in range(2)
+        )
         return await asyncio.gather(gone, stays, return_exceptions=True)
 
-    gone, stays = at_the_desk(api, scene)
+    gone, stays = run_with_queue(api, scene)
     assert isinstance(gone, asyncio.CancelledError)
     assert [lease.trial_number for lease in stays] == [0]
     with api.sessions() as session:
@@ -157,11 +149,12 @@ def test_a_waiting_client_that_hangs_up_leaves_the_line(api, submit, worker):
     body = LeaseRequest(worker="gone", wait_seconds=60).model_dump_json()
     head = f"POST /v1/leases HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {api.key}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    line = api.app.state.desk._line
+    queue = find_service(api.app, LeaseQueue)
     with socket.create_connection(("127.0.0.1", httpx.URL(api.url).port)) as client:
         client.sendall((head + body).encode())
-        wait_until(lambda: any(p.bid.request.worker == "gone" for p in api.app.state.desk._line))
-    wait_until(lambda: all(p.answer.done() for p in line))
+        wait_until(lambda: any(w.pending.request.worker == "gone" for w in queue._waiting))
+        waiting = list(queue._waiting)
+    wait_until(lambda: all(w.answer.done() for w in waiting))
     submit(hpo=OPEN)
     assert worker.one().trial_number == 0
 
@@ -199,7 +192,7 @@ def test_a_replica_does_not_wait_for_ever_and_looks_again(api, submit, worker, m
 def test_work_that_one_replica_commits_wakes_who_waits_at_another(
     api, submit, database_url, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(desks, "_LOOK_SECONDS", LONG)
+    monkeypatch.setattr(lease_queue, "_POLL_SECONDS", LONG)
     with (
         serving(settings_below(tmp_path), database_url) as other,
         ThreadPoolExecutor(1) as pool,
@@ -261,22 +254,22 @@ def test_a_study_that_is_held_holds_up_no_other(api, submit, worker):
 def test_what_is_answered_as_the_client_leaves_is_given_back(api, submit):
     submit(hpo=OPEN | {"trials": 1})
 
-    async def scene(desk):
-        asked, answering = None, desk._answer
+    async def scene(queue):
+        asked, answer_if_ready = None, queue._answer_if_ready
 
-        def answer_and_leave(place):
-            answering(place)
-            if place.answer.done():
-                desk._answer = answering
+        def answer_and_leave(entry):
+            answer_if_ready(entry)
+            if entry.answer.done():
+                queue._answer_if_ready = answer_if_ready
                 asked.cancel()
 
-        desk._answer = answer_and_leave
-        asked = asyncio.create_task(desk.lease(EVERYWHERE, request(wait_seconds=LONG)))
+        queue._answer_if_ready = answer_and_leave
+        asked = asyncio.create_task(queue.lease_runs(EVERYWHERE, request(wait_seconds=LONG)))
         with pytest.raises(asyncio.CancelledError):
             await asked
-        return await desk.lease(EVERYWHERE, request(wait_seconds=LONG))
+        return await queue.lease_runs(EVERYWHERE, request(wait_seconds=LONG))
 
-    (again,) = at_the_desk(api, scene)
+    (again,) = run_with_queue(api, scene)
     assert again.attempt == 2
     with api.sessions() as session:
         assert session.get(Run, again.run_id).failures == 0
@@ -284,33 +277,36 @@ def test_what_is_answered_as_the_client_leaves_is_given_back(api, submit):
 
 def test_who_stays_is_answered_before_what_others_left_is_given_back(api, submit, monkeypatch):
     submit(hpo=OPEN)
-    serve, give_back, may = store.serve, desks.give_back, threading.Event()
+    serve_round, release_leases = lease_rounds.serve_round, lease_queue.release_leases
+    may = threading.Event()
 
     def slowly(*arguments):
         assert may.wait(LONG)
-        give_back(*arguments)
+        release_leases(*arguments)
 
-    monkeypatch.setattr(desks, "give_back", slowly)
+    monkeypatch.setattr(lease_queue, "release_leases", slowly)
 
-    async def scene(desk):
+    async def scene(queue):
         loop = asyncio.get_running_loop()
 
-        def first_leaves(state, bids):
-            for due in serve(state, bids):
-                if bids[0].granted:
+        def first_leaves(services, requests):
+            steps = serve_round(services, requests)
+            while isinstance(step := lease_queue._run_to_next_step(steps), Granted):
+                if requests[0].granted:
                     loop.call_soon_threadsafe(asked[0].cancel)
-                    wait_until(lambda: bids[0].gone)
-                yield due
+                    wait_until(lambda: requests[0].is_closed)
+                yield step
+            return step
 
-        monkeypatch.setattr(store, "serve", first_leaves)
-        asked = [asyncio.create_task(desk.lease(EVERYWHERE, request())) for _ in range(2)]
+        monkeypatch.setattr(lease_rounds, "serve_round", first_leaves)
+        asked = [asyncio.create_task(queue.lease_runs(EVERYWHERE, request())) for _ in range(2)]
         ((one,),) = await asyncio.gather(asyncio.wait_for(asked[1], LONG / 2))
         may.set()
-        monkeypatch.setattr(store, "serve", serve)
-        (again,) = await desk.lease(EVERYWHERE, request(wait_seconds=LONG, max_runs=1))
+        monkeypatch.setattr(lease_rounds, "serve_round", serve_round)
+        (again,) = await queue.lease_runs(EVERYWHERE, request(wait_seconds=LONG, max_runs=1))
         return one, again
 
-    one, again = at_the_desk(api, scene)
+    one, again = run_with_queue(api, scene)
     assert (one.trial_number, one.attempt) == (1, 1)
     assert again.run_id != one.run_id
 
@@ -322,22 +318,22 @@ def test_what_is_granted_is_answered_before_more_is_drawn(api, submit, worker, m
     if first == "queued":
         worker.finish(worker.one(), "released")
     slow = submit(hpo=OPEN)
-    draw, answered = api.app.state.sampler.draw, threading.Event()
+    draw, answered = api.sampler.draw, threading.Event()
 
     def waits_for_the_answer(name, *arguments):
         assert name == early["name"] or answered.wait(LONG)
         return draw(name, *arguments)
 
-    monkeypatch.setattr(api.app.state.sampler, "draw", waits_for_the_answer)
+    monkeypatch.setattr(api.sampler, "draw", waits_for_the_answer)
 
-    async def scene(desk):
-        asked = [asyncio.create_task(desk.lease(EVERYWHERE, request())) for _ in range(3)]
+    async def scene(queue):
+        asked = [asyncio.create_task(queue.lease_runs(EVERYWHERE, request())) for _ in range(3)]
         leases = await asked[0]
         answered.set()
         return [leases, *await asyncio.gather(*asked[1:])]
 
     begun = time.monotonic()
-    studies = [lease.study_id for (lease,) in at_the_desk(api, scene)]
+    studies = [lease.study_id for (lease,) in run_with_queue(api, scene)]
     assert studies == [early["id"], slow["id"], slow["id"]]
     assert time.monotonic() - begun < LONG
 
@@ -345,19 +341,21 @@ def test_what_is_granted_is_answered_before_more_is_drawn(api, submit, worker, m
 def test_a_round_serves_so_many_and_the_next_who_stands_behind_them(
     api, submit, rounds, monkeypatch
 ):
-    monkeypatch.setattr(desks, "_AT_ONCE", 4)
+    monkeypatch.setattr(lease_queue, "_MAX_PER_ROUND", 4)
     submit(hpo=OPEN)
     nothing = request(wait_seconds=LONG, kinds=("target",))
 
-    async def scene(desk):
-        idle = [asyncio.create_task(desk.lease(EVERYWHERE, nothing)) for _ in range(5)]
+    async def scene(queue):
+        idle = [asyncio.create_task(queue.lease_runs(EVERYWHERE, nothing)) for _ in range(5)]
         try:
-            return await asyncio.gather(*(desk.lease(EVERYWHERE, request()) for _ in range(6)))
+            return await asyncio.gather(
+                *(queue.lease_runs(EVERYWHERE, request()) for _ in range(6))
+            )
         finally:
             for one in idle:
                 one.cancel()
 
-    numbers = [lease.trial_number for (lease,) in at_the_desk(api, scene)]
+    numbers = [lease.trial_number for (lease,) in run_with_queue(api, scene)]
     assert numbers == [*range(6)]
     assert rounds[:3] == [4, 4, 3]
 
@@ -365,26 +363,24 @@ def test_a_round_serves_so_many_and_the_next_who_stands_behind_them(
 def test_a_key_has_its_share_of_the_line_and_no_more(api, submit):
     other = replace(EVERYWHERE, key_id="other")
 
-    async def scene(desk):
-        few = desk._state.settings.model_copy(update={"max_waiting_leases": 3})
-        desk._state.settings = few
+    async def scene(queue):
         waiting = [
-            asyncio.create_task(desk.lease(EVERYWHERE, request(wait_seconds=LONG)))
+            asyncio.create_task(queue.lease_runs(EVERYWHERE, request(wait_seconds=LONG)))
             for _ in range(3)
         ]
         await asyncio.sleep(0.1)
         with pytest.raises(Problem) as refused:
-            await desk.lease(EVERYWHERE, request())
-        assert await desk.lease(other, request()) == ()
+            await queue.lease_runs(EVERYWHERE, request())
+        assert await queue.lease_runs(other, request()) == ()
         waiting.pop().cancel()
         await asyncio.sleep(0.1)
-        assert await desk.lease(EVERYWHERE, request()) == ()
+        assert await queue.lease_runs(EVERYWHERE, request()) == ()
         for one in waiting:
             one.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        return refused.value, desk._of_key
+        return refused.value, queue._limit._calls_of_key
 
-    refused, of_key = at_the_desk(api, scene)
+    refused, of_key = run_with_queue(api, scene, max_waiting_leases=3)
     assert (refused.status, refused.kind) == (429, "too-many-waiting")
     assert refused.headers == {"Retry-After": "1"}
     assert not of_key
@@ -393,7 +389,7 @@ def test_a_key_has_its_share_of_the_line_and_no_more(api, submit):
 def test_a_trial_that_optuna_numbers_meanwhile_gets_no_second_of_its_number(api, submit, worker):
     """Optuna numbers trials under its study's lock; others may use it beside the service."""
     name = submit(hpo=OPEN)["name"]
-    optuna_id = api.app.state.sampler.storage.get_study_id_from_name(name)
+    optuna_id = api.sampler.storage.get_study_id_from_name(name)
     with ThreadPoolExecutor(1) as pool:
         with api.engine.begin() as theirs:
             query = "SELECT FROM optuna.studies WHERE study_id = :study FOR UPDATE"

@@ -6,12 +6,14 @@ from hypothesis import HealthCheck, given, settings
 from sqlalchemy import func, select, text
 
 from service.access.caller import Caller
-from service.access.caller_cache import KEPT_SECONDS, RecentCallers
+from service.access.caller_cache import KEPT_SECONDS, CallerCache
 from service.client import StaleLeaseError
 from service.database.tables import Measurement as MeasurementRow
 from service.database.tables import Run
 from service.leases import reports
+from service.leases.services import LeaseServices
 from service.protocol import Measurement
+from service.web.services import find_service
 
 SHOWN = ("step", "tokens", "loss_nats", "val_loss_nats", "tokens_per_second")
 EVERYTHING = Caller(key_id="key_1", scopes=frozenset({"work"}), project=None)
@@ -61,7 +63,7 @@ def test_a_run_shows_the_newest_of_each_number_and_keeps_the_first_of_each_step(
     run_id, token, trial_id = leased()
     run = dict.fromkeys(SHOWN) | {"step": 0, "tokens": 0}
     for batch in batches:
-        with api.app.state.statements() as session:
+        with find_service(api.app, LeaseServices).statements() as session:
             heard = reports.write_report(
                 session, EVERYTHING, run_id, token, batch, lease_seconds=60
             )
@@ -96,7 +98,7 @@ def leased(api, submit, worker):
     def lease():
         study = submit(hpo=ONE, target=None)
         given = worker.one(study=study["name"])
-        storage = api.app.state.sampler.storage
+        storage = api.sampler.storage
         (trial,) = storage.get_all_trials(storage.get_study_id_from_name(study["name"]))
         return given.run_id, given.lease_token, trial._trial_id
 
@@ -122,8 +124,8 @@ def test_reporting_twice_keeps_the_first_value_in_both_places(api, submit, worke
     study = submit(hpo=ONE, target=None)
     lease = worker.one()
     assert [worker.evaluate(lease, 1, loss) for loss in (3.0, 9.0)] == ["continue"] * 2
-    (trial,) = api.app.state.sampler.storage.get_all_trials(
-        api.app.state.sampler.storage.get_study_id_from_name(study["name"])
+    (trial,) = api.sampler.storage.get_all_trials(
+        api.sampler.storage.get_study_id_from_name(study["name"])
     )
     assert trial.intermediate_values == {1: 3.0}
     (point,) = api.client.get(f"/v1/runs/{lease.run_id}/measurements")["items"]
@@ -144,7 +146,7 @@ def test_a_trial_that_has_ended_in_optuna_hears_no_more(api, submit, worker):
 
 def test_a_key_is_taken_as_good_for_seconds_after_it_was_looked_up_and_no_longer():
     now = [100.0]
-    recent = RecentCallers(clock=lambda: now[0])
+    recent = CallerCache(clock=lambda: now[0])
     assert recent.get("a") is None
     recent.keep("a", EVERYTHING, found_at=recent.now())
     now[0] += KEPT_SECONDS - 0.01
@@ -155,7 +157,7 @@ def test_a_key_is_taken_as_good_for_seconds_after_it_was_looked_up_and_no_longer
 
 
 def test_only_so_many_callers_are_kept():
-    recent = RecentCallers(clock=lambda: 0.0)
+    recent = CallerCache(clock=lambda: 0.0)
     for i in range(5000):
         recent.keep(str(i), EVERYTHING, 0.0)
     assert len(recent._found) <= 1024

@@ -20,13 +20,13 @@ openings = st.dictionaries(
 )
 bids = st.lists(
     st.builds(
-        lambda runs, cpus, kinds, scope, gone: PendingRequest(
+        lambda runs, cpus, kinds, scope, is_closed: PendingRequest(
             caller=EVERYWHERE,
             request=LeaseRequest(
                 worker="w", max_runs=runs, resources=Resources(cpus=cpus), kinds=kinds
             ),
             scope=scope,
-            gone=gone,
+            is_closed=is_closed,
         ),
         st.integers(1, 4),
         st.integers(0, 8),
@@ -62,7 +62,7 @@ def test_no_study_gives_more_than_its_room_and_no_bid_takes_more_than_it_asked_f
         assert sum(openings[s].needs.cpus for s in taken) <= bid.request.resources.cpus
         assert set(taken) <= set(studies_of(openings)[bid.scope])
         if taken:
-            assert not bid.gone
+            assert not bid.is_closed
             assert bid.request.kinds != ("target",)
 
 
@@ -71,7 +71,7 @@ def test_no_study_gives_more_than_its_room_and_no_bid_takes_more_than_it_asked_f
 def test_what_stays_open_fits_nobody_who_wants_more(bids, openings):
     allotted = assign_trials(bids, openings, studies_of(openings))
     for bid in bids:
-        if not bid.takes("trial") or bid.gone:
+        if not bid.accepts("trial") or bid.is_closed:
             continue
         taken = served(allotted, bid)
         for study in studies_of(openings)[bid.scope]:

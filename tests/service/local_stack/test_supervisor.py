@@ -23,6 +23,6 @@ def test_a_fleet_gets_a_key_that_may_work_and_nothing_else(
     serve.admit(database_url, *held)
     engine = create_engine(database_url)
     with Session(engine) as session:
-        assert keys.caller_of(session, held[0]).scopes == {"admin"}
-        assert keys.caller_of(session, held[1]).scopes == {"work"}
+        assert keys.find_caller(session, held[0]).scopes == {"admin"}
+        assert keys.find_caller(session, held[1]).scopes == {"work"}
     engine.dispose()

@@ -17,7 +17,7 @@ KEY = "ws_" + "k" * 43
 
 
 def lines_of(record, form="json"):
-    return logs.Lines(form).format(record).split("\n")
+    return logs.LineFormatter(form).format(record).split("\n")
 
 
 def record(message="hello", *args, exc_info=None, **extra):
@@ -53,7 +53,7 @@ def test_a_trace_is_told_in_lines_that_all_say_the_run():
         raise ValueError("two\nlines")  # noqa: TRY301
     except ValueError as error:
         made = record(exc_info=(type(error), error, error.__traceback__))
-    with logs.about(run="run_1", attempt=2):
+    with logs.add_fields(run="run_1", attempt=2):
         found = [json.loads(line) for line in lines_of(made)]
     assert len(found) > 3
     assert {(line["run"], line["attempt"]) for line in found} == {("run_1", 2)}
@@ -62,7 +62,7 @@ def test_a_trace_is_told_in_lines_that_all_say_the_run():
 
 def test_what_a_process_is_about_is_on_the_lines_of_all_its_threads_and_ends():
     seen = []
-    with logs.about(run="run_1"):
+    with logs.add_fields(run="run_1"):
         thread = threading.Thread(target=lambda: seen.extend(lines_of(record())))
         thread.start()
         thread.join()
@@ -72,8 +72,8 @@ def test_what_a_process_is_about_is_on_the_lines_of_all_its_threads_and_ends():
 
 def test_a_request_and_what_was_noted_of_it_are_on_its_lines():
     def ask():
-        request_context.begin({"path_params": {"run_id": "run_1"}}, "id-1")
-        request_context.note(key_id="key_1", attempt=3)
+        request_context.begin_request({"path_params": {"run_id": "run_1"}}, "id-1")
+        request_context.note_facts(key_id="key_1", attempt=3)
         return json.loads(lines_of(record())[0])
 
     from contextvars import copy_context
@@ -95,17 +95,17 @@ def test_a_secret_in_the_words_of_others_is_redacted(secret, form):
 
 
 def test_the_format_comes_from_the_environment_and_a_wrong_one_says_what_works():
-    assert logs.format_of({}) == "text"
-    assert logs.format_of({"WARMSCALE_LOG_FORMAT": "json"}) == "json"
+    assert logs.read_format({}) == "text"
+    assert logs.read_format({"WARMSCALE_LOG_FORMAT": "json"}) == "json"
     with pytest.raises(ValueError, match="one of text, json, not 'xml'"):
-        logs.format_of({"WARMSCALE_LOG_FORMAT": "xml"})
+        logs.read_format({"WARMSCALE_LOG_FORMAT": "xml"})
 
 
 def test_configured_logging_writes_to_its_stream():
     root, stream = logging.getLogger(), io.StringIO()
     before, level = root.handlers[:], root.level
     try:
-        logs.configure("json", stream)
+        logs.configure_logging("json", stream)
         logging.getLogger("any").info("hello")
     finally:
         logging.captureWarnings(capture=False)

@@ -47,7 +47,7 @@ def collector(monkeypatch):
 
 def test_the_life_of_a_run_is_one_trace(collector, api, submit, worker):
 
-    with tracing.exporting(os.environ):
+    with tracing.export_traces(os.environ):
         submit(hpo=ONE, target=None)
         lease = worker.one()
         worker.evaluate(lease, 1, 3.0)
@@ -75,7 +75,7 @@ def test_the_life_of_a_run_is_one_trace(collector, api, submit, worker):
     ],
 )
 def test_traces_are_on_when_the_environment_asks(environment, is_wanted):
-    assert tracing.wanted(environment) == is_wanted
+    assert tracing.are_traces_wanted(environment) == is_wanted
 
 
 def test_nothing_of_opentelemetry_is_imported_unless_asked_for():
@@ -89,7 +89,7 @@ def test_what_is_missing_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace.export", None)
     with (
         pytest.raises(tracing.TracesMissingError, match=r"WARMSCALE_TRACES asks .*\[otel\]"),
-        tracing.exporting({"WARMSCALE_TRACES": "1"}),
+        tracing.export_traces({"WARMSCALE_TRACES": "1"}),
     ):
         pass
 

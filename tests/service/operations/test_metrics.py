@@ -114,7 +114,7 @@ def counted(monkeypatch):
 
 def record(session, *types):
     for type_ in types:
-        audit_log.record(session, type_, study_id=None)
+        audit_log.record_event(session, type_, study_id=None)
 
 
 def test_what_is_rolled_back_is_not_counted(api, counted):

@@ -389,4 +389,4 @@ def test_a_later_database_ends_the_command_in_a_sentence(monkeypatch, database_u
 @pytest.mark.parametrize("url", ["sqlite:///x.db", "mysql://h/d"])
 def test_another_database_is_refused_by_name(url):
     with pytest.raises(ValueError, match="must be a postgresql"):
-        db.normalized(url)
+        db.normalize_url(url)

@@ -26,7 +26,7 @@ def made(api, study_spec):
     spec, numbers = study_spec(), {}
     for project in ("a", "b"):
         api.client.request("POST", "/v1/studies", body=spec, params={"project": project})
-        storage = api.app.state.sampler.storage
+        storage = api.sampler.storage
         numbers[project] = storage.get_study_id_from_name(f"{project}/{spec['name']}")
     yield numbers, spec["name"]
     for project in ("a", "b"):
@@ -65,7 +65,7 @@ def test_every_route_of_the_dashboard_is_a_page_of_a_study_or_closed(api):
     """A dashboard of a newer version may have routes that nobody here has looked at."""
     from service.optuna_bridge import dashboard
 
-    bottle = api.app.state.sampler.dashboard(lambda _: True)
+    bottle = api.sampler.dashboard(lambda _: True)
     reads = [r.rule for r in bottle.routes if r.method == "GET"]
     closed = {rule for rule in reads if not is_let_through(dashboard, rule)}
     assert len(reads) > 8

@@ -96,7 +96,7 @@ def test_optuna_sees_an_end_though_it_holds_the_trial_as_running(sampler):
 def test_when_a_finish_is_answered_optuna_knows_it(api, submit, worker):
     study = submit()
     assert worker.complete(worker.one(), 1.25) == "succeeded"
-    assert api.app.state.sampler.states(study["name"]) == {0: ("COMPLETE", 1.25)}
+    assert api.sampler.states(study["name"]) == {0: ("COMPLETE", 1.25)}
     with api.sessions() as session:
         assert session.scalars(select(Run.told)).one()
 
@@ -118,9 +118,9 @@ def test_a_finish_that_fails_is_unheard_of_by_optuna_too(api, submit, worker, mo
                 headers={"Lease-Token": lease.lease_token},
                 retry=False,
             )
-    assert api.app.state.sampler.states(study["name"]) == {0: ("RUNNING", None)}
+    assert api.sampler.states(study["name"]) == {0: ("RUNNING", None)}
     assert worker.finish(lease, loss=1.0) == "succeeded"
-    assert api.app.state.sampler.states(study["name"]) == {0: ("COMPLETE", 1.0)}
+    assert api.sampler.states(study["name"]) == {0: ("COMPLETE", 1.0)}
 
 
 @contextlib.contextmanager
@@ -144,7 +144,7 @@ def test_a_report_is_one_statement_and_a_finish_one_commit(api, submit, worker):
     submit()
     lease = worker.one()
     worker.evaluate(lease, 1, 3.0)
-    with counted(api.sessions.kw["bind"]) as counts, counted(api.app.state.sampler.engine) as more:
+    with counted(api.sessions.kw["bind"]) as counts, counted(api.sampler.engine) as more:
         worker.evaluate(lease, 2, 2.0)
         assert (counts["statements"], counts["commits"]) == (1, 0)  # which commits by itself
         worker.finish(lease)

@@ -91,18 +91,18 @@ def test_a_study_that_went_back_in_time_is_read_anew_at_once(api, submit, worker
     for lease in worker.lease(3):
         worker.complete(lease)
     with api.engine.begin() as connection:
-        assert len(api.app.state.sampler._known.of(name).history.read(connection)) == 3
+        assert len(api.sampler._known.of(name).history.read(connection)) == 3
         connection.execute(text("DELETE FROM warmscale.checkpoints"))
         connection.execute(text("DELETE FROM warmscale.runs WHERE trial_number = 2"))
         connection.execute(text("DELETE FROM optuna.trial_params WHERE trial_id = 3"))
         connection.execute(text("DELETE FROM optuna.trial_values WHERE trial_id = 3"))
         connection.execute(text("DELETE FROM optuna.trials WHERE trial_id = 3 AND number = 2"))
-    draws, draw = [], api.app.state.sampler.draw
+    draws, draw = [], api.sampler.draw
 
     def counted(*arguments):
         draws.append(arguments)
         return draw(*arguments)
 
-    monkeypatch.setattr(api.app.state.sampler, "draw", counted)
+    monkeypatch.setattr(api.sampler, "draw", counted)
     assert worker.one(study=name).trial_number == 2
     assert len(draws) == 2

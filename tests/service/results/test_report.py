@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.results.costs import compute_costs
+from service.results.report import document
 from service.results.report import page as report
 from service.results.report.figures import (
     MAX_DRAWN_TRIALS,
     MAX_TABLE_TRIALS,
     draw_loss_against,
-    log_ticks,
 )
+from service.results.report.plotting import log_ticks
 from service.results.schemas import (
     Costs,
     Evaluation,
@@ -30,6 +31,7 @@ from service.results.verdict import Verdict, judge_runs
 from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts
 
+# Where the page does not escape it, this ends a script, starts another and loads an image.
 EVIL = "</script><script>alert('x')</script><img src=//evil.example/a.png>"
 SPEC = StudySpec.model_validate(
     {
@@ -56,6 +58,7 @@ def page(*arguments):
     return b"".join(report.render_report(*arguments)).decode()
 
 
+# Losses fall by a quarter per evaluation and end at `final`, at 250, 500, 750 and 1000 tokens.
 def curve(final):
     return tuple(
         Evaluation(step=i, tokens=250 * i, val_loss_nats=final + 1 - i / 4) for i in range(1, 5)
@@ -119,7 +122,7 @@ def judged():
 
 
 class Page(HTMLParser):
-    """What a browser would make of the page: its elements' attributes and its text."""
+    """The page as a browser parses it: the attributes of its elements, and its text."""
 
     def __init__(self, html):
         super().__init__()
@@ -133,7 +136,7 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def drawn(html):
+def read_figures(html):
     embedded = re.search(
         r'<script id="figures" type="application/json">(.*?)</script>', html, re.DOTALL
     )
@@ -153,7 +156,7 @@ def test_the_page_needs_no_network(judged):
 def test_every_figure_has_its_place_and_every_place_its_figure(judged):
     html = page(judged, [trial(0), trial(1, params={"lr": 0.02})], SPEC)
     places = {a["id"] for _, a in Page(html).elements if a.get("class") == "plot"}
-    assert places == set(drawn(html))
+    assert places == set(read_figures(html))
     assert places == {"arms", "differences", "trials", "learning", "dimension-lr"}
 
 
@@ -166,10 +169,12 @@ def test_nothing_a_user_wrote_becomes_markup(judged):
         spec,
     )
     tags = [tag for tag, _ in Page(evil).elements]
+    # The page's own three: the figures' JSON, Plotly, and the script that draws.
     assert (tags.count("script"), tags.count("img")) == (3, 0)
     assert any(EVIL in text for text in Page(evil).texts)
 
 
+# Ways to leave a text, an attribute or a script in HTML.
 MARKS = "<script>alert(1)</script> </script><script>x \"><b onload='x'> '-x-' <!-- <img src=x>"
 
 
@@ -199,6 +204,7 @@ def test_the_page_runs_its_own_scripts_by_their_hashes_and_allows_no_other(judge
     html = page(judged, [trial()], SPEC)
     (policy,) = [a["content"] for t, a in Page(html).elements if t == "meta" and "http-equiv" in a]
     (allowed,) = [part.split()[1:] for part in policy.split("; ") if part.startswith("script-src")]
+    # The JSON of the figures has a type that browsers do not run, so it needs no hash.
     run = [text for attributes, text in Scripts(html).found if "type" not in attributes]
     digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in run]
     assert len(run) == 2
@@ -207,12 +213,13 @@ def test_the_page_runs_its_own_scripts_by_their_hashes_and_allows_no_other(judge
 
 @pytest.mark.parametrize("place", ["name", "reason", "pending", "error", "value", "arm", "best"])
 def test_a_mark_in_any_text_of_a_user_changes_no_element_of_the_page(judged, place, monkeypatch):
-    monkeypatch.setattr(report, "_read_plotly", lambda: iter([b""]))  # 5 MB to read through
-    monkeypatch.setattr(report, "_hash_scripts", lambda: "")
+    # Without Plotly's 5 MB: both pages are parsed in Python, seven times.
+    monkeypatch.setattr(document, "_read_plotly", lambda: iter([b""]))
+    monkeypatch.setattr(document, "_hash_scripts", lambda: "")
     choices = {"lr": {"type": "categorical", "choices": [0.01]}}
     spec = StudySpec.model_validate(SPEC.model_dump() | {"search_space": choices})
 
-    def made(text):
+    def render_with(text):
         best = {
             "number": 0,
             "run_id": text,
@@ -229,13 +236,14 @@ def test_a_mark_in_any_text_of_a_user_changes_no_element_of_the_page(judged, pla
             "arm": ({"targets": [judged.targets[0].model_copy(update={"error": text})]}, {}),
             "best": ({"best_trial": SimpleNamespace(**best)}, {}),
         }
-        results, one = changes[place]
-        return page(judged.model_copy(update=results), [trial(**one)], spec)
+        of_results, of_trial = changes[place]
+        return page(judged.model_copy(update=of_results), [trial(**of_trial)], spec)
 
-    plain, marked = made("plain"), made(MARKS)
+    plain, marked = render_with("plain"), render_with(MARKS)
+    # If any mark became markup, the marked page would have other elements than the plain page.
     assert Page(marked).elements == Page(plain).elements
     assert len(Scripts(marked).found) == 3
-    drawn(marked)  # is whole
+    read_figures(marked)  # the JSON is complete: no mark ended the script element
 
 
 def test_hover_texts_hold_no_markup_of_a_user():
@@ -247,6 +255,7 @@ def test_hover_texts_hold_no_markup_of_a_user():
 
 def test_the_verdict_s_sentence_is_on_the_page(judged):
     text = " ".join(Page(page(judged, [], SPEC)).texts)
+    # The page shows the headline apart and begins the rest with a capital: compare after "over ".
     assert "Growing paid" in text
     assert judged.verdict.sentence.split(": ", 1)[1][5:] in text
 
@@ -256,7 +265,7 @@ def test_a_study_with_nothing_yet_says_what_it_waits_for():
     text = " ".join(Page(html).texts)
     assert "No verdict yet" in text
     assert "0 of 2 trials are finished" in text
-    assert drawn(html) == {}
+    assert read_figures(html) == {}
 
 
 def test_averages_have_curves_and_columns_where_a_run_keeps_them(judged):
@@ -268,7 +277,7 @@ def test_averages_have_curves_and_columns_where_a_run_keeps_them(judged):
     html = page(results([target("warm", 0, 2.0, curve=averaged)]), [], SPEC)
     assert {"EMA loss", "1.8765"} <= set(Page(html).texts)
     assert "SWA loss" not in Page(html).texts
-    raw, ema = drawn(html)["arms"]["data"]
+    raw, ema = read_figures(html)["arms"]["data"]
     assert (raw["y"], ema["y"]) == ([2.5, 2.0], [2.4, 1.8765])
     assert ema["name"] == "warm, seed 0, EMA"
 
@@ -277,13 +286,14 @@ def test_curves_start_after_the_first_token():
     runs = [
         target("warm", 0, 1.9, curve=(Evaluation(step=0, tokens=0, val_loss_nats=9), *curve(2)))
     ]
-    (trace,) = drawn(page(results(runs), [], SPEC))["arms"]["data"]
+    (trace,) = read_figures(page(results(runs), [], SPEC))["arms"]["data"]
     assert min(trace["x"]) > 0
 
 
 def test_a_page_of_many_trials_stays_a_page():
     trials = [trial(n, curve=(), val_loss_nats=2 + n / 1000) for n in range(2 * MAX_TABLE_TRIALS)]
     html = page(results(), trials, SPEC)
+    # The header is a row too.
     assert html.count("<tr>") == MAX_TABLE_TRIALS + 1
     assert f"The best {MAX_TABLE_TRIALS} of {2 * MAX_TABLE_TRIALS} trials" in html
 
@@ -302,6 +312,7 @@ def test_the_base_counted_is_the_base_and_one_warm_run():
         target("cold", 0, 2.0),
     ]
     costs = compute_costs(search_flops=9e9, best_flops=1e9, targets=targets, total_flops=23e9)
+    # Warm is the mean of 4e9 and 6e9; the best trial's 1e9 is the base.
     assert costs.warm_flops == 5e9
     assert costs.warm_base_counted_flops == 6e9
     assert costs.cold_flops == 4e9
@@ -313,6 +324,7 @@ def test_a_ladder_s_lower_rungs_are_part_of_its_base():
     costs = compute_costs(
         search_flops=9e9, best_flops=1e9, targets=[*lower, *last], total_flops=21e9
     )
+    # The best trial's 1e9, and the 2e9 of one lower run: each seed has a lower run of its own.
     assert costs.base_flops == 3e9
 
 
@@ -336,7 +348,7 @@ curves = st.lists(EXTREME.filter(lambda loss: loss is not None), max_size=4).map
 
 @st.composite
 def finished(draw):
-    """A study's trials and targets, ended in any way with any loss."""
+    """Draw the trials and targets of a study: each ended in any way, with any loss."""
     ends = ["succeeded", "pruned", "failed", "cancelled"]
     changes = {"val_loss_nats": EXTREME, "curve": curves, "state": st.sampled_from(ends)}
     lr = st.fixed_dictionaries({"lr": st.sampled_from([5e-324, 1e-3, 1.7e308])})
@@ -360,13 +372,15 @@ def test_any_finished_study_has_results_and_a_report_in_finite_numbers(study):
     found = {"verdict": judged} if isinstance(judged, Verdict) else {"pending": judged.why}
     whole = results(targets).model_copy(update=found)
     json.dumps(whole.model_dump(mode="json"), allow_nan=False)
+    # The first piece ends with the figures, before Plotly's 5 MB.
     head = b"".join(itertools.islice(report.render_report(whole, trials, SPEC), 1)).decode()
     assert "nan" not in head.split("</script>")[0].split("application/json")[-1].lower()
 
 
 def test_of_very_many_trials_the_best_are_drawn_and_the_record_is_whole():
+    # Odd trials improve one by one to 1001 at number 3999: 2000 records. Even ones never do.
     trials = [trial(n, curve=(), val_loss_nats=5000.0 - n if n % 2 else 9e3) for n in range(4001)]
-    figures = drawn(page(results(), trials, SPEC))
+    figures = read_figures(page(results(), trials, SPEC))
     *points, record = figures["trials"]["data"]
     shown = [number for trace in points for number in trace["x"]]
     assert MAX_TABLE_TRIALS < len(shown) <= MAX_DRAWN_TRIALS

@@ -1,3 +1,5 @@
+"""Results of a study as the API reports them, from the first trial to the verdict."""
+
 import pytest
 
 from service.client import ServiceError
@@ -8,9 +10,10 @@ STEPS, TOKENS_PER_STEP = 20, 256
 
 @pytest.fixture
 def train(worker):
-    """Run a lease to its end by hand, with a curve that ends at `loss`."""
+    """Return a function that runs a lease to its end by hand, with a curve that ends at `loss`."""
 
     def run(lease, loss):
+        # The curve falls by 0.1 nats per evaluation: loss + 0.3, + 0.2, + 0.1, + 0.
         for evaluation in (1, 2, 3, 4):
             worker.evaluate(lease, evaluation, loss + (4 - evaluation) / 10)
         return worker.complete(lease, loss=loss)
@@ -20,7 +23,7 @@ def train(worker):
 
 @pytest.fixture
 def study(submit, worker, train):
-    """A study whose two trials have ended, at losses 2.5 and 2.4."""
+    """Return the name of a study with two finished trials, at losses 2.5 and 2.4."""
     created = submit(
         hpo={"trials": 2, "parallel": 2, "sampler": "random", "pruner": "none"},
         warmstart={"seeds": 2},
@@ -42,7 +45,7 @@ def test_a_study_without_trials_waits_for_them(submit, results):
     found = results(submit()["name"])
     assert found.verdict is None
     assert found.best_trial is None
-    assert found.pending == "0 of 4 trials are finished; the target follows the last of them"
+    assert found.pending == "0 of 4 trials are finished; the target starts after the last"
 
 
 def test_the_best_trial_is_the_one_that_targets_grow_from(study, results, worker):
@@ -59,6 +62,7 @@ def test_the_best_trial_is_the_one_that_targets_grow_from(study, results, worker
 
 
 def test_there_is_no_verdict_until_the_last_target_run_has_ended(study, results, worker, train):
+    # Two seeds with a warm and a cold run each.
     for remaining in (4, 3, 2, 1):
         pending = results(study).pending
         assert pending
@@ -92,6 +96,7 @@ def test_costs_add_up(study, results, worker, train):
     assert costs.cold_flops == costs.warm_flops
     assert costs.base_flops
     assert costs.warm_base_counted_flops == costs.warm_flops + costs.base_flops
+    # Both trials train equally long, and the base is one of them.
     assert costs.search_flops == pytest.approx(2 * costs.base_flops)
     assert costs.total_flops == pytest.approx(costs.search_flops + 4 * costs.warm_flops)
 
@@ -105,6 +110,7 @@ def test_a_diverged_target_is_shown_as_one(study, results, worker, train):
     (diverged,) = [t for t in found.targets if t.diverged]
     assert (diverged.state, diverged.error) == ("failed", "loss is nan at step 3")
     assert found.verdict
+    # Of two seeds one lost its run; a single seed has no interval.
     assert found.verdict.seeds == 1
     assert not found.verdict.grow
 
@@ -112,7 +118,7 @@ def test_a_diverged_target_is_shown_as_one(study, results, worker, train):
 def test_a_cancelled_study_says_that_its_target_never_started(submit, api, results):
     name = submit()["name"]
     api.client.post(f"/v1/studies/{name}/cancel")
-    assert results(name).pending == "the study is cancelled and never started its target"
+    assert results(name).pending == "the study is cancelled; its target never started"
 
 
 def test_a_study_without_a_target_has_nothing_to_judge(submit, worker, train, results):
@@ -142,6 +148,7 @@ def test_the_report_is_a_page_at_every_stage(submit, api, worker, train):
     for lease in worker.lease(4):
         train(lease, 2.0)
     pages.append(_report(api, name))
+    # Before any trial, after the trials, and after the targets. Equal losses show nothing.
     assert [("No verdict yet" in page, "Not shown" in page) for page in pages] == [
         (True, False),
         (True, False),

@@ -1,3 +1,5 @@
+"""The verdict's arithmetic and sentences, as laws over any losses."""
+
 import json
 from math import sqrt
 from statistics import fmean
@@ -32,7 +34,7 @@ arms = st.lists(st.tuples(curves, curves), min_size=1, max_size=6)
 
 
 def curve(values):
-    """Evenly spaced evaluations, the last one at TOKENS."""
+    """Return evenly spaced evaluations; the last evaluation is at TOKENS."""
     n = len(values)
     return tuple(
         Evaluation(step=i, tokens=TOKENS * i // n, val_loss_nats=v)
@@ -57,7 +59,7 @@ def run(arm, seed, values, **changes):
 
 
 def target(pairs):
-    """Runs from (warm curve, cold curve) per seed."""
+    """Return the runs of each seed, from its pair (warm curve, cold curve)."""
     return [
         run(arm, seed, values)
         for seed, both in enumerate(pairs)
@@ -80,6 +82,7 @@ def pending(runs) -> str:
 @given(arms)
 def test_swapping_the_arms_flips_the_sign(pairs):
     one, other = verdict(target(pairs)), verdict(target([(c, w) for w, c in pairs]))
+    # Exactly: negating every difference changes only the sign bit of the mean.
     assert one.difference_nats == -other.difference_nats
     if one.interval_nats and other.interval_nats:
         assert one.interval_nats.low == -other.interval_nats.high
@@ -118,7 +121,7 @@ def test_the_order_of_runs_does_not_matter(pairs, random):
 
 @given(st.lists(st.tuples(losses, losses), min_size=2, max_size=6), st.integers(-3, 3))
 def test_scaling_the_losses_scales_the_difference_and_its_interval(finals, exponent):
-    scale = 2.0**exponent  # a power of two: exact in binary
+    scale = 2.0**exponent  # a power of two changes no bit of the mantissa
     small = verdict(target([([w], [c]) for w, c in finals]))
     large = verdict(target([([scale * w], [scale * c]) for w, c in finals]))
     assert large.difference_nats == scale * small.difference_nats
@@ -155,6 +158,7 @@ def test_the_goal_is_reached_exactly_when_an_evaluation_is_at_or_below_it(values
 
 @given(curves, losses, losses)
 def test_an_easier_goal_is_reached_no_later(values, one, other):
+    # A higher loss is easier to reach.
     hard, easy = sorted((one, other))
     reached = tokens_to_reach(curve(values), hard)
     assume(reached is not None)
@@ -177,6 +181,7 @@ def test_counting_the_base_never_makes_growth_faster(pairs):
 
 
 def test_reaching_is_linear_between_evaluations():
+    # 4.0 nats at 500 tokens, 2.0 nats at 1000.
     assert tokens_to_reach(curve([4.0, 2.0]), 3.0) == 750.0
     assert tokens_to_reach(curve([4.0, 2.0]), 2.0) == 1000.0
     assert tokens_to_reach(curve([4.0, 2.0]), 4.0) == 500.0
@@ -192,23 +197,25 @@ def test_one_seed_says_that_it_cannot_tell():
     assert v.interval_nats is None
     assert not v.grow
     assert "1 seed" in v.sentence
-    assert "cannot tell" in v.sentence
+    assert "one seed has no interval and may be chance" in v.sentence
 
 
 def test_the_sentence_carries_its_numbers():
     v = verdict(target([([4.0, 1.0], [4.0, 2.0]), ([4.0, 1.01], [4.0, 2.0])]))
     assert v.grow
+    # -1.00 and -0.99: mean -0.995, half width 12.706 * 0.00707 / sqrt(2) = 0.0635.
     assert v.sentence == (
         "Growing paid: over 2 seeds warm ended 0.9950 nats lower than cold "
         "(95% interval -1.0585 to -0.9315 nats); "
-        "warm reached cold's final loss in 83% of its tokens (1.20x); "
-        "a warm run costs 4.00e+09 FLOPs (5.00e+09 with the base counted), a cold one 4.00e+09."
+        "warm reached cold's final loss with 83% of cold's tokens (1.20x); "
+        "a warm run costs 4.00e+09 FLOPs (5.00e+09 with the base counted), a cold run 4.00e+09."
     )
 
 
 def test_worse_warm_runs_are_said_to_be_worse():
     v = verdict(target([([4.0, 2.0], [4.0, 1.0]), ([4.0, 2.01], [4.0, 1.0])]))
     assert not v.grow
+    # 1.00 and 1.01 nats apart: the whole interval is above 0.
     assert v.sentence.startswith("Growing did not pay: over 2 seeds warm ended 1.0050 nats higher")
     assert "never reached" in v.sentence
     assert v.speedup is None
@@ -234,7 +241,7 @@ def test_a_pair_needs_both_of_its_runs():
     runs = [run("warm", 0, [2.0]), run("cold", 0, [3.0], state="failed", val_loss_nats=None)]
     why = pending(runs)
     assert "cold seed 0 failed" in why
-    assert "warm seed 0 (1000 tokens of corpus unknown) has no equal partner" in why
+    assert "warm seed 0 (1000 tokens of corpus unknown) has no cold run with equal tokens" in why
 
 
 def test_unequal_budgets_are_never_compared():
@@ -250,6 +257,7 @@ def test_runs_on_different_text_are_never_compared():
 
 
 def test_a_ladder_is_judged_on_its_last_rung():
+    # Warm runs of 9 nats on the lower rung, far above every cold run: they must not count.
     lower = [run("warm", 0, [9.0]), run("warm", 1, [9.0])]
     last = [r.model_copy(update={"rung": 1}) for r in target([([1.0], [2.0]), ([1.0], [2.0])])]
     assert verdict(lower + last) == verdict(last)
@@ -277,6 +285,7 @@ def test_a_seed_that_failed_is_left_out_and_named():
 def test_a_diverged_warm_run_is_never_a_gain():
     runs = target([([1.0], [2.0]), ([1.01], [2.0])])
     assert verdict(runs).grow
+    # The third seed adds no pair, so the interval over two seeds stays below 0.
     runs += [run("warm", 2, [9.0], state="failed", diverged=True), run("cold", 2, [2.0])]
     v = verdict(runs)
     assert not v.grow
@@ -289,9 +298,9 @@ extreme_curves = st.lists(EXTREME | st.floats(allow_nan=False, allow_infinity=Fa
 
 
 @given(st.lists(st.tuples(extreme_curves, extreme_curves), min_size=1, max_size=4))
-@example([([1.7e308], [-1.7e308]), ([-1.7e308], [1.7e308])])  # no sum, no square is finite
+@example([([1.7e308], [-1.7e308]), ([-1.7e308], [1.7e308])])  # neither sums nor squares are finite
 @example([([0.0, -1e300], [-1.7e308]), ([1.7e308, -1.7e308], [1e-300])])
-@example([([5e-324, 0.0], [0.0])])  # half of which is 0
+@example([([5e-324, 0.0], [0.0])])  # half of the smallest float is 0
 def test_losses_of_any_size_have_a_verdict_in_finite_numbers(pairs):
     v = verdict(target(pairs))
     json.dumps(v.model_dump(), allow_nan=False)
@@ -304,4 +313,5 @@ def test_losses_of_any_size_have_a_verdict_in_finite_numbers(pairs):
 def test_scaling_changes_no_bit_of_a_verdict_on_real_losses(pairs):
     v = verdict(target(pairs))
     differences = [p.difference_nats for p in v.pairs]
+    # `mean` divides by a power of two and multiplies back: the result equals the plain mean.
     assert v.difference_nats == fmean(differences)

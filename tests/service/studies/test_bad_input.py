@@ -7,7 +7,9 @@ import httpx
 import pytest
 
 from service.client import ServiceError
+from service.settings import Settings
 from service.web import json_body
+from service.web.services import find_service
 
 
 @pytest.fixture
@@ -477,7 +479,7 @@ def test_names_of_studies_are_told_apart_by_case(api, study_spec):
 def test_a_body_of_the_limit_is_a_study_and_one_of_ten_megabytes_says_what_the_limit_is(
     api, study_spec
 ):
-    most = api.app.state.settings.max_body_bytes
+    most = find_service(api.app, Settings).max_body_bytes
     large = send(api, "POST", "/v1/studies", b" " * 10_000_000)
     assert (large.status_code, large.json()["type"]) == (
         413,

@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from service.cli.output.tables import results, show
 from service.client import ServiceError
-from service.leases import attempts
+from service.leases import attempts, checkpoints
 from service.protocol import CheckpointReport
 from service.results.schemas import StudyResults
 from service.specs.budgets import flops_with_branches
@@ -216,10 +216,10 @@ def test_a_cancel_during_a_publish_misses_no_branch(study, worker, api):
     cancelled = threading.Thread(target=api.client.post, args=(f"/v1/studies/{name}/cancel",))
     with api.sessions.begin() as session:
         branches.lock_study(session, trunk.run_id, step)
-        run = attempts.renew(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
+        run = attempts.renew_lease(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
         cancelled.start()
         _wait_for_a_waiting_lock(api)
-        attempts.publish(session, run, checkpoint(trunk, step))
+        checkpoints.write_checkpoint(session, run, checkpoint(trunk, step))
     cancelled.join()
     found = api.client.get("/v1/runs", study=name, kind="target")["items"]
     assert {run["state"] for run in found} == {"cancelled"}
@@ -235,8 +235,8 @@ def test_a_crash_in_the_middle_of_a_publish_leaves_neither_checkpoint_nor_branch
     step = trunk.spec.branch_steps[0]
     with pytest.raises(ZeroDivisionError), api.sessions.begin() as session:
         branches.lock_study(session, trunk.run_id, step)
-        run = attempts.renew(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
-        attempts.publish(session, run, checkpoint(trunk, step))
+        run = attempts.renew_lease(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
+        checkpoints.write_checkpoint(session, run, checkpoint(trunk, step))
         raise ZeroDivisionError
     assert api.client.get(f"/v1/runs/{trunk.run_id}/checkpoints")["items"] == []
     assert worker.lease(8) == ()

@@ -111,7 +111,7 @@ def test_cancel_ends_every_live_run_and_optuna_hears_it(api, submit, worker):
     api.client.post(f"/v1/studies/{study['id']}/cancel")
     assert {run["state"] for run in api.client.get("/v1/runs")["items"]} == {"cancelled"}
     worker.lease()
-    states = api.app.state.sampler.states(study["name"])
+    states = api.sampler.states(study["name"])
     assert {state for state, _ in states.values()} == {"FAIL"}
 
 
@@ -121,7 +121,7 @@ def test_a_diverged_trial_is_failed_here_and_pruned_at_the_worst_value_there(api
     worker.evaluate(lease, 1, 3.0)
     assert worker.finish(lease, "diverged", error="loss is nan") == "failed"
     worker.lease()
-    states = api.app.state.sampler.states(study["name"])
+    states = api.sampler.states(study["name"])
     assert states[0] == ("PRUNED", float("inf"))
     (trial,) = [
         t for t in api.client.get(f"/v1/studies/{study['id']}/trials")["items"] if t["number"] == 0
@@ -161,7 +161,7 @@ def test_a_trial_that_a_crash_left_without_its_run_leaves_no_room_for_one_too_ma
     import optuna
 
     study = submit(hpo={"trials": 1, "parallel": 1, "sampler": "random"})
-    storage = api.app.state.sampler.storage
+    storage = api.sampler.storage
     optuna.load_study(study_name=study["name"], storage=storage).ask()
     refused = problem(
         api.client.post, f"/v1/studies/{study['id']}/trials", {"params": {"lr": 0.02}}

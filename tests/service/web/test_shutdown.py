@@ -111,15 +111,15 @@ def all_used(engine):
 
 def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker, monkeypatch):
     submit()
-    reached, gone, lease_of = threading.Event(), threading.Event(), new_trials.lease_of
+    reached, gone, make_lease = threading.Event(), threading.Event(), new_trials.make_lease
 
     def slow(*arguments, **more):  # too late to grant nothing
         reached.set()
         assert gone.wait(LONG / 2)
         time.sleep(0.2)  # the server's loop hears of it
-        return lease_of(*arguments, **more)
+        return make_lease(*arguments, **more)
 
-    monkeypatch.setattr(new_trials, "lease_of", slow)
+    monkeypatch.setattr(new_trials, "make_lease", slow)
     body = json.dumps({"worker": "gone", "resources": {"cpus": 1}})
     request = (
         f"POST /v1/leases HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {api.key}\r\n"

@@ -54,13 +54,13 @@ def sessions(database_url):
 
 def add(sessions, url, types=("run.succeeded",), project=None):
     with sessions.begin() as session:
-        row, secret = store.add(session, url, list(types), project)
+        row, secret = store.add_webhook(session, url, list(types), project)
         return row.id, secret
 
 
 def standing(sessions, webhook_id):
     with sessions() as session:
-        (view,) = [view for view in store.listing(session) if view.id == webhook_id]
+        (view,) = [view for view in store.list_webhooks(session) if view.id == webhook_id]
     return view
 
 
@@ -78,14 +78,14 @@ def outbox_of(sessions, n, url):
         session.execute(text("INSERT INTO warmscale.studies (id, name, state, spec) "
                              "VALUES ('st_1', 's', 'active', '{}')"))  # fmt: skip
         for _ in range(n):
-            audit_log.record(session, "study.failed", study_id="st_1")
+            audit_log.record_event(session, "study.failed", study_id="st_1")
     return webhook_id
 
 
 def test_the_signature_is_the_one_of_the_convention():
     """Standard Webhooks' own example."""
     secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - the example's
-    found = signing.headers(
+    found = signing.sign_message(
         secret, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}'
     )
     assert found["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
@@ -136,7 +136,7 @@ def test_what_fails_to_the_end_is_given_up_visibly_and_can_be_revived(
     metrics = httpx.get(f"{api.url}/metrics", headers={"Authorization": f"Bearer {api.key}"}).text
     assert 'warmscale_webhook_deliveries{state="dead"} 1.0' in metrics
     with api.sessions.begin() as session:
-        assert store.revive(session, webhook_id) == 1
+        assert store.revive_deliveries(session, webhook_id) == 1
     eventually(lambda: standing(api.sessions, webhook_id).delivered, 1)
 
 
@@ -150,7 +150,7 @@ def test_the_delays_grow_to_a_day_at_most():
 def test_an_event_that_is_rolled_back_is_told_to_nobody(sessions, receiver):
     outbox_of(sessions, 1, receiver.url)
     with sessions() as session:
-        audit_log.record(session, "study.failed", study_id="st_1")
+        audit_log.record_event(session, "study.failed", study_id="st_1")
         assert session.scalar(select(func.count()).select_from(Delivery)) == 2
         session.rollback()
         assert session.scalar(select(func.count()).select_from(Delivery)) == 1
@@ -180,8 +180,8 @@ def test_two_replicas_deliver_each_once_because_claims_hold(
 
     async def replica():
         own = outbox.Outbox(sessions, allow_private=True)
-        async with sending.client() as http:
-            while await own.deliver(http) or standing(sessions, webhook_id).waiting:
+        async with sending.make_client() as http:
+            while await own.deliver_due(http) or standing(sessions, webhook_id).waiting:
                 pass
 
     async def both():
@@ -245,7 +245,7 @@ def test_an_address_of_the_internet_is_public(address):
 )  # fmt: skip
 def test_what_is_no_plain_web_url_is_refused(url):
     with pytest.raises(addresses.ForbiddenURLError):
-        addresses.parsed(url)
+        addresses.parse_url(url)
 
 
 @pytest.mark.parametrize(
@@ -254,33 +254,33 @@ def test_what_is_no_plain_web_url_is_refused(url):
      ("http://[::1]:8/", "[::1]:8"), ("http://a.example", "a.example")],
 )  # fmt: skip
 def test_a_host_is_written_as_resolvers_and_certificates_have_it(url, netloc):
-    assert addresses.parsed(url).netloc == netloc
+    assert addresses.parse_url(url).netloc == netloc
 
 
 def test_whatever_goes_wrong_on_the_way_is_that_delivery_s_failure(receiver, monkeypatch):
     async def broken(*_, **__):
         raise KeyError(receiver.url)
 
-    monkeypatch.setattr(sending, "checked", broken)
+    monkeypatch.setattr(sending, "resolve_address", broken)
     assert send(receiver.url) == "not reached: KeyError"
 
 
 def test_the_outbox_goes_on_after_any_exception(sessions, receiver, monkeypatch, caplog):
     """Control: `deliver` itself raises."""
-    own, healthy = outbox.Outbox(sessions, allow_private=True), store.settle
+    own, healthy = outbox.Outbox(sessions, allow_private=True), store.settle_delivery
     webhook_id = outbox_of(sessions, 1, receiver.url)
 
     def broken(*_):
-        monkeypatch.setattr(store, "settle", healthy)
+        monkeypatch.setattr(store, "settle_delivery", healthy)
         raise KeyError("unforeseen")
 
     async def until_delivered():
-        monkeypatch.setattr(store, "settle", broken)
+        monkeypatch.setattr(store, "settle_delivery", broken)
         with pytest.raises(KeyError):
-            async with sending.client() as http:
-                await own.deliver(http)
-        monkeypatch.setattr(store, "settle", broken)
-        async with own.emptied(Wakeups(sessions.kw["bind"].url)):
+            async with sending.make_client() as http:
+                await own.deliver_due(http)
+        monkeypatch.setattr(store, "settle_delivery", broken)
+        async with own.keep_delivering(Wakeups(sessions.kw["bind"].url)):
             await asyncio.to_thread(eventually, standing_of(sessions, webhook_id), (0, 1, 0))
 
     monkeypatch.setattr(outbox, "_LOOK_SECONDS", 0.05)
@@ -302,10 +302,10 @@ def deliver_to_the_end(sessions):
     own = outbox.Outbox(sessions, allow_private=True)
 
     async def rounds():
-        async with sending.client() as http:
+        async with sending.make_client() as http:
             for _ in range(20):
                 with suppress(KeyError):
-                    await own.deliver(http)
+                    await own.deliver_due(http)
 
     asyncio.run(rounds())
 
@@ -330,11 +330,11 @@ def test_what_fails_outside_of_sending_is_an_attempt_and_comes_to_an_end(
         return call
 
     if broken == "message":
-        found = fails_for_one(outbox.encoded, lambda body: body["data"]["event_id"])
-        monkeypatch.setattr(outbox, "encoded", found)
+        found = fails_for_one(outbox.encode_body, lambda body: body["data"]["event_id"])
+        monkeypatch.setattr(outbox, "encode_body", found)
     else:
-        found = fails_for_one(store.settle, lambda _, one, __: one.event_id)
-        monkeypatch.setattr(store, "settle", found)
+        found = fails_for_one(store.settle_delivery, lambda _, one, __: one.event_id)
+        monkeypatch.setattr(store, "settle_delivery", found)
     deliver_to_the_end(sessions)
     view = standing(sessions, webhook_id)
     assert (view.waiting, view.delivered, view.dead) == (0, 2, 1)
@@ -348,9 +348,9 @@ def test_what_fails_outside_of_sending_is_an_attempt_and_comes_to_an_end(
 
 def send(url, *, allow_private=False, **more):
     async def one():
-        async with sending.client() as http:
-            secret = signing.new_secret()
-            return await sending.send(
+        async with sending.make_client() as http:
+            secret = signing.create_secret()
+            return await sending.send_message(
                 http, url, secret=secret, message_id="m", body=b"{}",
                 allow_private=allow_private, **more,
             )  # fmt: skip

@@ -11,12 +11,12 @@ from service.access import lookup
 from service.client import ServiceError
 from service.database.tables import Event, Run, Study
 from service.leases import attempts
-from service.leases import rounds as store
+from service.leases import rounds as lease_rounds
 from service.leases.presence import Presence
 from service.operations import invariants
 from service.runs import store as runs
 from service.studies import advance
-from tests.by_hand import EVERYWHERE
+from tests.by_hand import EVERYWHERE, forget_presence
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
@@ -32,14 +32,14 @@ def test_a_study_that_cannot_start_a_trial_fails_alone_and_says_why(
     api, submit, worker, monkeypatch
 ):
     bad, good = submit(), submit()
-    draw = api.app.state.sampler.draw
+    draw = api.sampler.draw
 
     def fails_for_one(name, *arguments):
         if name == bad["name"]:
             raise ValueError("no such point")
         return draw(name, *arguments)
 
-    monkeypatch.setattr(api.app.state.sampler, "draw", fails_for_one)
+    monkeypatch.setattr(api.sampler, "draw", fails_for_one)
     assert {lease.study_id for lease in worker.lease(2)} == {good["id"]}
     view = api.client.get("/v1/runs", study=bad["id"])
     assert view["items"] == []
@@ -144,8 +144,8 @@ def test_a_late_lease_that_is_left_to_another_version_is_not_asked_for_all_the_t
     poison(api, study, of_tomorrow=1)
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 hour'")))
-    rounds, serve = [], store.serve
-    monkeypatch.setattr(store, "serve", lambda *a: rounds.append(1) or serve(*a))
+    rounds, serve = [], lease_rounds.serve_round
+    monkeypatch.setattr(lease_rounds, "serve_round", lambda *a: rounds.append(1) or serve(*a))
     assert worker.lease(1, wait_seconds=2) == ()
     assert len(rounds) <= 3
 
@@ -158,7 +158,7 @@ def test_what_was_granted_is_returned_though_the_next_ask_fails(api, submit, wor
         raise OperationalError("", {}, Exception("away"))
 
     submit()
-    monkeypatch.setattr(api.app.state.sampler, "draw", away)
+    monkeypatch.setattr(api.sampler, "draw", away)
     assert len(worker.lease(2)) == 1
 
 
@@ -174,7 +174,7 @@ def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit
     study = submit()
     lease = worker.one()
     with api.sessions.begin() as session:
-        run = attempts.renew(session, EVERYWHERE, lease.run_id, lease.lease_token, 5.0)
+        run = attempts.renew_lease(session, EVERYWHERE, lease.run_id, lease.lease_token, 5.0)
         cancel = threading.Thread(
             target=lambda: api.client.post(f"/v1/studies/{study['id']}/cancel")
         )
@@ -191,7 +191,7 @@ def test_after_an_absence_of_ours_leases_get_their_time_again(api, submit, worke
     lease = worker.one()
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 hour'")))
-    api.app.state.presence = Presence(5.0)  # a process that has just started
+    forget_presence(api)  # a process that has just started
     worker.lease(1)
     run = api.client.get(f"/v1/runs/{lease.run_id}")
     assert (run["state"], run["failures"]) == ("leased", 0)
@@ -200,12 +200,12 @@ def test_after_an_absence_of_ours_leases_get_their_time_again(api, submit, worke
 
 def test_an_absence_is_not_over_before_it_is_made_good():
     presence = Presence(1000.0)
-    assert [presence.seen(), presence.seen()] == [False, False]
+    assert [presence.note_request(), presence.note_request()] == [False, False]
     presence.note_extended()
-    assert presence.seen()
+    assert presence.note_request()
     short = Presence(-1.0)
     short.note_extended()
-    assert not short.seen()
+    assert not short.note_request()
 
 
 def test_a_checkpoint_that_a_target_grows_from_is_kept(api, submit, worker):
@@ -312,7 +312,7 @@ def test_a_grid_trial_that_is_adopted_keeps_its_point(api, submit, worker):
 
     space = {"lr": {"type": "categorical", "choices": [0.001, 0.002, 0.004]}}
     study = submit(search_space=space, hpo=ONE | {"trials": 3, "parallel": 3, "sampler": "grid"})
-    storage = api.app.state.sampler.storage
+    storage = api.sampler.storage
     optuna.load_study(study_name=study["name"], storage=storage).ask()
     leases = [*worker.lease(3), *worker.lease(3)]  # what is adopted is answered first
     assert sorted(lease.params["lr"] for lease in leases) == [0.001, 0.002, 0.004]

@@ -9,15 +9,14 @@ import pytest
 from sqlalchemy import create_engine, text, update
 
 from service.database.tables import Run
-from service.leases.presence import Presence
-from tests.by_hand import Worker
+from tests.by_hand import Worker, forget_presence
 from tests.conftest import serving, violations
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
 
 def states_in_optuna(api, study):
-    return {n: state for n, (state, _) in api.app.state.sampler.states(study["name"]).items()}
+    return {n: state for n, (state, _) in api.sampler.states(study["name"]).items()}
 
 
 def test_a_killed_workers_trial_does_not_stay_running_in_optuna_for_ever(api, submit, worker):
@@ -43,7 +42,7 @@ def test_a_trial_whose_worker_reports_is_never_failed_for_its_age(api, submit, w
                 text(f"UPDATE optuna.trials SET datetime_start = datetime_start - {old}")
             )
             session.execute(text(f"UPDATE warmscale.runs SET started_at = started_at - {old}"))
-        api.app.state.presence = Presence(5.0)
+        forget_presence(api)
         assert worker.lease(4) == ()
         assert worker.evaluate(lease, evaluation, 3.0) == "continue"
         assert states_in_optuna(api, study) == {0: "RUNNING"}

@@ -171,7 +171,7 @@ def test_an_api_outlives_its_database_and_goes_on_by_itself(study_spec):
     with warnings.catch_warnings(), scratch() as folder, scratch() as home:
         warnings.simplefilter("ignore")
         server = db.start_embedded(folder)
-        url = db.normalized(server.get_uri())
+        url = db.normalize_url(server.get_uri())
         migrations.upgrade(url)
         with serving(settings_below(home), url) as api:
             api.client.post("/v1/studies", study_spec())

@@ -23,9 +23,13 @@ from sqlalchemy import func, select, text, update
 
 from service.client import Client, ServiceError, StaleLeaseError
 from service.database.tables import Run
-from service.leases.presence import Presence
-from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES, after_attempt
-from tests.by_hand import Worker
+from service.lifecycle import (
+    FINAL_RUN_STATES,
+    FINAL_STUDY_STATES,
+    LIVE_RUN_STATES,
+    state_after_attempt,
+)
+from tests.by_hand import Worker, forget_presence
 from tests.conftest import fresh_database, scratch, serving, settings_below, violations
 
 EXAMPLES = int(os.environ.get("WARMSCALE_STATEFUL_EXAMPLES", "0"))
@@ -184,7 +188,7 @@ class Protocol(RuleBasedStateMachine):
 
     def check_table(self, held, finished):
         run = self.replicas[0].client.get(f"/v1/runs/{held.lease.run_id}")
-        expected = after_attempt(
+        expected = state_after_attempt(
             finished.outcome, retryable=True, failures=run["failures"], max_attempts=MAX_ATTEMPTS
         )
         assert finished.answer == ("cancelled" if self.cancelled else expected)
@@ -269,7 +273,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 1))
     def a_replica_comes_back_from_an_absence(self, which):
-        self.replicas[which].api.app.state.presence = Presence(3600.0)
+        forget_presence(self.replicas[which].api)
 
     def report_call(self, held, step):
         worker = next(self.turn).worker

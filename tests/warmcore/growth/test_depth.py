@@ -25,8 +25,9 @@ from warmcore.growth.depth import layers_of
 from warmcore.model.decoder import loss_nats, parameter_shapes
 from warmcore.model.mup import factors, multipliers
 from warmcore.specs import GrowthOptions, ModelSpec, TrainSpec, growth_rules
+from warmcore.training.events import StepEvent
 from warmcore.training.optimizer import ROLES
-from warmcore.training.training import StepEvent, Training
+from warmcore.training.training import Training
 
 FLAT = 0.05
 OPERATORS = ("stack", "interleave", "identity")

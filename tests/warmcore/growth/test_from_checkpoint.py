@@ -24,7 +24,8 @@ from warmcore.growth.growth import Growth
 from warmcore.model.decoder import parameter_shapes
 from warmcore.specs import CheckpointRef, GrowthSpec
 from warmcore.tensors.files import TensorFile, TensorInfo, TensorStream, write_tensors
-from warmcore.training.training import EvaluationEvent, StepEvent, Training
+from warmcore.training.events import EvaluationEvent, StepEvent
+from warmcore.training.training import Training
 
 
 @pytest.fixture(scope="module")

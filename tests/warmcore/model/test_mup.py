@@ -5,8 +5,9 @@ import pytest
 from warmcore.coord_check.check import Setup, check_axis
 from warmcore.model.mup import GAINS, factors, multipliers, role_of
 from warmcore.specs import ModelSpec, TrainSpec
+from warmcore.training.events import StepEvent
 from warmcore.training.optimizer import ROLES
-from warmcore.training.training import StepEvent, Training
+from warmcore.training.training import Training
 
 FLAT = 0.05
 CONTEXT = 32

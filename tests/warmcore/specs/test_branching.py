@@ -13,8 +13,9 @@ from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.specs import CheckpointRef, GrowthSpec, RunSpec
 from warmcore.specs.run import branch_of
 from warmcore.specs.schedule import lr_factor, warmup_steps
+from warmcore.training.events import EvaluationEvent
 from warmcore.training.optimizer import optimizer_tensors
-from warmcore.training.training import EvaluationEvent, Training
+from warmcore.training.training import Training
 
 BUDGETS = (0.05, 0.1, 0.15)  # 9, 18 and 27 steps of the model below
 PLACE = CheckpointRef(uri="trunk", hash="0" * 64)

@@ -17,8 +17,9 @@ from warmcore.model.decoder import Decoder
 from warmcore.specs import CheckpointRef, GrowthSpec, TrainSpec
 from warmcore.training.averages import Averages
 from warmcore.training.evaluate import val_loss_nats
+from warmcore.training.events import EvaluationEvent, StepEvent
 from warmcore.training.optimizer import optimizer_tensors
-from warmcore.training.training import EvaluationEvent, StepEvent, Training
+from warmcore.training.training import Training
 
 BOTH = {"ema_half_life": 0.1, "swa_fraction": 0.5}
 lengths, half_lives = st.integers(2, 60), st.floats(0.01, 0.9)

@@ -11,7 +11,8 @@ from warmcore.checkpoint.checkpoint import load_checkpoint
 from warmcore.checkpoint.progress import LossWatch
 from warmcore.specs import CheckpointRef, GrowthSpec
 from warmcore.training.divergence import why_broken, why_diverged
-from warmcore.training.training import DivergedEvent, EvaluationEvent, StepEvent, Training
+from warmcore.training.events import DivergedEvent, EvaluationEvent, StepEvent
+from warmcore.training.training import Training
 
 VOCAB = 256
 KNOWS_NOTHING = math.log(VOCAB)

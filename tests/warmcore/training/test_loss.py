@@ -8,8 +8,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from warmcore.model.decoder import Decoder, init_, loss_nats
 from warmcore.specs import ModelSpec, TrainSpec
+from warmcore.training.events import EvaluationEvent, StepEvent
 from warmcore.training.loss import CompilerMissingError, backward, compiled, loss_in
-from warmcore.training.training import EvaluationEvent, StepEvent, Training
+from warmcore.training.training import Training
 
 CONTEXT = 16
 SPEC = ModelSpec(width=32, depth=3, head_dim=8, group_size=2, unembedding_std=0.1)

@@ -15,8 +15,9 @@ from warmcore.model.decoder import Decoder, init_
 from warmcore.model.mup import GAINS, factors, role_of
 from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec, TrainSpec
 from warmcore.training import optimizer as optim_module
+from warmcore.training.events import StepEvent
 from warmcore.training.optimizer import ADAM_KEYS, ROLES, build_optimizer, optimizer_tensors
-from warmcore.training.training import StepEvent, Training
+from warmcore.training.training import Training
 
 FLAT = 0.05
 MUON = TrainSpec(optimizer="muon", lr=0.01, weight_decay=0.3, muon_lr_ratio=2.0)

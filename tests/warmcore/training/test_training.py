@@ -12,8 +12,9 @@ from warmcore.specs import CheckpointRef, GrowthSpec
 from warmcore.specs.schedule import evaluation_steps
 from warmcore.training import training as train_module
 from warmcore.training.batches import train_batch
+from warmcore.training.events import EvaluationEvent, StepEvent
 from warmcore.training.optimizer import optimizer_tensors
-from warmcore.training.training import EvaluationEvent, StepEvent, Training
+from warmcore.training.training import Training
 
 NUM_STEPS = 12
 

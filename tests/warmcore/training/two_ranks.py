@@ -1,4 +1,4 @@
-"""Runs on two gloo processes: `python two_ranks.py plan.json`, for `test_parallel.py`.
+"""Runs on two gloo processes: `python two_ranks.py plan.json`, for `test_ranks.py`.
 
 A planned run is `strategy`, `how` it begins, `spec` and `checkpoint`, the folder `out` to save at
 the end, `middle` to save in after `num_before` events, and the `fault` that is put in.
@@ -20,8 +20,8 @@ from warmcore.specs import RunSpec
 from warmcore.training import optimizer
 from warmcore.training.follow import follow
 from warmcore.training.launch import leave
+from warmcore.training.leading import LeadingTraining
 from warmcore.training.ranks import Ranks
-from warmcore.training.training import Training
 
 
 def main(rank, plan):
@@ -43,9 +43,9 @@ def lead(planned, ranks):
     corpus, out = prepare(spec.data), Path(planned["out"])
     path = Path(planned["checkpoint"]) if planned["checkpoint"] else None
     if planned["how"] == "start":
-        training = Training.start(spec, corpus, base=path, ranks=ranks)
+        training = LeadingTraining.start(spec, corpus, base=path, ranks=ranks)
     else:
-        training = Training.resume(spec, corpus, path, ranks=ranks)
+        training = LeadingTraining.resume(spec, corpus, path, ranks=ranks)
     events = []
     for event in training.events():
         events.append(dataclasses.asdict(event))

@@ -10,9 +10,14 @@ from service.client import StaleLeaseError
 from tests.workers.spy import Spy
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.corpus import prepare as data
+from warmcore.specs import CheckpointRef
 from warmcore.specs.run import branch_of
-from warmcore.training.training import EvaluationEvent, Training
-from workers.attempt.execute import AttemptOptions, execute
+from warmcore.training.events import EvaluationEvent
+from warmcore.training.training import Training
+from workers.attempt import checkpoints
+from workers.attempt.execute import _Attempt, execute
+from workers.attempt.options import AttemptOptions
+from workers.attempt.reporter import CancelledError, Reporter
 from workers.failures import UnrunnableError, failure
 
 EVALUATED_OFTEN = {"num_steps": 3_000, "evaluations": 300}
@@ -295,6 +300,37 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
         found = api.client.get(f"/v1/runs/{branch.run_id}")
         assert (found["state"], found["step"]) == ("succeeded", whole.num_steps)
         assert found["trunk_id"] == trunk.run_id
+
+
+def test_an_attempt_keeps_what_it_is_given_and_prepares_nothing(fake, client, make_spec):
+    spec = make_spec()
+    training = Training.start(spec, data.prepare(spec.data))
+    missing = spec.data.model_copy(update={"source": "/nothing/is/here"})
+    leased = fake.leased(spec.model_copy(update={"data": missing})).lease
+    given = CheckpointRef(uri="file:///nothing/is/here", hash="0" * 64)
+    leased = leased.model_copy(update={"resume_from": (given,)})
+    reporter, options = Reporter(client, leased), AttemptOptions()
+    attempt = _Attempt(leased, client, reporter, options, corpus=None, training=training)
+    assert attempt.step == 0
+    with pytest.raises(UnrunnableError, match="/nothing/is/here"):
+        _Attempt.prepared(leased, client, reporter, options)
+
+
+def test_an_attempt_that_is_cancelled_while_it_waits_to_resume_ends(
+    fake, client, make_spec, monkeypatch
+):
+    leased = fake.leased(make_spec()).lease
+    given = CheckpointRef(uri="s3://bucket/away", hash="0" * 64)
+    leased = leased.model_copy(update={"resume_from": (given,)})
+
+    def fail(_):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(checkpoints, "local", fail)
+    reporter = Reporter(client, leased)
+    monkeypatch.setattr(reporter, "check", lambda: "cancel")
+    with pytest.raises(CancelledError):
+        _Attempt.prepared(leased, client, reporter, AttemptOptions())
 
 
 # A store that is full or away. A file in the place of the run's folder refuses everything below it.

@@ -1,7 +1,7 @@
 import dataclasses
 import math
 
-from warmcore.training.training import EvaluationEvent, StepEvent
+from warmcore.training.events import EvaluationEvent, StepEvent
 from workers.attempt.measurements import Curve
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from warmcore.corpus.prepare import prepare
-from warmcore.training.training import StepEvent, Training
+from warmcore.training.events import StepEvent
+from warmcore.training.training import Training
 
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 5}
 _FLOAT32 = 1e-5  # relative; gradients are summed in another order, a few hundred times

@@ -3,8 +3,9 @@ const figures = JSON.parse(document.getElementById("figures").textContent);
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
 const narrow = window.matchMedia("(max-width: 600px)");
 
-// Plotly draws to SVG attributes, which style sheets do not reach: hand it the page's colours.
-function themed(layout) {
+// Plotly writes colours into SVG attributes, where style sheets have no effect. Read the page's
+// colours from the CSS variables, so that the figures follow the light and the dark page.
+function addTheme(layout) {
   const style = getComputedStyle(document.documentElement);
   const colour = (name) => style.getPropertyValue(name).trim();
   const axis = (own) => ({
@@ -25,15 +26,17 @@ function themed(layout) {
   };
 }
 
-function draw() {
+// A page shows only the figures that have an element: the id of the element is the figure's key.
+function drawFigures() {
   for (const [place, figure] of Object.entries(figures)) {
     const element = document.getElementById(place);
     if (element) {
-      Plotly.react(element, figure.data, themed(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
+      Plotly.react(element, figure.data, addTheme(figure.layout), { responsive: true, displaylogo: false, displayModeBar: false });
     }
   }
 }
 
-draw();
-dark.addEventListener("change", draw);
-narrow.addEventListener("change", draw);
+drawFigures();
+// Colours and font sizes are in the figures, so a change of theme or width draws them again.
+dark.addEventListener("change", drawFigures);
+narrow.addEventListener("change", drawFigures);
