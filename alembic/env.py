@@ -4,7 +4,7 @@ from alembic import context
 from sqlalchemy import Connection
 
 from service.database.tables import SCHEMA, Base
-from service.operations.migrations import locking_engine
+from service.operations.migrations import create_locking_engine
 
 
 def run(connection: Connection) -> None:
@@ -25,6 +25,6 @@ given = context.config.attributes
 if "connection" in given:
     run(given["connection"])
 else:
-    engine = locking_engine(given["url"], given["lock_seconds"])
+    engine = create_locking_engine(given["url"], given["lock_seconds"])
     with engine.connect() as connection:
         run(connection)

@@ -56,7 +56,7 @@ def postgres():
                 connection.execute(text("ALTER SYSTEM SET fsync = off"))
                 connection.execute(text("SELECT pg_reload_conf()"))
                 connection.execute(text("CREATE DATABASE template_warmscale"))
-            migrations.upgrade(url.set(database="template_warmscale"))
+            migrations.upgrade_database(url.set(database="template_warmscale"))
             yield SimpleNamespace(url=url, admin=admin, server=server)
             admin.dispose()
 

@@ -56,7 +56,7 @@ def exposed():
             yield family.name + total, family.type, collector._labelnames
     session = SimpleNamespace(execute=lambda _: [])
     engine = create_engine("postgresql+psycopg://nobody@127.0.0.1:1/none")
-    for family in (*gauges._of_database(session), *gauges._of_pools({"service": engine})):
+    for family in (*gauges._read_database(session), *gauges._read_pools({"service": engine})):
         yield family.name, family.type, tuple(family._labelnames)
 
 

@@ -13,7 +13,6 @@ Exit codes: 0 finished, 2 bad spec, 3 diverged, 130 interrupted (run it again to
 
 import argparse
 import functools
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,73 +20,52 @@ from typing import get_args
 
 import torch
 
-from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.coord_check import cli
-from warmcore.corpus.prepare import prepare
-from warmcore.local_run import BAD_SPEC, RunLocation, log, train
-from warmcore.run_file import read_spec
+from warmcore.local_run import RunLocation, run_spec_file
 from warmcore.specs import Strategy
-from warmcore.training.loss import CompilerMissingError
-from warmcore.training.ranks import ALONE, Ranks
+from warmcore.training.launch import Launch, lead_processes
+from warmcore.training.ranks import ALONE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse, run, and return the exit code."""
+    """Parse the arguments, run what they name, and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["coord-check"]:
         return cli.main(arguments[1:])
-    options = _parser().parse_args(arguments)
-    if options.processes == 1:
-        return run(options, ALONE, options.device)
-    # By the name that other processes know; the program itself is `__main__`.
-    from warmcore import __main__ as program  # noqa: PLC0415, PLW0406
-    from warmcore.training.launch import Launch, lead_processes  # noqa: PLC0415
-
-    launch = Launch(
-        size=options.processes,
-        strategy=options.strategy,
-        device=options.device,
-        num_threads=options.threads,
+    options = _make_parser().parse_args(arguments)
+    location = RunLocation(
+        out=options.out or Path("runs") / options.spec.stem,
+        checkpoint_seconds=options.checkpoint_seconds,
     )
-    return lead_processes(functools.partial(program.run, options), launch)
-
-
-def run(options: argparse.Namespace, ranks: Ranks, device: str) -> int:
-    """Do what the command line says, leading the other ranks; return the exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    run = functools.partial(run_spec_file, options.spec, location)
+    if options.processes > 1:
+        launch = Launch(
+            size=options.processes,
+            strategy=options.strategy,
+            device=options.device,
+            num_threads=options.threads,
+        )
+        return lead_processes(run, launch)
     if options.threads:
         torch.set_num_threads(options.threads)
-    try:
-        spec = read_spec(options.spec)
-        corpus = prepare(spec.data)
-        spec = spec.with_data(corpus.pinned(spec.data))
-        place = RunLocation(
-            out=options.out or Path("runs") / options.spec.stem,
-            checkpoint_seconds=options.checkpoint_seconds,
-            device=device,
-            ranks=ranks,
-        )
-        return train(spec, corpus, place)
-    except (ValueError, CheckpointCorruptError, CompilerMissingError) as error:
-        log.error("%s", error)
-        return BAD_SPEC
+    return run(ALONE, options.device)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m warmcore", description="Train one run.")
     parser.add_argument("spec", type=Path, help="run.yaml, see examples/run.yaml")
     parser.add_argument("--out", type=Path, help="folder to write to (runs/<name of the spec>)")
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument("--checkpoint-seconds", type=float, default=60.0, help="default 60")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
-    parser.add_argument("--processes", type=_count, default=1, help="that share the run; 1")
+    parser.add_argument("--processes", type=_parse_count, default=1, help="that share the run; 1")
     parser.add_argument(
         "--strategy", default="ddp", choices=get_args(Strategy), help="of several processes"
     )
     return parser
 
 
-def _count(text: str) -> int:
+def _parse_count(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not at least 1")
     return number

@@ -6,17 +6,20 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError, checkpoint_path, list_checkpoints
-from warmcore.corpus.prepare import Corpus
-from warmcore.run_file import reference, require_local_path
+from warmcore.corpus.prepare import Corpus, prepare
+from warmcore.run_file import read_spec, reference, require_local_path
 from warmcore.specs import RunSpec
 from warmcore.specs.run import branch_of
+from warmcore.storage.atomic_writes import write_file
 from warmcore.training.events import DivergedEvent, EvaluationEvent, Event, StepEvent
 from warmcore.training.leading import LeadingTraining
+from warmcore.training.loss import CompilerMissingError
 from warmcore.training.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -36,6 +39,22 @@ class RunLocation:
     checkpoint_seconds: float = 60.0
     device: str = "cpu"
     ranks: Ranks = ALONE
+
+
+def run_spec_file(path: Path, location: RunLocation, ranks: Ranks, device: str) -> int:
+    """Run the spec in the file `path` as the rank that leads; return the exit code.
+
+    Another process may call this, so it sets up the log here.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        spec = read_spec(path)
+        corpus = prepare(spec.data)
+        spec = spec.with_data(corpus.pinned(spec.data))
+        return train(spec, corpus, dataclasses.replace(location, ranks=ranks, device=device))
+    except (ValueError, CheckpointCorruptError, CompilerMissingError) as error:
+        log.error("%s", error)  # noqa: TRY400 - a message for the user, not a traceback
+        return BAD_SPEC
 
 
 def train(spec: RunSpec, corpus: Corpus, place: RunLocation) -> int:
@@ -133,9 +152,8 @@ class LocalRun:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if len(lines) < num_lines:
             raise _MeasurementsMissingError(f"{path} has {len(lines)} of {num_lines} lines")
-        aside = path.with_suffix(".aside")
-        aside.write_text("".join(lines[:num_lines]))
-        aside.rename(path)
+        with write_file(path) as file:
+            file.write("".join(lines[:num_lines]).encode())
 
     def _record(self, event: Event, file: TextIO) -> None:
         match event:

@@ -1,8 +1,8 @@
 """`python -m workers.convert export|import`: checkpoints from and to Hugging Face folders.
 
-`warmscale export` and `warmscale import` become this process, since the service loads no torch.
+`warmscale export` and `warmscale import` start this module, because the service loads no torch.
 
-Exit codes: 0 done, 1 a checkpoint that is not there or is damaged, 2 refused.
+Exit codes: 0 done, 1 a missing or damaged checkpoint, 2 refused arguments.
 """
 
 import argparse
@@ -33,8 +33,8 @@ DONE, DAMAGED, REFUSED = 0, 1, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Convert, say what was written, and return the exit code."""
-    options = _parser().parse_args(arguments)
+    """Convert, print the written files, and return the exit code."""
+    options = _make_parser().parse_args(arguments)
     console = Console(stderr=True)
     try:
         with console.status(f"writing {options.out}"):
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return DONE
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m workers.convert")
     parser.add_argument("--json", action="store_true")
     commands = parser.add_subparsers(required=True)
@@ -61,17 +61,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--weights", choices=["raw", *get_args(AverageName)], default="raw")
     export.add_argument("--dtype", choices=get_args(Dtype), default="float32")
     export.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES)
-    export.set_defaults(convert=_export, describe=_describe_export)
+    export.set_defaults(convert=_export_checkpoint, describe=_describe_export)
     importing = commands.add_parser("import", help="a Hugging Face folder to a checkpoint")
     importing.add_argument("folder", type=Path)
     importing.add_argument("--out", required=True, help="URI or path of the checkpoint to write")
-    importing.set_defaults(convert=_import, describe=_describe_import)
+    importing.set_defaults(convert=_import_folder, describe=_describe_import)
     return parser
 
 
-def _export(options: argparse.Namespace) -> dict[str, Any]:
-    ref = _reference(options.checkpoint, options.hash)
-    with checkpoints.local(ref) as checkpoint:
+def _export_checkpoint(options: argparse.Namespace) -> dict[str, Any]:
+    ref = _find_checkpoint(options.checkpoint, options.hash)
+    with checkpoints.open_local(ref) as checkpoint:
         exported = export_hf(
             checkpoint,
             options.out,
@@ -90,29 +90,29 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _reference(checkpoint: str, given_hash: str | None) -> CheckpointRef:
-    """The checkpoint as it is asked for; of a local run's folder, the newest."""
+def _find_checkpoint(checkpoint: str, given_hash: str | None) -> CheckpointRef:
+    """Return the named checkpoint; for the folder of a local run, the newest."""
     path = checkpoints.local_path(checkpoint)
     if path is None:
         if given_hash is None:
-            raise ValueError(f"{checkpoint} is not local: give its hash")
+            raise ValueError(f"{checkpoint} is not local: give the hash of the checkpoint")
         return CheckpointRef(uri=checkpoint, hash=given_hash)
     if not (path / MANIFEST).exists():
         path = next(iter(list_checkpoints(path / "checkpoints")), path)
-    found = given_hash or read_manifest(path)[1]
-    return CheckpointRef(uri=path.resolve().as_uri(), hash=found)
+    hash_ = given_hash or read_manifest(path)[1]
+    return CheckpointRef(uri=path.resolve().as_uri(), hash=hash_)
 
 
-def _import(options: argparse.Namespace) -> dict[str, Any]:
+def _import_folder(options: argparse.Namespace) -> dict[str, Any]:
     model: ModelSpec | None = None
 
-    def write(path: Path) -> SavedCheckpoint:
+    def write_checkpoint(path: Path) -> SavedCheckpoint:
         nonlocal model
         saved = import_hf(options.folder, path)
         model = read_manifest(path)[0].model
         return saved
 
-    saved = checkpoints.store(write, options.out)
+    saved = checkpoints.store_at(write_checkpoint, options.out)
     assert model is not None
     path = checkpoints.local_path(options.out)
     uri = options.out if path is None else path.resolve().as_uri()
@@ -124,7 +124,7 @@ def _describe_export(done: dict[str, Any]) -> str:
 
 
 def _describe_import(done: dict[str, Any]) -> str:
-    """What a spec takes: the base, and the model, of which a target is a wider or deeper one."""
+    """Return YAML for a spec: the base, and the model that a target widens or deepens."""
     base = {"uri": done["uri"], "hash": done["hash"]}
     lines = yaml.safe_dump({"growth": {"base": base}, "model": done["model"]}, sort_keys=False)
     num_params = count_params(ModelSpec.model_validate(done["model"])).total

@@ -1,4 +1,4 @@
-"""What the fleet and its worker processes say in the log, and how theirs reaches the fleet's."""
+"""Log lines about runs, and the way from worker processes to the fleet's log."""
 
 import functools
 import logging
@@ -12,31 +12,31 @@ from service.observability import logs
 from service.protocol import Lease
 
 _log = logging.getLogger("workers.ray")
-_OURS = ("time=", '{"time":')  # how `service.observability.logs` begins a line
+_OURS = ("time=", '{"time":')  # the beginnings of lines by `service.observability.logs`
 
 
-def subject(lease: Lease) -> dict[str, Any]:
-    """The fields that every line about a run has."""
+def run_fields(lease: Lease) -> dict[str, Any]:
+    """Return the fields of every log line about a run."""
     return {"study": lease.study_id, "run": lease.run_id, "attempt": lease.attempt}
 
 
 @contextmanager
-def about(lease: Lease) -> Generator[None]:
-    """In a worker process, which has one run at a time: its lines say which, in every thread."""
-    _configure()
-    with logs.add_fields(**subject(lease), pid=os.getpid()):
+def log_run(lease: Lease) -> Generator[None]:
+    """Add the fields of a run to every log line of this worker process, from every thread."""
+    _configure_logs()
+    with logs.add_fields(**run_fields(lease), pid=os.getpid()):
         yield
 
 
 @functools.cache
-def _configure() -> None:
+def _configure_logs() -> None:
     logs.configure_logging(logs.read_format(os.environ))
 
 
-def forward(batch: Mapping[str, Any]) -> None:
-    """Put lines that Ray brought from a worker process's error stream into the fleet's log.
+def forward_lines(batch: Mapping[str, Any]) -> None:
+    """Write lines that Ray collected from a worker process's standard error to the fleet's log.
 
-    Ours come as they are, with their run; of others' at least the process is known.
+    Our own lines already have their fields and are copied. Lines of libraries get the process id.
     """
     if not batch.get("is_err"):
         return

@@ -34,7 +34,7 @@ class Database:
         self._log = folder / "postgres.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
-        migrations.upgrade(self.url)
+        migrations.upgrade_database(self.url)
 
     @property
     def is_running(self) -> bool:

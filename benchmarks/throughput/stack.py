@@ -50,7 +50,7 @@ def stack(folder: Path, *, replicas: int) -> Generator[Stack]:
         server = stop.enter_context(engine.start_embedded(folder))
         ours = engine.normalize_url(server.get_uri())
         theirs = _second_database(ours)
-        migrations.upgrade(ours)
+        migrations.upgrade_database(ours)
         RDBStorage(theirs).engine.dispose()
         environment = _environment(folder, ours)
         key = _cli(environment, "key", "create", "benchmark", "--scope", "admin")

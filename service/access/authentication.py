@@ -1,4 +1,4 @@
-"""API keys: hashed at rest, shown once, checked for a scope on every route."""
+"""The check of a request's API key: rate limits, the key, its scope, then its project."""
 
 from collections.abc import Callable
 from http import HTTPStatus
@@ -22,7 +22,7 @@ _Project = Annotated[
     str | None,
     Query(
         pattern=PROJECT_PATTERN,
-        description="the project to work in; a key of one project has no other",
+        description="the project to work in; a key of one project can name only that one",
     ),
 ]
 _bearer = HTTPBearer(auto_error=False, description="an API key: `warmscale key create`")
@@ -30,7 +30,7 @@ _Credentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 
 
 def authenticate(request: Request, key: str | None, scope: Scope) -> Caller:
-    """Give the caller of a request, whose key may do `scope`.
+    """Return the caller of a request with a key that holds `scope`.
 
     Raises:
         Problem: 401, 403; 429 for too many requests, or too many wrong keys.
@@ -39,16 +39,18 @@ def authenticate(request: Request, key: str | None, scope: Scope) -> Caller:
         raise _unauthorized("send `Authorization: Bearer <API key>`")
     limits, digest = find_service(request.app, RateLimits), hash_key(key)
     address = request.client.host if request.client else ""
+    # Before the look-up, which is the expensive step of a wrong key.
     limits.check_address(address, digest)
     try:
-        # A session of its own, closed at once: a long-poll must not hold a connection.
+        # This session ends here, unlike a route's: a long-poll must not hold a connection.
         with find_service(request.app, Database).sessions.begin() as session:
             caller = check_key(session, key, scope)
     except Problem as problem:
         if problem.status == HTTPStatus.UNAUTHORIZED:
             limits.count_wrong_key(address)
         else:
-            limits.count_request(digest)  # a key that may not do this counts as any other
+            # A 403 is a request with a valid key: it counts like any other.
+            limits.count_request(digest)
         raise
     limits.count_request(digest)
     return caller
@@ -59,9 +61,10 @@ def _unauthorized(detail: str) -> Problem:
 
 
 def check_key(session: Session, key: str, scope: Scope) -> Caller:
-    """Give the caller, or raise the problem of a key that may not do `scope`.
+    """Return the caller of a key that holds `scope`; `admin` holds every scope.
 
-    `admin` may do everything.
+    Raises:
+        Problem: 401 for a key that is unknown, expired or revoked; 403 for a missing scope.
     """
     caller = find_caller(session, key)
     if caller is None:
@@ -73,37 +76,41 @@ def check_key(session: Session, key: str, scope: Scope) -> Caller:
 
 
 def require_scope(scope: Scope) -> Callable[..., Caller]:
-    """A dependency that lets a request pass only with a key that holds `scope`."""
+    """Make a FastAPI dependency that accepts only keys with `scope`, and returns the caller."""
 
-    def dependency(credentials: _Credentials, request: Request, project: _Project = None) -> Caller:
-        return authenticate(request, _key(credentials), scope).narrow_to(project)
+    def find_caller_of(
+        credentials: _Credentials, request: Request, project: _Project = None
+    ) -> Caller:
+        return authenticate(request, _read_key(credentials), scope).narrow_to(project)
 
-    return dependency
+    return find_caller_of
 
 
-async def _recent_worker(
+async def _find_worker(
     credentials: _Credentials, request: Request, project: _Project = None
 ) -> Caller:
-    """As `require("work")`, of a key that may have been looked up a moment ago."""
-    recent = find_service(request.app, CallerCache)
-    key = _key(credentials)
-    name, now = hash_key(key or ""), recent.now()
-    caller = recent.get(name)
+    """Return the caller of a key with scope `work`, from the cache where it was seen lately."""
+    cache = find_service(request.app, CallerCache)
+    key = _read_key(credentials)
+    digest, now = hash_key(key or ""), cache.read_clock()
+    caller = cache.get_caller(digest)
     if caller is None:
         caller = await run_in_threadpool(authenticate, request, key, "work")
-        recent.keep(name, caller, now)
+        cache.keep_caller(digest, caller, now)
     else:
-        find_service(request.app, RateLimits).count_request(name)
+        # The steps of `authenticate` that need no database.
+        find_service(request.app, RateLimits).count_request(digest)
         request_context.note_facts(key_id=caller.key_id)
     return caller.narrow_to(project)
 
 
-def _key(credentials: HTTPAuthorizationCredentials | None) -> str | None:
+def _read_key(credentials: HTTPAuthorizationCredentials | None) -> str | None:
     return credentials.credentials if credentials else None
 
 
-# A route says by its parameter which scope it needs, and passes the caller on to what it reads.
+# A route declares the scope it needs by the type of its parameter `caller`. It passes the caller
+# to its store functions, which read only rows that the caller can see.
 Reader = Annotated[Caller, Depends(require_scope("read"))]
 Writer = Annotated[Caller, Depends(require_scope("write"))]
-Fleet = Annotated[Caller, Depends(_recent_worker)]
+Fleet = Annotated[Caller, Depends(_find_worker)]
 Scraper = Annotated[Caller, Depends(require_scope("metrics"))]

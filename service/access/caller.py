@@ -1,4 +1,4 @@
-"""Who asks: a key's scopes, and the project outside of which nothing exists for it."""
+"""The caller of a request: its key's scopes, and the project that limits its reads."""
 
 from dataclasses import dataclass, replace
 
@@ -10,18 +10,20 @@ from service.problems import not_found
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """The holder of a key. Stores take it wherever they read: there is no reading without one."""
+    """The holder of an API key. Each store function takes a caller and reads no other's rows."""
 
     key_id: str
     scopes: frozenset[str]
     project: str | None  # None: every project
 
     def narrow_to(self, project: str | None) -> "Caller":
-        """This caller, narrowed to one project.
+        """Return this caller, limited to one project.
 
         Raises:
-            Problem: 404 for another project than the key's, whether or not there is one.
+            Problem: 404 for a project other than the key's: the answer does not tell if it exists.
         """
+        # Example: a key of project a may send ?project=a or nothing. A key of every project (None)
+        # may send any name.
         if project in (None, self.project):
             return self
         if self.project is not None:
@@ -29,25 +31,28 @@ class Caller:
         return replace(self, project=project)
 
     @property
-    def home(self) -> str:
-        """The project of what this caller makes."""
+    def home_project(self) -> str:
+        """The project of the studies that this caller creates."""
         return self.project or DEFAULT_PROJECT
 
     def can_see(self, optuna_name: str) -> bool:
-        """Whether a study is there for this caller, by its name in Optuna (`tables.Study`)."""
+        """Return whether the caller can see the study of this name in Optuna.
+
+        `tables.Study.optuna_name` is `name` in project `default`, and `project/name` in others.
+        """
         project, slash, _ = optuna_name.partition("/")
         return self.project in (None, project if slash else DEFAULT_PROJECT)
 
     @property
-    def studies(self) -> ColumnElement[bool]:
-        """Which studies there are for this caller."""
+    def study_filter(self) -> ColumnElement[bool]:
+        """The SQL condition on `studies` that only rows of this caller meet."""
         return true() if self.project is None else Study.project == self.project
 
     @property
-    def runs(self) -> ColumnElement[bool]:
-        """Which runs there are for this caller."""
+    def run_filter(self) -> ColumnElement[bool]:
+        """The SQL condition on `runs` that only rows of this caller meet."""
         return (
             true()
             if self.project is None
-            else Run.study_id.in_(select(Study.id).where(self.studies))
+            else Run.study_id.in_(select(Study.id).where(self.study_filter))
         )

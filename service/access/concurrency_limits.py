@@ -1,6 +1,7 @@
-"""The most calls of one API key that may be in progress at one replica at the same time.
+"""A limit on the calls of an API key that are in progress at a replica at the same time.
 
-`rate_limits` counts requests a second; a long-poll or an event stream is one request that lasts.
+`rate_limits` counts requests a second. It does not count long-polls and event streams by how long
+they last.
 """
 
 from collections import Counter
@@ -11,9 +12,9 @@ from service.problems import Problem
 
 
 class ConcurrencyLimit:
-    """Counts each key's calls in progress. For one event loop: nothing is locked.
+    """A count of each key's calls in progress, used on the event loop's thread only.
 
-    `kind` is the problem's type, `noun` names the calls in its message.
+    `kind` is the type of the problem for a call too many; `noun` names the calls in its message.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""API keys in the database: create, list, revoke, and find the caller of a key (no FastAPI)."""
+"""API keys in the database: create, list and revoke them, find the caller of a key; no FastAPI."""
 
 import hashlib
 import secrets
@@ -18,7 +18,7 @@ _PREFIX = "ws_"
 
 
 def hash_key(key: str) -> str:
-    """SHA-256, which is enough: keys are 256 random bits, not passwords."""
+    """Return the SHA-256 of a key: a slow hash is for passwords, a key is 256 random bits."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -30,13 +30,13 @@ def create_key(
     project: str | None = None,
     expires_at: datetime | None = None,
 ) -> tuple[str, str]:
-    """Make a key; return its id and the key itself, which is not stored.
+    """Create a key; return its id and the key itself; only its hash is stored.
 
-    Without a project it sees every one if it is an admin's, a fleet's (its sole scope is `work`),
-    or `metrics` is its sole scope; and project `default` if not.
+    A key without a project sees every project if it has scope `admin`, or `work` alone (a fleet's
+    key), or `metrics` alone. Any other key without a project sees project `default`.
     """
     key = _PREFIX + secrets.token_urlsafe(32)
-    if project is None and not _may_be_everywhere(scopes):
+    if project is None and not _may_see_all_projects(scopes):
         project = DEFAULT_PROJECT
     row = ApiKey(
         name=name, hash=hash_key(key), scopes=list(scopes), project=project, expires_at=expires_at
@@ -55,12 +55,12 @@ def create_key(
     return row.id, key
 
 
-def _may_be_everywhere(scopes: list[Scope]) -> bool:
+def _may_see_all_projects(scopes: list[Scope]) -> bool:
     return "admin" in scopes or set(scopes) in ({"work"}, {"metrics"})
 
 
 def revoke_key(session: Session, key_id: str) -> bool:
-    """Revoke a key for good; False when there is none of that id still good."""
+    """Revoke a key for good; return False if no key of this id is left to revoke."""
     revoked = session.execute(
         update(ApiKey)
         .where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
@@ -74,7 +74,7 @@ def revoke_key(session: Session, key_id: str) -> bool:
 
 
 class KeyView(Message):
-    """A key as it is listed; nothing here lets anybody in."""
+    """A key as `key list` prints it, without the key itself."""
 
     id: str
     name: str
@@ -87,8 +87,9 @@ class KeyView(Message):
 
 
 def list_keys(session: Session) -> tuple[KeyView, ...]:
-    """Every key, newest first."""
+    """Return every key, newest first."""
     state = case(
+        # A key that is both was revoked by somebody: that is the more useful answer.
         (ApiKey.revoked_at.is_not(None), "revoked"),
         (ApiKey.expires_at <= func.now(), "expired"),
         else_="good",
@@ -98,28 +99,30 @@ def list_keys(session: Session) -> tuple[KeyView, ...]:
     return tuple(KeyView.model_validate(dict(row)) for row in session.execute(query).mappings())
 
 
-_GOOD = (
+_IS_GOOD = (
     ApiKey.revoked_at.is_(None),
     (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.now()),
 )
 
 
 def is_key_good(session: Session, key_id: str) -> bool:
-    """Whether a key that was good is still neither revoked nor expired."""
-    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, *_GOOD)) is not None
+    """Return whether the key of this id is neither revoked nor expired."""
+    return session.scalar(select(ApiKey.id).where(ApiKey.id == key_id, *_IS_GOOD)) is not None
 
 
 def find_caller(session: Session, key: str) -> Caller | None:
-    """The caller with a good key; None for an unknown, expired or revoked one."""
-    unnoted = func.coalesce(ApiKey.last_used_at < func.now() - timedelta(minutes=1), True)
-    query = select(ApiKey.id, ApiKey.scopes, ApiKey.project, unnoted.label("unnoted")).where(
-        ApiKey.hash == hash_key(key), *_GOOD
+    """Return the caller of a key; None if the key is unknown, expired or revoked."""
+    # The last use is kept to the minute: a write for every request would also lock the row for
+    # every request, and the requests of a fleet share one key.
+    is_stale = func.coalesce(ApiKey.last_used_at < func.now() - timedelta(minutes=1), True)
+    query = select(ApiKey.id, ApiKey.scopes, ApiKey.project, is_stale.label("is_stale")).where(
+        ApiKey.hash == hash_key(key), *_IS_GOOD
     )
     row = session.execute(query).one_or_none()
     if row is None:
         return None
-    if row.unnoted:  # to the minute: a write for every request would be a lock for every request
-        noted = update(ApiKey).where(ApiKey.id == row.id, unnoted).values(last_used_at=func.now())
-        session.execute(noted)
+    if row.is_stale:
+        write = update(ApiKey).where(ApiKey.id == row.id, is_stale).values(last_used_at=func.now())
+        session.execute(write)
     request_context.note_facts(key_id=row.id)
     return Caller(key_id=row.id, scopes=frozenset(row.scopes), project=row.project)

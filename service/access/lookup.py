@@ -1,55 +1,54 @@
-"""Find a study or a run, as far as a caller can see it."""
+"""Studies and runs by name or id, among those that a caller can see."""
 
 from collections.abc import Sequence
 from typing import Any, TypeVarTuple
 
-from sqlalchemy import (
-    Select,
-    select,
-)
+from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from service.access.caller import Caller
 from service.database.tables import Run, Study
 from service.problems import conflict, not_found
 
+Ts = TypeVarTuple("Ts")
+
 
 def find_run(session: Session, caller: Caller, run_id: str) -> Run:
-    """The run of this id, as far as this caller can see.
+    """Return the run of this id.
 
     Raises:
-        Problem: 404 when there is none.
+        Problem: 404 if it does not exist, or this caller cannot see it.
     """
-    run = session.scalars(select(Run).where(Run.id == run_id, caller.runs)).one_or_none()
+    run = session.scalars(select(Run).where(Run.id == run_id, caller.run_filter)).one_or_none()
     if run is None:
         raise not_found("run", run_id)
     return run
 
 
-Ts = TypeVarTuple("Ts")
-
-
 def find_study(session: Session, caller: Caller, name_or_id: str) -> Study:
-    """The study of this id or name, as far as this caller can see.
+    """Return the study of this id or name.
 
     Raises:
-        Problem: 404 when there is none; 409 for a name that several of the caller's projects have.
+        Problem: 404 if it does not exist, or this caller cannot see it; 409 if several projects of
+            the caller have a study of this name.
     """
-    return _only(session.scalars(_named(select(Study), caller, name_or_id)).all(), name_or_id)
+    query = _filter_by_name(select(Study), caller, name_or_id)
+    return _take_only(session.scalars(query).all(), name_or_id)
 
 
 def find_study_id(session: Session, caller: Caller, name_or_id: str) -> str:
-    """As `find`, its id alone."""
-    query = _named(select(Study.id, Study.project), caller, name_or_id)
-    return _only(session.execute(query).all(), name_or_id).id
+    """Return the id of the study that `find_study` returns; raises the same problems."""
+    query = _filter_by_name(select(Study.id, Study.project), caller, name_or_id)
+    return _take_only(session.execute(query).all(), name_or_id).id
 
 
-def _named(query: Select[*Ts], caller: Caller, name_or_id: str) -> Select[*Ts]:
+def _filter_by_name(query: Select[*Ts], caller: Caller, name_or_id: str) -> Select[*Ts]:
+    # The study of this id comes first: another study may have that id as its name.
     named = (Study.id == name_or_id) | (Study.name == name_or_id)
-    return query.where(named, caller.studies).order_by(Study.id != name_or_id, Study.project)
+    return query.where(named, caller.study_filter).order_by(Study.id != name_or_id, Study.project)
 
 
-def _only(found: Sequence[Any], name_or_id: str) -> Any:
+def _take_only(found: Sequence[Any], name_or_id: str) -> Any:
     if not found:
         raise not_found("study", name_or_id)
     if len(found) > 1 and found[0].id != name_or_id:

@@ -1,7 +1,7 @@
-"""Where data and checkpoints may lie: what users name is confined before anything there is touched.
+"""Checks of the paths that users name, before the service opens any file there.
 
-A path is judged as it resolves, links and all, and refused in the same words whether or not there
-is anything. What a folder or a pattern holds is judged file by file.
+A path is resolved first, with its links. The refusal does not depend on whether the path exists: it
+tells nothing about the machine. Each file of a folder or a pattern is checked by itself.
 """
 
 import glob
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.problems import bad_field
-from warmcore.corpus.sources import list_files
+from warmcore.corpus.sources import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.sources import (
     Files,
@@ -21,45 +21,56 @@ from warmcore.specs.sources import (
 )
 from warmcore.storage.locations import local_path
 
-# Plain names alone: no dots in front, no escapes, no query, nothing that a store reads otherwise.
+# Plain names only. A leading dot, `..`, `%2e` or `?` could lead elsewhere once the store reads it.
 NAMES_BELOW = re.compile(r"(?:/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
 
-Roots = tuple[Path, ...] | None  # None: anywhere
+Roots = tuple[Path, ...] | None  # None: any path is allowed
 
 
-def check_data(data: DataSpec, roots: Roots) -> None:
-    """Refuse a corpus, or a tokenizer.json, outside of `roots`.
+def check_named_paths(data: DataSpec, roots: Roots) -> None:
+    """Refuse a source, or a tokenizer.json, if its path leads out of `roots`; read nothing there.
 
     Raises:
         Problem: 422 naming the field, its value and the roots.
     """
     if roots is None:
         return
+    # `byte` and `bpe:4096` name no file.
     if isinstance(tokenizer := data.parsed_tokenizer, TokenizerFile):
         check_paths("data.tokenizer", data.tokenizer, [tokenizer.path], roots)
     match data.parsed_source:
         case StandardLibrary() | HubDataset():  # neither names a path
             return
         case Files(pattern=place) | SavedDataset(path=place):
-            check_paths("data.source", data.source, [_fixed(place)], roots)
-    try:
-        found = [file.path for file in list_files(data.source)]
-    except ValueError:
-        return  # it is looked at again by who can say what is wrong
-    check_paths("data.source", data.source, found, roots)
+            check_paths("data.source", data.source, [_fixed_part(place)], roots)
 
 
-def _fixed(source: str | Path) -> Path:
-    """A pattern up to what varies in it, which then goes nowhere but down."""
+def check_listed_files(data: DataSpec, files: Iterable[SourceFile], roots: Roots) -> None:
+    """Refuse a source if any of its files lies outside of `roots`, behind a link for example.
+
+    Raises:
+        Problem: 422 naming the field, its value and the roots.
+    """
+    if roots is None or isinstance(data.parsed_source, StandardLibrary):
+        return
+    check_paths("data.source", data.source, [file.path for file in files], roots)
+
+
+def _fixed_part(source: str | Path) -> Path:
+    """Return the folders of a pattern that precede its first wildcard, `/data` of `/data/*/x`."""
     parts = Path(source).parts
     first = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts))
-    if ".." in parts[first:]:
+    if ".." in parts[first:]:  # the wildcard part can leave the fixed part again
         return Path("/")
     return Path(*parts[:first])
 
 
 def check_paths(field: str, value: str, paths: Iterable[Path], roots: tuple[Path, ...]) -> None:
-    """Raise a Problem for `field` unless every path lies below one of `roots`."""
+    """Refuse `value` of `field` unless every path lies below a root.
+
+    Raises:
+        Problem: 422 naming the field, its value and the roots.
+    """
     resolved = [root.resolve() for root in roots]
     for path in paths:
         if not any(resolve_path(path).is_relative_to(root) for root in resolved):
@@ -69,7 +80,7 @@ def check_paths(field: str, value: str, paths: Iterable[Path], roots: tuple[Path
 
 
 def resolve_path(path: Path) -> Path:
-    """As it is when the links on the way are followed; what cannot be is in no root."""
+    """Follow the links of a path; return `/`, which no root contains, where that fails."""
     try:
         return path.expanduser().resolve()
     except (OSError, RuntimeError, ValueError):
@@ -77,7 +88,7 @@ def resolve_path(path: Path) -> Path:
 
 
 def check_published(uri: str, place: str, run_id: str) -> None:
-    """Refuse a checkpoint that does not stand below its attempt's own place.
+    """Refuse a checkpoint URI that is not below `place`, the folder of its attempt.
 
     Raises:
         Problem: 422.
@@ -89,5 +100,5 @@ def check_published(uri: str, place: str, run_id: str) -> None:
 
 
 def is_below(path: Path, root: Path | None) -> bool:
-    """Whether `path`, links resolved, lies below `root`."""
+    """Return whether `path` lies below `root`, with the links of both followed."""
     return root is not None and resolve_path(path).is_relative_to(resolve_path(root))

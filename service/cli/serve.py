@@ -20,7 +20,7 @@ from service.database.engine import open_database, use_utc, wait_until_reachable
 from service.database.tables import ApiKey
 from service.local_stack.child_process import die_with_parent
 from service.observability import logs, tracing
-from service.operations.migrations import LockBusyError, revisions, upgrade
+from service.operations.migrations import LockBusyError, read_revisions, upgrade_database
 from service.operations.revisions import NewerDatabaseError, describe_mismatch
 from service.optuna_bridge.installed_optuna import UnknownOptunaError
 from service.settings import Settings
@@ -115,9 +115,9 @@ def _prepare(url: URL, *, upgraded: bool) -> None:
         fail(Exit.UNREACHABLE, f"cannot reach the database: {str(error.orig).strip()}")
     try:
         if upgraded:
-            upgrade(url)
+            upgrade_database(url)
         with create_engine(url, poolclass=NullPool).connect() as connection:
-            wrong = describe_mismatch(revisions(connection))
+            wrong = describe_mismatch(read_revisions(connection))
     except (LockBusyError, NewerDatabaseError, UnknownOptunaError) as error:
         fail(Exit.CONFLICT, str(error))
     if wrong is not None:

@@ -15,14 +15,14 @@ from service.optuna_bridge.finish_trial import end_of, tell
 from service.problems import bad_field, conflict, not_found
 from service.protocol import Decision, FinishRequest, Lease, Outcome
 from service.studies import branches
-from service.studies.advance import advance
-from service.studies.locks import locked
+from service.studies.advance import advance_study
+from service.studies.locks import select_locked
 
 # Built once: building these statements takes as long as executing them.
 _ITS_STUDY = select(Run.study_id).where(Run.id == bindparam("run")).scalar_subquery()
 _PROJECT = bindparam("project", type_=Text())
 _WITHIN = or_(_PROJECT.is_(None), Study.project == _PROJECT)  # never wait for another project's row
-_LOCKED_STUDY = locked(and_(Study.id == _ITS_STUDY, _WITHIN))
+_LOCKED_STUDY = select_locked(and_(Study.id == _ITS_STUDY, _WITHIN))
 _LOCKED_RUN = (
     select(Run)
     .where(Run.id == bindparam("run"))
@@ -43,7 +43,7 @@ def renew_lease(
     """
     run = session.scalars(
         update(Run)
-        .where(Run.id == run_id, Run.lease_token == token, Run.state == "leased", caller.runs)
+        .where(Run.id == run_id, Run.lease_token == token, Run.state == "leased", caller.run_filter)
         # Not now(), the time at which this transaction began: it may have waited for the row.
         .values(
             lease_expires_at=func.clock_timestamp() + timedelta(seconds=lease_seconds),
@@ -102,7 +102,7 @@ def finish_attempt(
         end_attempt(session, run, request.outcome, error=request.error, retryable=request.retryable)
         finish_trial_of(session, study, run)
     session.flush()
-    advance(session, study)
+    advance_study(session, study)
     return run.state
 
 

@@ -32,7 +32,10 @@ def publish_checkpoint(
         Problem: 404 for an unknown run; 409 for a stale token or a second checkpoint of this step;
             422 for a URI outside the attempt's folder.
     """
-    branches.lock_study(session, run_id, report.step)  # before the run's row, as everywhere
+    # As everywhere, the study's row is locked before the run's.
+    branches.lock_branching_study(
+        session, run_id, report.step
+    )
     run = renew_lease(session, caller, run_id, token, settings.lease_seconds)
     if not isinstance(run, Run):
         return CheckpointReply(decision=run)
@@ -63,7 +66,7 @@ def write_checkpoint(session: Session, run: Run, report: CheckpointReport) -> tu
         raise conflict("checkpoint-exists", detail)
     else:
         row.final = row.final or report.final
-    branches.enqueue(session, run, row)
+    branches.enqueue_branch(session, run, row)
     return _supersede_oldest(session, run)
 
 

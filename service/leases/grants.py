@@ -13,7 +13,7 @@ from service.events.audit_log import NewEvent, new_event, record_events
 from service.leases.requests import PendingRequest
 from service.leases.services import LeaseServices
 from service.protocol import Lease, LeaseRequest, Resources, RunKind
-from service.runs.store import kept
+from service.runs.store import load_kept_checkpoints
 from service.settings import Settings
 from service.specs.stored import log_skipped_study
 from service.specs.study import StudyResources
@@ -145,7 +145,7 @@ def make_lease(
     session: Session, settings: Settings, run: Run, study: Study, *, needs: Resources
 ) -> Lease:
     """Build the message that tells a worker how to train the run it has leased."""
-    refs = kept(session, run.id) if run.attempt > 1 else ()
+    refs = load_kept_checkpoints(session, run.id) if run.attempt > 1 else ()
     return Lease.model_validate(
         {
             "run_id": run.id,

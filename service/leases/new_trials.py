@@ -25,11 +25,11 @@ from service.observability import tracing
 from service.optuna_bridge.draft_storage import Drawn, MovedOnError, WentBackError, write
 from service.optuna_bridge.sampler import TRANSIENT, Sampler, Suggestion
 from service.protocol import Lease
-from service.runs.store import new_run
+from service.runs.store import make_run
 from service.specs.stored import UnreadableSpecError, log_skipped_study, parse_stored
 from service.specs.study import StudySpec
-from service.studies.advance import end
-from service.studies.locks import lock
+from service.studies.advance import end_study
+from service.studies.locks import lock_study
 from warmcore.specs import derived_seed
 
 _log = logging.getLogger(__name__)
@@ -253,14 +253,14 @@ def queued_event(run: Run, caller: Caller) -> NewEvent:
 def fail_study(session: Session, fault: StudyFaultError) -> None:
     """End a study that cannot start a trial as failed, unless it has ended or is paused."""
     _log.error("%s", fault, exc_info=fault.__cause__, extra={"study": fault.study_id})
-    study = lock(session, fault.study_id)
+    study = lock_study(session, fault.study_id)
     if study.state == "active":
-        end(session, study, "failed", str(fault))
+        end_study(session, study, "failed", str(fault))
 
 
 def _make_trial_run(study: Study, spec: StudySpec, suggestion: Suggestion) -> Run:
     seed = derived_seed(spec.hpo.seed, suggestion.number)
-    run = new_run(
+    run = make_run(
         study, spec, spec.trial_run(seed).with_params(suggestion.params), suggestion.params
     )
     run.kind, run.trial_number = "trial", suggestion.number

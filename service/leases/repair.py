@@ -11,8 +11,8 @@ from service.leases.attempts import end_attempt, finish_trial_of
 from service.leases.presence import Presence
 from service.lifecycle import FINAL_RUN_STATES
 from service.specs.stored import UnreadableSpecError, log_skipped_study
-from service.studies.advance import advance
-from service.studies.locks import locked
+from service.studies.advance import advance_study
+from service.studies.locks import select_locked
 
 _MAX_TRIALS = 100
 LATE = (Run.state == "leased", Run.lease_expires_at < func.now())
@@ -67,7 +67,7 @@ def _extend_live_leases(sessions: sessionmaker[Session], lease_seconds: float) -
 
 def _expire_leases_of(session: Session, study_id: str) -> None:
     """Expire a study's late leases; do nothing while another request holds the study's row."""
-    free = locked(Study.id == study_id).with_for_update(key_share=True, skip_locked=True)
+    free = select_locked(Study.id == study_id).with_for_update(key_share=True, skip_locked=True)
     study = session.scalars(free).one_or_none()
     if study is None:
         return
@@ -84,7 +84,7 @@ def _expire_leases_of(session: Session, study_id: str) -> None:
         error = f"lease of worker {run.worker!r} expired: no report within its time"
         end_attempt(session, run, "failed", error=error, retryable=True)
     session.flush()
-    advance(session, study)
+    advance_study(session, study)
 
 
 def finish_pending_trials(sessions: sessionmaker[Session]) -> None:

@@ -105,7 +105,7 @@ def _find_study_filter(
 ) -> tuple[ColumnElement[bool], str]:
     """Return the filter for the request's study, or else for all of its caller's; and a name."""
     if pending.request.study is None:
-        return pending.caller.studies, f"project:{pending.caller.project}"
+        return pending.caller.study_filter, f"project:{pending.caller.project}"
     id_ = find_study_id(session, pending.caller, pending.request.study)
     return Study.id == id_, id_
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from warmcore.storage.atomic_writes import ONLY_THIS_USER, write_file
+
 DEFAULT = Path(".warmscale")
 
 
@@ -41,13 +43,8 @@ def read_access(home: Path) -> Access | None:
 
 def write_access(home: Path, access: Access) -> None:
     """Leave it for clients: readable by this user alone, and never half written."""
-    path = access_path(home)
-    aside = path.with_suffix(".new")
-    aside.unlink(missing_ok=True)
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(access.model_dump_json())
-    aside.replace(path)
+    with write_file(access_path(home), mode=ONLY_THIS_USER) as file:
+        file.write(access.model_dump_json().encode())
 
 
 def access_path(home: Path) -> Path:

@@ -18,26 +18,28 @@ from service.observability.metrics import registry
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
-class _Standing:
-    """Gauges that are known when they are asked for."""
+class _FixedCollector:
+    """Gauges that are read already, in the form in which prometheus_client asks for them."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = tuple(families)
 
     def collect(self) -> Iterator[Metric]:
-        """What prometheus_client calls."""
+        """Yield the gauges; prometheus_client calls this."""
         yield from self._families
 
 
 def render_metrics(session: Session, engines: Mapping[str, Engine]) -> bytes:
-    """Everything, in Prometheus' text format."""
-    families = [*_of_database(session), *_of_pools(engines)]
-    standing = CollectorRegistry()
-    standing.register(_Standing(families))
-    return generate_latest(registry) + generate_latest(standing)
+    """Return all metrics in the text format of Prometheus; `engines` are named by their pool."""
+    families = [*_read_database(session), *_read_pools(engines)]
+    # Counters live in this process for as long as it runs. Gauges are of this scrape alone, so they
+    # get a registry that is thrown away: two scrapes at once share nothing.
+    gauges = CollectorRegistry()
+    gauges.register(_FixedCollector(families))
+    return generate_latest(registry) + generate_latest(gauges)
 
 
-def _of_database(session: Session) -> Iterator[Metric]:
+def _read_database(session: Session) -> Iterator[Metric]:
     for name, text, labels, query in _QUERIES:
         family = GaugeMetricFamily(name, text, labels=labels)
         for *values, number in session.execute(query):
@@ -45,7 +47,7 @@ def _of_database(session: Session) -> Iterator[Metric]:
         yield family
 
 
-def _of_pools(engines: Mapping[str, Engine]) -> Iterator[Metric]:
+def _read_pools(engines: Mapping[str, Engine]) -> Iterator[Metric]:
     used = GaugeMetricFamily(
         "warmscale_database_connections_in_use", "Connections checked out.", labels=["pool"]
     )
@@ -59,8 +61,10 @@ def _of_pools(engines: Mapping[str, Engine]) -> Iterator[Metric]:
     yield from (used, size)
 
 
-_waiting = func.extract("epoch", func.max(func.now() - Run.available_at))
-# Name, what it says, labels, rows of labels and a number.
+# A queued run may have an `available_at` in the future: a retry that waits for its pause. Its age
+# is negative, and a queue of only such runs has age 0.
+_waiting_seconds = func.extract("epoch", func.max(func.now() - Run.available_at))
+# Each entry: name, text, labels, and a query; a row has the labels' values and a number.
 _QUERIES: tuple[tuple[str, str, list[str], Select[*tuple[Any, ...]]], ...] = (
     (
         "warmscale_runs",
@@ -76,7 +80,7 @@ _QUERIES: tuple[tuple[str, str, list[str], Select[*tuple[Any, ...]]], ...] = (
     ),
     (
         "warmscale_tokens_per_second",
-        "Sum over leased runs of what each last reported.",
+        "Sum over leased runs of the speed in their last reports.",
         ["kind"],
         select(Run.kind, func.sum(Run.tokens_per_second))
         .where(Run.state == "leased")
@@ -84,15 +88,15 @@ _QUERIES: tuple[tuple[str, str, list[str], Select[*tuple[Any, ...]]], ...] = (
     ),
     (
         "warmscale_queue_age_seconds",
-        "How long the run that has waited longest has been there to lease.",
+        "Seconds since the longest waiting queued run became available for a lease.",
         ["kind"],
-        select(Run.kind, func.greatest(_waiting, 0))
+        select(Run.kind, func.greatest(_waiting_seconds, 0))
         .where(Run.state == "queued")
         .group_by(Run.kind),
     ),
     (
         "warmscale_webhook_deliveries",
-        "Deliveries by state that are not delivered: waiting to be tried (again), or given up.",
+        "Deliveries by state that are not delivered: waiting for an attempt, or given up.",
         ["state"],
         select(Delivery.state, func.count())
         .where(Delivery.state != "delivered")

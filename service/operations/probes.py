@@ -1,4 +1,4 @@
-"""Probes: is the process up, and can it do its work."""
+"""Probes for load balancers and Prometheus: `/healthz`, `/readyz`, `/metrics`."""
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
@@ -16,22 +16,22 @@ router = APIRouter(tags=["probes"])
 
 @router.get("/healthz")
 def healthz() -> dict[str, str]:
-    """200 while the process answers; it says nothing about the database."""
+    """Answer 200 while the process runs, whether or not the database can be reached."""
     return {"status": "ok"}
 
 
 @router.get("/readyz")
 def readyz(session: DbSession) -> dict[str, str]:
-    """200 when the database is there, at this version's revisions; 503 when it is not."""
-    wrong = describe_mismatch(migrations.revisions(session.connection()))
-    if wrong is not None:
-        raise Problem(503, "needs-upgrade", wrong)
+    """Answer 200 if the database has this version's revisions, and 503 if it has not or is away."""
+    mismatch = describe_mismatch(migrations.read_revisions(session.connection()))
+    if mismatch is not None:
+        raise Problem(503, "needs-upgrade", mismatch)
     return {"status": "ready"}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 def read_metrics(caller: Scraper, session: DbSession, request: Request) -> Response:
-    """Prometheus metrics, over all projects: hence a scope of its own."""
+    """Return Prometheus metrics over all projects, for keys of the scope `metrics`."""
     assert caller
     engines = {
         "service": find_service(request.app, Database).engine,

@@ -1,4 +1,4 @@
-"""Which revision each of the two schemas is at, and which ones this program knows."""
+"""The revision of each of the two schemas, compared with the revisions of this program."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,11 +6,12 @@ from typing import Literal
 from sqlalchemy import Connection, text
 
 RevisionStatus = Literal["ready", "empty", "older", "newer"]
+_TABLE = "alembic_version"  # Optuna uses Alembic too, and the same name for its table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Revision:
-    """A schema's revision as found; `known` are this program's, oldest first."""
+    """A schema's revision in the database; `known` are this program's, oldest first."""
 
     schema: str
     found: str | None
@@ -22,8 +23,8 @@ class Revision:
         return self.known[-1]
 
     @property
-    def standing(self) -> RevisionStatus:
-        """Whether this program can work with what is there; one it does not know is newer."""
+    def status(self) -> RevisionStatus:
+        """The state of the schema for this program; a revision that it does not know is newer."""
         if self.found is None:
             return "empty"
         if self.found not in self.known:
@@ -36,37 +37,34 @@ class Revision:
 
 
 class NewerDatabaseError(Exception):
-    """A later version of warmscale, or of Optuna, has upgraded this database."""
+    """A database that a later version of warmscale, or of Optuna, has upgraded."""
 
 
-def found(connection: Connection, schema: str) -> str | None:
-    """The revision of a schema; None: it has no tables of ours."""
-    there = connection.execute(text("SELECT to_regclass(:name)"), {"name": f"{schema}.{_TABLE}"})
-    if there.scalar() is None:
+def read_revision(connection: Connection, schema: str) -> str | None:
+    """Return the revision of a schema; None if it has no tables."""
+    table = f"{schema}.{_TABLE}"
+    if connection.execute(text("SELECT to_regclass(:name)"), {"name": table}).scalar() is None:
         return None
-    return connection.execute(text(f"SELECT version_num FROM {schema}.{_TABLE}")).scalar()  # noqa: S608
+    return connection.execute(text(f"SELECT version_num FROM {table}")).scalar()  # noqa: S608
 
 
 def check_not_newer(revisions: tuple[Revision, ...]) -> None:
-    """Refuse what only a later version can understand.
+    """Refuse a database that only a later version can understand.
 
     Raises:
         NewerDatabaseError: naming both revisions.
     """
-    newer = [revision for revision in revisions if revision.standing == "newer"]
+    newer = [revision for revision in revisions if revision.status == "newer"]
     if newer:
         works = "install the version that upgraded it, or restore a backup from before"
         raise NewerDatabaseError(f"{'; '.join(map(str, newer))}: {works}")
 
 
 def describe_mismatch(revisions: tuple[Revision, ...]) -> str | None:
-    """What keeps this program from serving these schemas, and what to do; None when nothing."""
-    wrong = [revision for revision in revisions if revision.standing != "ready"]
-    if not wrong:
+    """Name the schemas that this program cannot serve, and the remedy; None if it can serve all."""
+    mismatches = [revision for revision in revisions if revision.status != "ready"]
+    if not mismatches:
         return None
-    newer = any(revision.standing == "newer" for revision in wrong)
+    newer = any(revision.status == "newer" for revision in mismatches)
     works = "install the version that upgraded it" if newer else "run `warmscale db upgrade`"
-    return f"{'; '.join(map(str, wrong))}: {works}"
-
-
-_TABLE = "alembic_version"
+    return f"{'; '.join(map(str, mismatches))}: {works}"

@@ -31,7 +31,12 @@ from optuna.samplers import (
 )
 from optuna.trial import Trial
 
-from service.specs.search_space import CategoricalDimension, Dimension, FloatDimension, grid_points
+from service.specs.search_space import (
+    CategoricalDimension,
+    Dimension,
+    FloatDimension,
+    list_grid_points,
+)
 from service.specs.study import StudySpec
 from warmcore.specs import derived_seed
 
@@ -82,7 +87,7 @@ def make_sampler(spec: StudySpec, trials_so_far: int) -> BaseSampler:
         case "qmc":
             return QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False)
         case "grid":
-            points = {name: list(grid_points(dim)) for name, dim in spec.search_space.items()}
+            points = {name: list(list_grid_points(dim)) for name, dim in spec.search_space.items()}
             return GridSampler(points, seed=seed)
 
 

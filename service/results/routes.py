@@ -18,15 +18,16 @@ router = APIRouter(prefix="/studies", tags=["results"], route_class=JsonRoute)
 
 @router.get("/{study}/results")
 def read_results(caller: Reader, session: DbSession, study: str) -> StudyResults:
-    """Best trial, target runs, costs, and the verdict or what it waits for."""
+    """Return best trial, target runs, costs, and the verdict or the reason why it is pending."""
     return store.load_results(session, find_study(session, caller, study))
 
 
 @router.get("/{study}/report", response_class=HTMLResponse)
 def read_report(caller: Reader, session: DbSession, study: str) -> StreamingResponse:
-    """The same as one self-contained page with plots."""
+    """Return the results as one self-contained HTML page with plots."""
     found = find_study(session, caller, study)
     spec, trials = parse_stored(found.spec), store.load_report_trials(session, found.id)
     page = report.render_report(store.load_results(session, found), trials, spec)
-    headers = {"Content-Security-Policy": NO_FRAMES}  # the rest stands in the page
+    # The page itself holds the rest of its policy: it works from a disk too.
+    headers = {"Content-Security-Policy": NO_FRAMES}
     return StreamingResponse(page, media_type="text/html; charset=utf-8", headers=headers)

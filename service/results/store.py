@@ -25,10 +25,10 @@ from service.results.schemas import (
 )
 from service.results.verdict import Pending, judge_runs
 from service.results.wording import explain_missing_target
-from service.runs.store import best_growable, best_trial
+from service.runs.store import find_best_growable, find_best_trial
 from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
-from service.studies.advance import base_of
+from service.studies.advance import find_base
 from service.studies.schemas import RunCounts
 from warmcore.specs.sizes import growth_factors
 
@@ -126,10 +126,10 @@ def _sum_flops_by_kind(session: Session, study_id: str) -> dict[str, float]:
 def _load_best_trial(session: Session, study_id: str) -> BestTrialResult | None:
     # The best trial with a checkpoint is the base of the targets. While no trial has published a
     # final checkpoint, show the best loss anyway.
-    run = best_growable(session, study_id) or best_trial(session, study_id)
+    run = find_best_growable(session, study_id) or find_best_trial(session, study_id)
     if run is None or run.trial_number is None or run.val_loss_nats is None:
         return None
-    base = base_of(session, run)
+    base = find_base(session, run)
     return BestTrialResult(
         number=run.trial_number,
         run_id=run.id,

@@ -8,11 +8,7 @@ from service import event_stream
 from service.access import lookup
 from service.access.authentication import Reader
 from service.database.tables import Run, Study
-from service.protocol import (
-    RunKind,
-    RunState,
-    RunView,
-)
+from service.protocol import RunKind, RunState, RunView
 from service.runs import store
 from service.runs.schemas import CheckpointList, MeasurementPage, RunPage
 from service.web.dependencies import DbSession
@@ -32,20 +28,20 @@ def list_runs(
     cursor: str | None = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 100,
 ) -> RunPage:
-    """Runs, newest first."""
+    """List runs, newest first."""
     filters = (
         [] if study is None else [Run.study_id == lookup.find_study(session, caller, study).id]
     )
     filters += [] if state is None else [Run.state == state]
     filters += [] if kind is None else [Run.kind == kind]
-    return store.page(session, caller, filters, cursor, limit)
+    return store.list_runs(session, caller, filters, cursor, limit)
 
 
 @router.get("/{run_id}")
 def read_run(caller: Reader, session: DbSession, run_id: str) -> RunView:
-    """One run."""
+    """Read one run."""
     run = lookup.find_run(session, caller, run_id)
-    return store.view(run, session.get_one(Study, run.study_id).name)
+    return store.view_run(run, session.get_one(Study, run.study_id).name)
 
 
 @router.get("/{run_id}/measurements")
@@ -56,16 +52,16 @@ def read_measurements(
     cursor: str | None = None,
     limit: Annotated[int, Query(ge=1, le=5000)] = 1000,
 ) -> MeasurementPage:
-    """The run's curve, by step; nothing of it is left out."""
+    """Read the run's curve, ordered by step; no point is left out."""
     run = lookup.find_run(session, caller, run_id)
-    return store.measurements(session, run.id, cursor, limit)
+    return store.list_measurements(session, run.id, cursor, limit)
 
 
 @router.get("/{run_id}/checkpoints")
 def read_checkpoints(caller: Reader, session: DbSession, run_id: str) -> CheckpointList:
-    """The run's checkpoints that are kept, newest first."""
+    """List the run's checkpoints that are kept, newest first."""
     return CheckpointList(
-        items=store.checkpoints(session, lookup.find_run(session, caller, run_id).id)
+        items=store.list_checkpoints(session, lookup.find_run(session, caller, run_id).id)
     )
 
 
@@ -77,7 +73,7 @@ def read_checkpoints(caller: Reader, session: DbSession, run_id: str) -> Checkpo
 async def stream_events(
     request: Request, caller: Reader, run_id: str, after: event_stream.LastEventId = None
 ) -> event_stream.EventSourceResponse:
-    """The run's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
+    """Stream the run's transitions as Server-Sent Events; `Last-Event-ID` resumes."""
     return await event_stream.stream_events(
         request, caller, lambda session: event_stream.run_topic(session, caller, run_id), after
     )

@@ -1,4 +1,4 @@
-"""The messages that runs are read by."""
+"""The messages of the routes that read runs."""
 
 from service.protocol import CheckpointView, Measurement, Message, RunView
 
@@ -11,7 +11,7 @@ class RunPage(Message):
 
 
 class MeasurementView(Measurement):
-    """A point of a curve and the attempt that reported it."""
+    """A point of a curve, and the attempt that reported it."""
 
     attempt: int
 

@@ -1,4 +1,4 @@
-"""Queries on runs: reading them, and what their worker writes under its lease."""
+"""Reading runs, their curves and checkpoints; the best trial; the row of a new run."""
 
 from sqlalchemy import ColumnElement, select, tuple_
 from sqlalchemy.orm import Session
@@ -6,10 +6,7 @@ from sqlalchemy.orm import Session
 from service.access.caller import Caller
 from service.database.tables import Checkpoint, Run, Study
 from service.database.tables import Measurement as MeasurementRow
-from service.protocol import (
-    CheckpointView,
-    RunView,
-)
+from service.protocol import CheckpointView, RunView
 from service.runs.schemas import MeasurementPage, MeasurementView, RunPage
 from service.specs.study import StudySpec
 from service.web.pagination import decode_cursor, decode_number, encode_cursor, encode_number
@@ -17,35 +14,38 @@ from warmcore.specs import RunSpec
 from warmcore.specs.sizes import flops_per_token
 
 
-def view(run: Run, study_name: str) -> RunView:
-    """The run as it is read."""
+def view_run(run: Run, study_name: str) -> RunView:
+    """Return the run as the API shows it."""
     same = {name: getattr(run, name) for name in RunView.model_fields if hasattr(run, name)}
     return RunView.model_validate(same | {"study_name": study_name})
 
 
-def page(
+def list_runs(
     session: Session,
     caller: Caller,
     filters: list[ColumnElement[bool]],
     cursor: str | None,
     limit: int,
 ) -> RunPage:
-    """The caller's runs with their study's name, newest first."""
+    """Return a page of the caller's runs with their studies' names, newest first."""
     query = select(Run, Study.name).join(Study, Study.id == Run.study_id)
-    query = query.where(caller.studies, *filters)
+    query = query.where(caller.study_filter, *filters)
+    # One row more than the page holds tells whether there is a next page.
     query = query.order_by(Run.created_at.desc(), Run.id.desc()).limit(limit + 1)
     if cursor is not None:
         query = query.where(tuple_(Run.created_at, Run.id) < decode_cursor(cursor))
     rows = list(session.execute(query))
     last: Run | None = rows[limit - 1][0] if len(rows) > limit else None
     return RunPage(
-        items=tuple(view(run, name) for run, name in rows[:limit]),
+        items=tuple(view_run(run, name) for run, name in rows[:limit]),
         next_cursor=encode_cursor(last.created_at, last.id) if last else None,
     )
 
 
-def measurements(session: Session, run_id: str, cursor: str | None, limit: int) -> MeasurementPage:
-    """The run's curve, by step."""
+def list_measurements(
+    session: Session, run_id: str, cursor: str | None, limit: int
+) -> MeasurementPage:
+    """Return a page of the run's curve, ordered by step."""
     fields = tuple(MeasurementView.model_fields)
     query = select(*(getattr(MeasurementRow, field) for field in fields))
     query = query.where(MeasurementRow.run_id == run_id)
@@ -58,22 +58,23 @@ def measurements(session: Session, run_id: str, cursor: str | None, limit: int) 
     )
 
 
-def checkpoints(session: Session, run_id: str) -> tuple[CheckpointView, ...]:
-    """The run's checkpoints that are kept, newest first."""
+def list_checkpoints(session: Session, run_id: str) -> tuple[CheckpointView, ...]:
+    """Return the run's kept checkpoints as the API shows them, newest first."""
     fields = tuple(CheckpointView.model_fields)
     return tuple(
-        CheckpointView(**{f: getattr(row, f) for f in fields}) for row in kept(session, run_id)
+        CheckpointView(**{f: getattr(row, f) for f in fields})
+        for row in load_kept_checkpoints(session, run_id)
     )
 
 
-def kept(session: Session, run_id: str) -> list[Checkpoint]:
-    """Checkpoints whose files are there, the furthest first."""
+def load_kept_checkpoints(session: Session, run_id: str) -> list[Checkpoint]:
+    """Return the rows of checkpoints that have files, the highest step first."""
     query = select(Checkpoint).where(Checkpoint.run_id == run_id, ~Checkpoint.superseded)
     return list(session.scalars(query.order_by(Checkpoint.step.desc(), Checkpoint.attempt.desc())))
 
 
-def best_trial(session: Session, study_id: str) -> Run | None:
-    """The succeeded trial with the lowest validation loss; the earlier one of equals."""
+def find_best_trial(session: Session, study_id: str) -> Run | None:
+    """Return the succeeded trial with the lowest validation loss; of equal ones the earliest."""
     query = (
         select(Run)
         .where(Run.study_id == study_id, Run.kind == "trial", Run.state == "succeeded")
@@ -83,8 +84,11 @@ def best_trial(session: Session, study_id: str) -> Run | None:
     return session.scalars(query).one_or_none()
 
 
-def best_growable(session: Session, study_id: str) -> Run | None:
-    """The best trial that can be grown: a worker of another framework may publish no checkpoint."""
+def find_best_growable(session: Session, study_id: str) -> Run | None:
+    """Return the best succeeded trial that has a final checkpoint.
+
+    A worker of another framework may publish none, and the overall best trial cannot be grown then.
+    """
     query = (
         select(Run)
         .join(Checkpoint, Checkpoint.run_id == Run.id)
@@ -96,8 +100,8 @@ def best_growable(session: Session, study_id: str) -> Run | None:
     return session.scalars(query).one_or_none()
 
 
-def new_run(study: Study, spec: StudySpec, run: RunSpec, params: dict[str, object]) -> Run:
-    """A run's row with its sizes worked out; the caller says what it is for."""
+def make_run(study: Study, spec: StudySpec, run: RunSpec, params: dict[str, object]) -> Run:
+    """Build a run's row with its sizes computed; the caller sets its kind and its resources."""
     return Run(
         study_id=study.id,
         spec=run.model_dump(mode="json"),

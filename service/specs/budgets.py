@@ -18,7 +18,7 @@ _TUNED = ("batch_size", "warmup_fraction", "cooldown_fraction")
 _BUDGET_FIELDS = ("tokens_per_param", "num_tokens")
 
 
-def trunk_of(run: RunSpec, budgets: tuple[float, ...]) -> RunSpec:
+def make_trunk(run: RunSpec, budgets: tuple[float, ...]) -> RunSpec:
     """`run` as the trunk of these budgets; itself where there are none.
 
     Raises:
@@ -31,7 +31,7 @@ def trunk_of(run: RunSpec, budgets: tuple[float, ...]) -> RunSpec:
     return RunSpec.model_validate(dict(run) | {"train": train, "branches": budgets})
 
 
-def flops_with_branches(run: RunSpec) -> float:
+def count_flops_with_branches(run: RunSpec) -> float:
     """What a target costs in all: its own training, and each cooldown that follows it."""
     wholes = [branch_of(run, budget, None) for budget in run.branches]
     steps = [whole.budget_steps for whole in wholes]
@@ -39,7 +39,7 @@ def flops_with_branches(run: RunSpec) -> float:
     return run.flops_of((run.num_steps + cooldowns) * run.tokens_per_step)
 
 
-def check_alone(budgets: tuple[float, ...], train: Mapping[str, Any], place: str) -> None:
+def check_no_other_budget(budgets: tuple[float, ...], train: Mapping[str, Any], place: str) -> None:
     """Raise a FieldError where a target of several budgets is given one more."""
     for name in _BUDGET_FIELDS:
         if budgets and name in train:
@@ -47,7 +47,7 @@ def check_alone(budgets: tuple[float, ...], train: Mapping[str, Any], place: str
             raise FieldError(f"{place}.train.{name}", train[name], message)
 
 
-def check_longest(run: RunSpec, tuned: Mapping[str, Dimension], place: str) -> None:
+def check_longest_phases(run: RunSpec, tuned: Mapping[str, Dimension], place: str) -> None:
     """Raise a FieldError unless the phases fit when the search makes each as long as it may."""
     corner = {name: max(tuned[name].bounds) for name in _TUNED if name in tuned}
     try:
@@ -64,7 +64,7 @@ def check_trunk(
     for pick in (max, min):
         corner = {name: pick(bounds) for name, bounds in ends.items()}
         try:
-            at = trunk_of(run.with_params(corner), budgets)
+            at = make_trunk(run.with_params(corner), budgets)
             if corner:
                 _check_room(at)
         except ValueError as error:

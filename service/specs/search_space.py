@@ -94,7 +94,7 @@ def check_dimension(name: str, dimension: Dimension) -> None:
             raise FieldError(path, value, f"{name} is a whole number; {round(value)} would work")
 
 
-def check_parts(space: dict[str, Dimension], train: TrainSpec, place: str) -> None:
+def check_batch_parts(space: dict[str, Dimension], train: TrainSpec, place: str) -> None:
     """Raise a FieldError unless every batch size that may be tried has `accumulate` equal parts."""
     sizes, parts = space.get("batch_size"), train.accumulate
     if not isinstance(sizes, IntDimension) or parts == 1:
@@ -113,7 +113,7 @@ def check_grid(space: dict[str, Dimension], trials: int) -> None:
         if isinstance(dimension, FloatDimension) and dimension.step is None:
             message = "sampler grid needs a step here, or type categorical with choices"
             raise FieldError(f"search_space.{name}.step", None, message)
-    size = math.prod(grid_size(dimension) for dimension in space.values())
+    size = math.prod(count_grid_points(dimension) for dimension in space.values())
     if size > MAX_GRID_POINTS:
         message = f"the grid has {size:.3g} points; {MAX_GRID_POINTS} at most, so use larger steps"
         raise FieldError("search_space", None, message)
@@ -122,22 +122,22 @@ def check_grid(space: dict[str, Dimension], trials: int) -> None:
         raise FieldError("hpo.trials", trials, message)
 
 
-def grid_size(dimension: Dimension) -> int:
+def count_grid_points(dimension: Dimension) -> int:
     """How many values a grid visits along one dimension."""
     if isinstance(dimension, CategoricalDimension):
         return len(dimension.choices)
     return int((dimension.high - dimension.low) / (dimension.step or 1) + 1e-9) + 1
 
 
-def grid_points(dimension: Dimension) -> tuple[Any, ...]:
+def list_grid_points(dimension: Dimension) -> tuple[Any, ...]:
     """The values that a grid visits along one dimension."""
     if isinstance(dimension, CategoricalDimension):
         return dimension.choices
     step = dimension.step or 1
-    return tuple(dimension.low + i * step for i in range(grid_size(dimension)))
+    return tuple(dimension.low + i * step for i in range(count_grid_points(dimension)))
 
 
-def contains(dimension: Dimension, value: object) -> bool:
+def contains_value(dimension: Dimension, value: object) -> bool:
     """Whether a value that a user enqueues lies in the dimension."""
     if isinstance(dimension, CategoricalDimension):
         return any(type(value) is type(choice) and value == choice for choice in dimension.choices)

@@ -2,48 +2,43 @@
 
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from service.protocol import Resources
-from service.specs.budgets import check_alone, check_longest, check_trunk, trunk_of
+from service.specs.budgets import (
+    check_longest_phases,
+    check_no_other_budget,
+    check_trunk,
+    make_trunk,
+)
 from service.specs.processes import check_batches, check_processes
-from service.specs.search_space import Dimension, check_dimension, check_grid, check_parts
+from service.specs.search_space import Dimension, check_batch_parts, check_dimension, check_grid
+from service.specs.target import (
+    TargetSpec,
+    WarmstartSpec,
+    check_size,
+    check_trained_base,
+    make_grown_model,
+    override_train,
+    reshape_model,
+)
 from warmcore.specs import (
     NOT_TRANSFERABLE,
     DataSpec,
-    GrowthOptions,
     ModelSpec,
-    PositiveInt,
     RunSpec,
     Seed,
     Spec,
-    TokensPerParam,
     TrainSpec,
     growth_rules,
 )
 from warmcore.specs.fields import FieldError, reason
-from warmcore.specs.sizes import count_params
 
 SamplerName = Literal["tpe", "random", "cmaes", "gp", "qmc", "grid"]
 PrunerName = Literal["hyperband", "successive_halving", "median", "none"]
-MAX_TOKENS = 10**18
 GPU_TOLERANCE = 1e-9
-
-
-class TargetSpec(Spec):
-    """What the study is for. What is not given is the proxy's."""
-
-    width: PositiveInt
-    depth: PositiveInt | None = None
-    train: dict[str, Any] = Field(
-        default_factory=dict, description="overrides of `train`, e.g. {tokens_per_param: 10}"
-    )
-    budgets: Annotated[tuple[TokensPerParam, ...], Field(max_length=16)] = Field(
-        default=(),
-        description="tokens per parameter, ascending: one constant phase, cooled down at each",
-    )
 
 
 class HpoSpec(Spec):
@@ -54,13 +49,6 @@ class HpoSpec(Spec):
     sampler: SamplerName = "tpe"
     pruner: PrunerName = "hyperband"
     seed: Seed = 0
-
-
-class WarmstartSpec(GrowthOptions):
-    """Growth of the best trial's checkpoint; `control` also trains every target cold."""
-
-    control: bool = True
-    seeds: Annotated[int, Field(ge=1, le=100)] = 2
 
 
 class StudyResources(Spec):
@@ -128,22 +116,21 @@ class StudySpec(Spec):
                     message = f"reaches {value!r}, which {name} refuses: {reason(error)}"
                     raise FieldError(f"search_space.{name}", value, message) from None
         _check_phases(self.search_space, self.train, "search_space")
-        check_parts(self.search_space, self.train, "search_space.batch_size")
+        check_batch_parts(self.search_space, self.train, "search_space.batch_size")
         check_batches("resources.trial", self.resources.trial, self.search_space, self.train)
-        check_longest(run, self.search_space, "search_space")
+        check_longest_phases(run, self.search_space, "search_space")
         if self.hpo.sampler == "grid":
             check_grid(self.search_space, self.hpo.trials)
 
     def _check_rungs(self) -> None:
         below, train = self.base_model, self.train
         for place, spec in self._places():
-            below = grown_model(below, spec, self.warmstart, place)
-            train_below, train = train, overridden_train(self.train, spec, place)
-            check_optimizers(self.warmstart, train_below, train, place)
-            check_base_weights(self.warmstart, train_below)
+            below = make_grown_model(below, spec, self.warmstart, place)
+            train_below, train = train, override_train(self.train, spec, place)
+            check_trained_base(self.warmstart, train_below, train, place)
             tuned = {n: d for n, d in self.search_space.items() if n not in spec.train}
             _check_phases(tuned, train, f"{place}.train")
-            check_parts(tuned, train, f"{place}.train.accumulate")
+            check_batch_parts(tuned, train, f"{place}.train.accumulate")
             check_batches("resources.target", self.resources.target, tuned, train)
             try:
                 run = RunSpec(model=below, data=self.data, train=train)
@@ -151,7 +138,7 @@ class StudySpec(Spec):
             except ValueError as error:
                 raise FieldError(place, spec.width, reason(error)) from None
             _check_tuned(tuned, run, f"{place}.train")
-            check_longest(run, tuned, f"{place}.train")
+            check_longest_phases(run, tuned, f"{place}.train")
             self._check_budgets(run, spec, tuned, place)
 
     def _check_budgets(
@@ -162,7 +149,7 @@ class StudySpec(Spec):
         if self.ladder:
             message = "the rungs of a ladder have one budget each; give a target several"
             raise FieldError(f"{place}.budgets", list(target.budgets), message)
-        check_alone(target.budgets, target.train, place)
+        check_no_other_budget(target.budgets, target.train, place)
         check_trunk(run, target.budgets, tuned, place)
 
     def _places(self) -> list[tuple[str, TargetSpec]]:
@@ -186,11 +173,11 @@ class StudySpec(Spec):
 
     def rung_model(self, rung: int) -> ModelSpec:
         """The model of one rung: the proxy's shape with this width and depth."""
-        return shaped_like(self.base_model, self.rungs[rung])
+        return reshape_model(self.base_model, self.rungs[rung])
 
     def rung_train(self, rung: int) -> TrainSpec:
         """The train spec of one rung: the study's with the rung's overrides."""
-        return overridden_train(self.train, self.rungs[rung], "target")
+        return override_train(self.train, self.rungs[rung], "target")
 
     def trial_run(self, seed: int) -> RunSpec:
         """A trial's run, before its parameters."""
@@ -200,7 +187,7 @@ class StudySpec(Spec):
         """A target's run, before its parameters and its growth; of several budgets, the trunk."""
         model, train = self.rung_model(rung), self.rung_train(rung)
         run = RunSpec(model=model, data=self.data, train=train, seed=seed)
-        return trunk_of(run, self.rungs[rung].budgets)
+        return make_trunk(run, self.rungs[rung].budgets)
 
     @property
     def budgets(self) -> tuple[float, ...]:
@@ -252,41 +239,6 @@ def _made(run: Callable[[int], RunSpec], place: str) -> RunSpec:
         raise FieldError(place, None, reason(error)) from None
 
 
-def shaped_like(base: ModelSpec, target: TargetSpec) -> ModelSpec:
-    """`base` with the target's width and depth."""
-    shape = {"width": target.width, "depth": target.depth or base.depth}
-    return ModelSpec.model_validate(base.model_dump(exclude_unset=True) | shape)
-
-
-def grown_model(
-    base: ModelSpec, target: TargetSpec, options: GrowthOptions, place: str
-) -> ModelSpec:
-    """The target's model, if `base` can be grown into it; else a FieldError below `place`."""
-    try:
-        model = shaped_like(base, target)
-    except ValidationError as error:
-        raise FieldError(f"{place}.width", target.width, reason(error)) from None
-    try:
-        growth_rules.check_depth(options, base, model)
-    except ValueError as error:
-        raise FieldError(f"{place}.depth", target.depth, str(error)) from None
-    try:
-        growth_rules.check(options, base, model)
-    except ValueError as error:
-        raise FieldError(f"{place}.width", target.width, str(error)) from None
-    return model
-
-
-def overridden_train(train: TrainSpec, target: TargetSpec, place: str) -> TrainSpec:
-    """`train` with the target's overrides; a FieldError below `place` if one is refused."""
-    try:
-        return TrainSpec.model_validate(train.model_dump() | target.train)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join([f"{place}.train", *(str(part) for part in first["loc"])])
-        raise FieldError(path, first["input"], reason(error)) from None
-
-
 def _check_phases(space: dict[str, Dimension], train: TrainSpec, place: str) -> None:
     """The longest warmup and the longest cooldown must fit together, for every trial."""
     phases = ("warmup_fraction", "cooldown_fraction")
@@ -305,29 +257,3 @@ def _check_tuned(space: dict[str, Dimension], run: RunSpec, place: str) -> None:
                 run.with_params({name: value})
             except ValidationError as error:
                 raise FieldError(f"{place}.{name}", value, reason(error)) from None
-
-
-def check_optimizers(
-    options: GrowthOptions, base: TrainSpec, target: TrainSpec, place: str
-) -> None:
-    """Raise a FieldError below `place` where the target's optimizer cannot use the base's state."""
-    try:
-        growth_rules.check_optimizers(options, base, target)
-    except ValueError as error:
-        path = f"{place}.train.optimizer"
-        raise FieldError(path, target.optimizer, str(error)) from None
-
-
-def check_base_weights(options: GrowthOptions, base: TrainSpec) -> None:
-    """Raise a FieldError unless the base's run keeps the weights that are to be grown."""
-    try:
-        growth_rules.check_base_weights(options, base)
-    except ValueError as error:
-        raise FieldError("warmstart.base_weights", options.base_weights, str(error)) from None
-
-
-def check_size(run: RunSpec) -> None:
-    """Raise ValueError when the sizes that follow from a run are beyond anything that can be."""
-    tokens = run.train.num_tokens or run.train.tokens_per_param * count_params(run.model).total
-    if tokens > MAX_TOKENS or run.tokens_per_step > MAX_TOKENS:
-        raise ValueError(f"the run would train on {tokens:.3g} tokens; {MAX_TOKENS:.0e} at most")

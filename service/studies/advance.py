@@ -1,4 +1,7 @@
-"""Moves a study on when a run has ended: in the transaction that ended it, under its row lock."""
+"""The step of a study after one of its runs has ended: enqueue targets, or end the study.
+
+It is taken in the transaction that ends the run, while that transaction holds the study's row.
+"""
 
 import logging
 
@@ -10,73 +13,76 @@ from service.database.tables import Checkpoint, Run, Study
 from service.events.audit_log import record_event
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES, LIVE_RUN_STATES
 from service.observability import tracing
-from service.runs.store import best_growable, best_trial, new_run
+from service.runs.store import find_best_growable, find_best_trial, make_run
 from service.specs.stored import UnreadableSpecError, parse_stored
-from service.specs.study import StudySpec, TargetSpec, WarmstartSpec
-from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_run
+from service.specs.study import StudySpec
+from service.specs.target import TargetSpec, WarmstartSpec
+from service.studies.plan import Base, End, NewTarget, TargetFact, make_target_run, plan_next_step
 from warmcore.specs import CheckpointRef, ModelSpec
 
 _log = logging.getLogger(__name__)
 _HIGHEST = select(func.max(Run.trial_number)).where(Run.study_id == bindparam("study"))
 
 
-def advance(session: Session, study: Study) -> None:
-    """Enqueue what follows, or end the study; nothing while trials remain. `study` is locked.
+def advance_study(session: Session, study: Study) -> None:
+    """Take the study's next step, if all its trials have finished; `study` is locked.
 
-    A fault in this must not undo the end of the run that led here: it fails the study.
+    An unexpected error fails the study. It must not undo the end of the run, since its worker
+    would train the same run again.
 
     Raises:
-        UnreadableSpecError: 503, the end is for a replica of the version that knows what follows.
+        UnreadableSpecError: 503; a replica that can read the spec must take this end.
     """
-    if _trials_remain(session, study):
+    if _has_trials_left(session, study):
         return
     try:
         with tracing.span("advance", study=study.id), session.begin_nested():
-            _advance(session, study)
+            _take_next_step(session, study)
     except (OperationalError, UnreadableSpecError):
-        raise  # the database went away, or so: nothing is done, and it is tried again
-    except Exception as error:  # noqa: BLE001 - whatever it is, the run's end must stand
+        raise  # the database is away, for example: nothing is written and the worker retries
+    except Exception as error:  # noqa: BLE001 - the run's end must be kept
         _log.exception("cannot move on", extra={"study": study.id})
-        end(session, study, "failed", f"cannot move on: {type(error).__name__}: {error}")
+        end_study(session, study, "failed", f"cannot move on: {type(error).__name__}: {error}")
 
 
-def _advance(session: Session, study: Study) -> None:
+def _take_next_step(session: Session, study: Study) -> None:
     budget = study.spec["hpo"]["trials"]
-    if study.state in FINAL_STUDY_STATES or _finished_trials(session, study) < budget:
+    if study.state in FINAL_STUDY_STATES or _count_finished_trials(session, study) < budget:
         return
     spec = parse_stored(study.spec)
-    step = next_step(
+    step = plan_next_step(
         spec,
-        _best_base(session, study.id),
-        _targets(session, study.id),
-        any_succeeded=best_trial(session, study.id) is not None,
+        _find_best_base(session, study.id),
+        _load_targets(session, study.id),
+        any_succeeded=find_best_trial(session, study.id) is not None,
     )
     match step:
         case End(state=state, reason=reason):
-            end(session, study, state, reason)
+            end_study(session, study, state, reason)
         case tuple() as missing:
             for new in missing:
-                _enqueue(session, study, spec, new)
-        case None:
+                _enqueue_planned(session, study, spec, new)
+        case None:  # target runs are under way
             pass
 
 
-def _trials_remain(session: Session, study: Study) -> bool:
-    """Whether trials of the budget have yet to start: one look at an index, not a count.
+def _has_trials_left(session: Session, study: Study) -> bool:
+    """Return whether trials of the budget have not started yet.
 
-    Numbers are of one trial each, so there are no more trials than the highest plus one.
+    Each trial has a number of its own. Therefore a highest number of 41 means at most 42 trials:
+    one read of an index, where a count reads every trial.
     """
     highest = session.scalar(_HIGHEST, {"study": study.id})
     return highest is None or highest + 1 < study.spec["hpo"]["trials"]
 
 
-def _best_base(session: Session, study_id: str) -> Base | None:
-    best = best_growable(session, study_id)
-    return None if best is None else base_of(session, best)
+def _find_best_base(session: Session, study_id: str) -> Base | None:
+    best = find_best_growable(session, study_id)
+    return None if best is None else find_base(session, best)
 
 
-def base_of(session: Session, run: Run) -> Base | None:
-    """The run's final checkpoint as a base; None when it published none."""
+def find_base(session: Session, run: Run) -> Base | None:
+    """Return the run's final checkpoint as a base; None if the run published none."""
     query = (
         select(Checkpoint)
         .where(Checkpoint.run_id == run.id, Checkpoint.final, ~Checkpoint.superseded)
@@ -101,9 +107,9 @@ def enqueue_target(
     warmstart: WarmstartSpec,
     launch: int,
 ) -> Run:
-    """Write one target run, queued."""
-    run_spec = target_run(spec, model, target, new, warmstart)
-    run = new_run(study, spec, run_spec, new.params)
+    """Write one queued target run."""
+    run_spec = make_target_run(spec, model, target, new, warmstart)
+    run = make_run(study, spec, run_spec, new.params)
     run.kind, run.launch, run.rung, run.arm = "target", launch, new.rung, new.arm
     run.cpus, run.gpus = spec.resources.target.cpus, spec.resources.target.gpus
     run.base_checkpoint_id = new.base.checkpoint_id if new.base else None
@@ -116,7 +122,7 @@ def enqueue_target(
     return run
 
 
-def _enqueue(session: Session, study: Study, spec: StudySpec, new: NewTarget) -> None:
+def _enqueue_planned(session: Session, study: Study, spec: StudySpec, new: NewTarget) -> None:
     enqueue_target(
         session,
         study,
@@ -129,14 +135,14 @@ def _enqueue(session: Session, study: Study, spec: StudySpec, new: NewTarget) ->
     )
 
 
-def _finished_trials(session: Session, study: Study) -> int:
+def _count_finished_trials(session: Session, study: Study) -> int:
     query = select(func.count()).where(
         Run.study_id == study.id, Run.kind == "trial", Run.state.in_(FINAL_RUN_STATES)
     )
     return session.scalar(query) or 0
 
 
-def _targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
+def _load_targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
     query = select(Run).where(Run.study_id == study_id, Run.kind == "target", Run.launch == 0)
     return tuple(
         TargetFact(
@@ -145,14 +151,17 @@ def _targets(session: Session, study_id: str) -> tuple[TargetFact, ...]:
             seed=run.seed,
             branch=run.branch,
             state=run.state,  # pyright: ignore[reportArgumentType] - checked by the database
-            base=base_of(session, run) if run.state == "succeeded" else None,
+            base=find_base(session, run) if run.state == "succeeded" else None,
         )
         for run in session.scalars(query)
     )
 
 
-def end(session: Session, study: Study, state: str, reason: str | None) -> None:
-    """End a study, which is locked; of a failed one only what was started by hand goes on."""
+def end_study(session: Session, study: Study, state: str, reason: str | None) -> None:
+    """End a study, whose row is locked. The live runs of a failed study are cancelled.
+
+    Targets that a user started by hand (launch 1 and higher) go on.
+    """
     if state == "failed":
         cancel_runs(session, study.id, Run.launch == 0)
     session.execute(
@@ -163,11 +172,14 @@ def end(session: Session, study: Study, state: str, reason: str | None) -> None:
     record_event(session, f"study.{state}", study_id=study.id, reason=reason)
 
 
-def cancel_runs(session: Session, study_id: str, *which: ColumnElement[bool]) -> int:
-    """Cancel the live runs of a study; a worker hears it at its next report. Return how many."""
+def cancel_runs(session: Session, study_id: str, *conditions: ColumnElement[bool]) -> int:
+    """Cancel the live runs of a study and return their number.
+
+    The answer to its next report tells each worker.
+    """
     cancelled = session.execute(
         update(Run)
-        .where(Run.study_id == study_id, Run.state.in_(LIVE_RUN_STATES), *which)
+        .where(Run.study_id == study_id, Run.state.in_(LIVE_RUN_STATES), *conditions)
         .values(state="cancelled", finished_at=func.now(), lease_expires_at=None)
         .returning(Run.id, Run.attempt)
     ).all()

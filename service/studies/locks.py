@@ -1,4 +1,4 @@
-"""Lock a study's row until the transaction ends."""
+"""Locks on a study's row."""
 
 from sqlalchemy import ColumnElement, Select, select
 from sqlalchemy.orm import Session
@@ -6,15 +6,20 @@ from sqlalchemy.orm import Session
 from service.database.tables import Study
 
 
-def lock(session: Session, study_id: str) -> Study:
-    """The study's row, locked until the transaction ends. Always taken before any run's lock.
+def lock_study(session: Session, study_id: str) -> Study:
+    """Lock a study's row until the transaction ends, and return it.
 
-    FOR NO KEY UPDATE: an event's foreign key only asks that the row stays, and must not wait.
+    Every transaction takes this lock before it locks a run of the study. Without one order two
+    transactions could wait for each other.
     """
-    return session.scalars(locked(Study.id == study_id)).one()
+    return session.scalars(select_locked(Study.id == study_id)).one()
 
 
-def locked(which: ColumnElement[bool]) -> Select[Study]:
-    """The query that locks a study's row."""
-    query = select(Study).where(which).with_for_update(key_share=True)
+def select_locked(condition: ColumnElement[bool]) -> Select[Study]:
+    """Return the query that locks a study's row and reads it as it is after the wait.
+
+    The lock is FOR NO KEY UPDATE: an insert of an event, whose foreign key only needs the row to
+    stay, does not wait for it.
+    """
+    query = select(Study).where(condition).with_for_update(key_share=True)
     return query.execution_options(populate_existing=True)

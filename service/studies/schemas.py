@@ -1,4 +1,4 @@
-"""The messages that studies are read and changed by."""
+"""The messages of the routes that read and change studies."""
 
 from datetime import datetime
 from typing import Annotated, Any
@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from service.protocol import Message, Number, RunState, RunView, StudyState
-from service.specs.study import StudySpec, TargetSpec, WarmstartSpec
+from service.specs.study import StudySpec
+from service.specs.target import TargetSpec, WarmstartSpec
 from warmcore.specs import ModelSpec
 
 
@@ -31,7 +32,7 @@ class BestTrial(Message):
 
 
 class StudyView(Message):
-    """A study as it is read."""
+    """A study with its counts, its best trial and its cost so far."""
 
     id: str
     project: str
@@ -42,7 +43,7 @@ class StudyView(Message):
     targets: RunCounts
     trials_budget: int
     best_trial: BestTrial | None
-    progress: float = Field(description="finished runs over all runs that the spec asks for")
+    progress: float = Field(description="finished runs, as a share of all runs that the spec needs")
     cost_flops: float
     warnings: tuple[str, ...]
     spec: StudySpec
@@ -58,7 +59,7 @@ class StudyPage(Message):
 
 
 class TrialView(Message):
-    """A trial: its parameters, its value, its state."""
+    """A trial: its parameters, its value and its state."""
 
     number: int
     run_id: str | None
@@ -73,7 +74,7 @@ class TrialView(Message):
 
 
 class EnqueueRequest(Message):
-    """Parameters to try next; the ones not given are sampled."""
+    """Parameters to try next; parameters that are not given are sampled."""
 
     params: Annotated[dict[str, Any], Field(min_length=1)]
 
@@ -90,7 +91,7 @@ class ImportedBase(Message):
 
 
 class TargetRequest(Message):
-    """Start a warmstart by hand: from a trial, a checkpoint or an imported model, to a target."""
+    """A target to start by hand, and the trial, checkpoint or imported model to grow."""
 
     trial: RowNumber | None = Field(default=None, description="trial number; None: the best trial")
     checkpoint: RowNumber | None = Field(
@@ -121,4 +122,4 @@ class Importance(Message):
     """Share of each parameter in the variance of the loss; they sum to about 1."""
 
     importance: dict[str, float]
-    trials: int = Field(description="finished trials that this rests on")
+    trials: int = Field(description="number of finished trials used")

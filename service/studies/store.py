@@ -1,4 +1,4 @@
-"""Queries on studies. The session comes first; nothing here commits."""
+"""Queries on studies: create, list, view, change the state. Nothing here commits."""
 
 from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
@@ -10,89 +10,97 @@ from service.events.audit_log import record_event
 from service.lifecycle import LIVE_RUN_STATES, source_states
 from service.problems import Problem, bad_field, conflict
 from service.protocol import StudyState
-from service.runs.store import best_trial
+from service.runs.store import find_best_trial
 from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
 from service.studies.advance import cancel_runs
-from service.studies.locks import lock
+from service.studies.locks import lock_study
 from service.studies.schemas import BestTrial, RunCounts, StudyPage, StudyView
 from service.web.pagination import decode_cursor, encode_cursor
 
 _ENDED = ("completed", "failed")
 
 
-def create(session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None) -> Study:
+def create_study(
+    session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None
+) -> Study:
     """Write a study of the caller's project; the same idempotency key gives the same study.
 
     Raises:
         Problem: 409 for a name that is taken, or for a key that was used with another spec.
     """
-    again = _made_before(session, caller, idempotency_key)
-    if again is not None:
-        return _same(again, spec, idempotency_key)
-    values = {"project": caller.home, "name": spec.name, "spec": spec.model_dump(mode="json")}
+    earlier = _find_by_key(session, caller, idempotency_key)
+    if earlier is not None:
+        return _check_same_spec(earlier, spec, idempotency_key)
+    values = {
+        "project": caller.home_project,
+        "name": spec.name,
+        "spec": spec.model_dump(mode="json"),
+    }
     statement = insert(Study).values(**values, idempotency_key=idempotency_key)
     statement = statement.on_conflict_do_nothing().returning(Study)
     study = session.scalars(statement).one_or_none()
     if study is None:
-        return _lost_the_race(session, caller, spec, idempotency_key)
+        return _resolve_conflict(session, caller, spec, idempotency_key)
     record_event(session, "study.created", study_id=study.id, name=study.name)
     return study
 
 
-def _made_before(session: Session, caller: Caller, idempotency_key: str | None) -> Study | None:
+def _find_by_key(session: Session, caller: Caller, idempotency_key: str | None) -> Study | None:
     if idempotency_key is None:
         return None
     query = select(Study).where(
-        Study.project == caller.home, Study.idempotency_key == idempotency_key
+        Study.project == caller.home_project, Study.idempotency_key == idempotency_key
     )
     return session.scalar(query)
 
 
-def _lost_the_race(
+def _resolve_conflict(
     session: Session, caller: Caller, spec: StudySpec, idempotency_key: str | None
 ) -> Study:
-    again = _made_before(session, caller, idempotency_key)
-    if again is not None:
-        return _same(again, spec, idempotency_key)
+    """Return the study that the same key has just created; raise 409 for a name that is taken."""
+    earlier = _find_by_key(session, caller, idempotency_key)
+    if earlier is not None:
+        return _check_same_spec(earlier, spec, idempotency_key)
     field = bad_field("name", spec.name, "a study of this name exists; choose another name")
     raise Problem(409, "duplicate-name", field.detail, field.errors)
 
 
-def _same(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
-    before = parse_stored(study.spec)
-    if before.without_pins() != spec.without_pins():
+def _check_same_spec(study: Study, spec: StudySpec, idempotency_key: str | None) -> Study:
+    # The corpus may have changed between the two requests: compare the specs without its hashes.
+    earlier = parse_stored(study.spec)
+    if earlier.without_pins() != spec.without_pins():
         detail = (
             f"Idempotency-Key {idempotency_key!r} was used for study {study.name!r}, "
-            "whose spec is another"
+            "which has another spec"
         )
         raise conflict("idempotency-key-reused", detail)
     return study
 
 
-def page(session: Session, caller: Caller, cursor: str | None, limit: int) -> StudyPage:
-    """The caller's studies, newest first."""
-    query = select(Study).where(caller.studies)
+def list_studies(session: Session, caller: Caller, cursor: str | None, limit: int) -> StudyPage:
+    """Return a page of the caller's studies, newest first."""
+    query = select(Study).where(caller.study_filter)
     query = query.order_by(Study.created_at.desc(), Study.id.desc()).limit(limit + 1)
     if cursor is not None:
         query = query.where(tuple_(Study.created_at, Study.id) < decode_cursor(cursor))
     rows = list(session.scalars(query))
     more = rows[limit - 1] if len(rows) > limit else None
     return StudyPage(
-        items=tuple(view(session, row) for row in rows[:limit]),
+        items=tuple(view_study(session, row) for row in rows[:limit]),
         next_cursor=encode_cursor(more.created_at, more.id) if more else None,
     )
 
 
 def change_state(session: Session, study: Study, state: StudyState) -> Study:
-    """Move a study to `state` if its state allows it; asking for the state it is in is fine.
+    """Move a study to `state`, if its present state allows that; the same state changes nothing.
 
-    To cancel a study that has ended cancels the targets that were started by hand after it.
+    Cancelling a study that has ended cancels the targets that were started by hand after its end.
 
     Raises:
-        Problem: 409 when the state does not allow it.
+        Problem: 409 if the present state does not allow it.
     """
-    study = lock(session, study.id)
+    study = lock_study(session, study.id)
     if study.state == state:
         return study
     if state == "cancelled" and study.state in _ENDED and cancel_runs(session, study.id):
@@ -114,10 +122,10 @@ def change_state(session: Session, study: Study, state: StudyState) -> Study:
     return changed
 
 
-def view(session: Session, study: Study) -> StudyView:
-    """The study as it is read: state, counts, best trial, progress, cost so far."""
+def view_study(session: Session, study: Study) -> StudyView:
+    """Return the study as the API shows it: state, counts, best trial, progress, cost so far."""
     spec = parse_stored(study.spec)
-    counts = _counts(session, study.id)
+    counts = _count_runs(session, study.id)
     cost = session.scalar(select(func.sum(Run.cost_flops)).where(Run.study_id == study.id))
     return StudyView.model_validate(
         {
@@ -129,8 +137,8 @@ def view(session: Session, study: Study) -> StudyView:
             "trials": RunCounts(**counts["trial"]),
             "targets": RunCounts(**counts["target"]),
             "trials_budget": spec.hpo.trials,
-            "best_trial": _best(session, study.id),
-            "progress": _progress(spec, study.state, counts),
+            "best_trial": _view_best_trial(session, study.id),
+            "progress": _compute_progress(spec, study.state, counts),
             "cost_flops": cost or 0.0,
             "warnings": tuple(spec.warnings()),
             "spec": spec,
@@ -140,7 +148,7 @@ def view(session: Session, study: Study) -> StudyView:
     )
 
 
-def _counts(session: Session, study_id: str) -> dict[str, dict[str, int]]:
+def _count_runs(session: Session, study_id: str) -> dict[str, dict[str, int]]:
     query = (
         select(Run.kind, Run.state, func.count())
         .where(Run.study_id == study_id)
@@ -152,8 +160,8 @@ def _counts(session: Session, study_id: str) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _best(session: Session, study_id: str) -> BestTrial | None:
-    run = best_trial(session, study_id)
+def _view_best_trial(session: Session, study_id: str) -> BestTrial | None:
+    run = find_best_trial(session, study_id)
     if run is None or run.trial_number is None or run.val_loss_nats is None:
         return None
     return BestTrial(
@@ -164,7 +172,7 @@ def _best(session: Session, study_id: str) -> BestTrial | None:
     )
 
 
-def _progress(spec: StudySpec, state: str, counts: dict[str, dict[str, int]]) -> float:
+def _compute_progress(spec: StudySpec, state: str, counts: dict[str, dict[str, int]]) -> float:
     if state == "completed":
         return 1.0
     expected = spec.hpo.trials + spec.num_target_runs

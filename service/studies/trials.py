@@ -1,4 +1,4 @@
-"""Trials: what Optuna chose and what became of it."""
+"""A study's trials: the parameters that Optuna chose or a user enqueued, and their results."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from service.lifecycle import FINAL_STUDY_STATES
 from service.optuna_bridge.sampler import Sampler
 from service.problems import bad_field, conflict
 from service.specs.processes import check_batches
-from service.specs.search_space import contains
+from service.specs.search_space import contains_value
 from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
-from service.studies.locks import lock
+from service.studies.locks import lock_study
 from service.studies.schemas import Importance, TrialPage, TrialView
 from service.web.pagination import decode_number, encode_number
 from warmcore.specs.fields import FieldError, reason
@@ -21,18 +21,18 @@ from warmcore.specs.fields import FieldError, reason
 _FEWEST_FOR_IMPORTANCE = 4
 
 
-def page(
+def list_trials(
     session: Session, sampler: Sampler, study: Study, cursor: str | None, limit: int
 ) -> TrialPage:
-    """Trials by number: those with a run, and those still waiting to be asked for."""
+    """Return a page of trials by number: those with a run and those that wait in Optuna's queue."""
     after = -1 if cursor is None else decode_number(cursor)
     spec = parse_stored(study.spec)
-    # First those that wait: one that is started in between then has its run.
+    # Read the waiting trials first: a trial that starts between the two reads then has its run.
     waiting = sampler.waiting(study.optuna_name)
-    trials = {n: _waiting(spec, n, params) for n, params in waiting.items() if n > after}
+    trials = {n: _view_waiting(spec, n, params) for n, params in waiting.items() if n > after}
     query = select(Run).where(Run.study_id == study.id, Run.trial_number > after)
     for run in session.scalars(query.order_by(Run.trial_number).limit(limit + 1)):
-        trial = _view(run)
+        trial = _view_trial(run)
         trials[trial.number] = trial
     items = sorted(trials.values(), key=lambda trial: trial.number)
     more = len(items) > limit
@@ -40,45 +40,47 @@ def page(
     return TrialPage(items=tuple(items[:limit]), next_cursor=next_cursor)
 
 
-def enqueue(
+def enqueue_trial(
     session: Session, sampler: Sampler, study: Study, params: dict[str, Any], key: str | None
 ) -> TrialView:
-    """Put parameters at the head of the queue; the same idempotency key gives the same trial.
+    """Enqueue parameters as the next trial; the same idempotency key gives the same trial.
 
     Raises:
-        Problem: 409 when no trial of the budget is left, or for a key that was used with others;
-            422 for parameters off the search space.
+        Problem: 409 when no trial of the budget is left, or for a key that was used with other
+            parameters; 422 for parameters outside of the search space.
     """
-    study = lock(session, study.id)
+    study = lock_study(session, study.id)
     spec = parse_stored(study.spec)
-    if key is not None and (before := sampler.enqueued(study.optuna_name, key)) is not None:
-        number, given = before
+    if key is not None and (earlier := sampler.enqueued(study.optuna_name, key)) is not None:
+        number, given = earlier
         if given != params:
             detail = f"Idempotency-Key {key!r} was used for trial {number}, with parameters {given}"
             raise conflict("idempotency-key-reused", detail)
-        return _as_it_is(session, study, number, given)
-    parameters_fit(spec, params)
+        return _view_enqueued(session, study, spec, number, given)
+    check_parameters(spec, params)
     if study.state in FINAL_STUDY_STATES:
         raise conflict("wrong-state", f"study {study.name!r} is {study.state}; it starts no trials")
-    # By Optuna's count: a trial that a crash left without its run will be adopted.
+    # Optuna's count includes trials that a crash left without a run: the next lease adopts them.
     if len(sampler.states(study.optuna_name)) >= spec.hpo.trials:
         detail = f"all {spec.hpo.trials} trials of study {study.name!r} are started or enqueued"
         raise conflict("budget-spent", detail)
-    return _waiting(spec, sampler.enqueue(study.optuna_name, params, key), params)
+    return _view_waiting(spec, sampler.enqueue(study.optuna_name, params, key), params)
 
 
-def _as_it_is(session: Session, study: Study, number: int, given: dict[str, Any]) -> TrialView:
+def _view_enqueued(
+    session: Session, study: Study, spec: StudySpec, number: int, params: dict[str, Any]
+) -> TrialView:
+    """Return an enqueued trial as it is now: waiting, or with its run."""
     query = select(Run).where(Run.study_id == study.id, Run.trial_number == number)
     run = session.scalars(query).one_or_none()
-    spec = parse_stored(study.spec)
-    return _waiting(spec, number, given) if run is None else _view(run)
+    return _view_waiting(spec, number, params) if run is None else _view_trial(run)
 
 
-def importance(sampler: Sampler, study: Study) -> Importance:
-    """Importances from the finished trials.
+def compute_importance(sampler: Sampler, study: Study) -> Importance:
+    """Return each parameter's share in the variance of the loss over the finished trials.
 
     Raises:
-        Problem: 409 while there are too few of them.
+        Problem: 409 while too few trials have finished.
     """
     states = sampler.states(study.optuna_name).values()
     complete = sum(state == "COMPLETE" for state, _ in states)
@@ -88,7 +90,7 @@ def importance(sampler: Sampler, study: Study) -> Importance:
     return Importance(importance=sampler.importance(study.optuna_name), trials=complete)
 
 
-def _view(run: Run) -> TrialView:
+def _view_trial(run: Run) -> TrialView:
     return TrialView.model_validate(
         {
             "number": run.trial_number,
@@ -105,7 +107,7 @@ def _view(run: Run) -> TrialView:
     )
 
 
-def _waiting(spec: StudySpec, number: int, params: dict[str, Any]) -> TrialView:
+def _view_waiting(spec: StudySpec, number: int, params: dict[str, Any]) -> TrialView:
     return TrialView(
         number=number,
         run_id=None,
@@ -119,18 +121,18 @@ def _waiting(spec: StudySpec, number: int, params: dict[str, Any]) -> TrialView:
     )
 
 
-def parameters_fit(spec: StudySpec, params: dict[str, Any]) -> None:
-    """Check enqueued parameters against the search space.
+def check_parameters(spec: StudySpec, params: dict[str, Any]) -> None:
+    """Check enqueued parameters against the search space and the trials' resources.
 
     Raises:
-        Problem: 422 naming the parameter, its value and what works.
+        Problem: 422 naming the parameter, its value and the values that work.
     """
     for name, value in params.items():
         dimension = spec.search_space.get(name)
         if dimension is None:
             works = ", ".join(sorted(spec.search_space))
             raise bad_field(f"params.{name}", value, f"not in the search space: {works}")
-        if not contains(dimension, value):
+        if not contains_value(dimension, value):
             works = f"outside the search space, which spans {list(dimension.bounds)}"
             raise bad_field(f"params.{name}", value, works)
     try:

@@ -1,4 +1,4 @@
-"""What a route is given: one database session per request, which commits with it."""
+"""The parameters that FastAPI gives to routes: a database session, a worker of them, settings."""
 
 from collections.abc import Callable, Generator
 from typing import Annotated, Concatenate, ParamSpec, TypeVar
@@ -15,10 +15,10 @@ R = TypeVar("R")
 
 
 class WorkRunner:
-    """Runs store functions in a thread, each a unit of work that has committed when it returns.
+    """A runner of store functions in threads; each commits before the call returns.
 
-    For the calls that a fleet lives by: a session as a dependency of a plain route costs three
-    more changes of thread, which is most of the time of a small request.
+    The frequent calls of a fleet use this. A `DbSession` in a plain route costs three more changes
+    of thread, and those take most of the time of a small request.
     """
 
     def __init__(self, sessions: sessionmaker[Session]) -> None:
@@ -27,31 +27,32 @@ class WorkRunner:
     async def __call__(
         self, store: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        return await run_in_threadpool(self._whole, store, *args, **kwargs)
+        return await run_in_threadpool(self._run_and_commit, store, *args, **kwargs)
 
-    def _whole(
+    def _run_and_commit(
         self, store: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
         with self._sessions.begin() as session:
             return store(session, *args, **kwargs)
 
 
-def _session(request: Request) -> Generator[Session]:
-    """One unit of work: commit when the route returned, roll back when it raised."""
+def _open_session(request: Request) -> Generator[Session]:
+    """Yield a session; commit it when the route returns, roll it back when the route raises."""
     with find_service(request.app, Database).sessions.begin() as session:
         yield session
 
 
-# What does not block is async: FastAPI takes a plain function to a thread.
-async def _work(request: Request) -> WorkRunner:
+# These two are async although they wait for nothing: FastAPI runs a plain function in a thread.
+async def _make_runner(request: Request) -> WorkRunner:
     return WorkRunner(find_service(request.app, Database).sessions)
 
 
-async def _settings(request: Request) -> Settings:
+async def _find_settings(request: Request) -> Settings:
     return find_service(request.app, Settings)
 
 
-# Function scope: the commit happens before the response is sent, so that an answer is a promise.
-DbSession = Annotated[Session, Depends(_session, scope="function")]
-UnitOfWork = Annotated[WorkRunner, Depends(_work)]
-TheSettings = Annotated[Settings, Depends(_settings)]
+# `scope="function"` commits before the response is sent. With FastAPI's default the commit comes
+# after it: a client could read a 201 for a study that was never stored.
+DbSession = Annotated[Session, Depends(_open_session, scope="function")]
+UnitOfWork = Annotated[WorkRunner, Depends(_make_runner)]
+TheSettings = Annotated[Settings, Depends(_find_settings)]

@@ -1,4 +1,4 @@
-"""`/docs`: the OpenAPI document as one page that loads nothing and runs nothing."""
+"""`/docs`: the OpenAPI document as a single HTML page without scripts or other files."""
 
 import base64
 import hashlib
@@ -18,22 +18,24 @@ _STYLE = (
     "table{border-collapse:collapse}td{padding:.1rem .8rem .1rem 0;vertical-align:top}"
     ":root{color-scheme:light dark}"
 )
+# The browser refuses every script, and every style with another hash than this. Text that somebody
+# forgot to escape could therefore not run.
 _DIGEST = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _POLICY = f"default-src 'none'; style-src 'sha256-{_DIGEST}'; {NO_FRAMES}"
 
 
 async def serve_docs(request: Request) -> HTMLResponse:
-    """The page."""
+    """Answer `GET /docs`."""
     content = render_document(request.app.openapi())
     return HTMLResponse(content, headers={"Content-Security-Policy": _POLICY})
 
 
 def render_document(document: dict[str, Any]) -> str:
-    """All calls, then all messages."""
+    """Render the document as HTML: all calls, then all messages."""
     info = document["info"]
     title = escape(f"{info['title']} {info['version']}")
-    calls = "".join(_calls(document))
-    messages = "".join(_message(name, schema) for name, schema in _schemas(document))
+    calls = "".join(_render_calls(document))
+    messages = "".join(_render_message(name, schema) for name, schema in _sort_schemas(document))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1><p>{escape(info['summary'])}</p>"
@@ -42,46 +44,47 @@ def render_document(document: dict[str, Any]) -> str:
     )
 
 
-def _calls(document: dict[str, Any]) -> Iterator[str]:
+def _render_calls(document: dict[str, Any]) -> Iterator[str]:
     for path, methods in document["paths"].items():
         for method, call in methods.items():
-            rows = [*_parameters(call), *_body(call), *_answers(call)]
+            rows = [*_parameter_rows(call), *_body_rows(call), *_answer_rows(call)]
             yield (
                 f"<h2><code>{escape(method.upper())} {escape(path)}</code></h2>"
                 f"<p>{escape(call.get('description', ''))}</p><table>{''.join(rows)}</table>"
             )
 
 
-def _parameters(call: dict[str, Any]) -> Iterator[str]:
+def _parameter_rows(call: dict[str, Any]) -> Iterator[str]:
     for parameter in call.get("parameters", []):
         need = "required" if parameter.get("required") else "optional"
-        said = parameter.get("description") or parameter["schema"].get("description", "")
-        yield _row(f"{parameter['name']}", f"{parameter['in']}, {need}", said)
+        text = parameter.get("description") or parameter["schema"].get("description", "")
+        yield _render_row(f"{parameter['name']}", f"{parameter['in']}, {need}", text)
 
 
-def _body(call: dict[str, Any]) -> Iterator[str]:
+def _body_rows(call: dict[str, Any]) -> Iterator[str]:
     for content in call.get("requestBody", {}).get("content", {}).values():
-        yield _row("body", _name(content["schema"]), "")
+        yield _render_row("body", _schema_name(content["schema"]), "")
 
 
-def _answers(call: dict[str, Any]) -> Iterator[str]:
+def _answer_rows(call: dict[str, Any]) -> Iterator[str]:
     for status, answer in sorted(call["responses"].items()):
         schemas = [content.get("schema", {}) for content in answer.get("content", {}).values()]
-        yield _row(status, ", ".join(map(_name, schemas)), answer.get("description", ""))
+        names = ", ".join(map(_schema_name, schemas))
+        yield _render_row(status, names, answer.get("description", ""))
 
 
-def _name(schema: dict[str, Any]) -> str:
+def _schema_name(schema: dict[str, Any]) -> str:
     return schema.get("$ref", "").rpartition("/")[2]
 
 
-def _row(*cells: str) -> str:
+def _render_row(*cells: str) -> str:
     return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
-def _schemas(document: dict[str, Any]) -> list[tuple[str, Any]]:
+def _sort_schemas(document: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted(document["components"]["schemas"].items())
 
 
-def _message(name: str, schema: dict[str, Any]) -> str:
+def _render_message(name: str, schema: dict[str, Any]) -> str:
     text = json.dumps(schema, indent=1)
     return f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"

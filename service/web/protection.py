@@ -1,6 +1,6 @@
-"""Around the application: bodies that are too large or too slow, headers that browsers heed.
+"""Middleware that limits the size and the time of bodies and adds security headers to answers.
 
-Pure ASGI; a body is counted as it streams through and never gathered here.
+Pure ASGI: it counts the bytes of a body as they pass, and keeps none.
 """
 
 import asyncio
@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.settings import Settings
 
-# What has a policy of its own (the dashboard, the report, /docs) keeps it; all else is data.
+# The dashboard, the report and /docs set policies of their own, and those stay. Every other answer
+# is data: a browser must load and run nothing from it.
 NO_FRAMES = "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -26,11 +27,14 @@ SAFE_HEADERS = {
 
 
 class BodyError(HTTPException):
-    """A body that is not taken: FastAPI lets this through, as it would not a Problem."""
+    """A body that is too large or too slow.
+
+    An HTTPException, not a Problem: FastAPI turns other errors of reading a body into its own 400.
+    """
 
 
 class ProtectionMiddleware:
-    """Limits every body, and adds the headers to every answer."""
+    """The limits of every body, and the security headers of every answer."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app, self._settings = app, settings
@@ -41,7 +45,7 @@ class ProtectionMiddleware:
             return
         has_begun = False
 
-        async def sending(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal has_begun
             if message["type"] == "http.response.start":
                 has_begun = True
@@ -53,15 +57,18 @@ class ProtectionMiddleware:
         body = _Body(receive, self._settings.max_body_bytes, self._settings.body_seconds)
         try:
             body.check_announced(Headers(scope=scope).get("Content-Length"))
-            await self._app(scope, body.receive, sending)
-        except BodyError as error:  # nothing further in has answered it
+            await self._app(scope, body.receive, send_with_headers)
+        except BodyError as error:
+            # FastAPI answers this error if a route reads the body. In other cases it arrives here:
+            # answer it, unless another answer has begun, for that cannot be replaced.
             if has_begun:
                 raise
-            await PlainTextResponse(error.detail, error.status_code)(scope, receive, sending)
+            answer = PlainTextResponse(error.detail, error.status_code)
+            await answer(scope, receive, send_with_headers)
 
 
 class _Body:
-    """One request's body on its way in."""
+    """The body of a request while it arrives."""
 
     def __init__(self, receive: Receive, max_bytes: int, seconds: float) -> None:
         self._receive, self._max_bytes, self._seconds = receive, max_bytes, seconds
@@ -69,18 +76,20 @@ class _Body:
         self._num_bytes, self._is_whole, self._announced = 0, False, 0
 
     def check_announced(self, length: str | None) -> None:
-        """Note what the client says it will send; `receive` refuses it before a byte is read."""
+        """Keep the announced length; `receive` refuses a body that is too long before it reads."""
         self._announced = int(length) if length and length.isdecimal() else 0
 
     async def receive(self) -> Message:
-        """The next piece.
+        """Return the next message of the client.
 
         Raises:
-            BodyError: 413 or 408.
+            BodyError: 413 for a body that is too large, 408 for a body that is too slow.
         """
         if self._is_whole:
             return await self._receive()
-        self._check(self._announced)
+        self._check_size(self._announced)
+        # The deadline is for the whole body. With a limit for each piece, a client that sends a
+        # byte a second could hold a connection for days.
         try:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
@@ -89,10 +98,10 @@ class _Body:
             raise BodyError(HTTPStatus.REQUEST_TIMEOUT, detail, {"Connection": "close"}) from None
         self._num_bytes += len(message.get("body", b""))
         self._is_whole = not message.get("more_body", False)
-        self._check(self._num_bytes)
+        self._check_size(self._num_bytes)
         return message
 
-    def _check(self, num_bytes: int) -> None:
+    def _check_size(self, num_bytes: int) -> None:
         if num_bytes > self._max_bytes:
             detail = f"a body has at most {self._max_bytes} bytes (WARMSCALE_MAX_BODY_BYTES)"
             raise BodyError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail, {"Connection": "close"})

@@ -1,7 +1,7 @@
-"""Around every request: its id, its time, its line in the log.
+"""Middleware that gives every request an id, measures its time and writes its log line.
 
 Pure ASGI: Starlette's BaseHTTPMiddleware puts a task and a queue between a response and its client,
-which costs time and hides a client's leaving from streams.
+which is slow, and hides client disconnects from streaming responses.
 """
 
 import logging
@@ -15,11 +15,11 @@ from service.observability import metrics, request_context, tracing
 from service.protocol import REQUEST_ID_HEADER, TRACE_HEADER
 
 _log = logging.getLogger("service.access")
-_NO_ANSWER = 499  # nginx's code for a client that went away
+_NO_ANSWER = 499  # nginx's code for a client that disconnected before the answer
 
 
 class RequestLogMiddleware:
-    """Gives each request an id, times it and writes its line."""
+    """The id, the time and the log line of each request."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -32,7 +32,7 @@ class RequestLogMiddleware:
         header = (REQUEST_ID_HEADER.lower().encode(), facts.request_id.encode())
         start, status = time.perf_counter(), _NO_ANSWER
 
-        async def sending(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -44,11 +44,12 @@ class RequestLogMiddleware:
         try:
             within = Headers(scope=scope).get(TRACE_HEADER)
             with tracing.span(scope["method"], within=within, request=facts.request_id) as span:
-                await self._app(scope, receive, sending)
+                await self._app(scope, receive, send_with_id)
                 if span is not None:
                     span.update_name(f"{scope['method']} {find_route(scope)}")
                     span.set_attribute("http.response.status_code", status)
-        except Exception:  # answered further out
+        except Exception:
+            # Starlette's outermost handler answers this with a 500, out of sight of `send_with_id`.
             if status == _NO_ANSWER:
                 status = 500
                 metrics.observe_request(
@@ -56,17 +57,17 @@ class RequestLogMiddleware:
                 )
             raise
         finally:
-            _write(scope, status, time.perf_counter() - start)
+            _write_line(scope, status, time.perf_counter() - start)
 
 
 def find_route(scope: Scope) -> str:
-    """The template of the path, such as `/v1/runs/{run_id}`; `other` for what no route matched."""
-    # A route in a router that was included knows its path below that router only.
+    """Return the path's template, `/v1/runs/{run_id}` for example, or `other` without a route."""
+    # A route of an included router knows only its path below that router; FastAPI has it whole.
     included: Any = scope.get("fastapi", {}).get("effective_route_context")
     return getattr(included or scope.get("route"), "path", None) or "other"
 
 
-def _write(scope: Scope, status: int, seconds: float) -> None:
+def _write_line(scope: Scope, status: int, seconds: float) -> None:
     if _log.isEnabledFor(logging.INFO):
         fields = {
             "method": scope["method"],

@@ -1,8 +1,8 @@
 """The application's long-lived objects, found by their class.
 
 Starlette's `app.state` is untyped: a misspelled or removed attribute fails only when a request
-reads it. `find_service` has the type of the class that its caller names, so that pyright checks
-each use. A package can ask for an object that only higher packages know.
+reads it. `find_service` returns the type that its caller names, and pyright checks each use. The
+function knows no class, so it can stay below the packages that define them.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ class Database:
 
 def provide_services(app: Starlette, *services: object) -> None:
     """Keep each object under its class; a later object of the same class replaces it."""
+    # Tests replace an object this way. Parts that were given the old one keep it.
     kept: dict[type, object] = getattr(app.state, "services", {})
     app.state.services = kept | {type(service): service for service in services}
 
@@ -38,7 +39,7 @@ def find_service(app: Starlette, kind: type[T]) -> T:
     """Return the application's object of exactly this class.
 
     Raises:
-        KeyError: `provide_services` was not given one.
+        KeyError: `provide_services` was not given an object of this class.
     """
     service = app.state.services[kind]
     assert isinstance(service, kind)

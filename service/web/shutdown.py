@@ -1,4 +1,4 @@
-"""Shutting down: what waits is answered at once, what runs is finished, nothing more is granted."""
+"""The end of an API process: it grants no leases, answers waiting calls, finishes the others."""
 
 import asyncio
 import contextlib
@@ -12,28 +12,29 @@ import uvicorn
 
 
 class Shutdown:
-    """Whether this process is on its way out. Begun once, never undone."""
+    """A flag that this process is shutting down. It is set once and never cleared."""
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
 
     @property
     def begun(self) -> bool:
-        """Whether to grant and to wait for nothing more."""
+        """True once the shutdown has begun: grant no further lease, and wait for nothing."""
         return self._begun.is_set()
 
     def begin(self) -> None:
-        """Wake everything that pauses. On the event loop's thread."""
+        """Set the flag and wake every waiting call. On the event loop's thread only."""
         self._begun.set()
 
     async def pause(self, seconds: float) -> None:
-        """Sleep, but not past the beginning of the end."""
+        """Sleep, but at most until the shutdown begins."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._begun.wait()
 
     async def cut_short(self, wait: Coroutine[Any, Any, object]) -> None:
-        """Wait for this, but not past the beginning of the end."""
+        """Wait for a coroutine, but at most until the shutdown begins; then cancel it."""
+        # `asyncio.wait` cancels nothing itself: cancel the wait that did not end.
         waits = [asyncio.create_task(wait), asyncio.create_task(self._begun.wait())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -59,9 +60,10 @@ class Server(uvicorn.Server):
 
 
 def end_on_sigterm() -> None:
-    """Have SIGTERM end this process with 0, by way of every `finally`.
+    """Make SIGTERM end this process with exit code 0, after every `finally` has run.
 
-    uvicorn catches it while it serves, and raises it again once it has stopped.
+    uvicorn handles the signal while it serves, and sends it again when it has stopped. By default
+    the second signal would end the process at once, with code 143.
     """
 
     def end(_number: int, _frame: FrameType | None) -> None:

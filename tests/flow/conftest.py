@@ -1,4 +1,4 @@
-"""The program as a user runs it: an API process, a fleet process, killed and started again."""
+"""The program as a user runs it: an API process and a fleet process, which tests kill."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ KEY_SCOPES = ["admin"]
 
 
 class Processes:
-    """One API and one fleet on one database; each can be killed and started again."""
+    """An API and a fleet on a database; tests can kill each and start it again."""
 
     def __init__(self, url, settings, key, folder):
         self.database_url, self.settings, self.key, self.folder = url, settings, key, folder
@@ -91,14 +91,14 @@ def kill(process):
 
 
 def training_processes(fleet):
-    """The processes of a fleet that are in the middle of a run: Ray names them after their task."""
+    """Return the processes of a fleet that run a task; Ray names a process after its task."""
     children = psutil.Process(fleet.pid).children(recursive=True)
     return [p for p in children if "ray::run_lease" in " ".join(p.cmdline())]
 
 
 @pytest.fixture(scope="module")
 def stack(postgres, tmp_path_factory):
-    """One for all tests of a module: each starts again what it kills."""
+    """API and fleet for all tests of a module; each test restarts the processes that it kills."""
     from service.access import keys
 
     with scratch() as home, fresh_database(postgres) as url:
@@ -116,12 +116,12 @@ def processes(stack):
     stack.start_what_is_down()
     yield stack
     check(stack.database_url)
-    for name in ("api", "fleet"):  # shown by pytest when the test failed
+    for name in ("api", "fleet"):  # pytest prints it when a test fails
         sys.stderr.write(f"--- {name}.log\n{stack.log(name)[-4000:]}\n")
 
 
 def check(url):
-    """What must always hold, down to the bytes of every checkpoint."""
+    """Check every invariant, including the bytes of every checkpoint."""
     from service.operations import invariants
 
     engine = create_engine(url)
@@ -133,11 +133,11 @@ def check(url):
 
 @pytest.fixture
 def home(home):
-    """A folder of a local stack; what one has trained there is checked at the end."""
+    """The folder of a local stack; its artifacts are checked at the end."""
     from service.database import engine as db
 
     yield home
-    for stack in (home, home / ".warmscale"):  # of `up`, of `demo`
+    for stack in (home, home / ".warmscale"):  # made by `up`, by `demo`
         if (stack / "artifacts").exists() and (stack / "postgres").exists():
             with db.start_embedded(stack) as server:
                 check(db.normalize_url(server.get_uri()))
@@ -153,7 +153,7 @@ def client(processes):
 
 @pytest.fixture
 def small_study(study_spec, corpus):
-    """Four trials of a few seconds each, then warm and cold targets on two seeds."""
+    """Make specs: four trials of a few seconds each, then warm and cold targets on two seeds."""
 
     def make(**changes):
         spec = {
@@ -177,15 +177,15 @@ def small_study(study_spec, corpus):
 def wait_for(condition, seconds=120.0, every=0.05):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(every)
     raise TimeoutError(f"not within {seconds} s")
 
 
 @pytest.fixture
 def flow():
-    """The helpers of this file, for tests that cannot import it."""
+    """Helpers of this file, for tests that cannot import it."""
     from types import SimpleNamespace
 
     return SimpleNamespace(kill=kill, training_processes=training_processes, wait_for=wait_for)

@@ -14,7 +14,7 @@ DEMO = (sys.executable, "-m", "service.cli", "demo")
 
 @pytest.fixture
 def demo(home, study_spec):
-    """Run the demo of a folder with a small spec.yaml."""
+    """Run the demo on a folder with a small spec.yaml."""
     spec = study_spec(name="small", warmstart={"seeds": 2})
     (home / "spec.yaml").write_text(yaml.safe_dump(spec))
 
@@ -37,16 +37,16 @@ def test_it_leaves_a_verdict_and_a_page_and_nothing_running_and_runs_again(demo,
     for options in ((), ("--json",)):
         done = demo(*options)
         assert done.returncode == 0, done.stdout + done.stderr
-        found = json.loads((home / "results.json").read_text())
-        names.append(found["study_name"])
-        assert found["verdict"]["sentence"] in done.stdout
-        assert found["verdict"]["seeds"] == 2
-        assert 0 < found["fleet"]["utilization"] <= 1
+        results = json.loads((home / "results.json").read_text())
+        names.append(results["study_name"])
+        assert results["verdict"]["sentence"] in done.stdout
+        assert results["verdict"]["seeds"] == 2
+        assert 0 < results["fleet"]["utilization"] <= 1
         if options:
-            assert json.loads(done.stdout.splitlines()[-1]) == found
+            assert json.loads(done.stdout.splitlines()[-1]) == results
         else:
             assert "lease to step" in done.stdout
-        assert found["study_name"] in (home / "report.html").read_text()
+        assert results["study_name"] in (home / "report.html").read_text()
         mine = [p.info for p in psutil.process_iter(["cmdline"])]
         assert not [p for p in mine if str(home) in " ".join(p["cmdline"] or [])]
     assert len(set(names)) == 2

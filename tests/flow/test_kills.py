@@ -1,7 +1,7 @@
 """kill -9 of a training process, of the API and of the fleet, each in the middle of a study.
 
-After a restart the study completes, every trial is counted once, and every curve is whole: the
-same, point for point, as that of a run that nobody interrupted.
+After a restart the study completes, every trial counts once, and every curve is complete: point for
+point it equals the curve of an uninterrupted run.
 """
 
 import os
@@ -16,7 +16,7 @@ from warmcore.training.training import Training
 
 
 def leased_with_checkpoint(client, study):
-    """A leased trial that has a checkpoint to resume from, and some way to go."""
+    """Return a leased trial that has a checkpoint and is far from its end."""
     for run in client.get("/v1/runs", study=study, state="leased", kind="trial")["items"]:
         if client.get(f"/v1/runs/{run['id']}/checkpoints")["items"]:
             return run
@@ -28,8 +28,8 @@ def finished(client, study):
     return view if view["state"] in ("completed", "failed", "cancelled") else None
 
 
-def uninterrupted(spec):
-    """The losses by step, and the validation losses, of the same run in this process."""
+def train_uninterrupted(spec):
+    """Train the same run in this process; return its losses and validation losses by step."""
     import torch
 
     torch.set_num_threads(1)
@@ -72,14 +72,14 @@ def check_optuna(processes, study, trials):
     from service.optuna_bridge.sampler import Sampler
 
     sampler = Sampler(optuna_url(processes.database_url), pool_size=1)
-    heard = sampler.states(study)
+    in_optuna = sampler.states(study)
     sampler.close()
-    assert heard == {t["number"]: ("COMPLETE", t["val_loss_nats"]) for t in trials}
+    assert in_optuna == {t["number"]: ("COMPLETE", t["val_loss_nats"]) for t in trials}
 
 
 def check_same_as_uninterrupted(client, run_id):
     run = client.get(f"/v1/runs/{run_id}")
-    losses, evaluations = uninterrupted(RunSpec.model_validate(run["spec"]))
+    losses, evaluations = train_uninterrupted(RunSpec.model_validate(run["spec"]))
     for point in client.get(f"/v1/runs/{run_id}/measurements")["items"]:
         if point["loss_nats"] is not None:
             assert point["loss_nats"] == losses[point["step"]]
@@ -89,7 +89,7 @@ def check_same_as_uninterrupted(client, run_id):
 
 @pytest.fixture
 def running(client, small_study, flow):
-    """A study with a trial under way that has a checkpoint; its name and that trial's run."""
+    """The name of a study, and a running trial of it that has a checkpoint."""
     study = client.post("/v1/studies", small_study())["name"]
     run = flow.wait_for(lambda: leased_with_checkpoint(client, study))
     return study, run

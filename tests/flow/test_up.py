@@ -14,11 +14,11 @@ import pytest
 
 from tests.conftest import scratch
 
-LONG = 90  # seconds; for a machine that is busy with something else
+LONG = 90  # long enough for a busy machine
 
 
 class Up:
-    """One supervisor process, and everything that it has started."""
+    """A supervisor process, and everything that it started."""
 
     def __init__(self, home, *options):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("WARMSCALE_")}
@@ -30,7 +30,7 @@ class Up:
             text=True,
         )
 
-    def ready(self):
+    def wait_ready(self):
         line = self.process.stdout.readline()
         assert line, self.process.stderr.read()
         return json.loads(line)
@@ -38,31 +38,31 @@ class Up:
     def family(self):
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def refused(self):
-        """Wait for an end that it comes to by itself."""
-        _, said = self.process.communicate(timeout=LONG)
-        return self.process.returncode, said
+    def wait_refused(self):
+        """Wait until the supervisor exits by itself."""
+        _, output = self.process.communicate(timeout=LONG)
+        return self.process.returncode, output
 
     def end(self, number=signal.SIGINT, seconds=LONG):
-        """Send a signal; give the exit code and what was said."""
+        """Send a signal; return the exit code and the output."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            _, said = self.process.communicate(timeout=seconds)
+            _, output = self.process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.communicate()
             raise
-        return self.process.returncode, said
+        return self.process.returncode, output
 
 
 @pytest.fixture(scope="module")
 def initialised():
-    """A home that was used before: to make a database takes seconds each time."""
+    """A home with an existing database, because making a database takes seconds."""
     with scratch() as folder:
-        one = Up(folder, "--port", "0", "--no-fleet")
-        one.ready()
-        assert one.end()[0] == 0
+        stack = Up(folder, "--port", "0", "--no-fleet")
+        stack.wait_ready()
+        assert stack.end()[0] == 0
         yield folder
 
 
@@ -77,16 +77,16 @@ def up(home):
     with contextlib.ExitStack() as started:
 
         def start(*options, folder=home):
-            one = Up(folder, "--port", "0", *options)
-            started.callback(one.end)
-            return one
+            stack = Up(folder, "--port", "0", *options)
+            started.callback(stack.end)
+            return stack
 
         yield start
 
 
 @pytest.fixture
 def connect(home):
-    """A client of a stack that is ready, with the home's key."""
+    """Return a client of a ready stack, with the key of its home."""
     with contextlib.ExitStack() as opened:
 
         def open_client(ready):
@@ -97,45 +97,45 @@ def connect(home):
         yield open_client
 
 
-def serve_process(one):
-    (found,) = [p for p in one.family() if "serve" in p.cmdline()]
-    return found
+def find_serve_process(stack):
+    (serving,) = [p for p in stack.family() if "serve" in p.cmdline()]
+    return serving
 
 
-def wait_gone(processes, seconds=LONG):
+def wait_until_gone(processes, seconds=LONG):
     _, alive = psutil.wait_procs(processes, timeout=seconds)
     return [p.cmdline() for p in alive]
 
 
-def cpu_seconds(one):
-    """Of the supervisor and its children: whatever else the machine does hardly changes it."""
-    times = [p.cpu_times() for p in (psutil.Process(one.process.pid), *one.family())]
+def cpu_seconds(stack):
+    """Return the CPU seconds of the supervisor and its children, without other load."""
+    times = [p.cpu_times() for p in (psutil.Process(stack.process.pid), *stack.family())]
     return sum(t.user + t.system for t in times)
 
 
 def test_it_is_ready_within_8_seconds_of_work_on_an_initialised_home_and_small(up):
-    one = up("--no-fleet")
-    ready = one.ready()
-    assert cpu_seconds(one) < 8
+    stack = up("--no-fleet")
+    ready = stack.wait_ready()
+    assert cpu_seconds(stack) < 8
     assert ready["ready_seconds"] < LONG
     assert httpx.get(f"{ready['url']}/readyz").status_code == 200
-    assert serve_process(one).memory_info().rss < 300 * 2**20
+    assert find_serve_process(stack).memory_info().rss < 300 * 2**20
 
 
 def test_ctrl_c_ends_everything_and_the_next_start_finds_it_again(up, home, connect):
-    one = up("--cpus", "1")
-    one.ready()
+    stack = up("--cpus", "1")
+    stack.wait_ready()
     wait_for_line(home / "logs" / "fleet.log", "message=ready")
-    family = one.family()
+    family = stack.family()
     assert len(family) > 3
-    code, said = one.end()
-    assert (code, wait_gone(family)) == (0, [])
-    assert "everything resumes" in said
+    code, output = stack.end()
+    assert (code, wait_until_gone(family)) == (0, [])
+    assert "everything resumes" in output
     assert not [
         p for p in psutil.process_iter(["cmdline"]) if str(home) in (p.info["cmdline"] or [])
     ]
     key = (home / "client.json").read_text()
-    client = connect(up("--no-fleet").ready())
+    client = connect(up("--no-fleet").wait_ready())
     assert client.get("/v1/studies").status_code == 200
     assert json.loads((home / "client.json").read_text())["key"] == json.loads(key)["key"]
 
@@ -148,21 +148,21 @@ def wait_for_line(path, text, seconds=LONG):
 
 
 def test_a_home_in_use_and_a_port_in_use_are_refused_at_once(up, tmp_path):
-    one = up("--no-fleet")
-    ready = one.ready()
-    code, said = up("--no-fleet").refused()
+    stack = up("--no-fleet")
+    ready = stack.wait_ready()
+    code, output = up("--no-fleet").wait_refused()
     assert code == 4
-    assert f"process {one.process.pid}" in said
+    assert f"process {stack.process.pid}" in output
     port = ready["url"].rsplit(":", 1)[1]
-    code, said = Up(tmp_path, "--no-fleet", "--port", port).refused()
+    code, output = Up(tmp_path, "--no-fleet", "--port", port).wait_refused()
     assert code == 4
-    assert f"cannot listen on 127.0.0.1:{port}" in said
+    assert f"cannot listen on 127.0.0.1:{port}" in output
 
 
 def test_an_api_killed_with_9_is_started_again(up):
-    one = up("--no-fleet")
-    url = one.ready()["url"]
-    victim = serve_process(one)
+    stack = up("--no-fleet")
+    url = stack.wait_ready()["url"]
+    victim = find_serve_process(stack)
     victim.kill()
     deadline = time.monotonic() + LONG
     while True:
@@ -172,27 +172,27 @@ def test_an_api_killed_with_9_is_started_again(up):
         except httpx.TransportError:
             assert time.monotonic() < deadline
             time.sleep(0.1)
-    assert serve_process(one).pid != victim.pid
-    code, said = one.end()
+    assert find_serve_process(stack).pid != victim.pid
+    code, output = stack.end()
     assert code == 0
-    assert "the API ended with SIGKILL" in said
+    assert "the API ended with SIGKILL" in output
 
 
 def test_a_supervisor_killed_with_9_takes_its_children_along_and_can_start_again(up):
-    one = up("--no-fleet")
-    one.ready()
-    api = serve_process(one)
-    one.end(signal.SIGKILL)
-    assert wait_gone([api]) == []
-    up("--no-fleet").ready()
+    stack = up("--no-fleet")
+    stack.wait_ready()
+    api = find_serve_process(stack)
+    stack.end(signal.SIGKILL)
+    assert wait_until_gone([api]) == []
+    up("--no-fleet").wait_ready()
 
 
 def test_sigterm_stops_like_ctrl_c(up):
-    one = up("--no-fleet")
-    one.ready()
-    family = one.family()
-    assert one.end(signal.SIGTERM)[0] == 0
-    assert wait_gone(family) == []
+    stack = up("--no-fleet")
+    stack.wait_ready()
+    family = stack.family()
+    assert stack.end(signal.SIGTERM)[0] == 0
+    assert wait_until_gone(family) == []
 
 
 def submit_one_trial(client, study_spec, *, num_steps):
@@ -205,12 +205,12 @@ def submit_one_trial(client, study_spec, *, num_steps):
 
 
 def test_what_ctrl_c_interrupted_goes_on_where_it_was(up, connect, study_spec):
-    one = up("--cpus", "1")
-    client = connect(one.ready())
+    stack = up("--cpus", "1")
+    client = connect(stack.wait_ready())
     name = submit_one_trial(client, study_spec, num_steps=1500)
     before = wait_for_run(client, name, lambda run: run["step"] >= 100)
-    assert one.end()[0] == 0
-    client = connect(up("--cpus", "1").ready())
+    assert stack.end()[0] == 0
+    client = connect(up("--cpus", "1").wait_ready())
     after = wait_for_run(client, name, lambda run: run["state"] == "succeeded")
     assert after["id"] == before["id"]
     assert (after["attempt"], after["failures"]) == (2, 0)
@@ -224,16 +224,16 @@ def test_what_ctrl_c_interrupted_goes_on_where_it_was(up, connect, study_spec):
 def test_a_fleet_that_lost_its_ray_is_started_again_and_the_study_completes(
     up, home, connect, study_spec
 ):
-    one = up("--cpus", "1")
-    client = connect(one.ready())
+    stack = up("--cpus", "1")
+    client = connect(stack.wait_ready())
     name = submit_one_trial(client, study_spec, num_steps=5000)
     wait_for_run(client, name, lambda run: run["step"] >= 100)
-    (raylet,) = [p for p in one.family() if p.name() == "raylet"]
+    (raylet,) = [p for p in stack.family() if p.name() == "raylet"]
     raylet.kill()
     after = wait_for_run(client, name, lambda run: run["state"] == "succeeded")
     assert after["failures"] == 1
     assert client.get(f"/v1/studies/{name}").json()["state"] == "completed"
-    assert "the fleet ended with exit code 1" in one.end()[1]
+    assert "the fleet ended with exit code 1" in stack.end()[1]
 
 
 def wait_for_run(client, study, condition, seconds=2 * LONG):

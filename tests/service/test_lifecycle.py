@@ -18,7 +18,14 @@ from service.lifecycle import (
 )
 from service.protocol import Outcome, RunState, StudyState
 from service.specs.study import StudySpec
-from service.studies.plan import Base, End, NewTarget, TargetFact, next_step, target_seeds
+from service.studies.plan import (
+    Base,
+    End,
+    NewTarget,
+    TargetFact,
+    derive_target_seeds,
+    plan_next_step,
+)
 from warmcore.specs import CheckpointRef, derived_seed
 
 outcomes = st.sampled_from(get_args(Outcome))
@@ -87,7 +94,7 @@ def test_a_plan_ends_enqueues_each_target_once_and_grows_only_from_the_rung_belo
 ):
     spec, targets, enqueued = spec_of(rungs, control, seeds), [], []
     for _ in range(100):
-        step = next_step(spec, base(0), tuple(targets), any_succeeded=True)
+        step = plan_next_step(spec, base(0), tuple(targets), any_succeeded=True)
         if isinstance(step, End):
             break
         for new in step or ():
@@ -121,7 +128,7 @@ def check_base(new: NewTarget, targets, rungs):
 
 def test_without_a_base_a_study_fails_and_without_targets_it_completes():
     def step(rungs, best, *, any_succeeded):
-        return next_step(spec_of(rungs, True, 1), best, (), any_succeeded=any_succeeded)
+        return plan_next_step(spec_of(rungs, True, 1), best, (), any_succeeded=any_succeeded)
 
     without = "no trial succeeded with a checkpoint to grow from"
     assert step(1, None, any_succeeded=True) == End(state="failed", reason=without)
@@ -131,5 +138,5 @@ def test_without_a_base_a_study_fails_and_without_targets_it_completes():
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_target_seeds_are_distinct_and_depend_on_the_study(count):
-    assert len(set(target_seeds(0, count))) == count
-    assert not set(target_seeds(0, count)) & set(target_seeds(1, count))
+    assert len(set(derive_target_seeds(0, count))) == count
+    assert not set(derive_target_seeds(0, count)) & set(derive_target_seeds(1, count))

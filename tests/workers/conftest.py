@@ -18,14 +18,15 @@ from warmcore.specs import DataSpec, ModelSpec, RunSpec, TrainSpec
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_and_an_own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        torch.set_num_threads(1)  # what `cpus.pinned` gives these runs; two would fight for a core
+        # As `cpus.pin_threads` sets for these runs; two threads would compete for a core.
+        torch.set_num_threads(1)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 
 @pytest.fixture
 def api(shared_api: SimpleNamespace) -> Iterator[SimpleNamespace]:
-    """The API with nothing to do: one for all tests of a module, which saves each half a second."""
+    """The API without queued runs. All tests of a module share it, which saves 0.5 s a test."""
     yield shared_api
     for study in shared_api.client.get("/v1/studies", limit=10)["items"]:
         if study["state"] in ("active", "paused"):
@@ -51,7 +52,7 @@ def client(url: str) -> Iterator[Client]:
 
 @pytest.fixture
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small folder of documents with something to learn in it."""
+    """A small folder of documents from which a model can learn."""
     folder = tmp_path_factory.mktemp("text")
     for i in range(40):
         lines = (f"line {n}: the square of {n} is {n * n}, said document {i}\n" for n in range(60))
@@ -61,7 +62,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_spec(text: Path) -> Callable[..., RunSpec]:
-    """Specs of small runs; keyword arguments override the train spec's fields."""
+    """Make specs of small runs; keyword arguments override fields of the train spec."""
 
     def make(*, num_steps: int = 20, **train: Any) -> RunSpec:
         options = {"batch_size": 4, "log_every": 5, "evaluations": 4, "eval_tokens": 512}
@@ -76,7 +77,7 @@ def make_spec(text: Path) -> Callable[..., RunSpec]:
 
 @pytest.fixture(scope="module")
 def start_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., FleetProcess]]:
-    """Start fleets that end with the module at the latest."""
+    """Start fleets, and stop them after the last test of the module."""
     with contextlib.ExitStack() as stack:
 
         def start(url: str, *options: str, **how: Any) -> FleetProcess:

@@ -1,4 +1,4 @@
-"""A run as the fake service has it."""
+"""Runs of the fake service, with everything that workers sent."""
 
 import dataclasses
 import time
@@ -20,7 +20,7 @@ _KEPT = 2
 
 
 class Batch(NamedTuple):
-    """Measurements that came in one request."""
+    """Measurements of a single request."""
 
     at: float
     attempt: int
@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True)
 class Published:
-    """A checkpoint, and the steps that were measured when it came."""
+    """A published checkpoint of an attempt."""
 
     attempt: int
     report: CheckpointReport
@@ -39,7 +39,7 @@ class Published:
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """One run, and all that it was told, in the order of arrival."""
+    """A run, and all messages about it in the order of arrival."""
 
     id: str
     number: int
@@ -67,7 +67,7 @@ class Run:
 
     @property
     def curve(self) -> list[Measurement]:
-        """By step; of each step, what was reported first."""
+        """The first measurement of each step, sorted by step."""
         first: dict[int, Measurement] = {}
         for batch in self.batches:
             for point in batch.measurements:
@@ -79,12 +79,12 @@ class Run:
         return [row.report for row in self.published]
 
     def kept(self) -> list[Published]:
-        """The furthest first."""
+        """Return the kept checkpoints, the furthest first."""
         kept = [row for row in self.published if not row.superseded]
         return sorted(kept, key=lambda row: (row.report.step, row.attempt), reverse=True)
 
     def push_out(self) -> tuple[str, ...]:
-        """Supersede what is neither final nor of the newest two."""
+        """Supersede the oldest checkpoint unless it is final or among the newest two."""
         newest = sorted(self.published, key=lambda row: (row.attempt, row.report.step))[::-1]
         old = [row for row in newest[_KEPT:][:1] if not row.final]
         for row in old:
@@ -92,7 +92,7 @@ class Run:
         return tuple(row.report.uri for row in old)
 
     def next_lease(self) -> Lease:
-        """Lease the run, whatever its state: who held it before holds it no more."""
+        """Lease the run in any state; the lease before becomes stale."""
         self.state, self.attempt = "leased", self.attempt + 1
         self.token = f"token-{self.number}-{self.attempt}"
         self.renew()
@@ -122,7 +122,7 @@ class Run:
         self.expires_at = time.monotonic() + self.lease_seconds
 
     def end(self, finish: FinishRequest) -> None:
-        """End an attempt as the service's state table has it."""
+        """End an attempt by the service's state table."""
         self.finish, self.finished_at = finish, time.monotonic()
         self.failures += finish.outcome == "failed"
         self.state = state_after_attempt(

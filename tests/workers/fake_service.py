@@ -1,7 +1,7 @@
-"""A small real HTTP server that speaks the worker half of the protocol, for as long as a test.
+"""A small real HTTP server with the worker half of the protocol, started by a test.
 
-`test_protocol.py` holds it to the laws of the service. Beyond them it can be away and disown a
-lease at a test's word, and it remembers what it was told and when.
+`test_protocol.py` holds it to the laws of the service. In addition a test can make it unavailable
+or take a lease away, and it records every message and its time.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ _POLL_SECONDS = 0.05
 
 
 class FakeService:
-    """Holds runs to hand out and what came back."""
+    """Runs to lease, and the messages about them."""
 
     def __init__(self, artifact_root: str, key: str = "key") -> None:
         self.artifact_root, self.key = artifact_root, key
@@ -48,7 +48,7 @@ class FakeService:
         self.away = False
         self.changed = threading.Condition()
 
-    # What a test does
+    # Called by tests
 
     def offer(
         self,
@@ -70,14 +70,14 @@ class FakeService:
         return run
 
     def leased(self, spec: RunSpec, **fields: Any) -> Run:
-        """A run that is leased from the first."""
-        with self.changed:  # so that no fleet gets it in between
+        """Queue a run and lease it at once."""
+        with self.changed:  # a fleet could lease the run in between
             run = self.offer(spec, **fields)
             run.next_lease()
         return run
 
     def disown(self, run: Run) -> None:
-        """Let another worker have the run."""
+        """Lease the run to another worker."""
         with self.changed:
             run.next_lease()
 
@@ -89,21 +89,21 @@ class FakeService:
         with self.changed:
             assert self.changed.wait_for(done, seconds), "did not happen"
 
-    # What a worker asks
+    # Requests of workers
 
     def answer(self, path: str, headers: Any, body: bytes) -> BaseModel:
-        """Raises as the service does: problems, and what pydantic has against the body."""
+        """Answer a request; raise `Problem` or `ValidationError` as the service does."""
         with self.changed:
             if self.away:
                 raise Problem(503, "away", "the test wants it so")
             if headers["Authorization"] != f"Bearer {self.key}":
                 raise Problem(401, "unauthorized", "this API key is unknown, expired or revoked")
             try:
-                return self._answer(path, headers[LEASE_TOKEN_HEADER], body)
+                return self._route_request(path, headers[LEASE_TOKEN_HEADER], body)
             finally:
                 self.changed.notify_all()
 
-    def _answer(self, path: str, token: str | None, body: bytes) -> BaseModel:
+    def _route_request(self, path: str, token: str | None, body: bytes) -> BaseModel:
         if path == "/v1/leases":
             request = LeaseRequest.model_validate_json(body)
             if request.study not in {None, *(run.study for run in self.runs.values())}:
@@ -128,14 +128,14 @@ class FakeService:
         deadline = time.monotonic() + request.wait_seconds
         self.requests.append(request)
         self.changed.notify_all()
-        while not (leases := self._taken(request)):
+        while not (leases := self._lease_due_runs(request)):
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             self.changed.wait(min(left, _POLL_SECONDS))
         return LeaseReply(leases=leases)
 
-    def _taken(self, request: LeaseRequest) -> tuple[Lease, ...]:
+    def _lease_due_runs(self, request: LeaseRequest) -> tuple[Lease, ...]:
         now, free = time.monotonic(), request.resources
         taken: list[Lease] = []
         for run in self.runs.values():
@@ -144,13 +144,13 @@ class FakeService:
             needs = run.resources
             fits = needs.cpus <= free.cpus and needs.gpus <= free.gpus
             is_due = run.state == "queued" and run.available_at <= now
-            if is_due and fits and _wanted(run, request) and len(taken) < request.max_runs:
+            if is_due and fits and _matches_request(run, request) and len(taken) < request.max_runs:
                 taken.append(run.next_lease())
                 free = Resources(cpus=free.cpus - needs.cpus, gpus=max(0.0, free.gpus - needs.gpus))
         return tuple(taken)
 
     def _report(self, run: Run, token: str, batch: MeasurementBatch) -> ReportReply:
-        decision = _renewed(run, token)
+        decision = _renew_lease(run, token)
         if decision == "continue":
             run.batches.append(Batch(time.monotonic(), run.attempt, batch.measurements))
             if any(_is_too_bad(run, point) for point in batch.measurements):
@@ -158,13 +158,13 @@ class FakeService:
         return ReportReply(decision=decision)
 
     def _publish(self, run: Run, token: str, report: CheckpointReport) -> CheckpointReply:
-        decision = _renewed(run, token)
+        decision = _renew_lease(run, token)
         if decision == "cancel":
             return CheckpointReply(decision=decision)
         place = f"{self.artifact_root}/{run.id}/attempt-{run.attempt:03d}/"
         if not report.uri.startswith(place) or "/../" in f"{report.uri}/":
             raise bad_field("uri", report.uri, f"run {run.id} publishes below {place}")
-        _add(run, report)
+        _add_checkpoint(run, report)
         return CheckpointReply(decision=decision, superseded=run.push_out())
 
     def _finish(self, run: Run, token: str, finish: FinishRequest) -> FinishReply:
@@ -177,12 +177,12 @@ class FakeService:
         return FinishReply(state=run.state)
 
 
-def _wanted(run: Run, request: LeaseRequest) -> bool:
+def _matches_request(run: Run, request: LeaseRequest) -> bool:
     return request.study in (None, run.study) and run.kind in (request.kinds or (run.kind,))
 
 
-def _renewed(run: Run, token: str) -> Decision:
-    """Renew the lease; "cancel" when the run was cancelled meanwhile."""
+def _renew_lease(run: Run, token: str) -> Decision:
+    """Renew the lease; return "cancel" if the run was cancelled in the meantime."""
     if token != run.token or run.state not in ("leased", "cancelled"):
         raise _stale(run)
     run.renew()
@@ -194,12 +194,12 @@ def _stale(run: Run) -> Problem:
 
 
 def _is_too_bad(run: Run, point: Measurement) -> bool:
-    """Whether a pruner that lets no run past one evaluation would stop it here."""
+    """Return whether a pruner that ends every run at a given evaluation ends this run here."""
     last = run.prune_at_evaluation
     return last is not None and point.evaluation is not None and point.evaluation >= last
 
 
-def _add(run: Run, report: CheckpointReport) -> None:
+def _add_checkpoint(run: Run, report: CheckpointReport) -> None:
     key = (run.attempt, report.step)
     known = [row for row in run.published if (row.attempt, row.report.step) == key]
     if not known:
@@ -213,7 +213,8 @@ def _add(run: Run, report: CheckpointReport) -> None:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else the body waits 40 ms for the headers' acknowledgement
+    # Nagle's algorithm would delay the body by 40 ms, until the headers are acknowledged.
+    disable_nagle_algorithm = True
     fake: FakeService
 
     def do_POST(self) -> None:
@@ -251,12 +252,12 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *args: Any) -> None:
-        """A client that was killed is no news."""
+        """Print nothing: a killed client is expected."""
 
 
 @contextlib.contextmanager
 def serving(fake: FakeService):
-    """The URL at which `fake` answers."""
+    """Serve `fake` until the context ends; yield its URL."""
     server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"fake": fake}))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

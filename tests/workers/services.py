@@ -1,4 +1,4 @@
-"""The API and the fake, as the laws of the protocol see them."""
+"""The API and the fake service behind a common interface, for tests of the protocol."""
 
 import dataclasses
 from typing import Any
@@ -14,31 +14,31 @@ from tests.by_hand import Worker
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Standing:
-    """What a service has on record of a run."""
+    """The record that a service keeps of a run."""
 
     state: RunState
     attempt: int
     failures: int
     val_loss_nats: float | None
     losses: dict[int, float | None]
-    checkpoints: list[tuple[int, bool]]  # step and whether final: those that are kept
+    checkpoints: list[tuple[int, bool]]  # step and finality of each kept checkpoint
 
 
 class Api:
-    """The real thing."""
+    """The real API."""
 
     def __init__(self, api: Any, study_spec: Any) -> None:
         self.url, self.key, self.client = api.url, api.key, api.client
         self._sessions, self._study_spec = api.sessions, study_spec
 
     def offer(self, n: int = 1, *, cpus: int = 1, gpus: float = 0.0, **more: Any) -> str:
-        """Queue `n` trials; return their study's name."""
+        """Queue `n` trials and return the name of their study."""
         hpo = {"trials": n, "parallel": n, "sampler": "random", "pruner": "none"}
         spec = {"hpo": hpo, "resources": {"trial": {"cpus": cpus, "gpus": gpus}}}
         return self.client.post("/v1/studies", self._study_spec(**spec | more))["name"]
 
     def offer_a_bad_one(self) -> None:
-        """Queue a trial that its first evaluation will end: another was better there."""
+        """Queue a trial that the pruner ends at its first evaluation."""
         pruned = {"sampler": "random", "pruner": "successive_halving"}
         self.offer(hpo={"trials": 2, "parallel": 2} | pruned)
         worker = Worker(self.client)
@@ -48,7 +48,7 @@ class Api:
         self.client.post(f"/v1/studies/{lease.study_id}/cancel")
 
     def expire(self) -> None:
-        """End the time of every lease."""
+        """Let every lease expire."""
         leased = update(Run).where(Run.state == "leased")
         with self._sessions.begin() as session:
             session.execute(leased.values(lease_expires_at=text("now() - interval '1 ms'")))
@@ -69,7 +69,7 @@ class Api:
 
 
 class Fake:
-    """The stand-in."""
+    """The fake service."""
 
     def __init__(self, fake: Any, client: Client, spec: Any) -> None:
         self.url, self.key, self.client = client.base_url, fake.key, client

@@ -1,4 +1,4 @@
-"""The client, and what the service accepted through it."""
+"""A client that records the accepted messages."""
 
 from service.client import Client
 from service.protocol import (
@@ -14,7 +14,7 @@ from service.protocol import (
 
 
 class Spy(Client):
-    """Keeps what was accepted, in order; a refused or lost message is not among it."""
+    """A client that records accepted messages in order, without refused or lost messages."""
 
     def __init__(self, url: str, key: str) -> None:
         super().__init__(url, key, patience_seconds=20)

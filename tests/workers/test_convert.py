@@ -1,4 +1,4 @@
-"""The process that `warmscale export` and `warmscale import` become."""
+"""The process that `warmscale export` and `warmscale import` start."""
 
 import json
 
@@ -31,7 +31,7 @@ def exported(saved, tmp_path):
     return tmp_path / "hf"
 
 
-def said(capsys):
+def read_output(capsys):
     return json.loads(capsys.readouterr().out)
 
 
@@ -39,7 +39,7 @@ def test_of_a_local_run_the_newest_checkpoint_is_exported(training, saved, tmp_p
     newest = training.save(checkpoint_path(saved.path.parent, 8))
     out = tmp_path / "hf"
     assert main(["--json", "export", str(tmp_path / "run"), "--out", str(out)]) == DONE
-    done = said(capsys)
+    done = read_output(capsys)
     assert done["checkpoint"] == {"uri": newest.path.as_uri(), "hash": newest.hash}
     assert done["path"] == str(out)
     assert set(done["files"]) == {path.name for path in out.iterdir()}
@@ -55,10 +55,10 @@ def test_dtype_and_size_of_files_are_as_asked_for(saved, tmp_path):
 
 def test_a_checkpoint_in_an_object_store_is_exported_by_its_hash(training, tmp_path, capsys):
     uri = f"memory://{tmp_path.name}/checkpoint"
-    stored = checkpoints.save(training, uri)
+    stored = checkpoints.save_training(training, uri)
     out = ["--out", str(tmp_path / "hf")]
     assert main(["export", uri, *out]) == REFUSED
-    assert "give its hash" in capsys.readouterr().err
+    assert "give the hash of the checkpoint" in capsys.readouterr().err
     assert main(["export", uri, "--hash", "0" * 64, *out]) == DAMAGED
     assert main(["export", uri, "--hash", stored.hash, *out]) == DONE
 
@@ -72,7 +72,7 @@ def test_what_is_printed_is_what_a_spec_takes(place, exported, make_spec, tmp_pa
     growth = GrowthSpec.model_validate(fields["growth"] | {"operator": "clone"})
     model = ModelSpec.model_validate(fields["model"] | {"width": 32})
     run = make_spec().model_copy(update={"growth": growth, "model": model})
-    with checkpoints.local(growth.base) as base:
+    with checkpoints.open_local(growth.base) as base:
         training = Training.start(run, prepare(run.data), base=base)
     assert training.base_hash == growth.base.hash
 
@@ -80,9 +80,9 @@ def test_what_is_printed_is_what_a_spec_takes(place, exported, make_spec, tmp_pa
 def test_json_holds_the_same(exported, tmp_path, capsys):
     capsys.readouterr()
     assert main(["--json", "import", str(exported), "--out", str(tmp_path / "base")]) == DONE
-    done = said(capsys)
+    done = read_output(capsys)
     ref = CheckpointRef(uri=done["uri"], hash=done["hash"])
-    with checkpoints.local(ref) as base:
+    with checkpoints.open_local(ref) as base:
         manifest = load_checkpoint(base, expected_hash=ref.hash).manifest
     assert ModelSpec.model_validate(done["model"]) == manifest.model
     assert TargetRequest.model_validate({"base": done, "target": {"width": 32}}).base is not None

@@ -1,7 +1,7 @@
 import pytest
 from ray.exceptions import OutOfMemoryError, RayTaskError, TaskCancelledError, WorkerCrashedError
 
-from workers.failures import UnrunnableError, failure
+from workers.failures import UnrunnableError, describe_failure
 
 
 def _raised_in_a_task(cause: Exception) -> Exception:
@@ -11,7 +11,7 @@ def _raised_in_a_task(cause: Exception) -> Exception:
 
 
 def test_a_wrong_spec_is_not_tried_again() -> None:
-    finish = failure(_raised_in_a_task(UnrunnableError("width 3")), draining=False)
+    finish = describe_failure(_raised_in_a_task(UnrunnableError("width 3")), draining=False)
     assert (finish.outcome, finish.retryable) == ("failed", False)
     assert finish.error.endswith("traceback\nwidth 3")
 
@@ -27,25 +27,25 @@ def test_a_wrong_spec_is_not_tried_again() -> None:
     ],
 )
 def test_what_is_not_the_specs_fault_is_tried_again(error: Exception) -> None:
-    finish = failure(error, draining=False)
+    finish = describe_failure(error, draining=False)
     assert (finish.outcome, finish.retryable) == ("failed", True)
     assert finish.error
 
 
 @pytest.mark.parametrize("error", [TaskCancelledError(), _raised_in_a_task(TaskCancelledError())])
 def test_a_run_that_was_drained_before_it_began_is_given_back(error: Exception) -> None:
-    assert failure(error, draining=False).outcome == "released"
+    assert describe_failure(error, draining=False).outcome == "released"
 
 
 def test_what_a_draining_fleet_kills_it_gives_back() -> None:
-    assert failure(WorkerCrashedError(), draining=True).outcome == "released"
+    assert describe_failure(WorkerCrashedError(), draining=True).outcome == "released"
 
 
 def test_an_error_is_text_that_a_database_takes() -> None:
-    assert failure(RuntimeError("a\0b"), draining=False).error == "RuntimeError: ab"
+    assert describe_failure(RuntimeError("a\0b"), draining=False).error == "RuntimeError: ab"
 
 
 def test_of_a_long_error_the_end_is_kept() -> None:
-    finish = failure(RuntimeError("x" * 100_000 + "the cause"), draining=False)
+    finish = describe_failure(RuntimeError("x" * 100_000 + "the cause"), draining=False)
     assert finish.error.endswith("the cause")
     assert len(finish.error) <= 8_003

@@ -1,4 +1,4 @@
-"""The worker half of the protocol: every law holds of the API and of the fake that stands in."""
+"""The worker half of the protocol: every law holds for the API and for the fake service."""
 
 import threading
 import time
@@ -42,7 +42,7 @@ def worker(service):
 
 @pytest.fixture
 def post(service):
-    """Any request at all, with a good key unless told otherwise."""
+    """Send any POST request, with a valid key by default."""
     with httpx.Client(base_url=service.url) as http:
 
         def post(path, body, *, key=service.key, token=None):
@@ -55,15 +55,15 @@ def post(service):
         yield post
 
 
-def writes(lease):
-    """Each way to write under a lease: its path, and a body that is good."""
+def list_writes(lease):
+    """Return path and valid body of each write under a lease."""
     place = {"uri": f"{lease.artifact_uri}/step-00000005"}
-    for what, body in WRITES.items():
-        yield f"/v1/runs/{lease.run_id}/{what}", body | (place if "uri" in body else {})
+    for name, body in WRITES.items():
+        yield f"/v1/runs/{lease.run_id}/{name}", body | (place if "uri" in body else {})
 
 
-def problem(response):
-    """The status and type of an error, which is a problem as RFC 9457 has it."""
+def read_problem(response):
+    """Return status and type of an error response (a problem of RFC 9457)."""
     assert response.headers["content-type"] == "application/problem+json"
     assert response.json()["status"] == response.status_code
     return response.status_code, response.json()["type"].removeprefix("urn:warmscale:")
@@ -109,10 +109,10 @@ def test_runs_are_leased_by_study_and_by_kind(service, worker):
 
 def test_a_first_lease_starts_from_nothing(service, worker):
     service.offer(2)
-    one, other = worker.lease(2)
-    assert (one.attempt, one.resume_from, one.reported_step) == (1, (), 0)
+    first, other = worker.lease(2)
+    assert (first.attempt, first.resume_from, first.reported_step) == (1, (), 0)
     for name in ("run_id", "lease_token", "artifact_uri", "trial_number"):
-        assert getattr(one, name) != getattr(other, name)
+        assert getattr(first, name) != getattr(other, name)
 
 
 def test_where_nothing_fits_the_answer_is_empty_after_wait_seconds(service, worker):
@@ -138,13 +138,13 @@ def test_eight_threads_get_each_run_once(service, worker):
     service.offer(16)
 
     def lease_all(_):
-        taken = []
+        leased = []
         while leases := worker.lease(2, wait_seconds=0.5):
-            taken += [lease.run_id for lease in leases]
-        return taken
+            leased += [lease.run_id for lease in leases]
+        return leased
 
     with ThreadPoolExecutor(8) as pool:
-        ids = [run_id for taken in pool.map(lease_all, range(8)) for run_id in taken]
+        ids = [run_id for leased in pool.map(lease_all, range(8)) for run_id in leased]
     assert len(ids) == len(set(ids)) == 16
 
 
@@ -199,10 +199,10 @@ def test_a_cancelled_run_hears_it_whatever_it_writes_and_nothing_is_written(serv
     assert before.state == "cancelled"
 
 
-# Leases that are no longer good
+# Stale leases
 
 
-def taken(service, worker, lease):
+def lease_again(service, worker, lease):
     worker.finish(lease, "released")
     assert worker.one().run_id == lease.run_id
 
@@ -210,7 +210,7 @@ def taken(service, worker, lease):
 STALE = {
     "given back": lambda service, worker, lease: worker.finish(lease, "released"),
     "failed": lambda service, worker, lease: worker.finish(lease, "failed"),
-    "taken by another": taken,
+    "taken by another": lease_again,
 }
 
 
@@ -220,9 +220,9 @@ def test_a_stale_token_is_refused_and_writes_nothing(service, worker, post, end)
     lease = worker.one()
     end(service, worker, lease)
     before = service.standing(lease)
-    for path, body in writes(lease):
+    for path, body in list_writes(lease):
         answer = post(path, body, token=lease.lease_token)
-        assert problem(answer) == (409, "stale-lease"), path
+        assert read_problem(answer) == (409, "stale-lease"), path
     assert service.standing(lease) == before
     with pytest.raises(StaleLeaseError):
         worker.report(lease)
@@ -232,8 +232,8 @@ def test_a_token_that_never_was_is_refused_and_writes_nothing(service, worker, p
     service.offer()
     lease = worker.one()
     before = service.standing(lease)
-    for path, body in writes(lease):
-        assert problem(post(path, body, token="x")) == (409, "stale-lease"), path  # noqa: S106
+    for path, body in list_writes(lease):
+        assert read_problem(post(path, body, token="x")) == (409, "stale-lease"), path  # noqa: S106
     assert service.standing(lease) == before
     assert worker.report(lease) == "continue"
 
@@ -254,7 +254,7 @@ def test_an_expired_lease_is_lost_to_the_next_attempt(service, worker):
     service.offer()
     lease = worker.one()
     service.expire()
-    assert worker.lease() == ()  # taken back now, and due after the delay of a failure
+    assert worker.lease() == ()  # expired by now, and due after the delay of a failure
     again = worker.one(wait_seconds=5)
     assert (again.run_id, again.attempt) == (lease.run_id, 2)
     assert service.standing(lease).failures == 1
@@ -350,7 +350,7 @@ def test_a_checkpoint_outside_its_attempts_place_is_refused(service, worker):
 # Ends
 
 
-# outcome, whether it may be tried again, max_attempts
+# outcome, retryable, max_attempts
 ENDS = [
     ("succeeded", True, 3),
     ("pruned", True, 3),
@@ -422,7 +422,7 @@ def test_a_success_without_its_loss_is_refused(service, worker):
     assert service.standing(lease).state == "leased"
 
 
-# The messages
+# Messages
 
 
 def test_every_answer_is_a_message_of_the_protocol(service, worker, post):
@@ -430,7 +430,7 @@ def test_every_answer_is_a_message_of_the_protocol(service, worker, post):
     answer = post("/v1/leases", {"worker": "w", "resources": {"cpus": 1}})
     (lease,) = LeaseReply.model_validate_json(answer.content).leases
     replies = (ReportReply, CheckpointReply, FinishReply)
-    for (path, body), reply in zip(writes(lease), replies, strict=True):
+    for (path, body), reply in zip(list_writes(lease), replies, strict=True):
         answer = post(path, body, token=lease.lease_token)
         assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
         reply.model_validate_json(answer.content)
@@ -439,8 +439,8 @@ def test_every_answer_is_a_message_of_the_protocol(service, worker, post):
 def test_an_unknown_run_is_not_found(service, worker, post):
     service.offer()
     lease = worker.one().model_copy(update={"run_id": "nobody"})
-    for path, body in writes(lease):
-        assert problem(post(path, body, token=lease.lease_token)) == (404, "not-found"), path
+    for path, body in list_writes(lease):
+        assert read_problem(post(path, body, token=lease.lease_token)) == (404, "not-found"), path
 
 
 @pytest.mark.parametrize("key", ["wrong", None])
@@ -448,8 +448,8 @@ def test_without_a_good_key_nothing_is_leased_and_nothing_written(service, worke
     service.offer(2)
     lease = worker.one()
     before = service.standing(lease)
-    for path, body in [("/v1/leases", {"worker": "w"}), *writes(lease)]:
-        assert problem(post(path, body, key=key, token=lease.lease_token))[0] == 401, path
+    for path, body in [("/v1/leases", {"worker": "w"}), *list_writes(lease)]:
+        assert read_problem(post(path, body, key=key, token=lease.lease_token))[0] == 401, path
     assert service.standing(lease) == before
     assert len(worker.lease(8)) == 1
     with Client(service.url, "wrong") as client, pytest.raises(ServiceError, match="unknown"):
@@ -460,10 +460,10 @@ def test_a_body_that_is_no_message_is_invalid_and_writes_nothing(service, worker
     service.offer()
     lease = worker.one()
     before = service.standing(lease)
-    for path in ("/v1/leases", *(path for path, _ in writes(lease))):
+    for path in ("/v1/leases", *(path for path, _ in list_writes(lease))):
         for body in NO_MESSAGES:
             answer = post(path, body, token=lease.lease_token)
-            assert problem(answer) == (422, "invalid"), (path, body)
+            assert read_problem(answer) == (422, "invalid"), (path, body)
     assert service.standing(lease) == before
 
 
@@ -471,8 +471,8 @@ def test_a_write_without_a_token_is_invalid(service, worker, post):
     service.offer()
     lease = worker.one()
     before = service.standing(lease)
-    for path, body in writes(lease):
-        assert problem(post(path, body)) == (422, "invalid"), path
+    for path, body in list_writes(lease):
+        assert read_problem(post(path, body)) == (422, "invalid"), path
     assert service.standing(lease) == before
 
 
@@ -482,6 +482,6 @@ def test_numbers_out_of_range_are_named(service, worker, post):
     point = {"step": -1, "tokens": 0}
     path = f"/v1/runs/{lease.run_id}/measurements"
     answer = post(path, {"measurements": [point]}, token=lease.lease_token)
-    assert problem(answer) == (422, "invalid")
+    assert read_problem(answer) == (422, "invalid")
     (error,) = answer.json()["errors"]
     assert (error["path"], error["value"]) == ("measurements.0.step", -1)

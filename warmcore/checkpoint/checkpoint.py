@@ -21,8 +21,8 @@ from torch import Tensor
 from warmcore.checkpoint.manifest import CheckpointManifest, ImportedModel
 from warmcore.checkpoint.progress import Progress
 from warmcore.specs import AverageName, BaseWeights, RunSpec
+from warmcore.storage.atomic_writes import write_folder
 from warmcore.storage.file_facts import MANIFEST, file_facts
-from warmcore.storage.folders import written_whole
 from warmcore.tensors.files import TensorFile, TensorStream, write_tensors
 
 MODEL = "model.safetensors"
@@ -95,7 +95,7 @@ def save_checkpoint(
     attached: Mapping[str, bytes] = MappingProxyType({}),
 ) -> SavedCheckpoint:
     """Write the folder `path`, replacing one that is there; `attached` are files of any format."""
-    with written_whole(path) as aside:
+    with write_folder(path) as aside:
         streams = {MODEL: weights, OPTIMIZER: optimizer}
         streams |= {AVERAGES[name]: stream for name, stream in averages.items()}
         files = {name: write_tensors(aside / name, stream) for name, stream in streams.items()}

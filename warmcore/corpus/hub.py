@@ -6,26 +6,20 @@ look-up is in a process of its own, once per name.
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from warmcore.corpus.module_process import run_module
+
 SPLIT = "train"
 _PART = r"(?!\.+(?:[/:]|$))[\w.-]+"  # no `.` and no `..`
 _NAME = re.compile(f"{_PART}(/{_PART})?(:{_PART})?", re.ASCII)
 _SECONDS = 120
-_LOOK_UP = """
-import json, sys
-import datasets
-names = [name for name in sys.argv[1].split(":") if name]
-rows = datasets.load_dataset(*names, split=sys.argv[2])
-print(json.dumps([file["filename"] for file in rows.cache_files]))
-"""
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 
 def find_cached_files(name: str) -> list[Path]:
@@ -60,23 +54,17 @@ def find_saved_files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def _cached(name: str) -> tuple[str, ...]:
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    command = [sys.executable, "-P", "-c", _LOOK_UP, name, SPLIT]
-    # -P, and an empty folder: a file or folder here must not pass for a module or a data set, which
-    # `datasets` would take before a name of its cache.
-    with tempfile.TemporaryDirectory(prefix="warmscale-") as nowhere:
-        try:
-            found = subprocess.run(  # noqa: S603 - our code, and a name that is checked
-                command,
-                env=os.environ | offline,
-                cwd=nowhere,
-                capture_output=True,
-                text=True,
-                timeout=_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise ValueError(f"source hf:{name} was not found in {_SECONDS} s") from None
+    # In an empty folder: `datasets` takes a folder "acme/tiny" of the working directory before the
+    # data set of that name in its cache.
+    with tempfile.TemporaryDirectory(prefix="warmscale-") as empty_folder:
+        found = run_module(
+            __name__,
+            [name],
+            environment=_OFFLINE,
+            folder=empty_folder,
+            seconds=_SECONDS,
+            too_slow=f"source hf:{name} was not found in {_SECONDS} s",
+        )
     if found.returncode == 0:
         return tuple(json.loads(found.stdout.splitlines()[-1]))
     reason = (found.stderr.strip().splitlines() or ["no message"])[-1]
@@ -87,3 +75,16 @@ def _cached(name: str) -> tuple[str, ...]:
         f"source hf:{name} is not in this machine's cache ({reason}); runs download nothing: first "
         f"python -c \"import datasets; datasets.load_dataset({names}, split='{SPLIT}')\""
     )
+
+
+def main(name: str) -> None:
+    """Print the files of the data set as JSON; `NAME:CONFIG` names a configuration."""
+    import datasets  # noqa: PLC0415 - of the extra `datasets`
+
+    parts = [part for part in name.split(":") if part]
+    rows = datasets.load_dataset(*parts, split=SPLIT)
+    print(json.dumps([file["filename"] for file in rows.cache_files]))  # noqa: T201 - for `_cached`
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -8,14 +8,13 @@ that is done in a process of its own, which is gone afterwards.
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from warmcore.corpus import documents, tokenizer
 from warmcore.corpus.documents import CorpusFacts
+from warmcore.corpus.module_process import run_module
 from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
 from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import FieldError
@@ -31,35 +30,27 @@ BAD_SPEC = 2
 _SECONDS = 300
 
 
-def inspect(spec: DataSpec) -> CorpusFacts:
-    """Facts of the corpus at `spec.source`.
+def inspect(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFacts:
+    """Facts of the corpus at `spec.source`; `files` is its listing, if the caller has it.
 
     Raises:
         ValueError: there is nothing to train on, or no tokenizer to read it with.
     """
     plain = isinstance(spec.parsed_source, StandardLibrary | Files)
     if plain and isinstance(spec.parsed_tokenizer, ByteTokens):
-        files = list_files(spec.source)
+        files = list_files(spec.source) if files is None else files
         if all(file.kind == "text" for file in files):
             return documents.inspect(spec, files)
-    return _in_a_process(spec)
+    return _in_a_process(spec, files)
 
 
-def _in_a_process(spec: DataSpec) -> CorpusFacts:
-    package = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    try:
-        found = subprocess.run(  # noqa: S603 - our own module, and a spec on its input
-            [sys.executable, "-P", "-m", __name__],
-            input=spec.model_dump_json(),
-            env=os.environ | {"PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"looking at source {spec.source} took over {_SECONDS} s") from None
+def _in_a_process(spec: DataSpec, files: list[SourceFile] | None) -> CorpusFacts:
+    found = run_module(
+        __name__,
+        text=f"{spec.model_dump_json()}\n{_dump_files(files)}",
+        seconds=_SECONDS,
+        too_slow=f"looking at source {spec.source} took over {_SECONDS} s",
+    )
     if found.returncode == 0:
         return CorpusFacts(**json.loads(found.stdout))
     if found.returncode == BAD_SPEC:
@@ -67,9 +58,21 @@ def _in_a_process(spec: DataSpec) -> CorpusFacts:
     raise RuntimeError(f"inspection of {spec.source} failed: {found.stderr.strip()}")
 
 
-def look(spec: DataSpec) -> CorpusFacts:
+def _dump_files(files: list[SourceFile] | None) -> str:
+    rows = None if files is None else [(str(f.path), f.num_bytes, f.mtime_ns) for f in files]
+    return json.dumps(rows)
+
+
+def _load_files(text: str) -> list[SourceFile] | None:
+    rows: list[tuple[str, int, int]] | None = json.loads(text)
+    if rows is None:
+        return None
+    return [SourceFile(path=Path(path), num_bytes=n, mtime_ns=t) for path, n, t in rows]
+
+
+def look(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFacts:
     """`inspect`, in this process."""
-    files = list_files(spec.source)
+    files = list_files(spec.source) if files is None else files
     vocab_size, tokenizer_hash = _tokenizer_facts(spec)
     if holds_tokens(files, spec.source):
         facts = _look_at_tokens(spec, files, vocab_size)
@@ -107,10 +110,11 @@ def _tokenizer_facts(spec: DataSpec) -> tuple[int | None, str | None]:
 
 
 def main() -> int:
-    """Read a spec from standard input and print the facts of its corpus, or the bad field."""
-    spec = DataSpec.model_validate_json(sys.stdin.read())
+    """Read a spec and its files from standard input; print the corpus's facts or the bad field."""
+    spec_json, files_json = sys.stdin.read().split("\n")  # JSON escapes the newlines of strings
+    spec = DataSpec.model_validate_json(spec_json)
     try:
-        facts = look(spec)
+        facts = look(spec, _load_files(files_json))
     except FieldError as error:
         _print({"path": error.path, "value": error.value, "message": str(error)})
         return BAD_SPEC

@@ -10,13 +10,12 @@ are not copied; their listing's file says which blocks of them are on which side
 import fcntl
 import hashlib
 import os
-import secrets
-import shutil
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from warmcore.specs.sources import (
     TokenizerFile,
     parse_tokenizer,
 )
+from warmcore.storage.atomic_writes import write_file, write_folder
 
 SEPARATOR = b"\0"
 Tokens = Ids | Segments
@@ -136,7 +136,7 @@ def _prepared_text(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> 
     if not _is_prepared(listing):
         with _alone(listing):
             if not _is_prepared(listing):
-                _write_atomically(listing, _write_corpus(files, spec, cache_dir))
+                _write_listing(listing, _write_corpus(files, spec, cache_dir))
     return _open(cache_dir / listing.read_text(), spec.tokenizer)
 
 
@@ -154,7 +154,7 @@ def _prepared_shards(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -
     if not listing.exists():
         with _alone(listing):
             split = token_files.split_shards(found, spec, vocab_size)
-            _write_atomically(listing, token_files.dump(split))
+            _write_listing(listing, token_files.dump(split))
     return _open_shards(listing, made_by, vocab_size)
 
 
@@ -228,8 +228,10 @@ def _alone(listing: Path) -> Generator[None]:
 
 def _write_corpus(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> str:
     """Split and tokenize; the data hash."""
-    with _aside(cache_dir) as aside:
-        split = split_corpus(files, spec, aside / "records")
+    # In the cache's folder, because records may need more space than /tmp has.
+    scratch = TemporaryDirectory(prefix=".records-", dir=cache_dir, ignore_cleanup_errors=True)
+    with scratch as folder:
+        split = split_corpus(files, spec, Path(folder) / "records")
         _write_split(split, spec, cache_dir)
     return split.data_hash
 
@@ -238,39 +240,21 @@ def _write_split(split: Split, spec: DataSpec, cache_dir: Path) -> None:
     folder = cache_dir / split.data_hash
     if folder.exists():
         return
-    with _aside(cache_dir) as aside:
+    # Preparers of other listings may write the same content at the same time.
+    with write_folder(folder, may_lose=True) as aside:
         if isinstance(spec.parsed_tokenizer, ByteTokens):
             _write_tokens(aside / "train.u16", split.train)
             _write_tokens(aside / "val.u16", split.val)
         else:
             _write_encoded(aside, split, spec)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.exists():  # or else another preparer was first, with the same content
-                raise
-
-
-@contextmanager
-def _aside(cache_dir: Path) -> Generator[Path]:
-    """A folder that is gone afterwards, unless it was renamed."""
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    aside = cache_dir / f".aside-{secrets.token_hex(8)}"
-    aside.mkdir()
-    try:
-        yield aside
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_tokens(path: Path, documents: Iterable[Document]) -> None:
-    """Bytes as 16-bit tokens, each document followed by the separator; on disk when it returns."""
+    """Bytes as 16-bit tokens, each document followed by the separator."""
     with path.open("wb") as file:
         for document in documents:
             content = np.frombuffer(document.read() + SEPARATOR, dtype=np.uint8)
             file.write(content.astype("<u2").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _write_encoded(aside: Path, split: Split, spec: DataSpec) -> None:
@@ -299,18 +283,15 @@ def _texts(documents: Iterable[Document]) -> Iterator[str]:
 
 
 def _write_ids(path: Path, documents: Iterable[list[int]]) -> int:
-    """Write ids in the width that the suffix names; on disk when it returns. How many."""
+    """Write ids in the width that the suffix names; return how many."""
     num_tokens = 0
     with path.open("wb") as file:
         for ids in documents:
             file.write(np.array(ids, dtype="<u2" if path.suffix == ".u16" else "<u4").tobytes())
             num_tokens += len(ids)
-        file.flush()
-        os.fsync(file.fileno())
     return num_tokens
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".aside-{secrets.token_hex(8)}")
-    aside.write_text(text)
-    aside.rename(path)
+def _write_listing(path: Path, text: str) -> None:
+    with write_file(path) as file:
+        file.write(text.encode())

@@ -12,11 +12,10 @@ from warmcore.checkpoint.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
-from warmcore.checkpoint.manifest import CheckpointManifest
 from warmcore.checkpoint.progress import Progress
 from warmcore.corpus.tokenizer import TOKENIZER
 from warmcore.growth.growth import Growth
-from warmcore.specs import GrowthSpec, RunSpec, TrainSpec, derived_seed, growth_rules
+from warmcore.specs import RunSpec, derived_seed, growth_rules
 from warmcore.tensors.files import TensorStream, layout_like
 
 
@@ -39,7 +38,8 @@ class Grown:
         if run.growth is None:
             raise ValueError("growth is None: this run does not start from a base checkpoint")
         source = open_checkpoint(base, expected_hash=run.growth.base.hash)
-        _check_optimizer(source.manifest, run.growth, run.train)
+        base_run = source.manifest.run
+        growth_rules.check_optimizers(run.growth, base_run and base_run.train, run.train)
         generator = weights_generator(run)
         growth = Growth.plan(source.manifest.model, run.model, run.growth, generator)
         return cls(source=source, growth=growth, generator=generator)
@@ -64,16 +64,6 @@ class Grown:
         )
         return TensorStream(
             layout=layout_like(entries, layout), tensors=growth.moments(self.source.optimizer)
-        )
-
-
-def _check_optimizer(base: CheckpointManifest, growth: GrowthSpec, train: TrainSpec) -> None:
-    if base.run is not None:
-        growth_rules.check_optimizers(growth, base.run.train, train)
-    elif growth.optimizer_state != "reset":
-        raise ValueError(
-            f"optimizer_state {growth.optimizer_state} needs the base's optimizer state, and an "
-            "imported base has none; use reset"
         )
 
 

@@ -17,7 +17,7 @@ from warmcore.huggingface.tensors import folded_factor, hf_name
 from warmcore.huggingface.tokenizer import tokenizer_of
 from warmcore.model.decoder import parameter_shapes
 from warmcore.specs import BaseWeights, ModelSpec
-from warmcore.storage.folders import check_free, written_whole
+from warmcore.storage.atomic_writes import check_free, write_folder
 from warmcore.tensors.files import TensorFile, TensorInfo, TensorStream, is_finite, write_tensors
 
 DTYPES: dict[Dtype, torch.dtype] = {
@@ -60,7 +60,7 @@ def export_hf(
     """
     check_free(out)
     source = open_checkpoint(checkpoint, expected_hash=expected_hash)
-    with written_whole(out) as aside:
+    with write_folder(out) as aside:
         _write_weights(source, weights, aside, DTYPES[dtype], max_shard_bytes)
         for name, content in _texts(source, checkpoint, dtype).items():
             (aside / name).write_bytes(content)

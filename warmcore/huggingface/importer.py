@@ -22,8 +22,8 @@ from warmcore.huggingface.export import INDEX, WEIGHTS
 from warmcore.huggingface.tensors import EMBEDDING, LM_HEAD, hf_name
 from warmcore.huggingface.tokenizer import TOKENIZER_FILES
 from warmcore.model.decoder import parameter_shapes
+from warmcore.storage.atomic_writes import check_free
 from warmcore.storage.file_facts import file_facts
-from warmcore.storage.folders import check_free
 from warmcore.tensors.files import NAMES, TensorFile, TensorInfo, TensorStream, is_finite
 
 _READABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -97,11 +97,22 @@ def _check_optimizer_state(options: GrowthOptions) -> None:
         )
 
 
-def check_optimizers(options: GrowthOptions, base: TrainSpec, target: TrainSpec) -> None:
-    """Raise ValueError unless the target's optimizer can go on from the base's state."""
-    if options.optimizer_state != "reset" and base.optimizer != target.optimizer:
+def check_optimizers(options: GrowthOptions, base: TrainSpec | None, target: TrainSpec) -> None:
+    """Raise ValueError unless the target's optimizer can go on from the base's state.
+
+    `base` is None where the base was imported: nobody here trained it.
+    """
+    rule = options.optimizer_state
+    if rule == "reset":
+        return
+    if base is None:
         raise ValueError(
-            f"optimizer_state {options.optimizer_state} needs one optimizer in base and target: "
+            f"optimizer_state {rule} needs the base's optimizer state, and an imported base has "
+            "none; use reset"
+        )
+    if base.optimizer != target.optimizer:
+        raise ValueError(
+            f"optimizer_state {rule} needs one optimizer in base and target: "
             f"{base.optimizer} is not {target.optimizer}; use reset, or optimizer {base.optimizer}"
         )
 

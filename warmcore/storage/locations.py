@@ -1,6 +1,7 @@
 """Where checkpoints are: folders by URI, on a disk or in an object store. Free of torch."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -26,9 +27,20 @@ def filesystem(uri: str) -> tuple[Any, str]:
 
 
 def delete(uri: str) -> None:
-    """Delete a checkpoint; one that is not there, or only half, is deleted."""
+    """Delete a checkpoint's folder; it may be absent already, in whole or in part."""
     files, root = filesystem(uri)
-    # First the manifest: what a crash leaves half-deleted is no checkpoint any more.
-    for path in (f"{root}/{MANIFEST}", root):
+    delete_manifest_first(
+        lambda: files.rm(f"{root}/{MANIFEST}"), lambda: files.rm(root, recursive=True)
+    )
+
+
+# A folder without a manifest is no checkpoint. For example a process that is killed between the two
+# steps leaves `model.safetensors` alone, and nothing resumes from it. The other order would leave a
+# manifest that lists missing files, which looks like a damaged checkpoint.
+def delete_manifest_first(
+    delete_manifest: Callable[[], object], delete_folder: Callable[[], object]
+) -> None:
+    """Delete a checkpoint in the one safe order; the caller says how to delete in its store."""
+    for delete_step in (delete_manifest, delete_folder):
         with contextlib.suppress(FileNotFoundError):
-            files.rm(path, recursive=path == root)
+            delete_step()

@@ -1,11 +1,10 @@
-"""One leased run: resume or grow or initialize, train, report, checkpoint, finish.
+"""Execution of a leased run: resume, grow or initialize; train, report, checkpoint, finish.
 
-Trials and targets take this same way; only `RunSpec.growth` differs.
+Trials and targets take the same path; only `RunSpec.growth` differs.
 """
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from typing import Literal, Self
@@ -18,9 +17,9 @@ from warmcore.storage.backoff import Backoff, retry
 from warmcore.training.events import DivergedEvent, EvaluationEvent, StepEvent
 from warmcore.training.training import Training
 from workers.attempt import checkpoints
-from workers.attempt.measurements import Curve
+from workers.attempt.measurements import Curve, finite_or_none
 from workers.attempt.options import AttemptOptions
-from workers.attempt.provenance import provenance
+from workers.attempt.provenance import collect_provenance
 from workers.attempt.reporter import CancelledError, Reporter
 from workers.attempt.start import TrainingStart
 from workers.failures import UnrunnableError
@@ -32,24 +31,25 @@ _STORE_BACKOFF = Backoff(first_seconds=0.5, max_seconds=5.0)
 Ending = Literal["succeeded", "pruned", "diverged", "released", "cancelled", "stale"]
 
 
-def execute(
+def execute_lease(
     lease: Lease,
     client: Client,
     *,
     options: AttemptOptions,
     draining: Callable[[], bool] = lambda: False,
 ) -> Ending:
-    """Run `lease` to its end, or to a checkpoint from which another attempt goes on.
+    """Run `lease` to the end, or to a checkpoint from which another attempt can go on.
 
     Raises:
-        UnrunnableError: no other worker could run it either.
-        Exception: anything else that went wrong; the caller reports it.
+        UnrunnableError: no other worker could run this lease either.
+        Exception: another failure; the caller reports it.
     """
-    with Reporter(client, lease) as reporter:  # first: a long preparation must not cost the lease
+    # The reporter renews the lease. It starts first, because preparing data can take minutes.
+    with Reporter(client, lease) as reporter:
         try:
             attempt = _Attempt.prepared(lease, client, reporter, options)
             log.info("training", extra={"step": attempt.step, "device": options.device})
-            return attempt.run(draining)
+            return attempt.run_to_end(draining)
         except StaleLeaseError:
             log.warning("stale lease: another attempt has this run")
             return "stale"
@@ -58,7 +58,7 @@ def execute(
 
 
 class _DrainedError(Exception):
-    """The fleet drains, and the store takes no checkpoint."""
+    """The fleet drains while the store accepts no checkpoint."""
 
 
 class _Attempt:
@@ -76,7 +76,9 @@ class _Attempt:
         self._corpus, self._training = corpus, training
         self._curve = Curve(log_every=lease.spec.train.log_every, tokens=training.tokens)
         self._evaluation_steps = frozenset(lease.spec.evaluation_steps)
-        self._branch_steps = frozenset(lease.spec.branch_steps[:-1])  # the last one is final
+        self._branch_steps = frozenset(
+            lease.spec.branch_steps[:-1]
+        )  # the last step gets the final checkpoint
         self._saved_step = training.step
         self._published: CheckpointReport | None = None
         self._saved_at = time.monotonic()
@@ -86,68 +88,70 @@ class _Attempt:
     def prepared(
         cls, lease: Lease, client: Client, reporter: Reporter, options: AttemptOptions
     ) -> Self:
-        """Return an attempt with prepared data, and a training that may go on from a checkpoint.
+        """Return an attempt with prepared data and a started or resumed training.
 
-        Waits for a store that is away, as long as `options` allow it.
+        Wait for a store that is away, as long as `options` allow it.
 
         Raises:
             UnrunnableError: no worker could run this lease.
-            CancelledError: the run was cancelled in the meantime.
+            CancelledError: the run was cancelled during the wait.
         """
         try:
             corpus = prepare.prepare(lease.spec.data)
             start = TrainingStart(lease=lease, corpus=corpus, options=options)
-            training = start.begin(before_wait=reporter.end_if_cancelled)
+            training = start.begin_training(before_wait=reporter.end_if_cancelled)
         except ValueError as error:
             raise UnrunnableError(str(error)) from error
         return cls(lease, client, reporter, options, corpus=corpus, training=training)
 
     @property
     def step(self) -> int:
-        """Where the training is."""
+        """The step that the training has reached."""
         return self._training.step
 
-    def run(self, draining: Callable[[], bool]) -> Ending:
+    def run_to_end(self, draining: Callable[[], bool]) -> Ending:
         try:
-            return self._train(draining)
+            return self._train_to_end(draining)
         except _DrainedError:
-            return self._finish("released")
+            return self._finish_attempt("released")
         except CancelledError:
             return "cancelled"
 
-    def _train(self, draining: Callable[[], bool]) -> Ending:
+    def _train_to_end(self, draining: Callable[[], bool]) -> Ending:
         for event in self._training.events():
             if isinstance(event, DivergedEvent):
-                return self._finish("diverged", error=event.reason)
-            self._note(event)
-            match self._reporter.check():
+                return self._finish_attempt("diverged", error=event.reason)
+            self._note_event(event)
+            match self._reporter.check_decision():
                 case "prune":
-                    return self._finish("pruned")
+                    return self._finish_attempt("pruned")
                 case "cancel":
                     return "cancelled"
                 case "continue":
                     pass
             if isinstance(event, StepEvent) and event.step in self._evaluation_steps:
-                continue  # its evaluation is next: a checkpoint between would split the measurement
+                # The evaluation of this step is the next event, and completes its measurement. A
+                # checkpoint here would make the resumed run report the step without the evaluation.
+                continue
             if draining():
-                return self._release()
+                return self._save_and_release()
             self._checkpoint_if_due(draining)
-        self._publish(self._saved_patiently(draining), final=True)
-        return self._finish("succeeded")
+        self._publish_checkpoint(self._save_patiently(draining), final=True)
+        return self._finish_attempt("succeeded")
 
     def _checkpoint_if_due(self, draining: Callable[[], bool]) -> None:
         if self._training.step in self._branch_steps:
-            self._publish(self._saved_patiently(draining))
+            self._publish_checkpoint(self._save_patiently(draining))
         elif time.monotonic() - self._saved_at >= self._options.checkpoint_seconds:
-            self._insure()
+            self._try_checkpoint()
 
-    def _note(self, event: StepEvent | EvaluationEvent) -> None:
-        if (measurement := self._curve.add(event)) is not None:
-            self._reporter.add(measurement)
+    def _note_event(self, event: StepEvent | EvaluationEvent) -> None:
+        if (measurement := self._curve.add_event(event)) is not None:
+            self._reporter.add_measurement(measurement)
         if isinstance(event, StepEvent):
-            self._timing = self._timed(event, time.time())
+            self._timing = self._add_step_time(event, time.time())
 
-    def _timed(self, event: StepEvent, now: float) -> Timing:
+    def _add_step_time(self, event: StepEvent, now: float) -> Timing:
         before = self._timing
         first = before.first_step_at or now - event.seconds
         return Timing(
@@ -157,27 +161,27 @@ class _Attempt:
             train_seconds=before.train_seconds + event.seconds,
         )
 
-    def _release(self) -> Ending:
+    def _save_and_release(self) -> Ending:
         if self._training.step > self._saved_step:
-            self._insure()
-        return self._finish("released")
+            self._try_checkpoint()
+        return self._finish_attempt("released")
 
-    def _insure(self) -> None:
-        """Checkpoint if the store takes one: without it an interruption only costs more steps."""
+    def _try_checkpoint(self) -> None:
+        """Publish a checkpoint if the store accepts it; a failure only costs steps later."""
         try:
-            saved = self._saved()
+            saved = self._save_step()
         except OSError as error:
             if self._options.ranks.size > 1:
                 raise  # the other processes are in the middle of this save
             log.warning("the store takes no checkpoint", extra={"error": str(error)})
-            self._saved_at = time.monotonic()
+            self._saved_at = time.monotonic()  # try again after the usual interval
             return
-        self._publish(saved)
+        self._publish_checkpoint(saved)
 
-    def _saved_patiently(self, draining: Callable[[], bool]) -> CheckpointReport:
-        """A checkpoint that the run cannot do without: a store that is full or away is waited for.
+    def _save_patiently(self, draining: Callable[[], bool]) -> CheckpointReport:
+        """Return a checkpoint that the run needs, and wait for a store that is full or away.
 
-        It would refuse every other attempt as well, so that failing would soon fail the study.
+        The store would refuse every other attempt too, and repeated failures would fail the study.
         """
 
         def end_if_stopped(error: OSError) -> None:
@@ -187,7 +191,7 @@ class _Attempt:
                 raise _DrainedError
 
         return retry(
-            self._saved,
+            self._save_step,
             _STORE_BACKOFF,
             on=OSError,
             deadline=time.monotonic() + self._options.store_patience_seconds,
@@ -195,22 +199,24 @@ class _Attempt:
             before_pause=end_if_stopped,
         )
 
-    def _publish(self, saved: CheckpointReport, *, final: bool = False) -> None:
+    def _publish_checkpoint(self, saved: CheckpointReport, *, final: bool = False) -> None:
         report = saved.model_copy(update={"final": final})
         reply = self._client.publish(self._lease, report)
         self._published = report
         self._saved_step, self._saved_at = report.step, time.monotonic()
         log.info("checkpoint", extra={"step": report.step, "final": final})
         for superseded in reply.superseded:
-            with contextlib.suppress(Exception):  # tidying must not end a run
-                checkpoints.delete(superseded, of_run=self._lease.artifact_uri.rpartition("/")[0])
+            with contextlib.suppress(Exception):  # a failed clean-up must not end a run
+                checkpoints.delete_checkpoint(
+                    superseded, of_run=self._lease.artifact_uri.rpartition("/")[0]
+                )
 
-    def _saved(self) -> CheckpointReport:
-        """This step's checkpoint, in place; the curve up to it accepted. Never written twice."""
+    def _save_step(self) -> CheckpointReport:
+        """Save the checkpoint of this step, once, and report the curve up to it."""
         if self._published is not None and self._published.step == self._training.step:
             return self._published
         uri = f"{self._lease.artifact_uri}/step-{self._training.step:08d}"
-        saved = checkpoints.save(self._training, uri)
+        saved = checkpoints.save_training(self._training, uri)
         self._report_all()
         return CheckpointReport(
             step=saved.step,
@@ -218,22 +224,25 @@ class _Attempt:
             uri=uri,
             hash=saved.hash,
             num_bytes=saved.num_bytes,
-            val_loss_nats=_finite(saved.val_loss_nats),
+            val_loss_nats=finite_or_none(saved.val_loss_nats),
         )
 
     def _report_all(self) -> None:
-        """Wait until the curve up to here is accepted, so that resuming here leaves no gap."""
-        if (measurement := self._curve.take()) is not None:
-            self._reporter.add(measurement)
+        """Wait until the service has accepted the curve up to this step.
+
+        An attempt that resumes at this step then leaves no gap in the curve.
+        """
+        if (measurement := self._curve.take_measurement()) is not None:
+            self._reporter.add_measurement(measurement)
         self._reporter.flush()
 
-    def _finish(self, outcome: Outcome, *, error: str | None = None) -> Ending:
+    def _finish_attempt(self, outcome: Outcome, *, error: str | None = None) -> Ending:
         self._report_all()
         request = FinishRequest(
             outcome=outcome,
-            val_loss_nats=_finite(self._training.last_val_loss_nats),
+            val_loss_nats=finite_or_none(self._training.last_val_loss_nats),
             error=error,
-            provenance=provenance(
+            provenance=collect_provenance(
                 self._training,
                 data_hash=self._corpus.data_hash,
                 device=self._options.device,
@@ -242,9 +251,5 @@ class _Attempt:
             timing=self._timing,
         )
         self._client.finish(self._lease, request)
-        assert outcome != "failed", "failures are the fleet's to report"
+        assert outcome != "failed", "the fleet reports failures"
         return outcome
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -8,10 +8,10 @@ from warmcore.training.ranks import ALONE, Ranks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttemptOptions:
-    """How a worker runs an attempt: how often it saves, how long it waits, and on which device."""
+    """Settings of an attempt: times between checkpoints, patience with the store, and devices."""
 
     checkpoint_seconds: float = 30.0
-    store_patience_seconds: float = 600.0  # as in processes.single
+    store_patience_seconds: float = 600.0  # equals PATIENCE_SECONDS in workers.processes.single
     device: str = "cpu"
     num_threads: int = 1
     ranks: Ranks = ALONE

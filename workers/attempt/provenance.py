@@ -1,4 +1,4 @@
-"""What a run was made with, as far as the process and the machine tell."""
+"""Provenance of a run: code, packages, data and machine."""
 
 import functools
 import hashlib
@@ -16,27 +16,30 @@ _PACKAGES = ("torch", "numpy", "safetensors", "ray", "pydantic")
 
 @functools.cache
 def code_hash() -> str:
-    """SHA-256 of warmcore's source text: every file's relative path and content, in order."""
+    """Return the SHA-256 of warmcore's source: path and content of each file, sorted by path."""
     digest = hashlib.sha256()
     root = Path(warmcore.__path__[0])
     for path in sorted(root.rglob("*.py")):
+        # A zero byte ends the path and the content: no two sets of files give the same stream.
         digest.update(path.relative_to(root).as_posix().encode() + b"\0")
         digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
 @functools.cache
-def _packages() -> dict[str, str]:
+def _package_versions() -> dict[str, str]:
     versions = {name: metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **versions}
 
 
-def provenance(training: Training, *, data_hash: str, device: str, num_threads: int) -> Provenance:
-    """Describe the run `training` on this machine."""
+def collect_provenance(
+    training: Training, *, data_hash: str, device: str, num_threads: int
+) -> Provenance:
+    """Return the provenance of `training` in this process."""
     return Provenance(
         warmscale_version=metadata.version("warmscale"),
         code_hash=code_hash(),
-        packages=_packages(),
+        packages=_package_versions(),
         data_hash=data_hash,
         base_hash=training.base_hash,
         device=device,

@@ -1,8 +1,8 @@
-"""Measurements on their way to the service, off the training thread.
+"""The queue of measurements for the service, sent by a thread of its own.
 
-One thread sends what has gathered: about once a second, at once when an evaluation is among it
-(the pruner waits for those), and an empty batch when silence would cost the lease. While the
-service is away the client keeps trying and measurements gather here; training goes on.
+The thread sends a batch about once a second. It sends at once when the queue holds an evaluation,
+because the pruner waits for evaluations. It sends an empty batch when the lease would otherwise
+expire. While the service is away, the client retries, the queue grows, and training goes on.
 """
 
 import collections
@@ -14,7 +14,7 @@ from typing import Self
 from service.client import Client
 from service.protocol import Decision, Lease, Measurement, MeasurementBatch
 
-_MAX_BATCH = 1000  # the protocol's
+_MAX_BATCH = 1000  # limit of the protocol
 _LEAVE_SECONDS = 5.0
 
 
@@ -23,7 +23,7 @@ class CancelledError(Exception):
 
 
 class Reporter:
-    """Reports one lease's measurements; a context manager that owns the sending thread."""
+    """Sender of the measurements of a lease; a context manager that owns the sending thread."""
 
     def __init__(self, client: Client, lease: Lease, *, period_seconds: float = 1.0) -> None:
         self._client = client
@@ -35,7 +35,7 @@ class Reporter:
         self._hurry = self._closed = False
         self._error: Exception | None = None
         self._decision: Decision = "continue"
-        self._thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+        self._thread = threading.Thread(target=self._send_all, name="reporter", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -50,11 +50,11 @@ class Reporter:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        # It may be waiting out an outage; it holds nothing that the process needs.
+        # The thread may be waiting for the service. It is a daemon and may be left behind.
         self._thread.join(_LEAVE_SECONDS)
 
-    def add(self, measurement: Measurement) -> None:
-        """Take a measurement; never waits for the network."""
+    def add_measurement(self, measurement: Measurement) -> None:
+        """Queue a measurement, without waiting for the network."""
         with self._changed:
             self._queue.append(measurement)
             self._num_added += 1
@@ -62,42 +62,45 @@ class Reporter:
                 self._hurry = True
                 self._changed.notify_all()
 
-    def check(self) -> Decision:
-        """Return what the service last wants; lock-free.
+    def check_decision(self) -> Decision:
+        """Return the service's last decision, without taking a lock.
 
         Raises:
             StaleLeaseError: another attempt holds the run.
-            Exception: whatever else ended the sending, such as an outage beyond all patience.
+            Exception: another error that ended the sending, for example a too long outage.
         """
         if self._error is not None:
             raise self._error
         return self._decision
 
     def end_if_cancelled(self) -> None:
-        """Raise `CancelledError` if the service cancelled the run; raises as `check` does."""
-        if self.check() == "cancel":
+        """Raise `CancelledError` after a cancellation; raise as `check_decision` does."""
+        if self.check_decision() == "cancel":
             raise CancelledError
 
     def flush(self) -> Decision:
-        """Block until everything added so far is accepted; raises as `check` does."""
+        """Wait until the service has accepted the queue; raise as `check_decision` does."""
         with self._changed:
             wanted = self._num_added
             self._hurry = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._num_accepted >= wanted or self._error)
-        return self.check()
+        return self.check_decision()
 
-    def _run(self) -> None:
+    def _send_all(self) -> None:
         try:
             while (batch := self._next_batch()) is not None:
-                self._send(batch)
+                self._send_batch(batch)
         except Exception as error:  # noqa: BLE001 - raised again on the training thread
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
     def _next_batch(self) -> MeasurementBatch | None:
-        """Wait until something is due; None once closed."""
+        """Wait until a batch is due and return it; None after the close."""
+        # With a lease of 60 s and a period of 1 s: a measurement goes out at the latest 1 s after
+        # the batch before; an evaluation and a `flush` at once (`_hurry`); without measurements an
+        # empty batch renews the lease every 20 s, so that two renewals may be lost.
         started = time.monotonic()
         silence = self._lease.lease_seconds / 3
         with self._changed:
@@ -105,21 +108,21 @@ class Reporter:
                 waited = time.monotonic() - started
                 limit = min(self._period_seconds, silence) if self._queue else silence
                 if waited >= limit or (self._hurry and self._queue):
-                    return self._take()
+                    return self._take_batch()
                 self._hurry = False
                 self._changed.wait(min(limit - waited, self._period_seconds))
         return None
 
-    def _take(self) -> MeasurementBatch:
+    def _take_batch(self) -> MeasurementBatch:
         count = min(len(self._queue), _MAX_BATCH)
         taken = tuple(self._queue.popleft() for _ in range(count))
         self._hurry = self._hurry and bool(self._queue)
         return MeasurementBatch(measurements=taken)
 
-    def _send(self, batch: MeasurementBatch) -> None:
+    def _send_batch(self, batch: MeasurementBatch) -> None:
         reply = self._client.report(self._lease, batch)
         with self._changed:
             self._num_accepted += len(batch.measurements)
-            if self._decision == "continue":  # an end once decided stands
+            if self._decision == "continue":  # a decision to end the run is final
                 self._decision = reply.decision
             self._changed.notify_all()

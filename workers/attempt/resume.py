@@ -1,7 +1,7 @@
-"""Where an attempt goes on: the newest checkpoint that can be read.
+"""The resume protocol: an attempt goes on from the newest checkpoint that can be read.
 
-One that is damaged or gone has the one before in its place. One that cannot be reached is not lost:
-to start again for a store that was away for a minute would throw away what had been trained.
+A damaged or missing checkpoint is replaced by the checkpoint before it. A store that cannot be
+reached is waited for: starting again after an outage of a minute would lose hours of training.
 """
 
 import logging
@@ -18,45 +18,52 @@ from workers.attempt import checkpoints
 T = TypeVar("T")
 
 _BACKOFF = Backoff(first_seconds=0.5, max_seconds=10.0)
-# The store answers, and says that nothing is there.
+# The store answered that the file does not exist. Another OSError may be an outage.
 _GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 log = logging.getLogger(__name__)
 
 
-def newest(
+def read_newest(
     refs: Iterable[CheckpointRef],
     read: Callable[[Path], T],
     *,
     waits: Callable[[], object],
     patience_seconds: float,
 ) -> T | None:
-    """What `read` makes of the first of `refs` that can be read; None where all are lost.
+    """Return the result of `read` for the first readable checkpoint; None when all are lost.
 
-    `waits` is called before each wait, and may raise to end it.
+    Args:
+        refs: Checkpoints of the run, newest first.
+        read: Reads a checkpoint from a local folder.
+        waits: Called before each wait; it may raise to end the wait.
+        patience_seconds: Longest total wait for the store.
 
     Raises:
-        OSError: none can be read, and at least one may only be out of reach.
+        OSError: no checkpoint can be read, and at least one may only be out of reach.
     """
-    deadline, away = time.monotonic() + patience_seconds, None
+    # Example with checkpoints at steps 300, 200, 100. Step 300 has a wrong hash: go on at 200. If
+    # step 200 then times out until the patience ends, go on at 100 after all. If 100 is out of
+    # reach too, raise: step 200 may exist, and the service will start another attempt.
+    deadline, unreachable = time.monotonic() + patience_seconds, None
     for ref in refs:
         try:
-            return _patiently(ref, read, waits=waits, deadline=deadline)
+            return _read_patiently(ref, read, waits=waits, deadline=deadline)
         except (CheckpointCorruptError, *_GONE) as error:
             log.warning("checkpoint unusable", extra={"uri": ref.uri, "error": error})
         except OSError as error:
             log.warning("checkpoint out of reach", extra={"uri": ref.uri, "error": error})
-            away = error
-    if away is not None:
-        raise away
+            unreachable = error
+    if unreachable is not None:
+        raise unreachable
     return None
 
 
-def _patiently(
+def _read_patiently(
     ref: CheckpointRef, read: Callable[[Path], T], *, waits: Callable[[], object], deadline: float
 ) -> T:
     def read_once() -> T:
-        with checkpoints.local(ref) as checkpoint:
+        with checkpoints.open_local(ref) as checkpoint:
             return read(checkpoint)
 
     return retry(

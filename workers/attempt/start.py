@@ -1,4 +1,4 @@
-"""The training of an attempt at its start: resumed, grown or initialized."""
+"""The start of a training: resumed from a checkpoint, grown from a base, or initialized."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,28 +15,29 @@ from workers.attempt.options import AttemptOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingStart:
-    """Everything from which the training of a lease begins."""
+    """Lease, data and options from which a training starts."""
 
     lease: Lease
     corpus: Corpus
     options: AttemptOptions
 
-    def begin(self, *, before_wait: Callable[[], object]) -> Training:
-        """Return the training of the newest usable checkpoint; without one, of step 0.
+    def begin_training(self, *, before_wait: Callable[[], object]) -> Training:
+        """Return a training at the newest usable checkpoint, or at step 0 if none is left.
 
-        `before_wait` is called before each wait for the store, and may raise to end the wait.
+        `before_wait` is called before each wait for the store; it may raise to end the wait.
 
         Raises:
             OSError: the store cannot be reached, and may hold a checkpoint of this run.
             CheckpointCorruptError: the base or the trunk is missing or damaged.
             ValueError: no worker can run this spec.
         """
-        return self._resume(before_wait) or self._start()
+        return self._resume_newest(before_wait) or self._start_fresh()
 
-    def _resume(self, before_wait: Callable[[], object]) -> Training | None:
+    def _resume_newest(self, before_wait: Callable[[], object]) -> Training | None:
         options = self.options
-        alone = options.ranks.size == 1  # else the other processes are in the middle of this too
-        return resume.newest(
+        # Several processes cannot retry: the others are already in the middle of the same read.
+        alone = options.ranks.size == 1
+        return resume.read_newest(
             self.lease.resume_from,
             self._resume_from,
             waits=before_wait,
@@ -47,17 +48,18 @@ class TrainingStart:
         spec, ranks, device = self.lease.spec, self.options.ranks, self.options.device
         return LeadingTraining.resume(spec, self.corpus, checkpoint, device=device, ranks=ranks)
 
-    def _start(self) -> Training:
+    def _start_fresh(self) -> Training:
         spec, ranks, device = self.lease.spec, self.options.ranks, self.options.device
         if spec.start_checkpoint is None:
             return LeadingTraining.start(spec, self.corpus, device=device, ranks=ranks)
         try:
-            with checkpoints.local(spec.start_checkpoint) as base:
+            with checkpoints.open_local(spec.start_checkpoint) as base:
                 return LeadingTraining.start(
                     spec, self.corpus, device=device, base=base, ranks=ranks
                 )
-        except CheckpointCorruptError as error:  # another attempt may read it from another machine
+        except CheckpointCorruptError as error:
+            # Not an `UnrunnableError`: the next attempt may read the file from another machine.
             name = "trunk" if spec.trunk else "growth.base"
             works = "targets can be started by hand from another trial or checkpoint"
-            message = f"{name}: {error}; nothing else is taken in its place: {works}"
+            message = f"{name}: {error}; no other checkpoint replaces it: {works}"
             raise CheckpointCorruptError(message) from error

@@ -183,7 +183,7 @@ def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engi
             "health_check_period_ms": int(_HEALTH_CHECK_SECONDS * 1000),
         },
     )
-    forward_worker_lines(run_logs.forward)
+    forward_worker_lines(run_logs.forward_lines)
     with _shutting_down():
         yield Engine(shared=False)
 
@@ -206,7 +206,7 @@ def cluster(address: str) -> Generator[Engine]:
         if not is_refusal(error):
             raise
         raise ClusterRefusedError(explain_refusal(address)) from error
-    forward_worker_lines(run_logs.forward)
+    forward_worker_lines(run_logs.forward_lines)
     with _shutting_down():
         yield Engine(shared=True)
 

@@ -1,11 +1,12 @@
-"""What Ray reads from the environment, once, when it is imported: set before `import ray`."""
+"""Environment variables that Ray reads once, at import: set them before `import ray`."""
 
 import os
 import secrets
 
-# glibc gives memory back to the kernel after each step of training, and faults every page of it in
-# again at the next. A worker process keeps it, in large pages where the kernel has them: a few % of
-# a step's time on a CPU (benchmarks/train_throughput.py). Whatever the user has set stands.
+# By default glibc returns memory to the kernel after each training step, and faults every page in
+# again in the next. With these settings a worker process keeps the memory, in large pages if the
+# kernel has them. That saves a few % of a step on a CPU (benchmarks/train_throughput.py). Variables
+# that the user has set keep their values.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
@@ -15,7 +16,7 @@ ALLOCATOR = {
 
 
 def set_for_any_ray() -> None:
-    """Settings of every fleet: GPUs stay visible by their own ids, so warm processes can move."""
+    """Set variables for every fleet: all GPUs stay visible, so warm processes can change GPU."""
     os.environ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     for name, value in ALLOCATOR.items():
@@ -23,11 +24,11 @@ def set_for_any_ray() -> None:
 
 
 def set_for_local_ray() -> None:
-    """Settings of a Ray that this process starts and alone may use.
+    """Set variables for a Ray that this process starts and that no other process may use.
 
-    Its ports are open to the network, and whoever talks to an unauthenticated Ray runs code in it
-    (CVE-2023-48022): hence a token, fresh each time, inherited by Ray's own processes. Given both
-    variables Ray writes no `~/.ray/auth_token`, which would lock out the user's other drivers.
+    Ray's ports are open to the network, and every client of an unauthenticated Ray can run code in
+    it (CVE-2023-48022). We therefore set a fresh token that Ray's own processes inherit. With both
+    variables set, Ray writes no `~/.ray/auth_token`, which would lock out the user's other drivers.
     """
     set_for_any_ray()
     os.environ["RAY_AUTH_MODE"] = "token"

@@ -1,6 +1,6 @@
-"""The fleet's line to the service: requests on threads of their own, answers as calls back.
+"""Requests of the fleet to the service, each on a thread of its own, with a callback.
 
-Threads are daemons: a service that never answers must not keep a fleet from exiting.
+The threads are daemons: a service that never answers must not keep a fleet from exiting.
 """
 
 import logging
@@ -10,36 +10,39 @@ from http import HTTPStatus
 
 from service.client import UNREAD_STATUS, Client, ServiceError, StaleLeaseError
 from service.protocol import FinishRequest, Lease, LeaseRequest
-from workers.run_logs import subject
+from workers.run_logs import run_fields
 
 log = logging.getLogger(__name__)
 
-_TELL_PATIENCE_SECONDS = 30.0
+_FINISH_PATIENCE_SECONDS = 30.0
 
 
 class FleetRefusedError(Exception):
-    """The service does not accept this fleet: its key, its study or its protocol."""
+    """The service does not accept the key, the study or the protocol of this fleet."""
 
 
-class Link:
-    """Asks for leases, and tells how attempts ended that could not tell so themselves."""
+class ServiceLink:
+    """Requests for leases, and finishes of attempts whose own process could not send them."""
 
     def __init__(self, url: str, api_key: str) -> None:
-        self._asking = Client(url, api_key, patience_seconds=0.0)  # the fleet asks again anyway
-        self._telling = Client(url, api_key, patience_seconds=_TELL_PATIENCE_SECONDS)
-        self._untold: list[threading.Thread] = []
+        # Without patience: after a failure the dispatcher pauses and repeats the request itself.
+        self._lease_client = Client(url, api_key, patience_seconds=0.0)
+        self._finish_client = Client(url, api_key, patience_seconds=_FINISH_PATIENCE_SECONDS)
+        self._finishing: list[threading.Thread] = []
         self._is_away = False
 
-    def ask(
+    def request_leases(
         self, request: LeaseRequest, answered: Callable[[tuple[Lease, ...] | Exception], None]
     ) -> None:
-        """Call `answered` from another thread, once, with leases or with the reason for none."""
-        threading.Thread(target=lambda: answered(self._ask(request)), daemon=True).start()
+        """Call `answered` from another thread, once, with leases or with an exception."""
+        threading.Thread(
+            target=lambda: answered(self._lease_or_error(request)), daemon=True
+        ).start()
 
-    def _ask(self, request: LeaseRequest) -> tuple[Lease, ...] | Exception:
+    def _lease_or_error(self, request: LeaseRequest) -> tuple[Lease, ...] | Exception:
         try:
-            leases = self._asking.lease(request)
-        except Exception as error:  # noqa: BLE001 - unanswered, the fleet would never ask again
+            leases = self._lease_client.lease(request)
+        except Exception as error:  # noqa: BLE001 - without an answer the fleet would never ask again
             if isinstance(error, ServiceError) and _is_refusal(error.status):
                 return FleetRefusedError(str(error))
             if not self._is_away:
@@ -51,28 +54,28 @@ class Link:
         self._is_away = False
         return leases
 
-    def tell(self, lease: Lease, finish: FinishRequest) -> None:
+    def finish_attempt(self, lease: Lease, finish: FinishRequest) -> None:
         """Finish an attempt in the background."""
-        thread = threading.Thread(target=self._tell, args=(lease, finish), daemon=True)
-        self._untold = [other for other in self._untold if other.is_alive()] + [thread]
+        thread = threading.Thread(target=self._finish_or_log, args=(lease, finish), daemon=True)
+        self._finishing = [other for other in self._finishing if other.is_alive()] + [thread]
         thread.start()
 
-    def _tell(self, lease: Lease, finish: FinishRequest) -> None:
+    def _finish_or_log(self, lease: Lease, finish: FinishRequest) -> None:
         try:
-            self._telling.finish(lease, finish)
+            self._finish_client.finish(lease, finish)
         except StaleLeaseError:
-            pass  # told before, or another attempt's business by now
+            pass  # already reported, or another attempt holds the run by now
         except Exception as error:  # noqa: BLE001 - a thread's end
             log.warning(
-                "untold", extra=subject(lease) | {"error": repr(error)}
+                "finish not sent", extra=run_fields(lease) | {"error": repr(error)}
             )  # its lease will expire
 
     def close(self) -> None:
-        """Wait until everything is told, or was tried for as long as patience lasts; hang up."""
-        for thread in self._untold:
+        """Wait until every finish was sent or given up, and close the connections."""
+        for thread in self._finishing:
             thread.join()
-        self._asking.close()
-        self._telling.close()
+        self._lease_client.close()
+        self._finish_client.close()
 
 
 def _is_refusal(status: int) -> bool:

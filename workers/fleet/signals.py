@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C, heard by a thread of their own.
+"""SIGTERM and Ctrl-C, handled by a thread of their own.
 
-Python runs a signal's handler in the main thread alone, which Ray's start and end can hold in C++
-for as long as a minute, and Ray puts its own handler there, which exits by way of Ray's shutdown.
-The wakeup file descriptor is written at once, whatever the main thread does.
+Python runs signal handlers in the main thread only. Ray's start and shutdown can keep that thread
+in C++ for a minute. Ray also installs a handler of its own, which exits through Ray's shutdown. The
+wakeup file descriptor is written at once, even when the main thread is busy.
 """
 
 import contextlib
@@ -18,33 +18,36 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """The first signal drains what can be drained; else, and the second time, the process ends.
+    """Handler of the stop signals: the first drains, if the fleet can; the next ends the process.
 
-    Ray's processes die with this one (the kernel tells them), but for agents whose raylet died
-    while they started, which live on for a minute. So everything below this process is killed.
+    The kernel ends most of Ray's processes together with this process. Agents whose raylet died
+    during their start live on for a minute, so every process below this process is killed.
     """
 
     def __init__(self) -> None:
-        """Listen from here on. To be made in the main thread."""
+        """Start to handle signals; must run in the main thread."""
         self._drain: Callable[[], None] | None = None
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._install()
-        threading.Thread(target=self._listen, name="signals", daemon=True).start()
+        self._install_handlers()
+        threading.Thread(target=self._read_signals, name="signals", daemon=True).start()
 
-    def drains(self, drain: Callable[[], None]) -> None:
-        """Call `drain`, in this object's thread, at the first signal. Again in the main thread."""
+    def drain_with(self, drain: Callable[[], None]) -> None:
+        """Call `drain`, in this object's thread, at the first signal.
+
+        This method itself must run in the main thread.
+        """
         self._drain = drain
-        self._install()  # Ray has put its own there in the meantime
+        self._install_handlers()  # Ray has installed a handler of its own since `__init__`
 
-    def _listen(self) -> None:
+    def _read_signals(self) -> None:
         while True:
             for number in os.read(self._reader, 64):
                 if number in SIGNALS:
-                    self._hear(number)
+                    self._handle_signal(number)
 
-    def _hear(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         drain, self._drain = self._drain, None
         if drain is None:
             try:
@@ -53,31 +56,33 @@ class Stop:
                 os._exit(128 + number)
         drain()
 
-    def _install(self) -> None:
-        def heard(_number: int, _frame: FrameType | None) -> None:
-            """The thread has it."""
+    def _install_handlers(self) -> None:
+        def ignore_signal(_number: int, _frame: FrameType | None) -> None:
+            """Do nothing: the thread reads the signal from the file descriptor."""
 
         for number in SIGNALS:
-            signal.signal(number, heard)
+            signal.signal(number, ignore_signal)
 
 
 def _kill_everything_below() -> None:
-    """Stop each before it can start more, and then kill them all."""
+    """Kill every process below this process."""
+    # First stop them all, again and again until a pass finds no new process: a killed parent could
+    # otherwise have started a child between the listing and the kill.
     stopped: set[psutil.Process] = set()
     while found := set(psutil.Process().children(recursive=True)) - stopped:
-        _signal(found, signal.SIGSTOP)
+        _send_signal(found, signal.SIGSTOP)
         stopped |= found
-    _signal(stopped, signal.SIGKILL)
+    _send_signal(stopped, signal.SIGKILL)
 
 
-def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+def _send_signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
-        with contextlib.suppress(psutil.Error):  # it has ended
+        with contextlib.suppress(psutil.Error):  # the process has ended
             process.send_signal(number)
 
 
 def exit_unless_done(seconds: float, code: int) -> threading.Timer:
-    """A started timer that ends this process with `code` unless it is cancelled."""
+    """Start and return a timer that ends this process with `code` unless it is cancelled."""
     timer = threading.Timer(seconds, os._exit, (code,))
     timer.daemon = True
     timer.start()

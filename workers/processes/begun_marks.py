@@ -1,8 +1,9 @@
-"""Which tasks have begun, by what they say themselves in Ray's key-value store.
+"""Marks of tasks that have begun, in Ray's key-value store.
 
-Two fleets of one Ray may both be given work for the same free CPU; the second run then waits in
-Ray's queue, where nobody renews its lease. Its fleet gives it back in time, for which it must tell
-a run that waits from one that trains: without its dashboard Ray does not.
+Two fleets of a shared Ray may both get a run for the same free CPU. The second run then waits in
+Ray's queue, where no process renews the lease. Before the lease expires, the fleet gives the run
+back. For that the fleet must distinguish a waiting task from a running task, and Ray answers that
+question only with a dashboard.
 """
 
 import contextlib
@@ -17,12 +18,12 @@ _NAMESPACE = b"warmscale"
 
 @contextlib.contextmanager
 def mark_begun(mark: str | None) -> Generator[None]:
-    """Say that the task of this mark has begun, for as long as it lasts."""
+    """Set `mark` in Ray's store until the context ends; without a mark, do nothing."""
     if mark is None:
         yield
         return
-    store = _store()
-    # Unsaid, the run is given back with a checkpoint: no reason for it to fail.
+    store = _connect_kv()
+    # Without the mark the fleet gives the run back, with a checkpoint. That must not fail the run.
     with contextlib.suppress(RayError):
         store.internal_kv_put(mark.encode(), b"begun", True, _NAMESPACE)
     try:
@@ -33,9 +34,9 @@ def mark_begun(mark: str | None) -> Generator[None]:
 
 
 def has_begun(mark: str) -> bool:
-    """Whether the task of this mark has begun and not ended."""
-    return bool(_store().internal_kv_exists(mark.encode(), _NAMESPACE))
+    """Return whether the task of this mark has begun and not ended."""
+    return bool(_connect_kv().internal_kv_exists(mark.encode(), _NAMESPACE))
 
 
-def _store() -> Any:
+def _connect_kv() -> Any:
     return internal_kv_get_gcs_client()

@@ -1,4 +1,4 @@
-"""A run that several processes share: a Ray Train `TorchTrainer`, led from a task of its own.
+"""A run in several processes: a Ray Train `TorchTrainer`, started from a Ray task of its own.
 
 Rank 0 executes the attempt (`workers.attempt.execute`), and the other ranks follow it. Ray Train
 places and joins the processes, and ends all of them when one fails. The task then fails, and the
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from workers.attempt.execute import Ending
 
 _TICK_SECONDS = 0.2
-# Of one word between ranks: rank 0 may be waiting out an outage of the service.
+# Longest wait of a rank for a message: rank 0 may be waiting for the service, up to 600 s.
 _COLLECTIVE_SECONDS = 1800
 _SETTINGS = {
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path of data means the same to every process
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how late an end is noticed
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of data keep their meaning
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray notices the end of a process this late
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
@@ -41,8 +41,8 @@ _SETTINGS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shared:
-    """What every process of a run needs to know."""
+class GroupRun:
+    """A run in several processes: the data that every process needs."""
 
     lease: Lease
     connection: Connection
@@ -51,13 +51,13 @@ class Shared:
     folder: Path
 
     @property
-    def has_begun(self) -> Path:
-        """Exists once rank 0 keeps the lease itself."""
+    def begun_file(self) -> Path:
+        """A file that exists once rank 0 renews the lease itself."""
         return self.folder / "begun"
 
     @property
-    def drain(self) -> Path:
-        """Exists once the run is to be given back."""
+    def drain_file(self) -> Path:
+        """A file that exists once the run must be given back."""
         return self.folder / "drain"
 
 
@@ -69,43 +69,45 @@ def run_group(
     leased_at: float,
     node: str,
 ) -> "Ending":
-    """Run a lease in as many processes as it asks for, on this node; this one only waits."""
+    """Run a lease in as many processes as it asks for, on this node; this process waits."""
     with (
-        run_logs.about(lease),
+        run_logs.log_run(lease),
         drain_on_cancel() as draining,
         tempfile.TemporaryDirectory(prefix="warmscale-") as folder,
         contextlib.ExitStack() as starting,
         futures.ThreadPoolExecutor(1) as pool,
     ):
-        shared = Shared(
+        group = GroupRun(
             lease=lease,
             connection=connection,
             checkpoint_seconds=checkpoint_seconds,
             leased_at=leased_at,
             folder=Path(folder),
         )
+        # Processes and torch may take longer to start than the lease lasts. This reporter renews
+        # the lease until rank 0's reporter does; the file `begun` ends the first.
         starting.enter_context(Reporter(client_of(connection), lease))
-        fit = pool.submit(_fit, shared, node)
+        fit = pool.submit(_fit_trainer, group, node)
         while not fit.done():
             futures.wait([fit], timeout=_TICK_SECONDS)
-            if shared.has_begun.exists():
+            if group.begun_file.exists():
                 starting.close()
             if draining():
-                shared.drain.touch()
+                group.drain_file.touch()
         return fit.result()
 
 
-def _fit(shared: Shared, node: str) -> "Ending":
+def _fit_trainer(group: GroupRun, node: str) -> "Ending":
     os.environ.update(_SETTINGS)  # read when a trainer is made
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from warmcore.training.ranks import backend
 
-    needs, size = shared.lease.resources, shared.lease.resources.num_processes
+    needs, size = group.lease.resources, group.lease.resources.num_processes
     each = {"CPU": needs.cpus / size, "GPU": needs.gpus / size}
     trainer = TorchTrainer(
-        functools.partial(_share, shared),  # its config would be logged, and the key with it
+        functools.partial(_run_rank, group),  # Ray would log a config, and with it the API key
         torch_config=TorchConfig(
             backend=backend("cuda" if needs.gpus else "cpu"), timeout_s=_COLLECTIVE_SECONDS
         ),
@@ -116,8 +118,8 @@ def _fit(shared: Shared, node: str) -> "Ending":
             label_selector={"ray.io/node-id": node},
         ),
         run_config=RunConfig(
-            name=shared.lease.run_id,
-            storage_path=str(shared.folder),
+            name=group.lease.run_id,
+            storage_path=str(group.folder),
             failure_config=FailureConfig(
                 max_failures=0, controller_failure_limit=0, max_preemption_failures=0
             ),
@@ -126,38 +128,41 @@ def _fit(shared: Shared, node: str) -> "Ending":
     try:
         result: Any = trainer.fit()
     except WorkerGroupError as error:
-        raise _cause(error.worker_failures) or error from None
+        raise _find_cause(error.worker_failures) or error from None
     return result.return_value
 
 
-def _cause(failures: Mapping[int, BaseException]) -> UnrunnableError | None:
-    """The verdict on the run itself, if any process came to one."""
+def _find_cause(failures: Mapping[int, BaseException]) -> UnrunnableError | None:
+    """Return the `UnrunnableError` among the failures, if any process raised it."""
+    # Ray Train wraps an exception of a process and keeps the original in `_base_exc`.
     causes = [getattr(error, "_base_exc", error) for error in failures.values()]
     return next((cause for cause in causes if isinstance(cause, UnrunnableError)), None)
 
 
-def _share(shared: Shared) -> "Ending | None":
-    """One process's part; rank 0 tells how it ended."""
+def _run_rank(group: GroupRun) -> "Ending | None":
+    """Run the part of this process; rank 0 returns the ending, other ranks return None."""
     from warmcore.training.follow import follow
     from warmcore.training.ranks import Ranks
     from workers.attempt import cpus
-    from workers.attempt.execute import execute
+    from workers.attempt.execute import execute_lease
     from workers.attempt.options import AttemptOptions
 
-    needs, size = shared.lease.resources, shared.lease.resources.num_processes
+    needs, size = group.lease.resources, group.lease.resources.num_processes
     ranks, device = Ranks.joined(needs.strategy), device_of(needs.gpus / size)
-    with run_logs.about(shared.lease), cpus.pinned(needs.cpus // size) as num_threads:
+    with run_logs.log_run(group.lease), cpus.pin_threads(needs.cpus // size) as num_threads:
         if ranks.rank:
             return follow(ranks, device=device)
-        shared.has_begun.touch()
+        group.begun_file.touch()
         options = AttemptOptions(
-            checkpoint_seconds=shared.checkpoint_seconds,
+            checkpoint_seconds=group.checkpoint_seconds,
             device=device,
             num_threads=num_threads,
             ranks=ranks,
-            leased_at=shared.leased_at,
+            leased_at=group.leased_at,
         )
-        client = client_of(shared.connection)
-        ending = execute(shared.lease, client, options=options, draining=shared.drain.exists)
+        client = client_of(group.connection)
+        ending = execute_lease(
+            group.lease, client, options=options, draining=group.drain_file.exists
+        )
         ranks.lead("end")
         return ending

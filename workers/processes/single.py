@@ -1,5 +1,5 @@
-"""What runs inside Ray's worker processes. Torch is imported there only, once per process."""
-# The fleet's driver imports this file to submit it, and never needs torch.
+"""Functions that run in Ray's worker processes, where torch is imported once per process."""
+# The fleet's driver imports this file to submit its functions, and never needs torch.
 # ruff: noqa: PLC0415
 
 import contextlib
@@ -23,20 +23,21 @@ from workers.processes import begun_marks
 if TYPE_CHECKING:
     from workers.attempt.execute import Ending
 
-# A run outlives an outage of this length; then it gives up, with its last checkpoint published.
+# Longest outage of the service that a run waits for. After it the run fails, and its last published
+# checkpoint remains.
 PATIENCE_SECONDS = 600.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Connection:
-    """How a worker reaches the service."""
+    """Address and key of the service."""
 
     url: str
     api_key: str = dataclasses.field(repr=False)
 
 
 def warm_up(*, device: str | None = None) -> int:
-    """Import everything and train two tiny steps; gives the process id."""
+    """Import everything, train two tiny steps, and return the process id."""
     from warmcore.corpus.prepare import prepare
     from warmcore.specs import DataSpec, ModelSpec, RunSpec, TrainSpec
     from warmcore.training.training import Training
@@ -65,10 +66,9 @@ def run_lease(
     leased_at: float,
     mark: str | None = None,
 ) -> "Ending":
-    """Run a lease in this process; `mark` says to the fleet that this has begun."""
-    with begun_marks.mark_begun(
-        mark
-    ):  # before torch is imported, which may take longer than a lease
+    """Run a lease in this process; `mark` shows the fleet that the task has begun."""
+    # Mark before importing torch, which may take longer than a lease lasts.
+    with begun_marks.mark_begun(mark):
         return _run_pinned(lease, connection, checkpoint_seconds, leased_at)
 
 
@@ -76,14 +76,14 @@ def _run_pinned(
     lease: Lease, connection: Connection, checkpoint_seconds: float, leased_at: float
 ) -> "Ending":
     from workers.attempt import cpus
-    from workers.attempt.execute import execute
+    from workers.attempt.execute import execute_lease
     from workers.attempt.options import AttemptOptions
 
     client = client_of(connection)
     with (
-        run_logs.about(lease),
+        run_logs.log_run(lease),
         drain_on_cancel() as draining,
-        cpus.pinned(lease.resources.cpus) as num_threads,
+        cpus.pin_threads(lease.resources.cpus) as num_threads,
     ):
         options = AttemptOptions(
             checkpoint_seconds=checkpoint_seconds,
@@ -91,22 +91,25 @@ def _run_pinned(
             num_threads=num_threads,
             leased_at=leased_at,
         )
-        return execute(lease, client, options=options, draining=draining)
+        return execute_lease(lease, client, options=options, draining=draining)
 
 
 @functools.cache
 def client_of(connection: Connection) -> Client:
-    """This process's client of the service."""
+    """Return the client of this process; every run of the process shares it."""
     return Client(connection.url, connection.api_key, patience_seconds=PATIENCE_SECONDS)
 
 
 @contextlib.contextmanager
 def drain_on_cancel() -> Generator[Callable[[], bool]]:
-    """Turn `ray.cancel` into a flag for as long as a run lasts.
+    """Turn `ray.cancel` into a flag until the context ends.
 
-    Ray cancels a running task by simulating SIGINT, which calls Python's handler for it; with this
-    handler the run goes on until it has published a checkpoint, and its result reaches the driver.
+    Ray cancels a running task by simulating SIGINT, which calls Python's handler of SIGINT. With
+    this handler the run goes on until it has published a checkpoint, and returns its ending.
     """
+    # Draining, in order: the fleet calls `ray.cancel`; this handler raises the flag; after the
+    # current step the attempt saves, publishes and finishes as "released"; another fleet resumes
+    # there. A run at step 137 loses no step, however long ago its last checkpoint was.
     flags: list[int] = []
 
     def raise_flag(signum: int, _frame: FrameType | None) -> None:
@@ -120,15 +123,17 @@ def drain_on_cancel() -> Generator[Callable[[], bool]]:
 
 
 def device_of(gpus: float) -> str:
-    """Return the device that Ray assigned, with the share of its memory that was asked for.
+    """Return the device that Ray assigned, and cap its memory at the share that was asked for.
 
-    Fractions are Ray's bookkeeping only: without the cap one run can take its neighbours' memory.
+    Ray only counts fractions of a GPU. Without the cap a run could use the memory of another.
     """
     if not gpus:
         return "cpu"
     import torch
 
     (assigned, *_) = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    # Ray names the GPU by its number on the node, and torch counts the visible GPUs: with
+    # CUDA_VISIBLE_DEVICES=2,5 Ray's GPU 5 is torch's cuda:1.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     index = visible.split(",").index(assigned) if visible else int(assigned)
     torch.cuda.set_per_process_memory_fraction(min(1.0, gpus), index)

@@ -53,7 +53,7 @@ def gc(
         typer.echo(json.dumps([_view(one) for one in found]))
     else:
         _print(found, options)
-    if any(one.left for one in found):
+    if any(one.skipped for one in found):
         raise typer.Exit(Exit.FAILED)
 
 
@@ -85,7 +85,7 @@ def _chosen(session: "Session", study: str | None, project: str | None) -> list[
 
     operator = Caller(key_id="", scopes=frozenset(), project=project)
     if study is None:
-        query = select(Study.id).where(operator.studies).order_by(Study.created_at)
+        query = select(Study.id).where(operator.study_filter).order_by(Study.created_at)
         return list(session.scalars(query))
     try:
         return [find_study(session, operator, study).id]
@@ -105,9 +105,9 @@ def _view(one: "CleanupResult") -> dict[str, Any]:
             "keep": not r.delete,
             "reason": r.reason,
         }
-        for r in one.remains
+        for r in one.unpublished
     ]
-    return {"study": one.study_id, "bytes": one.num_bytes, "folders": rows, "left": one.left}
+    return {"study": one.study_id, "bytes": one.num_bytes, "folders": rows, "left": one.skipped}
 
 
 def _print(found: "list[CleanupResult]", options: "CleanupOptions") -> None:
@@ -116,7 +116,7 @@ def _print(found: "list[CleanupResult]", options: "CleanupOptions") -> None:
         for row in _view(one)["folders"]:
             did = "keep" if row["keep"] else verb
             typer.echo(f"{did:12}  {row['bytes']:>14,}  {row['uri']}  ({row['reason']})")
-        for line in one.left:
+        for line in one.skipped:
             typer.echo(f"left alone: {line}", err=True)
     total = sum(one.num_bytes for one in found)
     typer.echo(f"{verb} {total:,} bytes" + ("" if options.delete else "; say --delete to do so"))

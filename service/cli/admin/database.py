@@ -41,17 +41,17 @@ def current(*, home: Home = DEFAULT, as_json: Json = False) -> None:
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
-    from service.operations.migrations import revisions
+    from service.operations.migrations import read_revisions
     from service.operations.revisions import describe_mismatch
 
     with _database(home) as url:
         engine = create_engine(url, poolclass=NullPool)
         with engine.connect() as connection:
-            found = revisions(connection)
+            found = read_revisions(connection)
     if as_json:
         typer.echo(
             json.dumps(
-                {r.schema: {"found": r.found, "head": r.head, "is": r.standing} for r in found}
+                {r.schema: {"found": r.found, "head": r.head, "is": r.status} for r in found}
             )
         )
     else:
@@ -62,9 +62,9 @@ def current(*, home: Home = DEFAULT, as_json: Json = False) -> None:
 
 def history() -> None:
     """Print the revisions that this version knows, oldest first."""
-    from service.operations.migrations import scripts
+    from service.operations.migrations import list_scripts
 
-    for script in scripts():
+    for script in list_scripts():
         typer.echo(f"{script.revision}  {(script.doc or '').splitlines()[0]}")
 
 
@@ -80,17 +80,17 @@ def downgrade(
 
     from service.database.tables import SCHEMA
     from service.operations import migrations
-    from service.operations.revisions import found
+    from service.operations.revisions import read_revision
 
     with _database(home) as url:
         engine = create_engine(url, poolclass=NullPool)
         with engine.connect() as connection:
-            steps = migrations.losses(found(connection, SCHEMA), to)
+            steps = migrations.list_lost_data(read_revision(connection, SCHEMA), to)
         for revision, lost in steps:
             typer.echo(f"undo {revision}: {lost}", err=True)
         if not yes:
             fail(Exit.USAGE, "make a backup (`warmscale db backup`), then say --yes")
-        migrations.downgrade(url, to)
+        migrations.downgrade_database(url, to)
     typer.echo(f"schema {SCHEMA} is at {to}")
 
 
@@ -177,7 +177,7 @@ def upgrade(home: Home = DEFAULT) -> None:
     logging.basicConfig(level=logging.WARNING)
     with reached(), engine.open_database(settings(home)) as url:
         engine.use_utc()
-        migrations.upgrade(url)
+        migrations.upgrade_database(url)
         typer.echo(f"{url.render_as_string(hide_password=True)} is up to date")
 
 

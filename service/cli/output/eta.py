@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from service.lifecycle import FINAL_RUN_STATES
 from service.protocol import RunView
-from service.specs.budgets import flops_with_branches
+from service.specs.budgets import count_flops_with_branches
 from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts, StudyView
 
@@ -56,6 +56,6 @@ def _ended(counts: RunCounts) -> int:
 
 
 def _target_flops(spec: StudySpec) -> float:
-    rungs = [flops_with_branches(spec.rung_run(rung, 0)) for rung in range(len(spec.rungs))]
+    rungs = [count_flops_with_branches(spec.rung_run(rung, 0)) for rung in range(len(spec.rungs))]
     cold = rungs[-1] if spec.warmstart.control else 0.0
     return (sum(rungs) + cold) * spec.warmstart.seeds

@@ -5,17 +5,17 @@ manifest by its CRC, the manifest each table by its SHA-256.
 """
 
 import hashlib
-import os
-import secrets
 import zipfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from warmcore.storage.atomic_writes import ONLY_THIS_USER, write_file
 
 MANIFEST = "backup.json"
 _CHUNK_BYTES = 1 << 20
@@ -119,31 +119,17 @@ def create_backup(path: Path) -> Generator[BackupWriter]:
     """
     if path.exists():
         raise BackupError(f"{path} exists; a backup replaces no file, so give another name")
-    aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
-    try:
-        descriptor = os.open(aside, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    except OSError as error:
-        raise BackupError(f"cannot write {path}: {error.strerror}") from None
-    try:
-        with os.fdopen(descriptor, "w+b") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-                yield BackupWriter(archive)
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(aside, path)  # unlike a rename, never in place of a file that came meanwhile
-        _sync(path.parent)
-    except FileExistsError:
-        raise BackupError(f"{path} has come to exist meanwhile; give another name") from None
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(write_file(path, mode=ONLY_THIS_USER, replace=False))
+        except OSError as error:
+            raise BackupError(f"cannot write {path}: {error.strerror}") from None
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+            yield BackupWriter(archive)
+        try:
+            stack.close()  # puts the file at `path`
+        except FileExistsError:
+            raise BackupError(f"{path} has come to exist meanwhile; give another name") from None
 
 
 class BackupReader:

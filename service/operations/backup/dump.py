@@ -18,7 +18,7 @@ from service.operations.backup.archive import (
     create_backup,
 )
 from service.operations.backup.catalog import TableShape
-from service.operations.migrations import revisions, tables_held
+from service.operations.migrations import hold_tables, read_revisions
 
 # So that the text means the same on every server, whatever its or the user's settings are.
 TEXT_FORMAT = """
@@ -38,7 +38,7 @@ def write_backup(url: URL, path: Path, progress: Progress) -> BackupManifest:
     Raises:
         BackupError: `path` cannot be written, or there is nothing to back up.
     """
-    with tables_held(url, shared=True), create_backup(path) as writer:
+    with hold_tables(url, shared=True), create_backup(path) as writer:
         engine = create_engine(
             url,
             poolclass=NullPool,
@@ -53,7 +53,7 @@ def write_backup(url: URL, path: Path, progress: Progress) -> BackupManifest:
 
 
 def _all(connection: Connection, writer: BackupWriter, progress: Progress) -> BackupManifest:
-    found = {one.schema: one.found for one in revisions(connection)}
+    found = {one.schema: one.found for one in read_revisions(connection)}
     if None in found.values():
         raise BackupError("the database has no tables yet; there is nothing to back up")
     shapes = catalog.list_tables(connection)

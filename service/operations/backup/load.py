@@ -20,7 +20,7 @@ from service.operations.backup.archive import (
 )
 from service.operations.backup.catalog import SCHEMAS, TableShape
 from service.operations.backup.dump import TEXT_FORMAT
-from service.operations.migrations import config_on, known_revisions, tables_held
+from service.operations.migrations import config_for_connection, hold_tables, known_revisions
 from service.operations.revisions import Revision, check_not_newer
 from service.optuna_bridge import schema as optuna_schema
 
@@ -45,7 +45,7 @@ def restore_backup(url: URL, path: Path, progress: Progress, *, replace: bool) -
         InUseError: a service, or somebody, is connected.
     """
     named = url.update_query_dict({"application_name": APPLICATION})
-    with open_backup(path) as reader, tables_held(named):
+    with open_backup(path) as reader, hold_tables(named):
         check_not_newer(_revisions(reader.manifest))
         reader.check(lambda size: progress("checking", size))
         engine = create_engine(named, poolclass=NullPool)
@@ -101,7 +101,7 @@ def _make_tables(connection: Connection, manifest: BackupManifest) -> None:
     for schema in SCHEMAS:
         connection.execute(text(f"DROP SCHEMA IF EXISTS {schema} CASCADE"))
         connection.execute(text(f"CREATE SCHEMA {schema}"))
-    command.upgrade(config_on(connection), manifest.revisions[SCHEMA])
+    command.upgrade(config_for_connection(connection), manifest.revisions[SCHEMA])
     optuna_schema.create(connection, manifest.revisions[OPTUNA_SCHEMA])
     connection.execute(text("SET LOCAL search_path TO DEFAULT"))
 
@@ -171,5 +171,5 @@ def _settle_events(connection: Connection) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
-    command.upgrade(config_on(connection), "head")
+    command.upgrade(config_for_connection(connection), "head")
     optuna_schema.migrate(connection, optuna_schema.revisions()[-1])

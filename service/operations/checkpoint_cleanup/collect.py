@@ -1,6 +1,6 @@
-"""Collects what no run needs: first the rows, in a transaction, then the files.
+"""The collection of checkpoints that no run needs: rows first, in a transaction, then files.
 
-A crash between the two leaves files of rows that are given up: the next collection deletes them.
+A crash between the two leaves files of superseded rows. The next collection deletes them.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from service.operations.checkpoint_cleanup.policy import Decision
 
 @dataclass(frozen=True, kw_only=True)
 class CleanupOptions:
-    """What may be deleted; without `delete` it is only told."""
+    """The limits of a collection; without `delete` it only reports its decisions."""
 
     older_than_days: float
     orphans_older_than_hours: float
@@ -26,7 +26,7 @@ class CleanupOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class UnpublishedFolder:
-    """A folder without a published checkpoint: why it can go, or why it is left."""
+    """A folder without a published checkpoint, and the reason to delete or to keep it."""
 
     folder: Folder
     delete: bool
@@ -35,111 +35,120 @@ class UnpublishedFolder:
 
 @dataclass(kw_only=True)
 class CleanupResult:
-    """What was found, and what was (or would be) freed, in one study."""
+    """The decisions on one study's checkpoints and folders.
+
+    `skipped` has a message for each folder that could not be deleted safely.
+    """
 
     study_id: str
     decisions: tuple[Decision, ...]
-    remains: tuple[UnpublishedFolder, ...] = ()
-    left: list[str] = field(default_factory=list[str])
+    unpublished: tuple[UnpublishedFolder, ...] = ()
+    skipped: list[str] = field(default_factory=list[str])
 
     @property
     def num_bytes(self) -> int:
-        """Freed, or to be freed."""
-        rows = sum(one.fact.num_bytes for one in self.decisions if not one.keep)
-        return rows + sum(one.folder.num_bytes for one in self.remains if one.delete)
+        """Size of the files that were deleted, or would be."""
+        published = sum(d.fact.num_bytes for d in self.decisions if not d.keep)
+        return published + sum(u.folder.num_bytes for u in self.unpublished if u.delete)
+
+    @property
+    def doomed(self) -> set[int]:
+        """Ids of the checkpoints that were decided against."""
+        return {decision.fact.id for decision in self.decisions if not decision.keep}
 
 
 def collect_checkpoints(
     sessions: sessionmaker[Session], study_id: str, root: str, options: CleanupOptions
 ) -> CleanupResult:
-    """Collect one study's checkpoints; `root` is where new ones are written today."""
+    """Collect one study's checkpoints; `root` is the place of new checkpoints today."""
     with sessions() as session:
         decisions = store.lock_and_decide(session, study_id, options.older_than_days)
         if options.delete:
             store.supersede_checkpoints(session, study_id, decisions)
             session.commit()
-    collected = CleanupResult(study_id=study_id, decisions=decisions)
-    roots = _roots(sessions, study_id, root, collected)
-    found = [(below, folder) for below in roots for folder in folders.list_folders(below, study_id)]
-    # The rows after the files: what is published meanwhile is never taken for an orphan.
+    result = CleanupResult(study_id=study_id, decisions=decisions)
+    roots = _list_roots(sessions, study_id, root, result)
+    found = [(above, folder) for above in roots for folder in folders.list_folders(above, study_id)]
+    # Read the rows after the files. In the other order a checkpoint that a worker publishes between
+    # the two would have files and no row, and would count as an orphan.
     with sessions() as session:
-        rows, states = (
-            store.load_checkpoints(session, study_id),
-            store.load_run_states(session, study_id),
-        )
-    doomed = {one.fact.id for one in decisions if not one.keep}
-    collected.remains = tuple(
-        remains
+        rows = store.load_checkpoints(session, study_id)
+        states = store.load_run_states(session, study_id)
+    result.unpublished = tuple(
+        unpublished
         for _, folder in found
-        if (remains := _remains(folder, rows, states, doomed, options)) is not None
+        if (unpublished := _judge_folder(folder, rows, states, result.doomed, options)) is not None
     )
     if options.delete:
-        _delete(collected, rows, doomed, found)
-    return collected
+        _delete_files(result, rows, found)
+    return result
 
 
-def _roots(
-    sessions: sessionmaker[Session], study_id: str, root: str, collected: CleanupResult
+def _list_roots(
+    sessions: sessionmaker[Session], study_id: str, root: str, result: CleanupResult
 ) -> list[str]:
-    """Every root that a checkpoint of the study was ever published below, and today's."""
-    roots, doomed = {root}, {one.fact.id for one in collected.decisions if not one.keep}
+    """Return the root of today, and each root that has held a checkpoint of the study."""
+    roots, doomed = {root}, result.doomed
     with sessions() as session:
         for row, _ in store.load_checkpoints(session, study_id):
             try:
                 roots.add(folders.find_root(row.uri, study_id, row.run_id, row.attempt))
             except OutsideRootError as error:
+                # Of a checkpoint that an earlier collection superseded, the message came then.
                 if not row.superseded or row.id in doomed:
-                    collected.left.append(str(error))
+                    result.skipped.append(str(error))
     return sorted(roots)
 
 
-def _remains(
+def _judge_folder(
     folder: Folder,
     rows: list[tuple[Checkpoint, str]],
     states: dict[str, str],
     doomed: set[int],
     options: CleanupOptions,
 ) -> UnpublishedFolder | None:
-    """What a folder is without a published checkpoint in it; None for one that has one."""
-    inside = [row for row, _ in rows if folder.holds(row.uri)]
+    """Decide on a folder without a published checkpoint; None if it has or may still get one."""
+    inside = [row for row, _ in rows if folder.contains_uri(row.uri)]
     if any(not row.superseded or row.id in doomed for row in inside):
         return None
     if folder.run_id not in states:
-        return UnpublishedFolder(
-            folder=folder, delete=False, reason="of a run that this database has not"
-        )
+        reason = "its run is not in this database"
+        return UnpublishedFolder(folder=folder, delete=False, reason=reason)
     if states[folder.run_id] in LIVE_RUN_STATES:
         return None
     if inside:
-        return UnpublishedFolder(folder=folder, delete=True, reason="given up before")
-    limit = options.orphans_older_than_hours
-    if folder.age_hours is None or folder.age_hours < limit:
         return UnpublishedFolder(
-            folder=folder, delete=False, reason=f"never published, under {limit:g} h"
+            folder=folder, delete=True, reason="its checkpoint was superseded before"
         )
-    return UnpublishedFolder(
-        folder=folder, delete=True, reason="never published, and its run has ended"
-    )
+    limit = options.orphans_older_than_hours
+    # A worker that crashes after it wrote a checkpoint, and before it published it, leaves an
+    # orphan. A young folder may be no orphan: the worker of a run that was cancelled a moment ago
+    # still writes.
+    if folder.age_hours is None or folder.age_hours < limit:
+        reason = f"never published, younger than {limit:g} h"
+        return UnpublishedFolder(folder=folder, delete=False, reason=reason)
+    reason = "never published, and its run has ended"
+    return UnpublishedFolder(folder=folder, delete=True, reason=reason)
 
 
-def _delete(
-    collected: CleanupResult,
-    rows: list[tuple[Checkpoint, str]],
-    doomed: set[int],
-    found: list[tuple[str, Folder]],
+def _delete_files(
+    result: CleanupResult, rows: list[tuple[Checkpoint, str]], found: list[tuple[str, Folder]]
 ) -> None:
+    doomed = result.doomed
     targets: list[tuple[str, str]] = []
     kept = [row.uri for row, _ in rows if not row.superseded and row.id not in doomed]
     for row, _ in rows:
+        # A worker of another framework may publish a folder and a folder inside it. Deleting the
+        # outer checkpoint would delete the inner one, which is kept.
         if row.id not in doomed or any(f"{uri}/".startswith(f"{row.uri}/") for uri in kept):
-            continue  # a worker of another framework may write all of its own in one place
-        with contextlib.suppress(OutsideRootError):  # told already
-            root = folders.find_root(row.uri, collected.study_id, row.run_id, row.attempt)
+            continue
+        with contextlib.suppress(OutsideRootError):  # _list_roots has its message
+            root = folders.find_root(row.uri, result.study_id, row.run_id, row.attempt)
             targets.append((row.uri, root))
-    going = {one.folder.uri for one in collected.remains if one.delete}
+    going = {unpublished.folder.uri for unpublished in result.unpublished if unpublished.delete}
     targets += [(folder.uri, root) for root, folder in found if folder.uri in going]
     for uri, root in targets:
         try:
             folders.delete_folder(uri, root)
         except (OutsideRootError, OSError) as error:
-            collected.left.append(str(error))
+            result.skipped.append(str(error))

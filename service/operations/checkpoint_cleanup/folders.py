@@ -1,4 +1,4 @@
-"""What lies below an artifact root: ROOT/STUDY/RUN/attempt-NNN/FOLDER/…, and its deletion."""
+"""The folders below an artifact root, ROOT/STUDY/RUN/attempt-NNN/FOLDER/..., and their deletion."""
 
 import errno
 import os
@@ -16,37 +16,43 @@ from warmcore.storage.file_facts import MANIFEST
 
 
 class OutsideRootError(Exception):
-    """A folder that is not where checkpoints of its run belong; it is left alone."""
+    """A folder that is not where checkpoints of its run belong; nothing deletes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """A folder of an attempt; `age_hours` is that of its newest file, None: nobody knows."""
+    """A folder of an attempt; `age_hours` is the age of its newest file, None if unknown."""
 
     uri: str
     run_id: str
     num_bytes: int
     age_hours: float | None
 
-    def holds(self, uri: str) -> bool:
-        """Whether a checkpoint at `uri` is this folder, or in it."""
+    def contains_uri(self, uri: str) -> bool:
+        """Return whether a checkpoint at `uri` is this folder, or is inside it."""
+        # With the slash, `step-1` does not contain `step-10`.
         return f"{uri}/".startswith(f"{self.uri}/")
 
 
 def find_root(uri: str, study_id: str, run_id: str, attempt: int) -> str:
-    """The root that a checkpoint's URI is below.
+    """Return the root above a checkpoint's URI.
 
     Raises:
-        ElsewhereError: it does not stand where the service told its attempt to write.
+        OutsideRootError: the URI is not where the service told the attempt to write.
     """
+    # For example file:///data/all/st_1/run_1/attempt-001/step-00000020 has the root
+    # file:///data/all. A name with ".." could lead out of the attempt's folder.
     root, _, name = uri.partition(f"/{study_id}/{run_id}/attempt-{attempt:03d}/")
     if not root or not name or {"", ".", ".."} & set(name.split("/")):
-        raise OutsideRootError(f"{uri} is not below a root's {study_id}/{run_id}/attempt-{attempt}")
+        raise OutsideRootError(
+            f"{uri} is not below STUDY/RUN/attempt-NNN of its run: "
+            f"{study_id}/{run_id}/attempt-{attempt:03d}"
+        )
     return root
 
 
 def list_folders(root: str, study_id: str) -> list[Folder]:
-    """Every folder of every attempt of a study's runs below `root`."""
+    """Return every folder of every attempt of the study's runs below `root`."""
     files, base = locations.filesystem(f"{root}/{study_id}")
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path, info in files.find(base, detail=True).items():
@@ -58,20 +64,21 @@ def list_folders(root: str, study_id: str) -> list[Folder]:
             uri=f"{root}/{study_id}/{run}/{attempt}/{name}",
             run_id=run,
             num_bytes=sum(info["size"] or 0 for info in infos),
-            age_hours=_age_hours(infos),
+            age_hours=_compute_age_hours(infos),
         )
         for (run, attempt, name), infos in sorted(found.items())
     ]
 
 
-def _age_hours(infos: Iterable[dict[str, Any]]) -> float | None:
-    times = [_modified(info) for info in infos]
+def _compute_age_hours(infos: Iterable[dict[str, Any]]) -> float | None:
+    times = [_read_modified_time(info) for info in infos]
     known = [at for at in times if at is not None]
     return (time.time() - max(known)) / 3600 if len(known) == len(times) else None
 
 
-def _modified(info: dict[str, Any]) -> float | None:
-    """Each file system has a name of its own for this."""
+def _read_modified_time(info: dict[str, Any]) -> float | None:
+    # fsspec passes on the field of each file system: `mtime` of local files, `LastModified` of S3,
+    # `updated` of Google Cloud Storage, `created` of memory.
     for name in ("mtime", "LastModified", "last_modified", "updated", "created"):
         match info.get(name):
             case datetime() as at:
@@ -84,18 +91,19 @@ def _modified(info: dict[str, Any]) -> float | None:
 
 
 def delete_folder(uri: str, root: str) -> None:
-    """Delete a folder below `root`; one that is gone is deleted.
+    """Delete a folder below `root`; a folder that is absent already is no error.
 
     Raises:
-        ElsewhereError: a link leads to another place.
+        OutsideRootError: a link below `root` leads to another place.
     """
     path, base = locations.local_path(uri), locations.local_path(root)
+    # Object stores have no links: a name leads to nothing but itself.
     if path is None or base is None:
         locations.delete(uri)
         return
     try:
-        with suppress(FileNotFoundError), ExitStack() as opened:
-            _delete(opened, base, path.relative_to(base).parts)
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            _delete_by_descriptors(stack, base, path.relative_to(base).parts)
     except OSError as error:
         if error.errno not in (errno.ENOTDIR, errno.ELOOP):
             raise
@@ -104,23 +112,22 @@ def delete_folder(uri: str, root: str) -> None:
         ) from None
 
 
-def _delete(opened: ExitStack, root: Path, names: Sequence[str]) -> None:
-    """Delete a folder from root to leaf by open folders, each of them no link.
+# Everybody who may write in the store can replace a folder by a link at any moment. A path that was
+# checked a moment ago may then lead elsewhere: `rmtree(".../attempt-001/step-20")` would delete the
+# `step-20` of the link's target. An open descriptor stays on its folder, whatever its name becomes.
+# So open the root, then each name inside the folder before it, refusing links (O_NOFOLLOW).
+def _delete_by_descriptors(stack: ExitStack, root: Path, names: Sequence[str]) -> None:
+    """Delete the folder that `names` lead to from `root`; the stack closes the descriptors."""
 
-    Who can write in the store may put a link in a folder's place at any moment: a path that was
-    checked is another by the time that it is used.
-    """
-
-    def enter(name: Path | str, flags: int, within: int | None) -> int:
-        folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | flags, dir_fd=within)
-        opened.callback(os.close, folder)
-        return folder
+    def open_folder(name: Path | str, flags: int, within: int | None) -> int:
+        descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY | flags, dir_fd=within)
+        stack.callback(os.close, descriptor)
+        return descriptor
 
     assert shutil.rmtree.avoids_symlink_attacks
-    folder = above = enter(root, 0, None)
+    folder = above = open_folder(root, 0, None)
     for name in names:
-        folder, above = enter(name, os.O_NOFOLLOW, folder), folder
-    # First the manifest: what a crash leaves half-deleted is no checkpoint any more.
-    with suppress(FileNotFoundError):
-        os.unlink(MANIFEST, dir_fd=folder)
-    shutil.rmtree(names[-1], dir_fd=above)
+        folder, above = open_folder(name, os.O_NOFOLLOW, folder), folder
+    locations.delete_manifest_first(
+        lambda: os.unlink(MANIFEST, dir_fd=folder), lambda: shutil.rmtree(names[-1], dir_fd=above)
+    )

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and why. Pure: no database, no clock, no files."""
+"""The choice of the checkpoints to keep, with reasons. Pure: no database, no clock, no files."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from service.protocol import RunKind, RunState
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointFact:
-    """A published checkpoint, and the run that made it."""
+    """A published checkpoint with the kind and state of its run."""
 
     id: int
     run_id: str
@@ -24,7 +24,7 @@ class CheckpointFact:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What becomes of a checkpoint; `reason` says why it is kept, or what it was."""
+    """The decision on a checkpoint; `reason` names the need to keep it, or describes it."""
 
     fact: CheckpointFact
     keep: bool
@@ -38,34 +38,37 @@ def decide_checkpoints(
     used_by: dict[int, str],
     older_than_days: float,
 ) -> tuple[Decision, ...]:
-    """Decide on a study's checkpoints, of which `used_by` names a run that starts from one.
+    """Decide on a study's checkpoints; `used_by` names a run that starts from a checkpoint.
 
-    Kept are: all of a run that may go on, so that it can fall back from one that is corrupt; what
-    any run started from; the final one of the best trial and of every target; what is younger.
+    Keep every checkpoint of a live run, so that it can resume from an older one if the newest is
+    damaged. Keep every checkpoint that a run started from, the final one of the best trial and of
+    every target, and every checkpoint younger than the limit.
     """
     decisions: list[Decision] = []
     for fact in facts:
-        reason = _kept_because(fact, best_run, used_by, older_than_days)
-        decisions.append(Decision(fact=fact, keep=reason is not None, reason=reason or _was(fact)))
+        need = _find_need(fact, best_run, used_by, older_than_days)
+        reason = need or _describe_checkpoint(fact)
+        decisions.append(Decision(fact=fact, keep=need is not None, reason=reason))
     return tuple(decisions)
 
 
-def _kept_because(
+def _find_need(
     fact: CheckpointFact, best_run: str | None, used_by: dict[int, str], older_than_days: float
 ) -> str | None:
     if fact.state in LIVE_RUN_STATES:
-        return f"its run is {fact.state} and resumes from it"
+        return f"its run is {fact.state} and may resume from it"
     if fact.id in used_by:
         return f"{used_by[fact.id]} starts from it"
+    # A user may start another target from the best trial at any time, and export a target's model.
     if fact.final and fact.run_id == best_run:
-        return "the final one of the best trial"
+        return "final checkpoint of the best trial"
     if fact.final and fact.kind == "target" and fact.state == "succeeded":
-        return "the final one of a target"
+        return "final checkpoint of a target"
     if fact.age_days < older_than_days:
         return f"younger than {older_than_days:g} days"
     return None
 
 
-def _was(fact: CheckpointFact) -> str:
-    which = "the final one" if fact.final else "one on the way"
-    return f"{which} of a {fact.kind} that is {fact.state}"
+def _describe_checkpoint(fact: CheckpointFact) -> str:
+    position = "final" if fact.final else "intermediate"
+    return f"{position} checkpoint of a {fact.kind} that is {fact.state}"

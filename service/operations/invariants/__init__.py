@@ -1,4 +1,4 @@
-"""What must always hold of the database, checked from the outside. docs/guarantees.md says it."""
+"""The check of everything that must always hold in the database; docs/guarantees.md lists it."""
 
 from service.operations.invariants.check import (
     CheckReport,

@@ -1,4 +1,4 @@
-"""The one check of everything that must hold, in one snapshot of both schemas. Reads only."""
+"""The check of all invariants, in one snapshot of both schemas. It only reads."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -15,9 +15,11 @@ _RULES = (*lifecycles.RULES, *leases.RULES, *trials.RULES)
 
 @dataclass(frozen=True, kw_only=True)
 class CheckReport:
-    """`pending` is what the next lease request will mend, here or at a replica of a newer version.
+    """The result of a check.
 
-    A database at rest has none.
+    `pending` lists inconsistencies that the next lease request repairs, on this replica or on a
+    replica of a newer version. They are normal while requests are in flight; an idle database has
+    none.
     """
 
     violations: tuple[Violation, ...]
@@ -26,7 +28,9 @@ class CheckReport:
 
 @contextmanager
 def open_snapshot(engine: Engine) -> Generator[Session]:
-    """A session that sees one moment of the database, and cannot change it."""
+    """Open a session that reads one moment of the database and cannot change it."""
+    # REPEATABLE READ keeps the snapshot of the first query for all rules. Otherwise a run that
+    # ends between two rules would look like a run without its event.
     with Session(engine) as session:
         session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ READ ONLY"))
         yield session
@@ -35,29 +39,35 @@ def open_snapshot(engine: Engine) -> Generator[Session]:
 def check_database(
     session: Session, *, at_rest: bool = False, with_files: bool = False
 ) -> CheckReport:
-    """Check a database that may be in use, as the session's transaction sees it.
+    """Check the database as the session's transaction reads it; it may be in use.
 
-    `at_rest`: nothing is on its way any more, so what is pending is a violation as well.
-    `with_files`: read every checkpoint that is kept, byte by byte. The files are of now: one that
-    was superseded since may be gone, so this is for when nothing trains.
+    Args:
+        session: A session from `open_snapshot`.
+        at_rest: Count pending inconsistencies as violations, because no request is in flight.
+        with_files: Read every byte of every kept checkpoint. Use it when nothing trains: a
+            checkpoint that a worker replaces after the snapshot may be gone from the disk.
     """
-    found = [(rule.at_rest, one) for rule in _RULES for one in rule.violations(session)]
-    found += [(True, one) for one in specs.find_violations(session)]
-    violations = [one for is_pending, one in found if at_rest or not is_pending]
+    found = [
+        (rule.at_rest, violation) for rule in _RULES for violation in rule.find_violations(session)
+    ]
+    # A replica of a newer version can read the spec that this version cannot: pending.
+    found += [(True, violation) for violation in specs.find_violations(session)]
+    violations = [violation for is_pending, violation in found if at_rest or not is_pending]
     violations += curves.find_violations(session)
     violations += files.find_violations(session) if with_files else ()
-    pending = [one for is_pending, one in found if is_pending and not at_rest]
+    pending = [violation for is_pending, violation in found if is_pending and not at_rest]
     return CheckReport(violations=tuple(violations), pending=tuple(pending))
 
 
 def format_report(report: CheckReport) -> str:
-    """The report as lines, one for each violation, and a last one that sums up."""
-    lines = [_line(one) for one in report.violations]
-    lines += [f"pending: {_line(one)}" for one in report.pending]
-    found = f"{len(report.violations)} violations, {len(report.pending)} pending"
-    return "\n".join([*lines, found])
+    """Return the report as lines: each violation, each pending inconsistency, and the sums."""
+    lines = [_format_violation(violation) for violation in report.violations]
+    lines += [f"pending: {_format_violation(violation)}" for violation in report.pending]
+    sums = f"{len(report.violations)} violations, {len(report.pending)} pending"
+    return "\n".join([*lines, sums])
 
 
-def _line(one: Violation) -> str:
-    where = " ".join(name for name in (one.study_id, one.run_id) if name is not None)
-    return f"{one.invariant}: {where}: {one.seen}"
+def _format_violation(violation: Violation) -> str:
+    names = (violation.study_id, violation.run_id)
+    where = " ".join(name for name in names if name is not None)
+    return f"{violation.invariant}: {where}: {violation.seen}"

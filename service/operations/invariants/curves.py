@@ -1,7 +1,8 @@
-"""Curves: whole, as far as whoever trained the run can be held to it.
+"""The rule on curves: complete, as far as the worker that trained the run has promised.
 
-Our workers measure every `log_every` steps and wherever they evaluate, and say with `code_hash`
-that they are ours. A worker of another framework reports what it likes, and promises nothing.
+Our workers measure every `log_every` steps and at each evaluation. They identify themselves with
+`provenance.code_hash`. A worker of another framework reports whatever it likes and promises
+nothing, so the rule skips its runs.
 """
 
 from collections.abc import Iterator
@@ -25,42 +26,45 @@ FROM warmscale.runs r LEFT JOIN warmscale.measurements m ON m.run_id = r.id
 WHERE r.finished_at IS NOT NULL AND r.provenance ->> 'code_hash' IS NOT NULL
 GROUP BY r.id
 """
-_SHOWN = 5
+_MAX_NAMED = 5
 
 
 def find_violations(session: Session) -> Iterator[Violation]:
-    """Gaps, points that should not be, evaluations amiss, and ends without a checkpoint."""
+    """Yield gaps, surplus points, wrong evaluations, and ends without a checkpoint."""
     for row in session.execute(text(_ENDED).execution_options(yield_per=100)):
-        for seen in _faults(row):
+        for seen in _find_faults(row):
             yield Violation(
                 invariant="curves-whole", study_id=row.study_id, run_id=row.id, seen=seen
             )
 
 
-def _faults(row: Row[Any]) -> Iterator[str]:
+# For example 20 steps, `log_every` 10 and 4 evaluations: a run that succeeded has the points 0, 5,
+# 10, 15 and 20. A run pruned at step 10 has 0, 5 and 10, so only points up to its last one are
+# expected. A point at step 7 is surplus in both.
+def _find_faults(row: Row[Any]) -> Iterator[str]:
     spec = RunSpec.model_validate(row.spec)
     found = {s: e for s, e in zip(row.steps, row.evaluations, strict=True) if s is not None}
-    is_whole = row.state == "succeeded"
-    last = row.num_steps if is_whole else max(found, default=0)
+    is_complete = row.state == "succeeded"
+    last = row.num_steps if is_complete else max(found, default=0)
     expected = {step: n for step, n in expected_points(spec, row.num_steps).items() if step <= last}
     if missing := sorted(set(expected) - set(found)):
-        yield f"no measurement at {_some(missing)} of {last} steps"
+        yield f"there is no measurement at {_format_steps(missing)}, though the run reached {last}"
     if surplus := sorted(set(found) - set(expected)):
-        yield f"measurements at {_some(surplus)}, where none are made"
-    # A run that ends at an evaluation, pruned or diverged, may have reported its step alone.
+        yield f"there are measurements at {_format_steps(surplus)}, where our workers make none"
+    # A run that is pruned or diverges at an evaluation may report its last step without it.
     wrong = [s for s in sorted(set(found) & set(expected)) if found[s] != expected[s]]
-    if wrong := [step for step in wrong if is_whole or step < last]:
-        named = [f"{found[s]} for {expected[s]} at step {s}" for s in wrong[:_SHOWN]]
-        yield f"evaluation {', '.join(named)}"
-    if is_whole and not row.is_saved:
-        yield f"succeeded without a checkpoint of its last step {row.num_steps}"
+    if wrong := [step for step in wrong if is_complete or step < last]:
+        named = [f"{found[s]} instead of {expected[s]} at step {s}" for s in wrong[:_MAX_NAMED]]
+        yield f"the number of the evaluation is {', '.join(named)}"
+    if is_complete and not row.is_saved:
+        yield f"the run succeeded without a checkpoint of its last step {row.num_steps}"
 
 
 def expected_points(spec: RunSpec, num_steps: int) -> dict[int, int | None]:
-    """Which evaluation, if any, our workers report at each step that they measure.
+    """Return the steps that our workers measure, each with the number of its evaluation or None.
 
-    A branch begins where it left its trunk, and its points with it. Number 0, before the first
-    step, is no evaluation that a pruner hears of.
+    A branch begins at the step at which it left its trunk, and so do its points. The evaluation
+    before the first step has number 0: the pruner does not get it, so it counts as None.
     """
     start = spec.start_step
     logged = range(start - start % spec.train.log_every, num_steps + 1, spec.train.log_every)
@@ -71,6 +75,7 @@ def expected_points(spec: RunSpec, num_steps: int) -> dict[int, int | None]:
     return points
 
 
-def _some(steps: list[int]) -> str:
-    shown = ", ".join(map(str, steps[:_SHOWN]))
-    return f"step {shown}" + (f" and {len(steps) - _SHOWN} more" if len(steps) > _SHOWN else "")
+def _format_steps(steps: list[int]) -> str:
+    named = ", ".join(map(str, steps[:_MAX_NAMED]))
+    rest = len(steps) - _MAX_NAMED
+    return f"step {named}" + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""Checkpoints that are kept: their files are there, and are what their hashes say."""
+"""The rule on files: every kept checkpoint is complete, and its files have the recorded hashes."""
 
 import hashlib
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ WHERE NOT c.superseded ORDER BY c.id
 
 
 class _ListedFiles(BaseModel):
-    """As much of a manifest as names its files."""
+    """The files of a manifest; its other fields do not matter here."""
 
     files: dict[str, FileFacts]
 
 
 def find_violations(session: Session) -> Iterator[Violation]:
-    """Each kept checkpoint that is not complete; reads every byte of every one."""
+    """Yield each kept checkpoint that is not complete; reads every byte of every kept file."""
     for row in session.execute(text(_KEPT)).all():
         for fault in find_faults(row.uri, row.hash):
             seen = f"checkpoint {row.id} at {row.uri}: {fault}"
@@ -36,16 +36,19 @@ def find_violations(session: Session) -> Iterator[Violation]:
             )
 
 
+# The database has the hash of the manifest alone, and the manifest has size and hash of each file.
+# For example a flipped bit in model.safetensors changes its hash, but not the manifest: the file
+# differs from its entry. A worker that rewrote both would change the manifest's own hash.
 def find_faults(uri: str, expected_hash: str) -> Iterator[str]:
-    """What is wrong with the checkpoint at `uri`; nothing where it is whole."""
+    """Yield the faults of the checkpoint at `uri`; a complete checkpoint has none."""
     try:
-        with _open(uri, MANIFEST) as file:
+        with _open_file(uri, MANIFEST) as file:
             content: bytes = file.read()
     except OSError as error:
         yield f"{MANIFEST}: {error.strerror or error}"
         return
     if hashlib.sha256(content).hexdigest() != expected_hash:
-        yield f"{MANIFEST} is not that of hash {expected_hash}"
+        yield f"{MANIFEST} does not have the hash {expected_hash}"
         return
     try:
         manifest = _ListedFiles.model_validate_json(content)
@@ -53,18 +56,23 @@ def find_faults(uri: str, expected_hash: str) -> Iterator[str]:
         yield f"{MANIFEST}: {error.errors()[0]['msg']}"
         return
     for name, facts in manifest.files.items():
-        if (fault := _fault(uri, name, facts)) is not None:
+        if (fault := _find_fault(uri, name, facts)) is not None:
             yield f"{name}: {fault}"
 
 
-def _fault(uri: str, name: str, expected: FileFacts) -> str | None:
+def _find_fault(uri: str, name: str, expected: FileFacts) -> str | None:
     try:
-        with _open(uri, name) as file:
+        with _open_file(uri, name) as file:
             found = facts_of(file)
     except OSError as error:
         return error.strerror or str(error)
-    return None if found == expected else f"{found.num_bytes} bytes of hash {found.sha256}"
+    if found == expected:
+        return None
+    return (
+        f"the file has {found.num_bytes} bytes of hash {found.sha256}, "
+        f"its manifest says {expected.num_bytes} bytes of hash {expected.sha256}"
+    )
 
 
-def _open(uri: str, name: str) -> Any:
+def _open_file(uri: str, name: str) -> Any:
     return fsspec.open(f"{local_path(uri) or uri}/{name}", "rb")

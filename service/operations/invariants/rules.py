@@ -1,4 +1,4 @@
-"""A rule is a query that finds nothing: each row that it gives is a violation."""
+"""Rules: queries that return nothing in a correct database. Each row of a result is a violation."""
 
 import re
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ Invariant = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Violation:
-    """What should never be seen: which invariant, of which study and run, and what was seen."""
+    """A broken invariant, with its study and run; `seen` describes the rows that break it."""
 
     invariant: Invariant
     study_id: str
@@ -32,12 +32,16 @@ class Violation:
     seen: str
 
 
+# For example the rule "a completed study has no live run" is
+#     SELECT study_id, run_id, format('the study is %s, but this run is still %s', ...)
+# The query joins the tables that `given` defines (a `WITH` clause that several rules share) and
+# selects the study, the run or NULL, and a sentence for people.
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """`query`, after the tables of `given`, gives study_id, run_id and what was `seen`.
+    """A query that selects study_id, run_id and a sentence, with the shared tables of `given`.
 
-    What an `at_rest` rule finds is only pending while requests are on their way: the next lease
-    request mends it. With nothing left to do it must find nothing either.
+    The results of an `at_rest` rule are only pending while requests are in flight: the next lease
+    request repairs them. Once no request is in flight, the rule must find nothing.
     """
 
     invariant: Invariant
@@ -45,9 +49,10 @@ class Rule:
     query: str
     at_rest: bool = False
 
-    def violations(self, session: Session) -> tuple[Violation, ...]:
-        """What the query finds, now."""
+    def find_violations(self, session: Session) -> tuple[Violation, ...]:
+        """Return the violations that the query finds."""
         query = self.given + self.query
+        # A query names the lists of states that it needs (`:run_states`): bind only those.
         states = {name: _STATES[name] for name in _STATES if re.search(rf":{name}\b", query)}
         rows = session.execute(text(query), states)
         return tuple(
@@ -56,7 +61,8 @@ class Rule:
         )
 
 
-# "" is before the first event; a study is created active.
+# The allowed transitions as pairs, with "" for the state before the first event. For example
+# ("", "queued") and ("leased", "succeeded"). A study's first event is `created`, its state active.
 _RUN = [("", "queued"), *((a, b) for a, nexts in RUN_TRANSITIONS.items() for b in nexts)]
 _STUDY = [("", "created"), *((a, b) for a, nexts in STUDY_TRANSITIONS.items() for b in nexts)]
 

@@ -1,4 +1,4 @@
-"""Specs: this version can read those of the studies that go on; others it leaves alone."""
+"""The rule on specs: this version can read the specs of the studies that have not ended."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,8 @@ from service.specs.stored import UnreadableSpecError, parse_stored
 
 
 def find_violations(session: Session) -> Iterator[Violation]:
-    """Each study that goes on, but not by this version."""
+    """Yield each live study that only another version of the service can read."""
+    # A study that has ended needs no reader: its results are in the tables.
     query = select(Study.id, Study.spec).where(Study.state.not_in(FINAL_STUDY_STATES))
     for study_id, spec in session.execute(query.order_by(Study.id)):
         try:

@@ -1,15 +1,18 @@
-"""Trials: each counted once, and Optuna's view of them ours.
+"""Rules on trials: each counts once, and Optuna's tables agree with ours.
 
-Optuna is written in transactions of its own, before ours where a trial starts and after ours where
-it ends. So a trial may run without a run yet, and may not have been told of its end yet; the next
-lease request mends both.
+The service writes both schemas in one transaction: the start of a trial and the end that a worker
+reports (decision 0024). Only an end without a worker's report may be missing in Optuna: a run that
+was cancelled, or whose lease expired too often. The next lease request finishes that trial.
 """
 
 from service.operations.invariants.rules import Rule
 
+# Each trial run beside its Optuna trial, with the state that Optuna should have. For example
+#     succeeded -> COMPLETE | pruned, or failed with `diverged` -> PRUNED | failed -> FAIL
+# and every run that has not ended: RUNNING.
 _PAIRS = """
 WITH pairs AS (
-    SELECT r.*, t.trial_id, t.state::text AS heard, v.value,
+    SELECT r.*, t.trial_id, t.state::text AS optuna_state, v.value,
            CASE WHEN r.state = 'succeeded' THEN 'COMPLETE'
                 WHEN r.state = 'pruned' OR r.diverged THEN 'PRUNED'
                 WHEN r.state = ANY(:final_run_states) THEN 'FAIL'
@@ -24,7 +27,7 @@ WITH pairs AS (
 """
 
 _ORPHANS = """
-SELECT s.id, NULL, format('Optuna holds trial %s as %s; it has no run', t.number, t.state)
+SELECT s.id, NULL, format('trial %s is %s in Optuna and has no run', t.number, t.state)
 FROM warmscale.studies s
 JOIN optuna.studies o ON o.study_name = s.optuna_name
 JOIN optuna.trials t ON t.study_id = o.study_id
@@ -37,7 +40,8 @@ RULES = (
     Rule(
         invariant="trials-count-once",
         query="""
-SELECT s.id, NULL, format('%s trials of a budget of %s', count(*), s.spec -> 'hpo' ->> 'trials')
+SELECT s.id, NULL,
+    format('the study has %s trials and a budget of %s', count(*), s.spec -> 'hpo' ->> 'trials')
 FROM warmscale.studies s JOIN warmscale.runs r ON r.study_id = s.id AND r.kind = 'trial'
 GROUP BY s.id HAVING count(*) > (s.spec -> 'hpo' ->> 'trials')::bigint
 """,
@@ -46,7 +50,7 @@ GROUP BY s.id HAVING count(*) > (s.spec -> 'hpo' ->> 'trials')::bigint
         invariant="trials-count-once",
         query="""
 SELECT s.id, NULL,
-    format('completed with %s of its %s trials at an end',
+    format('the study is completed, but only %s of its %s trials have ended',
         count(r.id), s.spec -> 'hpo' ->> 'trials')
 FROM warmscale.studies s
 LEFT JOIN warmscale.runs r
@@ -66,7 +70,7 @@ FROM warmscale.runs WHERE kind = 'trial' GROUP BY study_id, trial_number HAVING 
     Rule(
         invariant="trials-count-once",
         query="""
-SELECT r.study_id, r.id, format('trial %s, of which Optuna knows nothing', r.trial_number)
+SELECT r.study_id, r.id, format('trial %s is missing in Optuna', r.trial_number)
 FROM warmscale.runs r JOIN warmscale.studies s ON s.id = r.study_id
 WHERE r.kind = 'trial' AND NOT EXISTS (
     SELECT FROM optuna.studies o JOIN optuna.trials t ON t.study_id = o.study_id
@@ -74,11 +78,13 @@ WHERE r.kind = 'trial' AND NOT EXISTS (
 )
 """,
     ),
+    # Numbers without gap and without repetition: 7 distinct numbers from 0 to 6 for 7 trials.
     Rule(
         invariant="trials-count-once",
         query="""
 SELECT s.id, NULL,
-    format('Optuna''s %s trials have the numbers %s to %s', count(*), min(t.number), max(t.number))
+    format('Optuna has %s trials, numbered from %s to %s',
+        count(*), min(t.number), max(t.number))
 FROM warmscale.studies s
 JOIN optuna.studies o ON o.study_name = s.optuna_name
 JOIN optuna.trials t ON t.study_id = o.study_id
@@ -86,6 +92,9 @@ GROUP BY s.id
 HAVING count(DISTINCT t.number) <> count(*) OR min(t.number) <> 0 OR max(t.number) + 1 <> count(*)
 """,
     ),
+    # An Optuna trial without a run is in order while it waits: a user enqueued its parameters
+    # (WAITING). A RUNNING one is left from an older version, and the next lease request adopts it.
+    # In a completed study no request will come for either.
     Rule(
         invariant="trials-count-once",
         given=_ORPHANS,
@@ -96,15 +105,16 @@ HAVING count(DISTINCT t.number) <> count(*) OR min(t.number) <> 0 OR max(t.numbe
         given=_ORPHANS,
         query="AND s.state = 'completed'",
     ),
+    # `told` is the column that says whether Optuna has the end of a run.
     Rule(
         invariant="optuna-agrees",
         given=_PAIRS,
         query="""
-SELECT study_id, id, format('trial %s is %s here with loss %s and %s in Optuna with value %s',
-    trial_number, state, val_loss_nats, heard, value)
+SELECT study_id, id, format('trial %s is %s here with loss %s, and %s in Optuna with value %s',
+    trial_number, state, val_loss_nats, optuna_state, value)
 FROM pairs
-WHERE heard <> expected AND NOT (heard = 'RUNNING' AND NOT told)
-   OR state = 'succeeded' AND heard = 'COMPLETE' AND value IS DISTINCT FROM val_loss_nats
+WHERE optuna_state <> expected AND NOT (optuna_state = 'RUNNING' AND NOT told)
+   OR state = 'succeeded' AND optuna_state = 'COMPLETE' AND value IS DISTINCT FROM val_loss_nats
 """,
     ),
     Rule(
@@ -113,11 +123,12 @@ WHERE heard <> expected AND NOT (heard = 'RUNNING' AND NOT told)
         given=_PAIRS,
         query="""
 SELECT study_id, id,
-    format('trial %s is %s here and %s in Optuna, which is still to be told',
-        trial_number, state, heard)
+    format('trial %s is %s here, but still %s in Optuna; the next lease request finishes it',
+        trial_number, state, optuna_state)
 FROM pairs WHERE expected <> 'RUNNING' AND NOT told
 """,
     ),
+    # Optuna stores a categorical parameter as its index: beta1 0.9 of the choices [0.8, 0.9] is 1.
     Rule(
         invariant="optuna-agrees",
         given=_PAIRS,

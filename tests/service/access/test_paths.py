@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from service.access.caller import Caller
-from service.access.paths import check_data, check_published
+from service.access.paths import check_published
 from service.client import ServiceError
 from service.problems import Problem
 from service.settings import Settings
-from service.studies.imported_base import check_base
+from service.studies.imported_base import check_base_uri
+from service.studies.submission import list_source
 from service.web.services import find_service, provide_services
 from warmcore.corpus import glob_patterns
 from warmcore.specs.data import DataSpec
@@ -31,7 +32,7 @@ def tree(tmp_path):
 
 def refused(roots, **data):
     with pytest.raises(Problem) as problem:
-        check_data(DataSpec.model_validate(data), roots)
+        list_source(DataSpec.model_validate(data), roots)
     return problem.value
 
 
@@ -40,7 +41,7 @@ def refused(roots, **data):
 def test_what_lies_in_a_root_is_read(tree, inside):
     if inside == "*/a.tx[t]":
         (tree.root / "out").unlink()
-    check_data(DataSpec(source=f"{tree.root}/{inside}"), (tree.root,))
+    list_source(DataSpec(source=f"{tree.root}/{inside}"), (tree.root,))
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,9 @@ def test_what_no_source_can_be_is_refused_by_field_and_value(api, study_spec, so
 
 
 def test_names_need_no_root(tree):
-    check_data(DataSpec(source="stdlib"), ())
-    check_data(DataSpec(source="hf:owner/name"), ())
-    check_data(DataSpec(source="/etc"), None)
+    list_source(DataSpec(source="stdlib"), ())
+    list_source(DataSpec(source="hf:owner/name"), ())
+    list_source(DataSpec(source="/etc"), None)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +178,10 @@ def test_a_checkpoint_of_another_projects_run_is_no_base_however_it_is_spelled(
     link.symlink_to(path / study)
     uri = spelled.format(root=settings.artifact_root, path=path, study=study)
     with shared_api.sessions() as session:
-        check_base(session, everybody("b"), settings, uri)
-        check_base(session, everybody(None), settings, uri)
+        check_base_uri(session, everybody("b"), settings, uri)
+        check_base_uri(session, everybody(None), settings, uri)
         with pytest.raises(Problem) as refusal:
-            check_base(session, everybody("a"), settings, uri)
+            check_base_uri(session, everybody("a"), settings, uri)
     assert (refusal.value.status, "no checkpoint" in refusal.value.detail) == (404, True)
 
 
@@ -194,7 +195,7 @@ def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path)
             (local, f"file://{tmp_path}/llama"),
             (cloud, "s3://bucket/root/imported/llama"),
         ):
-            check_base(session, everybody("a"), settings, good)
+            check_base_uri(session, everybody("a"), settings, good)
         for settings, bad in (
             (local, "/etc"),
             (local, f"{tmp_path}/../x"),
@@ -206,7 +207,7 @@ def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path)
             (cloud, "ftp://host/x"),
         ):
             with pytest.raises(Problem) as refusal:
-                check_base(session, everybody("a"), settings, bad)
+                check_base_uri(session, everybody("a"), settings, bad)
             assert refusal.value.errors[0].path == "base.uri", bad
 
 

@@ -14,7 +14,7 @@ from service.database.tables import Run
 from service.leases import new_trials
 from service.optuna_bridge import sampler
 from service.settings import Settings
-from service.studies.locks import lock
+from service.studies.locks import lock_study
 from service.web.services import find_service
 from tests.by_hand import Worker
 from tests.conftest import serving
@@ -79,7 +79,7 @@ def test_a_request_that_waits_for_a_lock_for_too_long_is_a_503(hasty, study_spec
     study = hasty.client.post("/v1/studies", study_spec())
     patient = db.create_engine(database_url)
     with db.Session(patient) as holder, impatient(hasty) as client:
-        lock(holder, study["id"])
+        lock_study(holder, study["id"])
         refused(lambda: client.post(f"/v1/studies/{study['id']}/pause"))
     patient.dispose()
     assert hasty.client.post(f"/v1/studies/{study['id']}/pause")["state"] == "paused"
@@ -98,7 +98,7 @@ def test_a_request_that_gets_no_turn_at_optuna_is_a_503(hasty, study_spec):
 def test_a_process_that_stands_still_in_a_transaction_holds_nobody_up(hasty, study_spec):
     study = hasty.client.post("/v1/studies", study_spec())
     stopped = hasty.sessions()  # of a replica that was stopped, or swapped out, right here
-    lock(stopped, study["id"])
+    lock_study(stopped, study["id"])
     assert hasty.client.post(f"/v1/studies/{study['id']}/pause")["state"] == "paused"
     with pytest.raises(DBAPIError):
         stopped.commit()

@@ -20,7 +20,7 @@ from service.leases.queue import LeaseQueue
 from service.leases.requests import Granted
 from service.problems import Problem
 from service.protocol import LeaseRequest, Resources
-from service.studies.locks import lock
+from service.studies.locks import lock_study
 from service.web.services import find_service
 from tests.by_hand import EVERYWHERE, Worker, run_with_queue
 from tests.conftest import serving, settings_below
@@ -169,7 +169,7 @@ def wait_until(condition):
 def test_a_replica_waits_for_the_row_that_another_holds(api, submit, worker):
     study = submit(hpo=OPEN)
     with api.sessions() as other, ThreadPoolExecutor(1) as pool:
-        lock(other, study["id"])
+        lock_study(other, study["id"])
         asked = pool.submit(worker.lease, 1)
         time.sleep(0.5)
         assert not asked.done()
@@ -181,7 +181,7 @@ def test_a_replica_does_not_wait_for_ever_and_looks_again(api, submit, worker, m
     monkeypatch.setattr(new_trials, "_LOCK_TIMEOUT", "100ms")
     study = submit(hpo=OPEN)
     with api.sessions() as other, ThreadPoolExecutor(1) as pool:
-        lock(other, study["id"])
+        lock_study(other, study["id"])
         assert worker.lease(1) == ()
         waiting = pool.submit(worker.lease, 1, wait_seconds=LONG)
         time.sleep(0.5)
@@ -244,7 +244,7 @@ def test_a_study_that_is_held_holds_up_no_other(api, submit, worker):
             text("UPDATE warmscale.runs SET lease_expires_at = now() - interval '1 hour'")
         )
     with api.sessions() as session:
-        lock(session, held["id"])
+        lock_study(session, held["id"])
         begun = time.monotonic()
         assert len(worker.lease(1, study=free["name"], wait_seconds=LONG)) == 1
         assert time.monotonic() - begun < LONG / 2

@@ -6,7 +6,6 @@ from hypothesis import HealthCheck, given, settings
 from sqlalchemy import func, select, text
 
 from service.access.caller import Caller
-from service.access.caller_cache import KEPT_SECONDS, CallerCache
 from service.client import StaleLeaseError
 from service.database.tables import Measurement as MeasurementRow
 from service.database.tables import Run
@@ -142,23 +141,3 @@ def test_a_trial_that_has_ended_in_optuna_hears_no_more(api, submit, worker):
         values = "SELECT count(*) FROM optuna.trial_intermediate_values"
         assert session.scalar(text(values)) == 0
         session.execute(text("UPDATE optuna.trials SET state = 'RUNNING'"))  # as it was
-
-
-def test_a_key_is_taken_as_good_for_seconds_after_it_was_looked_up_and_no_longer():
-    now = [100.0]
-    recent = CallerCache(clock=lambda: now[0])
-    assert recent.get("a") is None
-    recent.keep("a", EVERYTHING, found_at=recent.now())
-    now[0] += KEPT_SECONDS - 0.01
-    assert recent.get("a") is EVERYTHING
-    assert recent.get("b") is None
-    now[0] += 0.02
-    assert recent.get("a") is None
-
-
-def test_only_so_many_callers_are_kept():
-    recent = CallerCache(clock=lambda: 0.0)
-    for i in range(5000):
-        recent.keep(str(i), EVERYTHING, 0.0)
-    assert len(recent._found) <= 1024
-    assert recent.get("4999") is EVERYTHING

@@ -1,9 +1,9 @@
-"""Makes samples/REVISION.backup: a database as the newest revision has it, with data in it.
+"""A script that writes samples/REVISION.backup: a database at the newest revision, with data in it.
 
-    python -m tests.service.make_sample            # from the repository's root
+    python -m tests.service.operations.make_sample      # from the repository's root
 
-For a revision of the past, play it with that time's code (--play, in a checkout of it) and back it
-up with this one's (--dump).
+For a past revision, run the scenario with the code of its time (`FOLDER --play`, in a checkout of
+that code). Then write the backup with the code of today (`FOLDER --dump`).
 """
 
 import sys
@@ -20,30 +20,33 @@ def main(folder, steps):
 
     engine.use_utc()
     with engine.start_embedded(Path(folder)) as server:
-        url = engine.normalize_url(server.get_uri())
+        url = engine.normalized(server.get_uri())
         if "--play" in steps:
-            played(url, Path(folder))
+            play_scenario(url, Path(folder))
         if "--dump" in steps:
-            from service.operations.backup.dump import write_backup
-            from service.operations.migrations import scripts
-
-            aside = Path(folder) / "new.backup"
-            revision = write_backup(url, aside, lambda *_: None).revisions["warmscale"]
-            assert revision in {script.revision for script in scripts()}
-            aside.replace(SAMPLES / f"{revision}.backup")
+            write_sample(url, Path(folder))
 
 
-def played(url, folder):
+def play_scenario(url, folder):
+    from service.operations.migrations import upgrade_database
     from tests import conftest
 
-    try:
-        from service.operations.migrations import upgrade
-    except ImportError:
-        from service.database.engine import upgrade
-    upgrade(url)
+    upgrade_database(url)
+    # A fixed root: the URIs of checkpoints are in the sample, and a folder under /tmp would go.
     settings = conftest.settings_below(folder).model_copy(update={"artifacts": "s3://bucket/all"})
     with conftest.serving(settings, url) as api:
         play(Worker(api.client))
+
+
+def write_sample(url, folder):
+    from service.operations.backup.dump import write_backup
+    from service.operations.migrations import list_scripts
+
+    aside = folder / "new.backup"
+    revision = write_backup(url, aside, lambda *_: None).revisions["warmscale"]
+    assert revision in {script.revision for script in list_scripts()}
+    # A backup replaces no file. The sample of this revision may be there already.
+    aside.replace(SAMPLES / f"{revision}.backup")
 
 
 if __name__ == "__main__":

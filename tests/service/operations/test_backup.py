@@ -91,7 +91,7 @@ def test_a_backup_of_a_running_service_restores_to_the_same_rows_and_goes_on_to_
 
 
 def test_a_backup_is_of_one_moment_while_writes_go_on(empty_url, tmp_path):
-    migrations.upgrade(empty_url)
+    migrations.upgrade_database(empty_url)
 
     def write(name, _):
         if name == "warmscale.aaa":  # the first of them has been read, the last not yet
@@ -156,7 +156,7 @@ def test_only_what_is_said_is_replaced(empty_url, head_file):
 
 
 def test_nothing_is_restored_under_a_running_service(empty_url, settings, head_file):
-    migrations.upgrade(empty_url)
+    migrations.upgrade_database(empty_url)
     with (
         serving(settings, empty_url) as api,
         pytest.raises(InUseError, match="stop the service first"),
@@ -233,7 +233,7 @@ def test_rows_that_break_a_foreign_key_are_refused_and_nothing_changes(
 
 
 def test_events_of_a_server_that_was_ahead_are_the_past(empty_url, tmp_path, settings):
-    migrations.upgrade(empty_url)
+    migrations.upgrade_database(empty_url)
     with serving(settings, empty_url) as api:
         play(Worker(api.client))
     with connected(empty_url) as connection:

@@ -1,13 +1,15 @@
-"""Collecting checkpoints: whatever a run may need stays, and nothing else is touched."""
+"""The collection of checkpoints keeps every checkpoint that a run may need, and their files."""
 
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import text
@@ -17,9 +19,11 @@ from service.cli.main import app
 from service.client import ServiceError
 from service.database.tables import Checkpoint
 from service.lifecycle import LIVE_RUN_STATES
-from service.operations.checkpoint_cleanup import folders, store
+from service.operations.checkpoint_cleanup import folders
 from service.operations.checkpoint_cleanup.collect import CleanupOptions, collect_checkpoints
 from service.operations.checkpoint_cleanup.policy import CheckpointFact, decide_checkpoints
+from service.studies.locks import lock_study
+from warmcore.storage import locations
 
 runner = CliRunner()
 ALL = CleanupOptions(older_than_days=0.0, orphans_older_than_hours=1.0, delete=True)
@@ -61,7 +65,7 @@ def test_nothing_that_is_needed_is_ever_decided_against(found, best, used, days)
 
 
 def write(uri, *, old=True):
-    """A checkpoint's files, written long ago."""
+    """Write a checkpoint's files; by default with the time of eleven days ago."""
     files, root = fsspec.core.url_to_fs(uri)
     files.makedirs(root, exist_ok=True)
     for name in ("checkpoint.json", "model.safetensors"):
@@ -77,7 +81,7 @@ def there(uri):
 
 @pytest.fixture
 def saved(worker):
-    """Publish under a lease, with files; give the URI."""
+    """Return a function that publishes a checkpoint with files, and returns the URI."""
 
     def save(lease, step=20, *, final=True):
         uri = f"{lease.artifact_uri}/step-{step:08d}"
@@ -90,9 +94,12 @@ def saved(worker):
 
 @pytest.fixture
 def study(submit, worker, saved):
-    """Three trials that succeeded, the second best; their final checkpoints' URIs."""
+    """Return a function that makes a study of three trials; the second trial has the lowest loss.
 
-    def study(**more):
+    The function returns the study's id and the URIs of the three final checkpoints.
+    """
+
+    def make_study(**more):
         created = submit(hpo=TRIALS, target=None, **more)
         uris = []
         for loss in (3.0, 1.0, 2.0):
@@ -101,23 +108,25 @@ def study(submit, worker, saved):
             worker.finish(lease, loss=loss)
         return created["id"], uris
 
-    return study
+    return make_study
 
 
 @pytest.fixture
 def gc(api, settings):
-    def gc(study, options=ALL):
+    """Return a function that collects a study's checkpoints below the artifact root."""
+
+    def collect_below_root(study, options=ALL):
         return collect_checkpoints(api.sessions, study, settings.artifact_root, options)
 
-    return gc
+    return collect_below_root
 
 
 def test_the_best_trial_s_checkpoint_stays_and_the_others_go(study, gc, api, worker):
     name, uris = study()
-    told = gc(name, CleanupOptions(older_than_days=0.0, orphans_older_than_hours=1.0, delete=False))
+    dry = gc(name, CleanupOptions(older_than_days=0.0, orphans_older_than_hours=1.0, delete=False))
     assert all(map(there, uris))
-    assert told.num_bytes > 0
-    assert gc(name).num_bytes == told.num_bytes
+    assert dry.num_bytes > 0
+    assert gc(name).num_bytes == dry.num_bytes
     assert [there(uri) for uri in uris] == [False, True, False]
     assert gc(name).num_bytes == 0
     path = f"/v1/studies/{name}/targets"
@@ -142,6 +151,7 @@ def test_every_run_can_go_on_after_a_collection_in_the_middle(submit, worker, sa
     orphan = f"{leased.artifact_uri}/.step-00000015-abc"
     write(orphan)
     gc(created["id"])
+    # The run is live: it may resume from either, and its worker may still publish the orphan.
     assert all(map(there, [*on_the_way, orphan]))
     worker.finish(leased, "released")
     again = worker.one(study=created["id"])
@@ -173,13 +183,14 @@ def test_a_crash_between_rows_and_files_is_finished_by_the_next(study, gc, monke
             gc(name)
     assert all(map(there, uris))
     again = gc(name)
-    assert [r.reason for r in again.remains] == ["given up before"] * 2
+    assert [r.reason for r in again.unpublished] == ["its checkpoint was superseded before"] * 2
     assert [there(uri) for uri in uris] == [False, True, False]
 
 
 def test_orphans_of_ended_runs_go_when_they_are_old_and_of_unknown_runs_never(study, gc):
     name, uris = study()
     attempt = uris[1].rsplit("/", 1)[0]
+    # A worker writes a checkpoint under a hidden name and renames it when it is complete.
     old, young = f"{attempt}/.step-00000005-abc", f"{attempt}/.step-00000006-abc"
     unknown = f"{attempt.replace('run_', 'run_not')}/step-00000001"
     for uri in (old, young, unknown):
@@ -192,6 +203,7 @@ def test_nothing_outside_the_root_is_touched(study, gc, settings, tmp_path, api)
     name, uris = study()
     outside = (tmp_path / "mine").as_uri()
     write(outside)
+    # The attempt's folder becomes a link, and a row names a folder outside of the root.
     attempt = Path(fsspec.core.url_to_fs(uris[0])[1]).parent
     away = attempt.rename(tmp_path / "moved")
     attempt.symlink_to(away)
@@ -199,8 +211,8 @@ def test_nothing_outside_the_root_is_touched(study, gc, settings, tmp_path, api)
         session.execute(text("UPDATE warmscale.checkpoints SET uri = :u WHERE uri = :was"),
                         {"u": outside, "was": uris[2]})  # fmt: skip
     collected = gc(name)
-    assert any("leads to" in line for line in collected.left)
-    assert any("not below" in line for line in collected.left)
+    assert any("leads to" in line for line in collected.skipped)
+    assert any("not below" in line for line in collected.skipped)
     assert there(outside)
     assert (away / "step-00000020" / "checkpoint.json").exists()
     assert there(uris[1])
@@ -210,7 +222,7 @@ def test_nothing_outside_the_root_is_touched(study, gc, settings, tmp_path, api)
 
 
 def test_a_link_that_is_put_in_a_folder_s_place_on_the_way_leads_nowhere(tmp_path, monkeypatch):
-    """Whoever can write in the store may do so between any two steps: here after the first."""
+    """Swap a folder for a link between two steps of the deletion: here after the first step."""
     root, victim = tmp_path / "store", tmp_path / "mine"
     uri = (root / "st_1" / "run_1" / "attempt-001" / "step-00000020").as_uri()
     write(uri)
@@ -232,6 +244,37 @@ def test_a_link_that_is_put_in_a_folder_s_place_on_the_way_leads_nowhere(tmp_pat
     assert moved.exists()
     assert there((victim / "step-00000020").as_uri())
     assert not (moved / "step-00000020").exists()
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+interrupt.avoids_symlink_attacks = True  # as shutil.rmtree says of itself
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_a_deletion_that_is_killed_half_way_leaves_no_manifest(tmp_path, monkeypatch, scheme):
+    root = {"file": tmp_path.as_uri(), "memory": f"memory://half-{os.getpid()}"}[scheme]
+    uri = f"{root}/st_1/run_1/attempt-001/step-00000020"
+    write(uri)
+    with monkeypatch.context() as patched:
+        # The step after the manifest: the whole folder.
+        patched.setattr(shutil, "rmtree", interrupt)
+        patched.setattr(MemoryFileSystem, "rm", interrupt_recursive(MemoryFileSystem.rm))
+        with pytest.raises(KeyboardInterrupt):
+            folders.delete_folder(uri, root)
+    files, path = locations.filesystem(uri)
+    assert (files.exists(f"{path}/model.safetensors"), there(uri)) == (True, False)
+    folders.delete_folder(uri, root)
+    assert not files.exists(f"{path}/model.safetensors")
+
+
+def interrupt_recursive(delete):
+    def delete_file(files, path, recursive=False):
+        return interrupt() if recursive else delete(files, path)
+
+    return delete_file
 
 
 def test_an_older_root_is_collected_too(study, gc, settings, api):
@@ -260,11 +303,12 @@ def imported(api, uri):
 
 
 def test_a_target_of_another_study_never_points_to_what_is_collected(study, gc, api):
-    """Whoever comes first: the target's row is seen by the collection, or it is refused."""
+    """Let the collection and the target race: it finds the target's row, or the target fails."""
     name, uris = study()
     other, _ = study()
     request = imported(api, uris[0])
-    with api.sessions() as session:  # a start that has its lock and has not committed
+    # A start of a target that holds its lock on the checkpoint and has not committed.
+    with api.sessions() as session:
         held = session.query(Checkpoint).filter_by(uri=uris[0]).with_for_update(read=True)
         assert held.one()
         collecting = threading.Thread(target=gc, args=(name,))
@@ -281,7 +325,7 @@ def test_a_target_of_another_study_never_points_to_what_is_collected(study, gc, 
 def test_a_collection_waits_for_who_moves_the_study_on(study, gc, api):
     name, uris = study()
     with api.sessions() as session:
-        store.lock(session, name)
+        lock_study(session, name)
         collecting = threading.Thread(target=gc, args=(name,))
         collecting.start()
         collecting.join(0.3)
@@ -318,10 +362,10 @@ def test_the_command_line_tells_first_and_deletes_when_told(
     url = database_url.render_as_string(hide_password=False)
     monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
     command = ["checkpoints", "gc", "--older-than-days", "0", "--home", str(settings.home)]
-    told = runner.invoke(app, command)
-    assert told.exit_code == 0, told.output
-    assert "the final one of the best trial" in told.stdout
-    assert "say --delete" in told.stdout
+    dry = runner.invoke(app, command)
+    assert dry.exit_code == 0, dry.output
+    assert "final checkpoint of the best trial" in dry.stdout
+    assert "say --delete" in dry.stdout
     assert all(map(there, uris))
     done = runner.invoke(app, [*command, "--study", name, "--delete", "--json"])
     assert done.exit_code == 0, done.output
@@ -338,5 +382,6 @@ def test_a_checkpoint_that_another_study_grows_from_is_kept_by_its_own_run(api, 
     worker.publish(lease, 1, final=False)
     uri = f"{lease.artifact_uri}/step-00000001"
     api.client.post(f"/v1/studies/{other['id']}/targets", imported(api, uri))
+    # A worker keeps its two newest checkpoints: step 1 would be superseded at step 3.
     replies = [worker.publish(lease, step, final=False) for step in (2, 3, 4)]
     assert uri not in [old for reply in replies for old in reply.superseded]

@@ -1,6 +1,6 @@
-"""`warmscale db check`: silent on what a service does, and loud on each thing that it must not.
+"""`warmscale db check`: no violation in a database that the service wrote, and each one by hand.
 
-One database, in which a bit of everything has happened, serves all tests. Each breaks it in a
+All tests share one database, with runs of every kind and state. Each test breaks it in a
 transaction that is rolled back, and the check must name that invariant and no other.
 """
 
@@ -23,7 +23,7 @@ from warmcore.specs.run import branch_of
 
 OURS = Provenance(warmscale_version="0", code_hash="0" * 64)
 HPO = {"trials": 7, "parallel": 4, "sampler": "random", "pruner": "none"}
-# Of 20 steps, a measurement every 10 and 4 evaluations: the steps, and which evaluation is there.
+# The points of 20 steps with `log_every` 10 and 4 evaluations: each step, and its evaluation.
 CURVE = {0: None, 5: 1, 10: 2, 15: 3, 20: 4}
 
 
@@ -42,7 +42,7 @@ def train(worker, lease, curve, **end):
 
 @pytest.fixture(scope="module")
 def happened(shared_api, module_study_spec):
-    """A study with every kind of end, an enqueued trial, and a target under way."""
+    """Return a study with every kind of end, a live run and an enqueued trial, and its run ids."""
     client = shared_api.client
     worker = Worker(client)
     spec = module_study_spec(
@@ -101,12 +101,14 @@ def module_study_spec(tmp_path_factory):
 
 @pytest.fixture
 def broken(shared_api, happened):
-    """Run statements; give what the check then finds, as a set of (invariant, run)."""
+    """Return a function that runs statements and returns the violations as (invariant, run)."""
     with Session(shared_api.engine) as session:
+        # Events are append-only; some tests change or delete them.
         session.execute(text("ALTER TABLE warmscale.events DISABLE TRIGGER append_only"))
 
         def find(*statements, at_rest=False):
             for statement in statements:
+                # `:live` in a statement is the id of the live run.
                 names = {k: v for k, v in vars(happened).items() if f":{k}" in statement}
                 session.execute(text(statement), names)
             report = invariants.check_database(session, at_rest=at_rest)
@@ -130,6 +132,7 @@ def test_it_sees_one_moment_and_can_change_nothing(shared_api, happened):
         session.execute(text("UPDATE warmscale.runs SET step = 1"))
 
 
+# An event, and a measurement, after the run had ended.
 AFTER_THE_END = """
 INSERT INTO warmscale.events (study_id, run_id, type, attempt, payload)
 VALUES (:study, :succeeded, 'run.queued', 1, '{}')
@@ -156,6 +159,7 @@ def test_a_finished_run_that_changed_is_found(broken, happened, statement):
 
 
 def test_a_loss_that_changed_is_found_here_and_against_optuna(broken, happened):
+    # The loss is in the row, in the event of its end and in Optuna: two of them disagree with it.
     assert broken("UPDATE warmscale.runs SET val_loss_nats = 1.9 WHERE id = :succeeded") == {
         ("finished-runs-stand", happened.succeeded),
         ("optuna-agrees", happened.succeeded),
@@ -165,15 +169,15 @@ def test_a_loss_that_changed_is_found_here_and_against_optuna(broken, happened):
 @pytest.mark.parametrize(
     "statements",
     [
-        # a trial too many
+        # seven trials, a budget of three
         ["UPDATE warmscale.studies SET spec = jsonb_set(spec, '{hpo,trials}', '3')"],
-        # a number that Optuna has not
+        # a number that is not in Optuna
         ["UPDATE warmscale.runs SET trial_number = 100 WHERE id = :live"],
-        # a number left out
+        # a gap in the numbers
         ["UPDATE optuna.trials SET number = 9 WHERE number = 6"],
-        # a number given twice
+        # the same number twice
         ["UPDATE optuna.trials SET number = 5 WHERE number = 6"],
-        # an end in Optuna that no run came to
+        # a finished trial in Optuna without a run
         ["UPDATE optuna.trials SET state = 'COMPLETE' WHERE number = 6"],
         # two runs of one trial
         [
@@ -195,7 +199,8 @@ COMPLETED = (
 
 def test_a_study_that_completed_without_all_its_trials_is_found(broken, happened):
     assert broken(*COMPLETED) == {
-        ("trials-count-once", None),  # the enqueued one that nobody trained, and the budget
+        # Nobody trained the enqueued trial, and the budget is not spent.
+        ("trials-count-once", None),
         ("lifecycle-kept", happened.live),
     }
 
@@ -223,12 +228,12 @@ def test_a_lease_beside_another_is_found(broken, statements):
 @pytest.mark.parametrize(
     "statement",
     [
-        # under an attempt that never was
+        # by an attempt that did not exist
         "UPDATE warmscale.measurements SET attempt = 7 WHERE run_id = :resumed AND step = 20",
         # before the attempt's lease, and after its end
         "UPDATE warmscale.measurements SET attempt = 2 WHERE run_id = :resumed AND step = 5",
         "UPDATE warmscale.measurements SET attempt = 1 WHERE run_id = :resumed AND step = 15",
-        # the same of checkpoints
+        # the same with checkpoints
         (
             "UPDATE warmscale.events SET attempt = 2 WHERE run_id = :resumed "
             "AND type = 'run.checkpoint' AND attempt = 1"
@@ -264,8 +269,10 @@ def test_a_curve_with_a_fault_is_found(broken, statement):
 
 
 def test_a_worker_that_is_not_ours_may_report_what_it_likes(broken):
-    none = "UPDATE warmscale.runs SET provenance = provenance - 'code_hash'"
-    assert broken(none, "DELETE FROM warmscale.measurements WHERE run_id = :resumed") == set()
+    without_hash = "UPDATE warmscale.runs SET provenance = provenance - 'code_hash'"
+    assert (
+        broken(without_hash, "DELETE FROM warmscale.measurements WHERE run_id = :resumed") == set()
+    )
 
 
 def test_what_is_expected_of_a_curve_is_what_a_run_reports(happened, shared_api):
@@ -284,6 +291,7 @@ def test_a_branch_is_expected_to_begin_where_it_left_its_trunk(module_study_spec
     whole = branch_of(trunk, 1.0, None)
     total = whole.num_steps
     branch = whole.model_copy(update={"trunk": CheckpointRef(uri="file:///trunk", hash="0" * 64)})
+    # The branch's points are those of an unbranched run after the step at which it left its trunk.
     own = {s: n for s, n in expected_points(whole, total).items() if s > start}
     assert expected_points(branch, total) == own
     assert set(own.values()) == {None, 4}
@@ -309,6 +317,7 @@ def test_a_disagreement_with_optuna_is_found(broken, happened, statement, run):
     assert broken(statement) == {("optuna-agrees", getattr(happened, run))}
 
 
+# A run that ended, with a trial that Optuna still has as running.
 UNTOLD = (
     "UPDATE warmscale.runs SET told = false WHERE id = :succeeded",
     "UPDATE optuna.trials SET state = 'RUNNING' WHERE number = 0",
@@ -350,7 +359,7 @@ def test_a_run_that_lives_on_in_a_study_that_ended_is_found(broken, happened):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A folder as a worker writes it, below a path that must be quoted in a URI."""
+    """Write a checkpoint as a worker does, below a path with a space, which a URI must quote."""
     folder = tmp_path / "a place" / "step-00000020"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -373,13 +382,14 @@ def test_files_that_are_whole_have_no_fault(checkpoint):
 def test_each_fault_of_a_file_is_found(checkpoint):
     folder, expected = checkpoint
     weights = folder / "model.safetensors"
+    # As many bytes as before: only the hash differs.
     weights.write_bytes(b"weightZ")
-    assert "7 bytes of hash" in faults(folder, expected)[0]
+    assert "the file has 7 bytes of hash" in faults(folder, expected)[0]
     weights.write_bytes(b"weight")
-    assert "6 bytes of hash" in faults(folder, expected)[0]
+    assert "the file has 6 bytes of hash" in faults(folder, expected)[0]
     weights.unlink()
     assert faults(folder, expected) == ["model.safetensors: No such file or directory"]
-    assert faults(folder, "0" * 64) == [f"checkpoint.json is not that of hash {'0' * 64}"]
+    assert faults(folder, "0" * 64) == [f"checkpoint.json does not have the hash {'0' * 64}"]
     (folder / "checkpoint.json").unlink()
     assert faults(folder, expected) == ["checkpoint.json: No such file or directory"]
 

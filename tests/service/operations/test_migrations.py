@@ -20,7 +20,7 @@ from service.cli.main import app
 from service.database import engine as db
 from service.operations import migrations
 from service.operations.backup import archive, catalog, load
-from service.operations.migrations import LockBusyError, Patience, revisions, scripts
+from service.operations.migrations import LockBusyError, Patience, list_scripts, read_revisions
 from service.operations.revisions import NewerDatabaseError
 from service.optuna_bridge import schema as optuna_schema
 from service.optuna_bridge.sampler import Sampler
@@ -29,7 +29,7 @@ from tests.conftest import serving
 
 runner = CliRunner()
 SAMPLES = Path(__file__).with_name("samples")
-REVISIONS = [script.revision for script in scripts()]
+REVISIONS = [script.revision for script in list_scripts()]
 HEAD = REVISIONS[-1]
 # What a downgrade says that it loses, as a condition on the rows of a table.
 LOST = {"0002": {"runs": "branch > 0"}}
@@ -62,7 +62,7 @@ def connected(url):
 
 def sample(revision):
     path = SAMPLES / f"{revision}.backup"
-    works = "run `python -m tests.service.make_sample` and add the file that it makes"
+    works = "run `python -m tests.service.operations.make_sample` and add the file that it makes"
     assert path.exists(), f"revision {revision} has no sample of its data; {works}"
     return path
 
@@ -105,11 +105,11 @@ def tables(url, schema):
 
 def standing(url):
     with connected(url) as connection:
-        return {one.schema: one.standing for one in revisions(connection)}
+        return {one.schema: one.status for one in read_revisions(connection)}
 
 
 def test_upgrading_an_empty_database_makes_our_tables_and_optunas_and_none_in_public(empty_url):
-    migrations.upgrade(empty_url)
+    migrations.upgrade_database(empty_url)
     ours = {"studies", "runs", "measurements", "checkpoints", "events", "api_keys"}
     assert tables(empty_url, "warmscale") >= ours | {"alembic_version"}
     assert "trials" in tables(empty_url, "optuna")
@@ -118,7 +118,7 @@ def test_upgrading_an_empty_database_makes_our_tables_and_optunas_and_none_in_pu
 
 def test_eight_upgrades_at_once_are_one(empty_url):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: migrations.upgrade(empty_url), range(8)))
+        list(pool.map(lambda _: migrations.upgrade_database(empty_url), range(8)))
     Sampler(db.optuna_url(empty_url)).close()
 
 
@@ -135,7 +135,7 @@ def test_an_upgrade_from_any_revision_keeps_every_row_and_the_service_goes_on(
     assert {name: len(values) for (_, name), (_, values) in before.items()} == {
         table.name: table.num_rows for table in manifest.tables
     }
-    migrations.upgrade(empty_url)
+    migrations.upgrade_database(empty_url)
     command.check(migrations.alembic_config(empty_url))
     assert rows(empty_url, shape(manifest)) == before
     serves(settings, empty_url)
@@ -196,16 +196,16 @@ def test_a_downgrade_says_what_is_lost_and_up_again_nothing_else_is(empty_url, r
     manifest = put(empty_url, HEAD)
     before_names = REVISIONS[: REVISIONS.index(revision)]
     to = before_names[-1] if before_names else "base"
-    migrations.upgrade(empty_url)
+    migrations.upgrade_database(empty_url)
     for name, condition in LOST.get(revision, {}).items():
         with connected(empty_url) as connection:
             gone = connection.execute(text(f"DELETE FROM warmscale.{name} WHERE {condition}"))
             assert gone.rowcount > 0
     command.downgrade(migrations.alembic_config(empty_url), to)
     kept = rows(empty_url, shape(manifest)) if before_names else None
-    said = python.getdoc(scripts()[len(before_names)].module.downgrade)
+    said = python.getdoc(list_scripts()[len(before_names)].module.downgrade)
     assert said
-    migrations.upgrade(empty_url)
+    migrations.upgrade_database(empty_url)
     command.check(migrations.alembic_config(empty_url))
     if kept is not None:
         columns = [(schema, name, columns) for (schema, name), (columns, _) in kept.items()]
@@ -220,7 +220,7 @@ def test_an_older_schema_of_optunas_is_upgraded_with_ours_and_its_trials_stay(
     trials = [t for t in shape(manifest) if t[:2] == ("optuna", "trial_params")]
     before = rows(empty_url, trials)
     assert standing(empty_url)["optuna"] == "older"
-    migrations.upgrade(empty_url)
+    migrations.upgrade_database(empty_url)
     assert rows(empty_url, trials) == before
     serves(settings, empty_url)
 
@@ -275,7 +275,7 @@ def test_a_database_of_a_later_version_is_refused_by_name_and_left_alone(
 ):
     pretend(database_url, schema, later)
     with pytest.raises(NewerDatabaseError, match=f"{schema} is at {later}, this version works"):
-        migrations.upgrade(database_url)
+        migrations.upgrade_database(database_url)
     assert standing(database_url)[schema] == "newer"
 
 
@@ -316,7 +316,7 @@ def test_an_upgrade_gives_way_to_a_long_transaction_and_goes_through_after_it(em
     with holder.connect() as held:
         held.execute(text("SELECT count(*) FROM warmscale.runs"))  # a report that takes its time
         upgrade = threading.Thread(
-            target=migrations.upgrade,
+            target=migrations.upgrade_database,
             args=(empty_url, Patience(lock_seconds=0.2, pause_seconds=0.1, attempts=1000)),
         )
         with caplog.at_level(logging.WARNING):
@@ -338,7 +338,7 @@ def test_an_upgrade_that_never_gets_its_lock_changes_nothing_and_says_who_has_it
     with holder.connect() as held:
         pid = held.execute(text("SELECT pg_backend_pid() FROM warmscale.runs LIMIT 1")).scalar()
         with pytest.raises(LockBusyError, match=f"nothing was changed.*pid {pid} "):
-            migrations.upgrade(
+            migrations.upgrade_database(
                 empty_url, Patience(lock_seconds=0.05, pause_seconds=0.01, attempts=2)
             )
         assert standing(empty_url)["warmscale"] == "older"
@@ -369,7 +369,7 @@ def test_serving_an_empty_or_older_database_is_refused_before_it_listens(empty_u
 
 def test_a_downgrade_is_asked_for_twice_and_names_what_it_loses(monkeypatch, empty_url):
     put(empty_url, HEAD)
-    migrations.upgrade(empty_url)
+    migrations.upgrade_database(empty_url)
     first = warmscale(monkeypatch, empty_url, "db", "downgrade", "--to", "0001")
     assert (first.exit_code, "Branches go" in first.stderr) == (2, True)
     assert standing(empty_url)["warmscale"] == "ready"

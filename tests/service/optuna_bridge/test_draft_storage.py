@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from service.optuna_bridge.draft_storage import MovedOnError, write
 from service.optuna_bridge.translation import distribution, make_pruner
 from service.optuna_bridge.trial_history import History
-from service.specs.search_space import grid_points
+from service.specs.search_space import list_grid_points
 from service.specs.study import StudySpec
 from tests.by_hand import ask, evaluate, tell
 from warmcore.specs import derived_seed
@@ -51,7 +51,7 @@ def plain(spec, trials_so_far):
         case "qmc":
             return QMCSampler(seed=5, scramble=True, warn_independent_sampling=False)
         case "grid":
-            points = {name: list(grid_points(dim)) for name, dim in spec.search_space.items()}
+            points = {name: list(list_grid_points(dim)) for name, dim in spec.search_space.items()}
             return GridSampler(points, seed=5)
 
 

@@ -13,7 +13,7 @@ from service.client import ServiceError
 from service.leases import attempts, checkpoints
 from service.protocol import CheckpointReport
 from service.results.schemas import StudyResults
-from service.specs.budgets import flops_with_branches
+from service.specs.budgets import count_flops_with_branches
 from service.specs.study import StudySpec
 from service.studies import branches
 from tests.by_hand import EVERYWHERE
@@ -215,7 +215,7 @@ def test_a_cancel_during_a_publish_misses_no_branch(study, worker, api):
     step = trunk.spec.branch_steps[0]
     cancelled = threading.Thread(target=api.client.post, args=(f"/v1/studies/{name}/cancel",))
     with api.sessions.begin() as session:
-        branches.lock_study(session, trunk.run_id, step)
+        branches.lock_branching_study(session, trunk.run_id, step)
         run = attempts.renew_lease(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
         cancelled.start()
         _wait_for_a_waiting_lock(api)
@@ -234,7 +234,7 @@ def test_a_crash_in_the_middle_of_a_publish_leaves_neither_checkpoint_nor_branch
     worker.lease(8)
     step = trunk.spec.branch_steps[0]
     with pytest.raises(ZeroDivisionError), api.sessions.begin() as session:
-        branches.lock_study(session, trunk.run_id, step)
+        branches.lock_branching_study(session, trunk.run_id, step)
         run = attempts.renew_lease(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
         checkpoints.write_checkpoint(session, run, checkpoint(trunk, step))
         raise ZeroDivisionError
@@ -301,7 +301,7 @@ def test_a_budget_costs_its_own_run_whole_and_the_study_what_was_trained(found):
 
 def test_what_a_study_will_spend_is_what_it_spent(found, api):
     spec = StudySpec.model_validate(api.client.get(f"/v1/studies/{found.study_name}")["spec"])
-    each = flops_with_branches(spec.rung_run(0, seed=0))
+    each = count_flops_with_branches(spec.rung_run(0, seed=0))
     assert found.costs.targets_flops == pytest.approx(4 * each)
     assert spec.num_target_runs == len(found.targets)
 

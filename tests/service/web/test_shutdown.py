@@ -16,7 +16,7 @@ from service.access import keys
 from service.client import Client
 from service.database.tables import ApiKey
 from service.leases import new_trials
-from service.studies.locks import lock
+from service.studies.locks import lock_study
 from service.web.services import find_service
 from service.web.shutdown import Shutdown
 from tests.by_hand import Worker
@@ -83,7 +83,7 @@ def test_sigterm_finishes_what_runs_answers_what_waits_and_exits_with_0(
         assert len(Worker(client).lease(2)) == 2  # as many as may run at once: a poll waits
         polls = [pool.submit(Worker(c).lease, 1, wait_seconds=LONG) for c in (one, other)]
         wait_until(lambda: all_used(engine))
-        lock(holder, study["id"])
+        lock_study(holder, study["id"])
         pause = pool.submit(http.post, f"/v1/studies/{study['id']}/pause")
         stream = pool.submit(followed, http, study, begun)
         wait_until(lambda: blocked(engine) == 1 and begun.is_set())

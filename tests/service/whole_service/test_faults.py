@@ -10,11 +10,11 @@ from sqlalchemy.exc import OperationalError
 from service.access import lookup
 from service.client import ServiceError
 from service.database.tables import Event, Run, Study
+from service.events.audit_log import record_event
 from service.leases import attempts
 from service.leases import rounds as lease_rounds
 from service.leases.presence import Presence
 from service.operations import invariants
-from service.runs import store as runs
 from service.studies import advance
 from tests.by_hand import EVERYWHERE, forget_presence
 
@@ -54,7 +54,7 @@ def test_a_fault_in_what_follows_a_run_keeps_the_run_and_fails_the_study(
     study = submit(hpo=ONE)
     lease = worker.one()
     with monkeypatch.context() as patch:
-        patch.delattr(advance, "next_step")
+        patch.delattr(advance, "plan_next_step")
         assert worker.complete(lease) == "succeeded"
     with api.sessions() as session:
         row = session.get(Study, study["id"])
@@ -181,7 +181,7 @@ def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit
         cancel.start()
         cancel.join(0.5)
         assert cancel.is_alive()  # it holds the study and waits for the run
-        runs.record(session, "run.noted", study_id=run.study_id, run_id=run.id)
+        record_event(session, "run.noted", study_id=run.study_id, run_id=run.id)
     cancel.join(5)
     assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "cancelled"
 
@@ -256,7 +256,7 @@ def test_a_stream_waits_for_an_event_that_commits_after_a_later_one(api, submit)
     path = f"{api.url}/v1/studies/{study['id']}"
     headers = {"Authorization": f"Bearer {api.key}"}
     early = api.sessions()
-    runs.record(early, "early", study_id=study["id"])
+    record_event(early, "early", study_id=study["id"])
     api.client.post(f"/v1/studies/{study['id']}/pause")
     seen = []
     with httpx.stream("GET", f"{path}/events", headers=headers, timeout=10) as response:

@@ -172,7 +172,7 @@ def test_an_api_outlives_its_database_and_goes_on_by_itself(study_spec):
         warnings.simplefilter("ignore")
         server = db.start_embedded(folder)
         url = db.normalize_url(server.get_uri())
-        migrations.upgrade(url)
+        migrations.upgrade_database(url)
         with serving(settings_below(home), url) as api:
             api.client.post("/v1/studies", study_spec())
             worker = Worker(api.client)

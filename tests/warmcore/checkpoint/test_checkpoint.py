@@ -13,7 +13,7 @@ from warmcore.checkpoint.checkpoint import (
     list_checkpoints,
     load_checkpoint,
 )
-from warmcore.storage import folders
+from warmcore.storage import atomic_writes
 from warmcore.training.training import Training
 
 
@@ -96,7 +96,7 @@ def test_saving_half_way_leaves_no_checkpoint(training, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_sync", killed)
+        patch.setattr(atomic_writes, "_sync", killed)
         with pytest.raises(KeyboardInterrupt):
             training.save(checkpoint_path(directory, 5))
     assert list(directory.iterdir()) == []

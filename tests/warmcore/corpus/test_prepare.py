@@ -49,7 +49,7 @@ def test_a_preparer_killed_half_way_leaves_nothing_that_is_taken_for_a_corpus(
         patch.setattr(data_module, "_write_tokens", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare(data_spec, tmp_path)
-    (tmp_path / ".aside-left").mkdir()  # what kill -9 leaves
+    (tmp_path / f".{'0' * 64}-left").mkdir()  # what kill -9 leaves
     assert prepare(data_spec, tmp_path).num_train_tokens > 10_000
 
 
@@ -78,7 +78,7 @@ def test_concurrent_preparers_agree(data_spec, tmp_path, tokenizer):
     assert [process.returncode for process in processes] == [0, 0, 0]
     corpus = prepare(data_spec.model_copy(update={"tokenizer": tokenizer}), tmp_path)
     assert answers == {f"{corpus.data_hash} {int(corpus.train.sum())}\n"}
-    assert not list(tmp_path.glob(".aside-*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_losing_the_race_to_publish_is_no_error(data_spec, tmp_path, monkeypatch):

@@ -104,7 +104,7 @@ def test_prepared_records_are_their_texts(tmp_path):
     corpus = prepare(spec, tmp_path / "cache")
     tokens = bytes([*corpus.train.tolist(), *corpus.val.tolist()])
     assert sorted(tokens.split(b"\0")[:-1]) == sorted(text.encode() for text in DOCUMENTS)
-    assert not list((tmp_path / "cache").glob(".aside-*"))
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_null_is_no_document_and_neither_is_a_blank_line(tmp_path):
@@ -206,7 +206,7 @@ def test_a_cached_data_set_is_found_by_name_and_no_other_is_looked_for(tmp_path,
 @pytest.mark.parametrize("name", ["hf:", "hf:a b", "hf:a/b/c", "hf:--help x", "hf:a;b", "hf:a/..",
                                   "hf:a/.", "hf:a:..", "hf:a/..:b"])  # fmt: skip
 def test_what_is_no_name_is_refused_before_anything_runs(name, monkeypatch):
-    monkeypatch.setattr(hub.subprocess, "run", None)
+    monkeypatch.setattr(hub, "run_module", None)
     with pytest.raises(ValueError, match="hf:NAME"):
         list_files(name)
 

@@ -1,4 +1,4 @@
-"""One run on the real API, from its lease to its end."""
+"""A run on the real API, from the lease to the end."""
 
 import threading
 from pathlib import Path
@@ -15,28 +15,28 @@ from warmcore.specs.run import branch_of
 from warmcore.training.events import EvaluationEvent
 from warmcore.training.training import Training
 from workers.attempt import checkpoints
-from workers.attempt.execute import _Attempt, execute
+from workers.attempt.execute import _Attempt, execute_lease
 from workers.attempt.options import AttemptOptions
 from workers.attempt.reporter import CancelledError, Reporter
-from workers.failures import UnrunnableError, failure
+from workers.failures import UnrunnableError, describe_failure
 
 EVALUATED_OFTEN = {"num_steps": 3_000, "evaluations": 300}
 
 
-class _After:
-    """A drain flag that goes up when it was looked at `looks` times."""
+class _DrainAfter:
+    """A drain flag that is raised after `reads` reads."""
 
-    def __init__(self, looks: int) -> None:
-        self.looks = looks
+    def __init__(self, reads: int) -> None:
+        self.reads = reads
 
     def __call__(self) -> bool:
-        self.looks -= 1
-        return self.looks < 0
+        self.reads -= 1
+        return self.reads < 0
 
 
 @pytest.fixture
 def lease(submit, worker, text):
-    """Lease the first run of a new study of small models; keywords are the train spec's."""
+    """Lease the first run of a new study of small models; keywords set fields of the train spec."""
 
     def lease(*, num_steps=20, study=None, **train):
         options = {"batch_size": 4, "log_every": 5, "evaluations": 4, "eval_tokens": 512}
@@ -55,7 +55,7 @@ def lease(submit, worker, text):
 
 @pytest.fixture
 def spy(api):
-    """Clients of the API that keep what was accepted through them."""
+    """Make clients of the API that record every accepted message."""
     spies = []
 
     def spy():
@@ -69,12 +69,12 @@ def spy(api):
 
 @pytest.fixture
 def run(spy):
-    """Run a lease: how it ended, and what the service accepted."""
+    """Run a lease; return its ending and the client with the accepted messages."""
 
     def run(lease, *, checkpoint_seconds=1e9, **kwargs):
         client = spy()
         options = AttemptOptions(checkpoint_seconds=checkpoint_seconds)
-        return execute(lease, client, options=options, **kwargs), client
+        return execute_lease(lease, client, options=options, **kwargs), client
 
     return run
 
@@ -93,12 +93,12 @@ def test_a_run_reports_its_whole_curve_one_measurement_per_step(lease, run):
 
 
 def test_a_finished_run_says_what_it_was_made_with(api, lease, run):
-    one = lease()
-    _, sent = run(one)
-    found = api.client.get(f"/v1/runs/{one.run_id}")
-    made_with, timing = found["provenance"], found["timing"]
-    assert (found["state"], found["step"]) == ("succeeded", 20)
-    assert found["val_loss_nats"] == sent.curve[-1].val_loss_nats
+    leased = lease()
+    _, sent = run(leased)
+    stored = api.client.get(f"/v1/runs/{leased.run_id}")
+    made_with, timing = stored["provenance"], stored["timing"]
+    assert (stored["state"], stored["step"]) == ("succeeded", 20)
+    assert stored["val_loss_nats"] == sent.curve[-1].val_loss_nats
     assert len(made_with["code_hash"]) == len(made_with["data_hash"]) == 64
     assert {"torch", "python", "numpy"} <= made_with["packages"].keys()
     assert made_with["num_threads"] == 1
@@ -109,12 +109,12 @@ def test_a_finished_run_says_what_it_was_made_with(api, lease, run):
 
 
 def test_the_final_checkpoint_stands_before_the_run_is_finished(lease, run):
-    one = lease(num_steps=7)
-    _, sent = run(one)
+    leased = lease(num_steps=7)
+    _, sent = run(leased)
     (final,) = sent.checkpoints
     assert final.final
     assert (final.step, final.tokens) == (7, 7 * 128)
-    assert final.uri == f"{one.artifact_uri}/step-00000007"
+    assert final.uri == f"{leased.artifact_uri}/step-00000007"
     assert _path(final.uri).is_dir()
 
 
@@ -128,22 +128,22 @@ def test_every_measurement_up_to_a_checkpoint_is_accepted_before_it(lease, run):
 
 
 def test_a_resumed_run_ends_with_the_same_curve_bit_for_bit(lease, run, worker):
-    one = lease(log_every=1)
-    _, whole = run(one)
+    leased = lease(log_every=1)
+    _, whole = run(leased)
     again = lease(log_every=1)
-    assert again.spec == one.spec
-    ending, first = run(again, draining=_After(8))
+    assert again.spec == leased.spec
+    ending, first = run(again, draining=_DrainAfter(8))
     assert ending == "released"
-    ending, rest = run(worker.one(study=again.study_id))
+    ending, resumed = run(worker.one(study=again.study_id))
     assert ending == "succeeded"
-    assert first.losses | rest.losses == whole.losses
-    assert not first.losses.keys() & rest.losses.keys()
-    assert rest.finished.val_loss_nats == whole.finished.val_loss_nats
+    assert first.losses | resumed.losses == whole.losses
+    assert not first.losses.keys() & resumed.losses.keys()
+    assert resumed.finished.val_loss_nats == whole.finished.val_loss_nats
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "missing"])
 def test_a_run_falls_back_to_the_next_older_checkpoint(lease, run, worker, damage):
-    run(lease(log_every=1), checkpoint_seconds=0.0, draining=_After(8))
+    run(lease(log_every=1), checkpoint_seconds=0.0, draining=_DrainAfter(8))
     second = worker.one()
     newest, older = second.resume_from
     if damage == "corrupt":
@@ -157,7 +157,7 @@ def test_a_run_falls_back_to_the_next_older_checkpoint(lease, run, worker, damag
 
 
 def test_without_a_usable_checkpoint_a_run_starts_again(lease, run, worker):
-    run(lease(), draining=_After(8))
+    run(lease(), draining=_DrainAfter(8))
     second = worker.one()
     (only,) = second.resume_from
     _path(only.uri).rename(_path(only.uri).with_name("elsewhere"))
@@ -167,10 +167,11 @@ def test_without_a_usable_checkpoint_a_run_starts_again(lease, run, worker):
 
 
 def test_a_run_whose_finish_was_lost_finishes_from_its_final_checkpoint(lease, run, spy, worker):
-    one = lease(num_steps=10)
+    leased = lease(num_steps=10)
     client = spy()
-    client.finish = lambda *_: worker.finish(one, "failed")  # instead: its process was killed
-    execute(one, client, options=AttemptOptions())
+    # Stands for a process that is killed after its final checkpoint and before its finish.
+    client.finish = lambda *_: worker.finish(leased, "failed")
+    execute_lease(leased, client, options=AttemptOptions())
     ending, again = run(worker.one(wait_seconds=5))
     assert ending == "succeeded"
     assert again.curve == []
@@ -190,17 +191,17 @@ def test_a_target_whose_base_is_damaged_says_so_and_grows_from_nothing_else(
     api, lease, run, worker
 ):
     run(lease(study={"warmstart": {"seeds": 1}}))
-    warm, cold = sorted(worker.lease(2), key=lambda one: one.arm, reverse=True)
+    warm, cold = sorted(worker.lease(2), key=lambda lease: lease.arm, reverse=True)
     assert (warm.arm, cold.arm) == ("warm", "cold")
     weights = _path(warm.spec.growth.base.uri) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointCorruptError) as raised:
         run(warm)
-    said = failure(raised.value, draining=False)
-    assert "growth.base: " in said.error
-    assert "model.safetensors is corrupt" in said.error
-    assert "by hand from another trial" in said.error
-    assert said.retryable
+    finish = describe_failure(raised.value, draining=False)
+    assert "growth.base: " in finish.error
+    assert "model.safetensors is corrupt" in finish.error
+    assert "by hand from another trial" in finish.error
+    assert finish.retryable
     assert api.client.get(f"/v1/runs/{warm.run_id}")["step"] == 0
     assert run(cold)[0] == "succeeded"
 
@@ -217,60 +218,60 @@ def test_a_pruned_run_stops_at_the_evaluation_and_keeps_its_curve(lease, run, wo
 
 
 def test_a_cancelled_run_stops_quietly(api, lease, run):
-    one = lease(**EVALUATED_OFTEN)
-    api.client.post(f"/v1/studies/{one.study_id}/cancel")
-    ending, sent = run(one)
+    leased = lease(**EVALUATED_OFTEN)
+    api.client.post(f"/v1/studies/{leased.study_id}/cancel")
+    ending, sent = run(leased)
     assert ending == "cancelled"
     assert sent.finished is None
 
 
 def test_a_run_whose_lease_is_stale_writes_nothing_more(lease, run, worker):
-    one = lease(**EVALUATED_OFTEN)
-    worker.finish(one, "released")
+    leased = lease(**EVALUATED_OFTEN)
+    worker.finish(leased, "released")
     other = worker.one()
-    ending, sent = run(one)
+    ending, sent = run(leased)
     assert ending == "stale"
     assert sent.curve == sent.checkpoints == []
     assert sent.finished is None
     assert worker.finish(other, "released") == "queued"
     with pytest.raises(StaleLeaseError):
-        worker.report(one)
+        worker.report(leased)
 
 
 def test_a_diverged_run_says_why(api, lease, run):
     space = {"search_space": {"lr": {"type": "categorical", "choices": [1e6]}}}
-    one = lease(num_steps=300, grad_clip=None, study=space)
-    ending, sent = run(one)
+    leased = lease(num_steps=300, grad_clip=None, study=space)
+    ending, sent = run(leased)
     assert ending == sent.finished.outcome == "diverged"
     assert "nan" in sent.finished.error or "loss" in sent.finished.error
-    assert api.client.get(f"/v1/runs/{one.run_id}")["state"] == "failed"
+    assert api.client.get(f"/v1/runs/{leased.run_id}")["state"] == "failed"
 
 
 def test_superseded_checkpoints_are_deleted(api, lease, run):
-    one = lease()
-    _, sent = run(one, checkpoint_seconds=0.0)
-    kept = api.client.get(f"/v1/runs/{one.run_id}/checkpoints")["items"]
-    folders = sorted(_path(one.artifact_uri).iterdir())
+    leased = lease()
+    _, sent = run(leased, checkpoint_seconds=0.0)
+    kept = api.client.get(f"/v1/runs/{leased.run_id}/checkpoints")["items"]
+    folders = sorted(_path(leased.artifact_uri).iterdir())
     assert folders == sorted(_path(checkpoint["uri"]) for checkpoint in kept)
     assert len(folders) == 2 < len(sent.checkpoints)
 
 
 def test_a_run_survives_an_outage(fake, client, make_spec):
-    one = fake.leased(make_spec(num_steps=40))
+    leased = fake.leased(make_spec(num_steps=40))
     fake.away = True
     back = threading.Timer(1.0, lambda: setattr(fake, "away", False))
     back.start()
-    assert execute(one.lease, client, options=AttemptOptions()) == "succeeded"
+    assert execute_lease(leased.lease, client, options=AttemptOptions()) == "succeeded"
     back.join()
-    assert [m.step for m in one.curve] == list(range(0, 41, 5))
+    assert [m.step for m in leased.curve] == list(range(0, 41, 5))
 
 
 def test_a_spec_that_cannot_run_is_a_value_error(lease, run, tmp_path):
-    one = lease()
-    data = one.spec.data.model_copy(update={"source": str(tmp_path / "nothing")})
-    spec = one.spec.model_copy(update={"data": data})
+    leased = lease()
+    data = leased.spec.data.model_copy(update={"source": str(tmp_path / "nothing")})
+    spec = leased.spec.model_copy(update={"data": data})
     with pytest.raises(UnrunnableError, match="nothing"):
-        run(one.model_copy(update={"spec": spec}))
+        run(leased.model_copy(update={"spec": spec}))
 
 
 def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_runs(
@@ -286,20 +287,20 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
     assert [c.final for c in sent.checkpoints] == [False, True]
     for budget, start in zip(trunk.spec.branches, trunk.spec.branch_steps, strict=True):
         branch = worker.one(study=trial.study_id)
-        _, first = run(branch, draining=_After(2))
-        _, rest = run(worker.one(study=trial.study_id))
+        _, first = run(branch, draining=_DrainAfter(2))
+        _, resumed = run(worker.one(study=trial.study_id))
         whole = Training.start(
             branch_of(trunk.spec, budget, None),
             data.prepare(trunk.spec.data),
             base=_path(trunk.spec.growth.base.uri),
         )
         expected = [e.val_loss_nats for e in whole.events() if isinstance(e, EvaluationEvent)]
-        measured = [m.val_loss_nats for m in (*first.curve, *rest.curve) if m.val_loss_nats]
+        measured = [m.val_loss_nats for m in (*first.curve, *resumed.curve) if m.val_loss_nats]
         assert measured == expected[-len(measured) :]
         assert min(m.step for m in first.curve) > start
-        found = api.client.get(f"/v1/runs/{branch.run_id}")
-        assert (found["state"], found["step"]) == ("succeeded", whole.num_steps)
-        assert found["trunk_id"] == trunk.run_id
+        stored = api.client.get(f"/v1/runs/{branch.run_id}")
+        assert (stored["state"], stored["step"]) == ("succeeded", whole.spec.num_steps)
+        assert stored["trunk_id"] == trunk.run_id
 
 
 def test_an_attempt_keeps_what_it_is_given_and_prepares_nothing(fake, client, make_spec):
@@ -326,39 +327,39 @@ def test_an_attempt_that_is_cancelled_while_it_waits_to_resume_ends(
     def fail(_):
         raise ConnectionResetError
 
-    monkeypatch.setattr(checkpoints, "local", fail)
+    monkeypatch.setattr(checkpoints, "open_local", fail)
     reporter = Reporter(client, leased)
-    monkeypatch.setattr(reporter, "check", lambda: "cancel")
+    monkeypatch.setattr(reporter, "check_decision", lambda: "cancel")
     with pytest.raises(CancelledError):
         _Attempt.prepared(leased, client, reporter, AttemptOptions())
 
 
-# A store that is full or away. A file in the place of the run's folder refuses everything below it.
+# A store that is full or away. A file at the path of the run's folder makes every write below fail.
 
 
 @pytest.fixture
 def refused(lease):
-    """A lease whose checkpoints the store refuses; `.unlink()` the file to take them again."""
+    """Lease a run with a store that refuses its checkpoints until the returned file is unlinked."""
 
     def refused(**changes):
         leased = lease(**changes)
-        place = _path(leased.artifact_uri).parent
-        place.parent.mkdir(parents=True)
-        place.touch()
-        return leased, place
+        obstacle = _path(leased.artifact_uri).parent
+        obstacle.parent.mkdir(parents=True)
+        obstacle.touch()
+        return leased, obstacle
 
     return refused
 
 
-@pytest.mark.parametrize("looks", [5, 22])  # in the middle; when all is trained, and it waits
-def test_a_store_that_is_away_costs_a_run_time_and_nothing_else(api, refused, run, looks):
-    leased, place = refused()
-    is_time = _After(looks)
+@pytest.mark.parametrize("reads", [5, 22])  # in the middle; and while the trained run waits
+def test_a_store_that_is_away_costs_a_run_time_and_nothing_else(api, refused, run, reads):
+    leased, obstacle = refused()
+    is_time = _DrainAfter(reads)
 
     def draining():
         if is_time():
-            place.unlink(missing_ok=True)
-            is_time.looks = 1000
+            obstacle.unlink(missing_ok=True)
+            is_time.reads = 1000
         return False
 
     ending, _ = run(leased, checkpoint_seconds=0, draining=draining)
@@ -372,7 +373,7 @@ def test_a_store_that_is_away_costs_a_run_time_and_nothing_else(api, refused, ru
 def test_a_store_that_stays_away_ends_the_attempt_with_the_reason(refused, spy):
     leased, _ = refused()
     with pytest.raises(NotADirectoryError):
-        execute(leased, spy(), options=AttemptOptions(store_patience_seconds=0))
+        execute_lease(leased, spy(), options=AttemptOptions(store_patience_seconds=0))
 
 
 def test_a_run_that_is_cancelled_while_it_waits_for_the_store_ends(api, refused, run):

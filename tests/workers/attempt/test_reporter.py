@@ -17,7 +17,7 @@ def test_measurements_arrive_in_order_and_in_batches(fake, client, make_spec) ->
     run = fake.leased(make_spec())
     with Reporter(client, run.lease, period_seconds=0.1) as reporter:
         for step in range(2_500):
-            reporter.add(_point(step))
+            reporter.add_measurement(_point(step))
         reporter.flush()
     assert [m.step for m in run.curve] == list(range(2_500))
     assert all(len(batch.measurements) <= 1_000 for batch in run.batches)
@@ -27,10 +27,10 @@ def test_measurements_arrive_in_order_and_in_batches(fake, client, make_spec) ->
 def test_an_evaluation_leaves_at_once(fake, client, make_spec) -> None:
     run = fake.leased(make_spec())
     with Reporter(client, run.lease, period_seconds=30.0) as reporter:
-        reporter.add(_point(1))
+        reporter.add_measurement(_point(1))
         time.sleep(0.2)
         assert not run.batches
-        reporter.add(_point(2, evaluation=1))
+        reporter.add_measurement(_point(2, evaluation=1))
         fake.wait_for(lambda: len(run.curve) == 2, seconds=1)
 
 
@@ -46,12 +46,12 @@ def test_silence_renews_the_lease_every_third_of_it(fake, client, make_spec) -> 
 def test_a_decision_reaches_the_run_and_stands(fake, client, make_spec) -> None:
     run = fake.leased(make_spec(), prune_at_evaluation=2)
     with Reporter(client, run.lease) as reporter:
-        reporter.add(_point(1, evaluation=1))
+        reporter.add_measurement(_point(1, evaluation=1))
         assert reporter.flush() == "continue"
-        reporter.add(_point(2, evaluation=2))
+        reporter.add_measurement(_point(2, evaluation=2))
         assert reporter.flush() == "prune"
-        reporter.add(_point(3))  # answered with "continue"
-        assert reporter.flush() == reporter.check() == "prune"
+        reporter.add_measurement(_point(3))  # the service answers "continue"
+        assert reporter.flush() == reporter.check_decision() == "prune"
 
 
 def test_an_outage_delays_measurements_and_never_the_run(fake, client, make_spec) -> None:
@@ -60,8 +60,8 @@ def test_an_outage_delays_measurements_and_never_the_run(fake, client, make_spec
         fake.away = True
         started = time.monotonic()
         for step in range(50):
-            reporter.add(_point(step, evaluation=step + 1))
-            assert reporter.check() == "continue"
+            reporter.add_measurement(_point(step, evaluation=step + 1))
+            assert reporter.check_decision() == "continue"
         assert time.monotonic() - started < 0.5
         time.sleep(0.5)
         assert run.curve == []
@@ -75,7 +75,7 @@ def test_flush_returns_only_after_everything_is_accepted(fake, client, make_spec
     back = threading.Timer(0.5, lambda: setattr(fake, "away", False))
     with Reporter(client, run.lease) as reporter:
         fake.away = True
-        reporter.add(_point(7))
+        reporter.add_measurement(_point(7))
         back.start()
         reporter.flush()
         assert [m.step for m in run.curve] == [7]
@@ -87,11 +87,11 @@ def test_a_stale_lease_surfaces_at_the_next_check(fake, client, make_spec) -> No
     lease = run.lease
     fake.disown(run)
     with Reporter(client, lease) as reporter:
-        reporter.add(_point(1))
+        reporter.add_measurement(_point(1))
         with pytest.raises(StaleLeaseError):
             reporter.flush()
         with pytest.raises(StaleLeaseError):
-            reporter.check()
+            reporter.check_decision()
     assert run.curve == []
 
 
@@ -102,6 +102,6 @@ def test_an_outage_beyond_all_patience_ends_the_run(fake, url, make_spec) -> Non
         Client(url, "key", patience_seconds=0.2) as impatient,
         Reporter(impatient, run.lease) as reporter,
     ):
-        reporter.add(_point(1))
+        reporter.add_measurement(_point(1))
         with pytest.raises(Exception, match="503"):
             reporter.flush()

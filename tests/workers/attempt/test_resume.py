@@ -1,4 +1,4 @@
-"""Which checkpoint an attempt goes on from, on disk and in an object store, whatever befell it."""
+"""The checkpoint from which an attempt goes on, on disk and in an object store, after damage."""
 
 from pathlib import Path
 
@@ -23,22 +23,24 @@ def stored(request, tmp_path: Path, make_spec):
     training = Training.start(spec, prepare(spec.data))
     refs = []
     for name in ("older", "newer"):
-        saved = checkpoints.save(training, f"{root}/{name}")
+        saved = checkpoints.save_training(training, f"{root}/{name}")
         refs.insert(0, CheckpointRef(uri=f"{root}/{name}", hash=saved.hash))
     return refs
 
 
-def went_on_from(refs, *, patience_seconds=0.0, waits=lambda: None, read=None):
+def resume_from(refs, *, patience_seconds=0.0, waits=lambda: None, read=None):
     read = read or (lambda folder: folder.name and load_checkpoint(folder))
     used = []
 
-    def noted(folder):
-        found = read(folder)
+    def read_and_note(folder):
+        checkpoint = read(folder)
         used.append(folder)
-        return found
+        return checkpoint
 
-    found = resume.newest(refs, noted, waits=waits, patience_seconds=patience_seconds)
-    return found, used
+    checkpoint = resume.read_newest(
+        refs, read_and_note, waits=waits, patience_seconds=patience_seconds
+    )
+    return checkpoint, used
 
 
 def flip(data: bytes) -> bytes:
@@ -68,23 +70,23 @@ def test_a_damaged_checkpoint_has_the_one_before_in_its_place(stored, name, dama
         tried.append(folder)
         return load_checkpoint(folder)
 
-    found, used = went_on_from(stored, read=read)
-    assert found is not None
+    checkpoint, used = resume_from(stored, read=read)
+    assert checkpoint is not None
     assert len(used) == 1
-    with checkpoints.local(stored[1]) as older:
+    with checkpoints.open_local(stored[1]) as older:
         same = load_checkpoint(older).weights
-    assert all(found.weights[key].equal(value) for key, value in same.items())
+    assert all(checkpoint.weights[key].equal(value) for key, value in same.items())
     locations.delete(stored[1].uri)
-    assert went_on_from(stored)[0] is None
+    assert resume_from(stored)[0] is None
 
 
 def test_the_newest_is_taken_where_nothing_is_wrong(stored):
     locations.delete(stored[1].uri)
-    assert went_on_from(stored)[0] is not None
+    assert resume_from(stored)[0] is not None
 
 
 class Away:
-    """A store that cannot be reached the first times."""
+    """A store that cannot be reached for the first `times` reads."""
 
     def __init__(self, times):
         self.times, self.waits = times, 0
@@ -100,25 +102,25 @@ class Away:
 
 
 @pytest.fixture(autouse=True)
-def _soon(monkeypatch):
+def _short_pauses(monkeypatch):
     monkeypatch.setattr(resume, "_BACKOFF", every(0.01))
 
 
 def test_a_store_that_is_away_is_waited_for_and_costs_no_step(stored):
     store = Away(3)
-    found, _ = went_on_from(stored, read=store.read, waits=store.wait, patience_seconds=60)
-    assert found is not None
+    checkpoint, _ = resume_from(stored, read=store.read, waits=store.wait, patience_seconds=60)
+    assert checkpoint is not None
     assert store.waits == 3
 
 
 def test_a_store_that_stays_away_ends_the_attempt_and_is_no_reason_to_start_again(stored):
     with pytest.raises(ConnectionResetError):
-        went_on_from(stored, read=Away(1000).read)
+        resume_from(stored, read=Away(1000).read)
 
 
 def test_a_checkpoint_on_a_bad_disk_has_the_one_before_in_its_place(stored):
-    found, _ = went_on_from(stored, read=Away(1).read)
-    assert found is not None
+    checkpoint, _ = resume_from(stored, read=Away(1).read)
+    assert checkpoint is not None
 
 
 def test_who_waits_for_a_store_can_be_told_to_stop(stored):
@@ -126,4 +128,4 @@ def test_who_waits_for_a_store_can_be_told_to_stop(stored):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        went_on_from(stored, read=Away(1000).read, waits=stop, patience_seconds=60)
+        resume_from(stored, read=Away(1000).read, waits=stop, patience_seconds=60)

@@ -1,4 +1,4 @@
-"""A fleet as a user starts one, in a process of its own."""
+"""Fleets as a user starts them, each in a process of its own."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class FleetProcess:
-    """A fleet as a user starts one, in a process of its own."""
+    """A fleet in a process of its own, with its log file."""
 
     def __init__(
         self, url: str, log: Path, *options: str, program: Sequence[str] = ("-m", "workers.fleet")
@@ -36,20 +36,20 @@ class FleetProcess:
         self.process.send_signal(signum)
 
     def descendants(self) -> dict[int, str]:
-        """Process ids and titles below the fleet."""
+        """Return the ids and titles of all processes below the fleet."""
         parents, titles = {}, {}
         for entry in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 pid = int(entry.name)
                 parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 titles[pid] = (entry / "cmdline").read_text().replace("\0", " ").strip()
-        found = {self.process.pid}
-        while below := {p for p, parent in parents.items() if parent in found} - found:
-            found |= below
-        return {pid: titles[pid] for pid in found - {self.process.pid}}
+        family = {self.process.pid}
+        while below := {p for p, parent in parents.items() if parent in family} - family:
+            family |= below
+        return {pid: titles[pid] for pid in family - {self.process.pid}}
 
     def worker_pids(self) -> set[int]:
-        """Processes in which runs run."""
+        """Return the ids of the worker processes."""
         below = self.descendants()
         agents = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
         return {p for p, t in below.items() if t.startswith("ray::") and t not in agents}

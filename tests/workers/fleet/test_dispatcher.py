@@ -1,4 +1,4 @@
-"""The loop alone, on an engine that records what it is asked to do."""
+"""The dispatcher's loop alone, on an engine that records its calls."""
 
 import threading
 import time
@@ -66,7 +66,7 @@ def engine() -> _Engine:
 
 @pytest.fixture
 def start(engine, url):
-    """Run a dispatcher on another thread; what it raised, or None, is its result."""
+    """Run a dispatcher on another thread; the future holds None or the exception."""
     threads, dispatchers = [], []
 
     def start(**options) -> tuple[Dispatcher, Future]:
@@ -210,15 +210,15 @@ def test_what_a_failed_group_holds_is_freed_once_no_other_group_runs(
     fake, engine, start, make_spec
 ) -> None:
     start(exit_when_idle_seconds=60)
-    one = fake.offer(make_spec(), cpus=2, processes=2)
-    fake.wait_for(lambda: one.leased_at, seconds=5)
+    first = fake.offer(make_spec(), cpus=2, processes=2)
+    fake.wait_for(lambda: first.leased_at, seconds=5)
     alone = fake.offer(make_spec())
     fake.wait_for(lambda: alone.leased_at, seconds=5)
     _crash(engine, alone)
     fake.wait_for(lambda: alone.finish, seconds=5)
     assert engine.num_freed == 0
-    _crash(engine, one)
-    fake.wait_for(lambda: one.finish, seconds=5)
+    _crash(engine, first)
+    fake.wait_for(lambda: first.finish, seconds=5)
     assert engine.num_freed == 1
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 50}
-_LONG_SECONDS = 90.0  # a machine that is busy with something else
-_DRAIN_SECONDS = 60.0  # the fleet's own, for runs that do not end
+_LONG_SECONDS = 90.0  # long enough for a busy machine
+_DRAIN_SECONDS = 60.0  # the limit that the fleet is given for runs that do not end
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def test_a_slot_that_falls_free_is_leased_again_at_once(fleet, shared_fake, make
     ends = sorted(run.finished_at for run in runs)
     starts = sorted(run.leased_at for run in runs)
     waits = [start - end for start, end in zip(starts[2:], ends, strict=False)]
-    assert statistics.median(waits) < 0.4  # of the 1 s that a poll may wait
+    assert statistics.median(waits) < 0.4  # a poll may wait for 1 s
 
 
 def test_a_run_is_only_asked_for_when_its_resources_are_free(fleet, shared_fake, make_spec) -> None:
@@ -114,13 +114,15 @@ def test_sigterm_publishes_a_checkpoint_gives_every_run_back_and_leaves_no_proce
 def test_a_signal_while_ray_starts_ends_the_fleet_at_once_and_leaves_no_process(
     shared_url, start_fleet, part
 ) -> None:
-    """Agents that are started by a raylet would outlive it for a minute."""
+    """Agents outlive the raylet that started them by up to a minute."""
     fleet = start_fleet(shared_url, "--cpus", "1")
     _wait_until(lambda: any(part in title for title in fleet.descendants().values()))
-    time.sleep(0.15)  # an agent has begun then, and does not look after its raylet yet
+    time.sleep(0.15)  # by now an agent has started, but does not yet watch its raylet
     below = fleet.descendants()
     fleet.signal(signal.SIGTERM)
-    assert fleet.process.wait(timeout=_LONG_SECONDS) == 128 + signal.SIGTERM  # no drain, no end
+    assert (
+        fleet.process.wait(timeout=_LONG_SECONDS) == 128 + signal.SIGTERM
+    )  # ended by the signal, without a drain
     assert "message=ready" not in fleet.log.read_text()
     _wait_until_gone(set(below))
 
@@ -148,7 +150,7 @@ def test_after_kill_9_nothing_trains_on_and_a_fresh_fleet_resumes(
 
 
 def _second_signal_exits_at_once(fleet, fake) -> None:
-    fake.away = True  # draining now waits for the service
+    fake.away = True  # the drain waits for the service
     fleet.signal(signal.SIGINT)
     time.sleep(1.0)
     assert fleet.process.poll() is None
@@ -165,12 +167,14 @@ def _wait_until(done: Callable[[], object], seconds: float = _LONG_SECONDS) -> N
 
 
 def _wait_until_gone(pids: set[int]) -> None:
-    _wait_until(lambda: not any(map(_is_alive, pids)), seconds=30.0)  # Ray's own end is at 60 s
+    _wait_until(
+        lambda: not any(map(_is_alive, pids)), seconds=30.0
+    )  # Ray itself would end them after 60 s
 
 
 def _is_alive(pid: int) -> bool:
     try:
-        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123 - a path of the kernel's
+        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123 - a file of the kernel
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False

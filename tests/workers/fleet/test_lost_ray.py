@@ -1,4 +1,4 @@
-"""A fleet whose Ray is gone has nothing left to do but to say so: its supervisor starts another."""
+"""A fleet that lost Ray reports its runs and exits, and a supervisor starts another fleet."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def _wait_until(done, seconds: float = 60.0) -> None:
 
 def _trains(pid: int) -> bool:
     try:
-        with open(f"/proc/{pid}/cmdline") as title:  # noqa: PTH123 - a path of the kernel's
+        with open(f"/proc/{pid}/cmdline") as title:  # noqa: PTH123 - a file of the kernel
             return title.read().startswith("ray::run_lease")
     except OSError:
         return False

@@ -1,4 +1,4 @@
-"""What a fleet makes of a service that speaks another language."""
+"""A fleet whose requests another server answers, with pages or an unknown protocol."""
 
 import contextlib
 import json
@@ -10,14 +10,14 @@ import pytest
 
 from service.client import BadAnswerError, Client
 from service.protocol import FinishRequest, LeaseRequest, MeasurementBatch, Resources
-from workers.fleet.service_link import Link
+from workers.fleet.service_link import ServiceLink
 
 _PAGES = {"html": b"<html>Sign in</html>", "newer": json.dumps({"leases": [{"new": 1}]}).encode()}
 
 
 @pytest.fixture(params=_PAGES)
 def stranger(request):
-    """The URL of a server that answers everything with success and a page."""
+    """The URL of a server that answers every request with 200 and a page."""
 
     class Page(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -43,34 +43,34 @@ def request_for_leases() -> LeaseRequest:
     return LeaseRequest(worker="w", resources=Resources(cpus=1), wait_seconds=0.0)
 
 
-def _asked(link: Link, request: LeaseRequest) -> object:
+def _request_leases(link: ServiceLink, request: LeaseRequest) -> object:
     answers: queue.SimpleQueue = queue.SimpleQueue()
-    link.ask(request, answers.put)
+    link.request_leases(request, answers.put)
     return answers.get(timeout=5)
 
 
 def test_an_answer_that_cannot_be_read_is_the_reason_for_no_leases(
     stranger, request_for_leases, caplog
 ) -> None:
-    with contextlib.closing(Link(stranger, "key")) as link:
-        assert isinstance(_asked(link, request_for_leases), BadAnswerError)
+    with contextlib.closing(ServiceLink(stranger, "key")) as link:
+        assert isinstance(_request_leases(link, request_for_leases), BadAnswerError)
     assert "service away" in caplog.text
 
 
 def test_every_asking_is_answered_whatever_goes_wrong(url, request_for_leases, monkeypatch) -> None:
-    def broken(*_: object) -> None:
+    def raise_error(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(Client, "lease", broken)
-    with contextlib.closing(Link(url, "key")) as link:
-        assert isinstance(_asked(link, request_for_leases), RuntimeError)
+    monkeypatch.setattr(Client, "lease", raise_error)
+    with contextlib.closing(ServiceLink(url, "key")) as link:
+        assert isinstance(_request_leases(link, request_for_leases), RuntimeError)
 
 
 def test_an_end_that_cannot_be_told_is_logged(stranger, fake, make_spec, caplog) -> None:
     lease = fake.leased(make_spec()).lease
-    with contextlib.closing(Link(stranger, "key")) as link:
-        link.tell(lease, FinishRequest(outcome="released"))
-    assert "untold" in caplog.text
+    with contextlib.closing(ServiceLink(stranger, "key")) as link:
+        link.finish_attempt(lease, FinishRequest(outcome="released"))
+    assert "finish not sent" in caplog.text
 
 
 def test_to_a_worker_a_bad_answer_is_no_fault_of_the_spec(stranger, fake, make_spec) -> None:

@@ -26,12 +26,12 @@ streams.add_handler = lambda self, name, handler, level=0: add(self, name, handl
 from workers.fleet.__main__ import main
 sys.exit(main())
 """
-_LONG_SECONDS = 90.0  # a machine that is busy with something else
+_LONG_SECONDS = 90.0  # long enough for a busy machine
 
 
 @pytest.fixture
 def cluster(monkeypatch, tmp_path):
-    """The address of a Ray with one CPU."""
+    """The address of a Ray cluster with a single CPU."""
     for name, value in {"MODE": "token", "TOKEN": "a" * 64}.items():
         monkeypatch.setenv(f"RAY_AUTH_{name}", value)
     address = f"127.0.0.1:{free_port()}"
@@ -50,7 +50,7 @@ def cluster(monkeypatch, tmp_path):
 
 
 def _wait_until_started(log):
-    """A fleet that comes before its Ray gives up."""
+    """Wait for Ray: a fleet that starts before its Ray exits."""
     deadline = time.monotonic() + _LONG_SECONDS
     while "Ray runtime started" not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()
@@ -58,7 +58,7 @@ def _wait_until_started(log):
 
 
 def _end(ray):
-    ray.terminate()  # `--block` ends the cluster with itself
+    ray.terminate()  # with `--block` the cluster ends together with this process
     with contextlib.suppress(subprocess.TimeoutExpired):
         ray.wait(20)
     with contextlib.suppress(ProcessLookupError):
@@ -74,7 +74,7 @@ def test_a_run_whose_place_another_fleet_took_waits_for_its_turn_and_fails_nothi
         fleet.wait_until_ready()
     asked = lambda: {"a", "b"} <= {request.worker for request in fake.requests}  # noqa: E731
     fake.wait_for(asked, _LONG_SECONDS)
-    with fake.changed:  # both fleets ask for the one CPU
+    with fake.changed:  # both fleets ask for the same CPU
         runs = [fake.offer(make_spec(**_LONG), lease_seconds=12.0) for _ in range(2)]
     fake.wait_for(lambda: any(run.finish for run in runs), _LONG_SECONDS)
     fake.wait_for(lambda: any(run.curve for run in runs), _LONG_SECONDS)

@@ -1,4 +1,4 @@
-"""A run shared by two processes of a real fleet: a rank is killed, then the fleet drains."""
+"""A run in two processes of a real fleet: a rank is killed, then the fleet drains."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from warmcore.training.events import StepEvent
 from warmcore.training.training import Training
 
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 5}
-_FLOAT32 = 1e-5  # relative; gradients are summed in another order, a few hundred times
+_FLOAT32 = 1e-5  # relative error: gradients are summed in another order, a few hundred times
 
 
 @pytest.fixture(scope="module")
