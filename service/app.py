@@ -41,7 +41,7 @@ _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 
 
 def create_app(settings: Settings, url: URL) -> FastAPI:
-    """Make the application on one database; its tables must be at this version's revision."""
+    """Make the application on a database; its tables must be at this version's revision."""
     database = _connect(url, settings)
     sampler = Sampler(optuna_url(url), pool_size=settings.pool_size)
     wakeups = Wakeups(url)

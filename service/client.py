@@ -1,10 +1,10 @@
-"""The typed HTTP client: what workers, the CLI and users' own programs call.
+"""The typed HTTP client of workers, the CLI and users' own programs.
 
-Connection errors and 5xx are retried with exponential backoff and full jitter until
-`patience_seconds` have passed: of reads, of writes under a lease, of writes with an idempotency
-key, and of what the caller says may be sent twice. Any other write is sent again only if it never
-left, or was refused as one too many. `Retry-After` is waited for first, half a minute at most.
-Leases that were granted in an answer that got lost expire.
+The client retries connection errors and 5xx answers with exponential backoff and full jitter until
+`patience_seconds` have passed. It does that for reads, for writes under a lease, for writes with an
+idempotency key, and where the caller allows a repetition. It sends any other write again only if
+the first never reached the service, or was refused unread (408, 429). Before a retry it waits for
+the time of `Retry-After`, at most 30 s. Leases in an answer that is lost expire.
 """
 
 import time
@@ -37,9 +37,11 @@ M = TypeVar("M", bound=BaseModel)
 
 _BACKOFF = backoff.Backoff(first_seconds=0.1, max_seconds=5.0, jitter=True)
 _RETRY_AFTER_MAX_SECONDS = 30.0
+# With these answers the service has done nothing: even a write may be sent again.
 UNREAD_STATUS = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS})
 _RETRIED_STATUS = frozenset({500, 502, 503, 504})
-_NEVER_LEFT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+# With these errors the request never reached the service.
+_NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
 class ServiceError(Exception):
@@ -48,21 +50,21 @@ class ServiceError(Exception):
     def __init__(self, status: int, problem: dict[str, Any]) -> None:
         self.status = status
         self.problem = problem
-        super().__init__(self._message())
+        super().__init__(self._format_message())
 
     @property
     def type(self) -> str:
         """The problem's stable type."""
         return str(self.problem.get("type", "about:blank"))
 
-    def _message(self) -> str:
+    def _format_message(self) -> str:
         lines = [f"{self.status} {self.problem.get('title', '')}: {self.problem.get('detail', '')}"]
         lines += [f"  {e.get('path')}: {e.get('message')}" for e in self.problem.get("errors", [])]
         return "\n".join(lines)
 
 
 class BadAnswerError(Exception):
-    """A success that is not of this protocol: a proxy's page, or a service of another version."""
+    """A success that this protocol does not have, of a proxy or another version for example."""
 
 
 class StaleLeaseError(ServiceError):
@@ -70,7 +72,7 @@ class StaleLeaseError(ServiceError):
 
 
 class _RetriedAnswerError(Exception):
-    """An answer after which the request is sent again."""
+    """An answer that leads to a retry, as an exception for `backoff.retry`."""
 
     def __init__(self, response: httpx.Response) -> None:
         self.response = response
@@ -78,7 +80,7 @@ class _RetriedAnswerError(Exception):
 
 
 class Client:
-    """A connection to one service. Safe to share between threads."""
+    """A connection to a service. Threads may share it."""
 
     def __init__(
         self,
@@ -93,7 +95,8 @@ class Client:
         self._http = httpx.Client(
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {api_key}"},
-            params=_given({"project": project}),
+            params=_drop_missing({"project": project}),
+            # Longer than a long-poll, which takes up to 60 s.
             timeout=httpx.Timeout(90.0, connect=5.0),
         )
 
@@ -122,14 +125,14 @@ class Client:
         params: dict[str, Any] | None = None,
         retry: bool = True,
     ) -> httpx.Response:
-        """Send one request, retrying while the service is away.
+        """Send a request; retry while the service is unreachable.
 
-        Without `retry` it is sent again only when it never left.
+        Without `retry`, send it again only if it cannot have had an effect.
 
         Raises:
-            StaleLeaseError: 409 of a write under a lease that another attempt holds.
+            StaleLeaseError: 409 for a write under a lease, because another attempt holds the run.
             ServiceError: any other answer that is not a success.
-            httpx.TransportError: the service stayed away for `patience_seconds`.
+            httpx.TransportError: the service was unreachable for `patience_seconds`.
         """
         json = body.model_dump(mode="json") if isinstance(body, BaseModel) else body
 
@@ -139,10 +142,13 @@ class Client:
         response = self._send_patiently(send, retry=retry)
         if response.is_success:
             return response
-        problem = _problem(response)
+        problem = _read_problem(response)
         stale = problem.get("type") == "urn:warmscale:stale-lease"
         raise (StaleLeaseError if stale else ServiceError)(response.status_code, problem)
 
+    # Example: the service restarts for 3 s. The first attempt fails at 0 s, further attempts follow
+    # after pauses of up to 0.1, 0.2, 0.4, 0.8, 1.6 and 3.2 s. The pauses are random, because the
+    # clients that failed together must not come back together.
     def _send_patiently(self, send: Callable[[], httpx.Response], *, retry: bool) -> httpx.Response:
         deadline = time.monotonic() + self.patience_seconds
 
@@ -153,8 +159,8 @@ class Client:
             return response
 
         def adjust_pause(error: Exception, pause: float) -> float:
-            # The pause is added to the time of `Retry-After`: otherwise all clients, which were
-            # given the same time, would return together.
+            # The pause is added to the time of `Retry-After`. All clients were given the same time:
+            # without the pause they would return together.
             seconds = _asked_seconds(error) + pause
             return max(0.0, min(seconds, deadline - time.monotonic()))
 
@@ -165,7 +171,7 @@ class Client:
                 on=(_RetriedAnswerError, httpx.TransportError),
                 deadline=deadline,
                 is_worth_retrying=lambda error: (
-                    retry or isinstance(error, (_RetriedAnswerError, *_NEVER_LEFT))
+                    retry or isinstance(error, (_RetriedAnswerError, *_NEVER_SENT))
                 ),
                 adjust_pause=adjust_pause,
             )
@@ -174,10 +180,10 @@ class Client:
 
     def get(self, path: str, **params: Any) -> Any:
         """GET `path` and return its JSON."""
-        return _json(self.request("GET", path, params=_given(params)))
+        return _read_json(self.request("GET", path, params=_drop_missing(params)))
 
-    def pages(self, path: str, *, first: int | None = None, **params: Any) -> list[Any]:
-        """The items of every page of a list, or the first so many of them."""
+    def list_items(self, path: str, *, first: int | None = None, **params: Any) -> list[Any]:
+        """Return the items of all pages of a list, or only the `first` items."""
         items: list[Any] = []
         cursor: str | None = None
         while first is None or len(items) < first:
@@ -196,78 +202,82 @@ class Client:
         idempotency_key: str | None = None,
         retry: bool = False,
     ) -> Any:
-        """POST `body` to `path` and return its JSON; `retry` where twice is the same as once."""
+        """POST `body` to `path` and return its JSON.
+
+        Set `retry` for a call that may be repeated; an idempotency key sets it.
+        """
         headers = {} if idempotency_key is None else {IDEMPOTENCY_HEADER: idempotency_key}
         retry = retry or idempotency_key is not None
-        return _json(self.request("POST", path, body=body or {}, headers=headers, retry=retry))
+        return _read_json(self.request("POST", path, body=body or {}, headers=headers, retry=retry))
 
     def lease(self, request: LeaseRequest) -> tuple[Lease, ...]:
-        """Lease runs that fit; empty when there was nothing to do."""
+        """Lease runs that fit; return none if no run fits within `wait_seconds`."""
         response = self.request("POST", "/v1/leases", body=request)
-        return _read(LeaseReply, response).leases
+        return _read_reply(LeaseReply, response).leases
 
     def report(self, lease: Lease, batch: MeasurementBatch) -> ReportReply:
         """Add measurements and renew the lease."""
-        return self._under_lease(lease, "measurements", batch, ReportReply)
+        return self._post_under_lease(lease, "measurements", batch, ReportReply)
 
     def publish(self, lease: Lease, checkpoint: CheckpointReport) -> CheckpointReply:
-        """Publish a checkpoint whose files are complete and in place."""
-        return self._under_lease(lease, "checkpoints", checkpoint, CheckpointReply)
+        """Publish a checkpoint; its files must be complete and in place."""
+        return self._post_under_lease(lease, "checkpoints", checkpoint, CheckpointReply)
 
     def finish(self, lease: Lease, finish: FinishRequest) -> FinishReply:
         """End this attempt. Sending the same end twice changes nothing."""
-        return self._under_lease(lease, "finish", finish, FinishReply)
+        return self._post_under_lease(lease, "finish", finish, FinishReply)
 
-    def _under_lease(self, lease: Lease, what: str, body: BaseModel, reply: type[M]) -> M:
+    def _post_under_lease(self, lease: Lease, call: str, body: BaseModel, reply: type[M]) -> M:
         headers = {
             LEASE_TOKEN_HEADER: lease.lease_token,
             TRACE_HEADER: traceparent(lease.run_id),
         }
         response = self.request(
-            "POST", f"/v1/runs/{lease.run_id}/{what}", body=body, headers=headers
+            "POST", f"/v1/runs/{lease.run_id}/{call}", body=body, headers=headers
         )
-        return _read(reply, response)
+        return _read_reply(reply, response)
 
 
 def _is_refused_unread(response: httpx.Response) -> bool:
-    """Whether nothing was done, whatever was asked for: too many requests, or one too slow."""
+    """Return whether the service refused a request before acting on it."""
     return response.status_code in UNREAD_STATUS
 
 
 def _asked_seconds(error: Exception) -> float:
-    """Return the seconds that the answer asks to wait; 0 where none came."""
+    """Return the seconds that an answer asks the client to wait; 0 if no answer came."""
     return _retry_after_seconds(error.response) if isinstance(error, _RetriedAnswerError) else 0.0
 
 
 def _retry_after_seconds(response: httpx.Response) -> float:
-    """What `Retry-After` asks for, within bounds; 0 where it asks for nothing (or names a date)."""
+    """Return the seconds of `Retry-After`, at most 30; 0 without the header, or for a date."""
     given = response.headers.get("Retry-After", "")
     return min(float(given), _RETRY_AFTER_MAX_SECONDS) if given.isdecimal() else 0.0
 
 
-def _read(reply: type[M], response: httpx.Response) -> M:
+def _read_reply(reply: type[M], response: httpx.Response) -> M:
     try:
         return reply.model_validate_json(response.content)
     except ValidationError as error:
-        raise BadAnswerError(f"{_start(response)} is no {reply.__name__}: {error}") from error
+        text = f"{_quote_start(response)} is not a {reply.__name__}: {error}"
+        raise BadAnswerError(text) from error
 
 
-def _json(response: httpx.Response) -> Any:
+def _read_json(response: httpx.Response) -> Any:
     try:
         return response.json()
     except ValueError as error:
-        raise BadAnswerError(f"{_start(response)} is no JSON: {error}") from error
+        raise BadAnswerError(f"{_quote_start(response)} is not JSON: {error}") from error
 
 
-def _start(response: httpx.Response) -> str:
+def _quote_start(response: httpx.Response) -> str:
     return f"the answer {response.text[:100]!r} of {response.url}"
 
 
-def _given(params: dict[str, Any]) -> dict[str, Any]:
+def _drop_missing(params: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
-def _problem(response: httpx.Response) -> dict[str, Any]:
+def _read_problem(response: httpx.Response) -> dict[str, Any]:
     try:
         problem = response.json()
     except ValueError:

@@ -74,7 +74,7 @@ _EVENT = {
         },
     },
 }
-# `itemSchema` is OpenAPI 3.2's keyword for one element of a stream; FastAPI writes it too.
+# `itemSchema` is OpenAPI 3.2's keyword for an element of a stream; FastAPI writes it too.
 ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}}
 }
@@ -100,7 +100,7 @@ class Topic:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The events of one read, in order; `has_unsettled`: more wait for a transaction to end."""
+    """The events of a read, in order; `has_unsettled`: more wait for a transaction to end."""
 
     topic: str
     rows: list[tuple[Cursor, EventView]]
@@ -109,7 +109,7 @@ class Batch:
 
     @property
     def is_full(self) -> bool:
-        """Whether the read stopped at its limit, so that more events may be there already."""
+        """True if the read stopped at its limit: more events may be there already."""
         return len(self.rows) >= _BATCH
 
 
@@ -203,8 +203,8 @@ def _read_batch(
     """Return the next events of ended transactions, ordered by transaction, then by id.
 
     PostgreSQL assigns an event's id before its transaction commits. Event 17 can therefore become
-    visible after event 18 was read, and a reader that goes by ids alone would skip it. No
-    transaction below the oldest running one can add events any more, so those are read in order.
+    visible after event 18 was read, and a reader that goes by ids alone would skip it. Transactions
+    below the oldest running transaction add no more events: only theirs are read.
     """
     with sessions() as session:
         subject = topic(session)
@@ -233,7 +233,7 @@ def _read_batch(
 
 @dataclass(frozen=True, kw_only=True)
 class _Follower:
-    """One stream's reads: its caller, its topic, and the services that it waits on."""
+    """The reads of a stream: its caller, its topic, and the services that it waits on."""
 
     sessions: sessionmaker[Session]
     wakeups: Wakeups

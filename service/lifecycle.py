@@ -1,4 +1,4 @@
-"""The state tables, and what follows from them. Pure: no database, no clock."""
+"""The states of studies and runs, and their transitions. Pure: no database, no clock."""
 
 from typing import get_args
 
@@ -21,6 +21,7 @@ RUN_TRANSITIONS: dict[RunState, frozenset[RunState]] = {
     "cancelled": frozenset(),
 }
 
+# Derived from the tables: a state without transitions is final.
 FINAL_RUN_STATES = tuple(s for s in get_args(RunState) if not RUN_TRANSITIONS[s])
 LIVE_RUN_STATES = tuple(s for s in get_args(RunState) if RUN_TRANSITIONS[s])
 FINAL_STUDY_STATES = tuple(s for s in get_args(StudyState) if not STUDY_TRANSITIONS[s])
@@ -30,23 +31,24 @@ RETRY_MAX_SECONDS = 300.0
 
 
 def source_states(state: StudyState) -> tuple[StudyState, ...]:
-    """The study states from which `state` can be reached."""
+    """Return the study states with a transition to `state`."""
     return tuple(s for s, nexts in STUDY_TRANSITIONS.items() if state in nexts)
 
 
 def state_after_attempt(
     outcome: Outcome, *, retryable: bool, failures: int, max_attempts: int
 ) -> RunState:
-    """Where a leased run goes when its attempt ends.
+    """Return the state of a leased run after its attempt has ended.
 
-    `failures` counts the attempts that ended badly, this one included. A run that was given back
-    unharmed is queued whatever they are: draining a fleet costs a user nothing.
+    `failures` counts the attempts that failed, with this attempt. A released run is queued at any
+    count, because a user loses nothing when a fleet is drained.
     """
     match outcome:
         case "succeeded":
             return "succeeded"
         case "pruned":
             return "pruned"
+        # The same seed would diverge again: a retry only wastes the steps.
         case "diverged":
             return "failed"
         case "released":
@@ -56,5 +58,5 @@ def state_after_attempt(
 
 
 def retry_delay_seconds(failures: int) -> float:
-    """Exponential: 1 s after the first failure, doubling, 5 minutes at most."""
+    """Return the pause before the next attempt: 1 s, doubled with each failure, at most 300 s."""
     return min(RETRY_FIRST_SECONDS * 2.0 ** max(0, failures - 1), RETRY_MAX_SECONDS)

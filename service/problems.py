@@ -1,4 +1,4 @@
-"""Errors of the API (RFC 9457 problems), as exceptions; no FastAPI."""
+"""Errors of the API as exceptions (RFC 9457 problems); no FastAPI."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 
 class FieldProblem(BaseModel):
-    """One bad field: where, what is wrong and what would work, what was given."""
+    """An invalid field: its path, the error with a value that would work, and the given value."""
 
     path: str
     message: str
@@ -14,7 +14,11 @@ class FieldProblem(BaseModel):
 
 
 class Problem(Exception):  # noqa: N818 - RFC 9457's word
-    """An error to answer with. `type` is stable; `detail` says what would work."""
+    """An error that the API answers with.
+
+    `kind` ends the problem's `type`, `not-found` for example. It is stable: clients compare it.
+    `detail` is for people and names a request that would work.
+    """
 
     def __init__(
         self,
@@ -33,17 +37,17 @@ class Problem(Exception):  # noqa: N818 - RFC 9457's word
         super().__init__(detail)
 
 
-def not_found(what: str, key: str) -> Problem:
-    """404 for a `what` that does not exist (or that this key may not see)."""
-    return Problem(404, "not-found", f"there is no {what} {key!r}")
+def not_found(noun: str, name: str) -> Problem:
+    """Make the 404 for an object that does not exist, or that the caller cannot see."""
+    return Problem(404, "not-found", f"there is no {noun} {name!r}")
 
 
 def conflict(kind: str, detail: str) -> Problem:
-    """409: the request is good, the state is not."""
+    """Make the 409 for a valid request that the present state does not allow."""
     return Problem(409, kind, detail)
 
 
 def bad_field(path: str, value: object, message: str) -> Problem:
-    """422 for one field."""
+    """Make the 422 for a single invalid field."""
     field = FieldProblem(path=path, message=message, value=value)
     return Problem(422, "invalid", f"{path}: {message}", (field,))

@@ -1,4 +1,4 @@
-"""The wire messages between workers and the service (v1); neither FastAPI nor SQLAlchemy here."""
+"""The wire messages between workers and the service (v1); no FastAPI, no SQLAlchemy."""
 
 import hashlib
 from datetime import datetime
@@ -23,57 +23,66 @@ IDEMPOTENCY_HEADER = "Idempotency-Key"
 REQUEST_ID_HEADER = "X-Request-ID"
 
 
-def _number(value: object) -> object:
-    """Not "3" and not true, which pydantic would take; 3.0 is a whole number, as JSON has it."""
+def _require_number(value: object) -> object:
+    """Refuse `"3"` and `true`, which pydantic would convert; accept 3.0, an integer in JSON."""
     if isinstance(value, bool | str):
-        raise ValueError(f"a number, not {value!r}")  # noqa: TRY004 - pydantic hears ValueError
+        raise ValueError(f"a number, not {value!r}")  # noqa: TRY004 - pydantic expects ValueError
     return value
 
 
-Number = BeforeValidator(_number)
-# PostgreSQL stores no NUL: heard of late, in a worker's name, it ended the study to be leased from.
+Number = BeforeValidator(_require_number)
+# PostgreSQL text cannot hold NUL. Reject it here: a NUL in a worker's name used to fail only when
+# the lease was written, and that failed the whole study.
 _STORABLE = r"^[^\x00]*$"
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-# Up to where every reader of JSON is exact.
+# Readers of JSON that use floats, JavaScript for example, are exact up to 2**53.
 Count = Annotated[int, Field(ge=0, le=2**53), Number]
 NonNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 def traceparent(run_id: str) -> str:
-    """The trace of a run as W3C Trace Context has it: the same from whoever tells of the run."""
+    """Return the header that puts a request into its run's trace (W3C Trace Context).
+
+    The ids are a hash of the run's id: all processes name the same trace without asking each other.
+    """
     digest = hashlib.sha256(run_id.encode()).hexdigest()
     return f"00-{digest[:32]}-{digest[32:48]}-01"
 
 
 class Message(BaseModel):
-    """Immutable; unknown keys are errors."""
+    """The base class of messages: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Resources(Message):
-    """What a run needs, all its processes together, or a fleet has free. GPUs may be fractional."""
+    """The resources of a run, summed over its processes, or the free resources of a fleet.
+
+    GPUs may be fractional.
+    """
 
     cpus: Annotated[int, Field(ge=0, le=4096), Number] = 1
     gpus: Annotated[float, Field(strict=True, ge=0, le=1024, allow_inf_nan=False)] = 0.0
     processes: Annotated[int, Field(ge=1, le=1024), Number] | None = Field(
-        default=None, description="that share the run, on one machine; None: one for every GPU"
+        default=None,
+        description="processes of the run, on the same machine; None: a process per GPU",
     )
     strategy: Strategy = Field(
-        default="ddp", description="of several processes: fsdp shards the model, ddp does not"
+        default="ddp", description="for several processes: fsdp shards the model, ddp does not"
     )
 
     @property
     def num_processes(self) -> int:
-        """Processes that share the run."""
+        """The number of processes that train the run together."""
         return self.processes or max(1, int(self.gpus))
 
     def fits(self, free: "Resources") -> bool:
-        """Whether these fit into what is free."""
+        """Return whether these resources fit into the free ones."""
         return self.cpus <= free.cpus and self.gpus <= free.gpus
 
     def subtract(self, used: "Resources") -> "Resources":
-        """What is left of these; GPU shares are rounded as Ray counts them."""
+        """Return these resources minus the used ones."""
+        # Rounded to 1/10000, the unit in which Ray counts: 1 - 0.9 is otherwise less than 0.1.
         gpus = max(0.0, round(self.gpus - used.gpus, 4))
         return self.model_copy(update={"cpus": self.cpus - used.cpus, "gpus": gpus})
 
@@ -85,14 +94,14 @@ class LeaseRequest(Message):
     resources: Resources = Resources()
     max_runs: Annotated[int, Field(ge=1, le=64), Number] = 1
     study: str | None = Field(
-        default=None, pattern=_STORABLE, description="name or id; None takes from any"
+        default=None, pattern=_STORABLE, description="name or id; None: runs of any study"
     )
     kinds: tuple[RunKind, ...] | None = None
     wait_seconds: Annotated[float, Field(strict=True, ge=0, le=60, allow_inf_nan=False)] = 0.0
 
 
 class Lease(Message):
-    """One leased run. `lease_token` is good until another attempt replaces it."""
+    """A leased run. `lease_token` is valid until another attempt replaces it."""
 
     run_id: str
     study_id: str
@@ -106,34 +115,40 @@ class Lease(Message):
     spec: RunSpec
     params: dict[str, Any]
     resources: Resources
-    artifact_uri: str = Field(description="where this attempt's checkpoints go")
+    artifact_uri: str = Field(description="the folder of this attempt's checkpoints")
     resume_from: tuple[CheckpointRef, ...] = Field(
         description="complete checkpoints, the furthest first"
     )
-    reported_step: int = Field(description="last step whose measurement stands; 0 for none")
+    reported_step: int = Field(
+        description="the last step with a measurement; 0 without measurements"
+    )
 
 
 class LeaseReply(Message):
-    """The runs that were leased; empty when none fitted within `wait_seconds`."""
+    """The leased runs; empty if no run fitted within `wait_seconds`."""
 
     leases: tuple[Lease, ...]
 
 
 class Measurement(Message):
-    """One point of a curve. Losses in nats per token; `train_seconds` in steps since the last."""
+    """A point of a curve. Losses are in nats per token.
+
+    `train_seconds` is the time inside train steps since the point before.
+    """
 
     step: Count
     tokens: Count
     loss_nats: Finite | None = None
     val_loss_nats: Finite | None = None
     ema_val_loss_nats: Finite | None = Field(
-        default=None, description="of the exponential average of the weights, where one is kept"
+        default=None,
+        description="loss of the exponential average of the weights, if the run keeps it",
     )
     swa_val_loss_nats: Finite | None = Field(
-        default=None, description="of the equal average of the last weights, once it has begun"
+        default=None, description="loss of the equal average of the last weights, once it has begun"
     )
     evaluation: Annotated[int, Field(ge=1, le=10_000), Number] | None = Field(
-        default=None, description="which evaluation of the run this is; the pruner's resource"
+        default=None, description="number of this evaluation within the run; the pruner's resource"
     )
     lr: NonNegative | None = None
     grad_norm: NonNegative | None = None
@@ -142,19 +157,19 @@ class Measurement(Message):
 
 
 class MeasurementBatch(Message):
-    """Points to add; none at all just renews the lease."""
+    """Points to add; an empty batch only renews the lease."""
 
     measurements: Annotated[tuple[Measurement, ...], Field(max_length=1000)] = ()
 
 
 class ReportReply(Message):
-    """What the worker should do next."""
+    """The answer to a report: whether the worker continues."""
 
     decision: Decision
 
 
 class CheckpointReport(Message):
-    """A complete checkpoint, already in place, to be published."""
+    """A complete checkpoint to publish; its files are already in place."""
 
     step: Count
     tokens: Count
@@ -166,37 +181,44 @@ class CheckpointReport(Message):
 
 
 class CheckpointReply(ReportReply):
-    """`superseded` are checkpoints of this run that nothing needs any more: delete their files."""
+    """The answer to a checkpoint.
+
+    No run needs the `superseded` checkpoints of this run any more: the worker deletes their files.
+    """
 
     superseded: tuple[str, ...] = ()
 
 
 class Provenance(Message):
-    """What the run was made with: recorded, never interpreted."""
+    """The software, data and machine of a run: recorded, never interpreted."""
 
     warmscale_version: str
     code_hash: str | None = Field(default=None, description="SHA-256 of warmcore's source text")
     packages: dict[str, str] = Field(default_factory=dict)
     data_hash: str | None = None
-    base_hash: str | None = Field(default=None, description="hash of the base checkpoint as loaded")
+    base_hash: str | None = Field(
+        default=None, description="hash of the base checkpoint that was loaded"
+    )
     device: str | None = None
-    num_threads: int | None = Field(default=None, description="of each process")
+    num_threads: int | None = Field(default=None, description="threads of each process")
     processes: int = 1
     strategy: Strategy | None = Field(default=None, description="None: one process")
     hostname: str | None = None
 
 
 class Timing(Message):
-    """Seconds on the worker's clock, of this attempt."""
+    """Times of this attempt on the worker's clock."""
 
     first_step_at: float | None = Field(default=None, description="epoch seconds")
     last_step_at: float | None = Field(default=None, description="epoch seconds")
-    startup_seconds: NonNegative | None = Field(default=None, description="lease to first step")
+    startup_seconds: NonNegative | None = Field(
+        default=None, description="from the lease to the first step"
+    )
     train_seconds: NonNegative = Field(default=0.0, description="inside train steps")
 
 
 class FinishRequest(Message):
-    """How an attempt ended. `released` gives the run back unharmed (drain)."""
+    """The end of an attempt. `released` queues the run again without counting a failure (drain)."""
 
     outcome: Outcome
     val_loss_nats: Finite | None = None
@@ -207,59 +229,6 @@ class FinishRequest(Message):
 
 
 class FinishReply(Message):
-    """The run's state after this."""
+    """The state of the run after its attempt has ended."""
 
     state: RunState
-
-
-class RunView(Message):
-    """A run as it is read."""
-
-    id: str
-    study_id: str
-    study_name: str
-    kind: RunKind
-    state: RunState
-    trial_number: int | None
-    arm: Arm | None
-    rung: int
-    seed: int
-    branch: int = Field(default=0, description="of the trunk's budgets, from 1; 0: not a branch")
-    trunk_id: str | None = Field(default=None, description="the run that a branch goes on from")
-    attempt: int
-    failures: int
-    max_attempts: int
-    worker: str | None
-    step: int
-    num_steps: int
-    tokens: int
-    num_tokens: int
-    loss_nats: float | None
-    val_loss_nats: float | None
-    tokens_per_second: float | None
-    cost_flops: float = Field(description="of what the run trained itself, without its trunk")
-    error: str | None
-    base_hash: str | None
-    params: dict[str, Any]
-    spec: RunSpec
-    provenance: Provenance | None
-    timing: Timing | None
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-
-
-class CheckpointView(Message):
-    """A published checkpoint."""
-
-    id: int
-    run_id: str
-    attempt: int
-    step: int
-    tokens: int
-    uri: str
-    hash: str
-    num_bytes: int
-    val_loss_nats: float | None
-    final: bool
-    created_at: datetime

@@ -190,7 +190,7 @@ class Driver:
 
     def _count(self, client: Client, name: str) -> None:
         """By way of the API and of Optuna, not of the checker."""
-        trials = client.pages(f"/v1/studies/{name}/trials")
+        trials = client.list_items(f"/v1/studies/{name}/trials")
         sampler = Sampler(optuna_url(self.stack.database.url), pool_size=1)
         heard = sampler.states(name)
         sampler.close()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NoReturn
 from service.cli.common import Exit, connected, fail
 
 if TYPE_CHECKING:
-    from service.protocol import CheckpointView
+    from service.runs.schemas import CheckpointView
 
 
 def export(run: str, home: Path, options: list[str], *, as_json: bool) -> NoReturn:

@@ -19,8 +19,8 @@ from service.client import Client
 from service.local_stack.child_process import ChildError
 from service.local_stack.home import HomeInUseError
 from service.local_stack.supervisor import Interrupted, PortTakenError, stack
-from service.protocol import RunView
 from service.results.schemas import StudyResults
+from service.runs.schemas import RunView
 from service.studies.schemas import TrialView
 
 
@@ -60,8 +60,8 @@ def run(folder: Path, *, cpus: int, as_json: bool) -> None:
 def _saved(client: Client, name: str, folder: Path, slots: int) -> dict[str, Any]:
     """Write the two files; give what is in results.json."""
     found = client.get(f"/v1/studies/{name}/results")
-    trials = client.pages(f"/v1/studies/{name}/trials")
-    items = client.pages("/v1/runs", study=name)
+    trials = client.list_items(f"/v1/studies/{name}/trials")
+    items = client.list_items("/v1/runs", study=name)
     runs = [RunView.model_validate(item) for item in items]
     report = client.request("GET", f"/v1/studies/{name}/report").text
     (folder / "report.html").write_text(report, encoding="utf-8")

@@ -62,7 +62,7 @@ def list_studies(
     from service.studies.schemas import StudyView
 
     with connected(home, project) as client:
-        studies = client.pages("/v1/studies", first=limit, limit=min(limit, _PAGE))
+        studies = client.list_items("/v1/studies", first=limit, limit=min(limit, _PAGE))
     if as_json:
         typer.echo(json.dumps(studies))
     else:
@@ -79,7 +79,7 @@ def show(
 
     with connected(home, project) as client:
         found = client.get(f"/v1/studies/{quoted(name)}")
-        trials = client.pages(f"/v1/studies/{quoted(name)}/trials")
+        trials = client.list_items(f"/v1/studies/{quoted(name)}/trials")
     if as_json:
         typer.echo(json.dumps(found | {"trial_list": trials}))
         return
@@ -172,7 +172,7 @@ def show_run(
 ) -> None:
     """Show a run: state, progress, parameters, checkpoints, error."""
     from service.cli.output import tables
-    from service.protocol import CheckpointView, RunView
+    from service.runs.schemas import CheckpointView, RunView
 
     with connected(home, project) as client:
         found = client.get(f"/v1/runs/{quoted(run_id)}")

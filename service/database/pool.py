@@ -1,9 +1,8 @@
-"""Connections are tried before use only after they have been idle.
+"""Options of the connection pool: it tests a connection only after the connection was idle.
 
-SQLAlchemy's own `pool_pre_ping` asks the server before every transaction, a round trip of six that
-a report has. A connection that was in use a moment ago is taken as good: where it is not after all,
-because the server went away just then, that request is a 503, which clients repeat, and the whole
-pool is new for the next one.
+SQLAlchemy's `pool_pre_ping` would add a round trip to every transaction; a worker's report has only
+six. A connection that was in use less than 2 s ago is therefore not tested. If the server went away
+in that time, the request fails with a 503. Clients retry it, and the pool opens new connections.
 """
 
 import time
@@ -14,21 +13,23 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 IDLE_SECONDS = 2.0
-_SINCE = "idle_since"
+_IDLE_SINCE = "idle_since"  # the key in the connection's `info`
 
 
 def note_checkin(_: Any, entry: ConnectionPoolEntry) -> None:
-    """Note when a connection came back."""
-    entry.info[_SINCE] = time.monotonic()
+    """Note the time at which a connection returns to the pool."""
+    entry.info[_IDLE_SINCE] = time.monotonic()
 
 
 def check_idle(connection: Any, entry: ConnectionPoolEntry, _: Any) -> None:
-    """Try a connection that has been idle; where it is broken, the pool makes new ones."""
-    since = entry.info.get(_SINCE)
+    """Test a connection that was idle; if it is broken, the pool replaces all its connections."""
+    # A new connection has never been returned: it was opened just now.
+    since = entry.info.get(_IDLE_SINCE)
     if since is None or time.monotonic() - since < IDLE_SECONDS:
         return
     used = cast("psycopg.Connection[Any]", connection)
     try:
+        # An empty statement, outside of a transaction: a single round trip.
         used.autocommit = True
         used.execute("")
         used.autocommit = False
@@ -36,7 +37,8 @@ def check_idle(connection: Any, entry: ConnectionPoolEntry, _: Any) -> None:
         raise InvalidatePoolError("the server has closed an idle connection") from error
 
 
-# For `create_engine`. The connection that was used last goes first: it has its statements prepared.
+# Arguments of `create_engine`. LIFO reuses the connection that was used last: our statements are
+# already prepared on it.
 OPTIONS: dict[str, Any] = {
     "pool_use_lifo": True,
     "pool_events": [(note_checkin, "checkin"), (check_idle, "checkout")],

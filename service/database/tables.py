@@ -1,4 +1,4 @@
-"""Our tables, in schema `warmscale`. Optuna's stand in schema `optuna`, migrated by Optuna."""
+"""Our tables, in schema `warmscale`. Optuna has its own in schema `optuna` and migrates them."""
 
 from datetime import datetime
 from secrets import token_hex
@@ -27,14 +27,16 @@ DEFAULT_PROJECT = "default"
 
 _STUDY_STATES = "'active', 'paused', 'completed', 'cancelled', 'failed'"
 _PROJECT = "project ~ '^[a-z0-9][a-z0-9._-]{0,62}$'"
+# Optuna has no projects, and its names are unique. Our names have no slash: two studies never get
+# the same name there. Example: "lr" in project default, "team/lr" in project team.
 _OPTUNA_NAME = "CASE WHEN project = 'default' THEN name ELSE project || '/' || name END"
-# Of a key that sees every project: an admin's, a fleet's, and one that reads metrics alone.
+# The keys that may see every project: an admin's, a fleet's, and a key for metrics alone.
 _EVERYWHERE = "'admin' = ANY (scopes) OR scopes <@ ARRAY['work'] OR scopes <@ ARRAY['metrics']"
 _RUN_STATES = "'queued', 'leased', 'succeeded', 'pruned', 'failed', 'cancelled'"
 
 
 class Base(DeclarativeBase):
-    """Every constraint is named, so that a migration can name it too."""
+    """The base class of our tables. It names all constraints, because migrations refer to them."""
 
     metadata = MetaData(
         schema=SCHEMA,
@@ -56,7 +58,7 @@ class Base(DeclarativeBase):
 
 
 class Study(Base):
-    """One search, its targets and its verdict. `spec` is a StudySpec."""
+    """A study: a search, its targets and its verdict. `spec` is a StudySpec."""
 
     __tablename__ = "studies"
     __table_args__ = (
@@ -72,7 +74,7 @@ class Study(Base):
     optuna_name: Mapped[str] = mapped_column(
         Computed(_OPTUNA_NAME, persisted=True),
         unique=True,
-        doc="in Optuna, which has no projects; a name of ours has no slash",
+        doc="the study's name in Optuna",
     )
     state: Mapped[str] = mapped_column(default="active")
     reason: Mapped[str | None]
@@ -83,12 +85,13 @@ class Study(Base):
 
 
 class Run(Base):
-    """One training run: a trial of the search, or a target trained warm or cold.
+    """A training run: a trial of the search, or a target trained warm or cold.
 
-    A target of several budgets is a trunk, whose spec has `branches`, and a run a branch.
+    A target with several budgets is a trunk, with `branches` in its spec, and a run per branch.
 
-    `attempt` counts leases and fences checkpoints; `failures` counts attempts that ended badly.
-    `lease_token` outlives the lease, so that a finish that is sent twice can be told apart.
+    `attempt` counts leases and is part of the paths of checkpoints, so that attempts cannot
+    overwrite each other's. `failures` counts attempts that failed. `lease_token` stays after the
+    lease ends: it tells a finish that is sent twice from a finish by a stale attempt.
     """
 
     __tablename__ = "runs"
@@ -100,8 +103,10 @@ class Run(Base):
         CheckConstraint("state <> 'leased' OR lease_token IS NOT NULL", name="leased_has_token"),
         CheckConstraint("(branch > 0) = (trunk_id IS NOT NULL)", name="branch"),
         UniqueConstraint("study_id", "trial_number"),
+        # Two requests that enqueue the same target at once: the second fails here.
         Index("uq_runs_target", "study_id", "launch", "rung", "arm", "seed", "branch", unique=True,
               postgresql_where=text("kind = 'target'")),
+        # Partial indexes: a lease request reads only these rows, out of all runs ever.
         Index("ix_runs_queue", "available_at", postgresql_where=text("state = 'queued'")),
         Index("ix_runs_expiry", "lease_expires_at", postgresql_where=text("state = 'leased'")),
         Index("ix_runs_untold", "study_id", postgresql_where=text("NOT told AND kind = 'trial'")),
@@ -112,17 +117,21 @@ class Run(Base):
     kind: Mapped[str]
     trial_number: Mapped[int | None]
     launch: Mapped[int] = mapped_column(
-        server_default=text("0"), doc="0: the study's own targets; above: started by hand"
+        server_default=text("0"),
+        doc="0: the study's own targets; from 1: targets that a user started",
     )
     rung: Mapped[int] = mapped_column(server_default=text("0"))
     arm: Mapped[str | None]
     seed: Mapped[int] = mapped_column(BigInteger)
     branch: Mapped[int] = mapped_column(
-        server_default=text("0"), doc="0: a whole run or a trunk; k: of the trunk's k-th budget"
+        server_default=text("0"),
+        doc="0: a whole run or a trunk; k: the branch of the trunk's k-th budget",
     )
     trunk_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
     trunk_tokens: Mapped[int] = mapped_column(
-        BigInteger, server_default=text("0"), doc="that the trunk was trained on, not this run"
+        BigInteger,
+        server_default=text("0"),
+        doc="tokens of `tokens` that the trunk trained, not this run",
     )
     state: Mapped[str] = mapped_column(default="queued")
     spec: Mapped[dict[str, Any]]
@@ -141,7 +150,8 @@ class Run(Base):
     lease_token: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None]
     graced: Mapped[bool] = mapped_column(
-        server_default=text("false"), doc="the lease got its time again, and no report since"
+        server_default=text("false"),
+        doc="the lease was extended after an outage, and no report has come since",
     )
     step: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     num_steps: Mapped[int] = mapped_column(BigInteger)
@@ -152,7 +162,9 @@ class Run(Base):
     val_loss_nats: Mapped[float | None]
     tokens_per_second: Mapped[float | None]
     diverged: Mapped[bool] = mapped_column(server_default=text("false"))
-    told: Mapped[bool] = mapped_column(server_default=text("false"), doc="Optuna knows the end")
+    told: Mapped[bool] = mapped_column(
+        server_default=text("false"), doc="the end is stored in Optuna too"
+    )
     error: Mapped[str | None]
     provenance: Mapped[dict[str, Any] | None]
     timing: Mapped[dict[str, Any] | None]
@@ -162,12 +174,12 @@ class Run(Base):
 
     @hybrid_property
     def cost_flops(self) -> float:
-        """What the run has spent itself: its trunk's tokens are its trunk's cost."""
+        """The FLOPs of this run itself: a trunk's tokens are the trunk's cost, not a branch's."""
         return (self.tokens - self.trunk_tokens) * self.flops_per_token
 
 
 class Launch(Base):
-    """Targets started by hand under an idempotency key; `number` is their `Run.launch`."""
+    """Targets that a user started with an idempotency key; `number` is their `Run.launch`."""
 
     __tablename__ = "launches"
     __table_args__ = (UniqueConstraint("study_id", "idempotency_key"),)
@@ -182,7 +194,7 @@ class Launch(Base):
 
 
 class Measurement(Base):
-    """One point of a run's curve; the first report of a step stands."""
+    """A point of a run's curve. A second report of the same step changes nothing."""
 
     __tablename__ = "measurements"
 
@@ -203,7 +215,7 @@ class Measurement(Base):
 
 
 class Checkpoint(Base):
-    """A complete checkpoint: the row publishes the files. `superseded` ones may be deleted."""
+    """A complete checkpoint: the row publishes its files. A `superseded` one may be deleted."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (UniqueConstraint("run_id", "attempt", "step"),)
@@ -223,7 +235,7 @@ class Checkpoint(Base):
 
 
 class Event(Base):
-    """A transition, written in the transaction that made it. Append-only: a trigger sees to it."""
+    """A transition, written in the transaction that made it. A trigger refuses every change."""
 
     __tablename__ = "events"
     __table_args__ = (
@@ -233,16 +245,17 @@ class Event(Base):
 
     id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
     study_id: Mapped[str | None] = mapped_column(
-        ForeignKey("studies.id", ondelete="CASCADE"), doc="None: of no study, such as a key's"
+        ForeignKey("studies.id", ondelete="CASCADE"),
+        doc="None for an event of no study, `key.created` for example",
     )
     run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id", ondelete="CASCADE"))
     actor: Mapped[str | None] = mapped_column(
-        doc="who did it: a key's id; `operator`, on the database itself; `service`, by itself"
+        doc="the key's id; `operator` for a command on the database; or `service`"
     )
     xid: Mapped[int] = mapped_column(
         BigInteger,
         server_default=text("(pg_current_xact_id()::text)::bigint"),
-        doc="the transaction: readers follow (xid, id), and only transactions that are settled",
+        doc="the transaction; streams read by (xid, id), up to the oldest running transaction",
     )
     type: Mapped[str] = mapped_column(doc="study.created, run.leased, run.succeeded, …")
     attempt: Mapped[int | None]
@@ -251,7 +264,7 @@ class Event(Base):
 
 
 class ApiKey(Base):
-    """A key by its SHA-256; the key itself is shown once, when it is made."""
+    """An API key, stored as its SHA-256. The key itself is shown once, when it is created."""
 
     __tablename__ = "api_keys"
     __table_args__ = (
@@ -272,7 +285,7 @@ class ApiKey(Base):
 
 
 class Webhook(Base):
-    """Where events of these types go. The secret is kept as it is: signing needs it."""
+    """A URL that gets events of these types. The secret is stored as it is: signing needs it."""
 
     __tablename__ = "webhooks"
 
@@ -285,11 +298,12 @@ class Webhook(Base):
 
 
 class Delivery(Base):
-    """An event that a webhook is to be told: the outbox. A claim moves `next_at` on."""
+    """A row of the outbox: an event to send to a webhook. A claim moves `next_at` forward."""
 
     __tablename__ = "deliveries"
     __table_args__ = (
         CheckConstraint("state IN ('waiting', 'delivered', 'dead')", name="state"),
+        # Delivered rows stay for a week; the outbox must not read them on every round.
         Index("ix_deliveries_waiting", "next_at", postgresql_where=text("state = 'waiting'")),
     )
 

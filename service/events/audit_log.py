@@ -1,7 +1,7 @@
-"""Every transition leaves a row, in the transaction that made it: the audit log.
+"""The audit log: each transition writes a row to `events` in the transaction that makes it.
 
-What else there is to tell, a line in the log and a count, is told once the transaction has
-committed: a rolled back transition did not happen.
+An event also has a log line, a count and a span of its run's trace. Those are written after the
+commit, because a transition that is rolled back did not happen.
 """
 
 import json
@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session, SessionTransaction, sessionmaker
 from service.events.wakeups import CHANNEL, WEBHOOKS, WORK
 from service.observability import metrics, request_context, tracing
 
-# After these a run may be leasable: one waits, or there is room for one more trial.
+# After these events a run may be leasable: a run is queued, or a study has room for another trial.
 _MAKES_WORK = frozenset(
     {
         "study.created",
@@ -29,7 +29,7 @@ _MAKES_WORK = frozenset(
         "run.cancelled",
     }
 )
-# What a webhook may be told.
+# The events that a webhook can subscribe to.
 NOTIFIED = frozenset(
     {
         "study.completed",
@@ -43,46 +43,51 @@ NOTIFIED = frozenset(
 )
 _LOGGED = ("worker", "kind", "trial", "arm", "outcome", "reason", "error", "key")
 _LONGEST = 300
-_UNTOLD = "untold events"  # in a session's own `info`
+_UNPUBLISHED = "unpublished events"  # the key in `Session.info`
 _log = logging.getLogger(__name__)
 
 NewEvent = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Untold:
+class _Unpublished:
+    """Events that are written but not committed, and their savepoint if they are in a savepoint."""
+
     events: Sequence[NewEvent]
-    within: SessionTransaction | None
+    savepoint: SessionTransaction | None
 
 
-# One statement of one shape, which is compiled and planned once: rows as `VALUES` are compiled anew
-# every time, 2 ms. Ids are drawn in the order of the events. A trial is queued to be leased in the
-# same transaction, so nobody is woken for it; the outbox is woken for what a webhook is to be told.
-_RECORD = text("""
-WITH told AS (
+# The events are a single JSON parameter: the statement is compiled and planned once. Rows as
+# `VALUES` would be compiled anew for each number of rows, 2 ms each time. `ORDER BY place` assigns
+# ids in the order of the events.
+# `written` holds the new rows, `queued` those that a webhook subscribed to. A notification per
+# event lists the topics to wake, "st_1 run_7 work webhooks" for example. The transaction that
+# queues a new trial also leases it: that `run.queued` wakes no lease request.
+_WRITE_EVENTS = text("""
+WITH written AS (
     INSERT INTO warmscale.events (study_id, run_id, actor, type, attempt, payload)
     SELECT study_id, run_id, actor, type, attempt, payload
     FROM ROWS FROM (json_to_recordset(CAST(:events AS json)) AS (
         study_id text, run_id text, actor text, type text, attempt integer, payload jsonb
-    )) WITH ORDINALITY AS one (study_id, run_id, actor, type, attempt, payload, place)
+    )) WITH ORDINALITY AS event (study_id, run_id, actor, type, attempt, payload, place)
     ORDER BY place
     RETURNING id, study_id, run_id, type, payload
-), posted AS (
+), queued AS (
     INSERT INTO warmscale.deliveries (event_id, webhook_id)
-    SELECT told.id, webhook.id
-    FROM told
-    JOIN warmscale.webhooks AS webhook ON told.type = ANY (webhook.events)
-    JOIN warmscale.studies AS study ON study.id = told.study_id
-    WHERE told.type = ANY (CAST(:notified AS text[]))
+    SELECT written.id, webhook.id
+    FROM written
+    JOIN warmscale.webhooks AS webhook ON written.type = ANY (webhook.events)
+    JOIN warmscale.studies AS study ON study.id = written.study_id
+    WHERE written.type = ANY (CAST(:notified AS text[]))
         AND (webhook.project IS NULL OR webhook.project = study.project)
     RETURNING event_id
 )
 SELECT pg_notify(:channel, concat_ws(' ', study_id, run_id,
     CASE WHEN type = ANY (CAST(:makes_work AS text[])) AND NOT payload ? 'trial' THEN :work END,
-    CASE WHEN id IN (SELECT event_id FROM posted) THEN :webhooks END))
-FROM told
+    CASE WHEN id IN (SELECT event_id FROM queued) THEN :webhooks END))
+FROM written
 """)
-_WORDS: dict[str, Any] = {
+_CONSTANTS: dict[str, Any] = {
     "channel": CHANNEL,
     "notified": sorted(NOTIFIED),
     "makes_work": sorted(_MAKES_WORK),
@@ -100,7 +105,7 @@ def new_event(
     actor: str | None = None,
     **payload: Any,
 ) -> NewEvent:
-    """An event to be written, e.g. `run.leased`; the doing of whoever asks, unless said."""
+    """Make an event such as `run.leased`; its actor is the caller of the request unless given."""
     row = {"study_id": study_id, "run_id": run_id, "type": type_, "attempt": attempt}
     return row | {"actor": actor or request_context.current_actor(), "payload": payload}
 
@@ -114,52 +119,55 @@ def record_event(
     attempt: int | None = None,
     **payload: Any,
 ) -> None:
-    """Write one event, and wake with the commit who waits for such."""
-    one = new_event(type_, study_id=study_id, run_id=run_id, attempt=attempt, **payload)
-    record_events(session, [one])
+    """Write an event; the commit notifies the subscribers of its topics."""
+    event = new_event(type_, study_id=study_id, run_id=run_id, attempt=attempt, **payload)
+    record_events(session, [event])
 
 
 def record_events(session: Session, events: Sequence[NewEvent]) -> None:
-    """Write events in this order, and wake with the commit who waits for such.
+    """Write events in this order, with a delivery for each webhook that subscribed to them.
 
-    Those that webhooks want are put into the outbox with them.
+    The commit notifies the subscribers of their topics.
     """
-    session.execute(_RECORD, _WORDS | {"events": json.dumps(events)})
-    untold = _Untold(events=events, within=session.get_nested_transaction())
-    session.info.setdefault(_UNTOLD, []).append(untold)
+    session.execute(_WRITE_EVENTS, _CONSTANTS | {"events": json.dumps(events)})
+    unpublished = _Unpublished(events=events, savepoint=session.get_nested_transaction())
+    session.info.setdefault(_UNPUBLISHED, []).append(unpublished)
 
 
 def install_hooks(sessions: sessionmaker[Session]) -> None:
-    """Tell of the events of these sessions when they have committed."""
+    """Log, count and trace the events of these sessions after each commit."""
 
     @hooks.listens_for(sessions, "after_commit")
-    def committed(session: Session) -> None:
+    def publish_events(session: Session) -> None:
         if session.in_nested_transaction():
-            return  # a savepoint: what is around it may still roll back
-        for untold in session.info.pop(_UNTOLD, ()):
-            for one in untold.events:
-                _tell(one)
+            return  # a savepoint was released: the transaction around it may still roll back
+        for unpublished in session.info.pop(_UNPUBLISHED, ()):
+            for event in unpublished.events:
+                _publish_event(event)
 
     @hooks.listens_for(sessions, "after_soft_rollback")
-    def rolled_back(session: Session, previous: SessionTransaction) -> None:
-        left = session.info.pop(_UNTOLD, [])
+    def drop_events(session: Session, previous: SessionTransaction) -> None:
+        pending = session.info.pop(_UNPUBLISHED, [])
+        # The rollback of a savepoint undoes only the events that were written inside it.
         if previous.nested:
-            session.info[_UNTOLD] = [one for one in left if not _is_inside(one.within, previous)]
+            session.info[_UNPUBLISHED] = [
+                events for events in pending if not _is_inside(events.savepoint, previous)
+            ]
 
 
 def _is_inside(savepoint: SessionTransaction | None, other: SessionTransaction) -> bool:
-    """Whether it is the other, or was released into it."""
+    """Return whether the savepoint is `other` or lies within it."""
     while savepoint is not None and savepoint is not other:
         savepoint = savepoint.parent
     return savepoint is not None
 
 
-def _tell(one: NewEvent) -> None:
-    payload: dict[str, Any] = one["payload"]
-    metrics.count_event(one["type"], payload)
-    tracing.add_event_span(one["type"], one["run_id"], one["attempt"], one["actor"])
+def _publish_event(event: NewEvent) -> None:
+    payload: dict[str, Any] = event["payload"]
+    metrics.count_event(event["type"], payload)
+    tracing.add_event_span(event["type"], event["run_id"], event["attempt"], event["actor"])
     if _log.isEnabledFor(logging.INFO):
-        more = {name: payload.get(name) for name in _LOGGED}
-        short = {name: v[:_LONGEST] if isinstance(v, str) else v for name, v in more.items()}
-        about = {"study": "study_id", "run": "run_id", "attempt": "attempt", "actor": "actor"}
-        _log.info(one["type"], extra={name: one[key] for name, key in about.items()} | short)
+        logged = {name: payload.get(name) for name in _LOGGED}
+        short = {name: v[:_LONGEST] if isinstance(v, str) else v for name, v in logged.items()}
+        subject = {"study": "study_id", "run": "run_id", "attempt": "attempt", "actor": "actor"}
+        _log.info(event["type"], extra={name: event[key] for name, key in subject.items()} | short)

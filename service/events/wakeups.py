@@ -1,9 +1,11 @@
-"""Wake-ups: what a commit of any replica makes possible is heard by every replica at once.
+"""Wake-ups: a commit of any replica notifies every replica at once.
 
-`events.record` sends a notice (NOTIFY) in the transaction that wrote the event, so it arrives with
-the commit or not at all. One connection of each replica listens, whoever waits here. A notice is a
-hint and no fact: who is woken looks in the database, and also looks by itself every few seconds,
-since a listener may have been away.
+`audit_log.record_events` sends a PostgreSQL notification (NOTIFY) in the transaction that writes
+the events. It therefore arrives with the commit, or never. Each replica listens on a connection of
+its own and passes notifications on to its subscribers.
+
+A notification is only a hint: the subscriber reads the facts from the database. It also polls every
+few seconds, because a notification is lost while the listener reconnects.
 """
 
 import asyncio
@@ -17,55 +19,58 @@ import psycopg
 from sqlalchemy.engine import URL
 
 CHANNEL = "warmscale"
-WEBHOOKS = "webhooks"  # the topic of events that webhooks may be told
-WORK = "work"  # the topic of what may have made a run leasable
+WEBHOOKS = "webhooks"  # the topic of events that a webhook subscribed to
+WORK = "work"  # the topic of events after which a run may be leasable
 
 _RECONNECT_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
 class Notification:
-    """Rings for the notices of one topic; a ring that nobody waited for is kept."""
+    """A flag, for its only waiter, that a topic has news; a second notification changes nothing.
+
+    A notification that comes while nobody waits is kept for the next `wait`.
+    """
 
     def __init__(self) -> None:
-        self._rung = asyncio.Event()
+        self._notified = asyncio.Event()
 
     def notify(self) -> None:
-        """Wake who waits, or who will wait next."""
-        self._rung.set()
+        """Wake the waiter; without a waiter, let the next `wait` return at once."""
+        self._notified.set()
 
     async def wait(self, seconds: float) -> bool:
-        """Wait for a ring at most so long; whether there was one."""
+        """Wait for a notification for at most this time; return whether it came."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._rung.wait(), max(0.0, seconds))
-        rung = self._rung.is_set()
-        self._rung.clear()
-        return rung
+            await asyncio.wait_for(self._notified.wait(), max(0.0, seconds))
+        was_notified = self._notified.is_set()
+        self._notified.clear()
+        return was_notified
 
 
 class Wakeups:
-    """The bells of one replica, for its event loop alone."""
+    """The subscriptions of a replica, used on the event loop's thread only."""
 
     def __init__(self, url: URL) -> None:
         self._conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
-        self._bells: defaultdict[str, set[Notification]] = defaultdict(set)
+        self._subscribers: defaultdict[str, set[Notification]] = defaultdict(set)
 
     @contextmanager
     def subscribe_to(self, topic: str) -> Generator[Notification]:
-        """A bell for a topic: `WORK`, a study's id or a run's id."""
-        bell = Notification()
-        self._bells[topic].add(bell)
+        """Subscribe to a topic while the block runs: `WORK`, a study's id or a run's id."""
+        notification = Notification()
+        self._subscribers[topic].add(notification)
         try:
-            yield bell
+            yield notification
         finally:
-            self._bells[topic].discard(bell)
-            if not self._bells[topic]:
-                del self._bells[topic]
+            self._subscribers[topic].discard(notification)
+            if not self._subscribers[topic]:
+                del self._subscribers[topic]
 
     @asynccontextmanager
     async def keep_listening(self) -> AsyncGenerator[None]:
-        """Listen while inside."""
-        task = asyncio.create_task(self._listen())
+        """Listen for PostgreSQL's notifications while the block runs."""
+        task = asyncio.create_task(self._listen_and_reconnect())
         try:
             yield
         finally:
@@ -73,31 +78,35 @@ class Wakeups:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    async def _listen(self) -> None:
+    async def _listen_and_reconnect(self) -> None:
         while True:
             try:
-                await self._hear()
+                await self._listen()
             except (psycopg.Error, OSError) as error:
-                _log.warning("wake-ups come late: the listener is away (%s)", type(error).__name__)
+                kind = type(error).__name__
+                _log.warning("wake-ups come late: the listener is disconnected (%s)", kind)
             await asyncio.sleep(_RECONNECT_SECONDS)
 
-    async def _hear(self) -> None:
+    async def _listen(self) -> None:
+        """Pass notifications on until the connection fails."""
         connection = await psycopg.AsyncConnection.connect(
             self._conninfo,
             autocommit=True,
             connect_timeout=5,
             application_name="warmscale listener",
+            # A server that vanished sends nothing: without keepalives that looks like silence.
             keepalives_idle=10,
             keepalives_interval=5,
             keepalives_count=3,
         )
         async with connection:
             await connection.execute(f"LISTEN {CHANNEL}")
-            self._notify(list(self._bells))  # what was said while nobody listened
-            async for notice in connection.notifies():
-                self._notify(notice.payload.split())
+            # Every subscriber reads once: notifications may have been sent before the LISTEN.
+            self._notify_subscribers(list(self._subscribers))
+            async for notification in connection.notifies():
+                self._notify_subscribers(notification.payload.split())
 
-    def _notify(self, topics: list[str]) -> None:
+    def _notify_subscribers(self, topics: list[str]) -> None:
         for topic in topics:
-            for bell in self._bells.get(topic, ()):
-                bell.notify()
+            for notification in self._subscribers.get(topic, ()):
+                notification.notify()

@@ -98,7 +98,7 @@ def finish_attempt(
     if request.outcome == "succeeded" and run.kind == "target":
         branches.check_all_started(session, run)
     _copy_results(run, request)
-    with session.no_autoflush:  # one UPDATE of the run at the end, not one for each change
+    with session.no_autoflush:  # a single UPDATE of the run, at the end
         end_attempt(session, run, request.outcome, error=request.error, retryable=request.retryable)
         finish_trial_of(session, study, run)
     session.flush()

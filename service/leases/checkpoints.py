@@ -1,4 +1,4 @@
-"""Publishing a checkpoint under a lease: its row, its branch, and the older one it supersedes."""
+"""Publishing a checkpoint under a lease: its row, its branch, and the checkpoint it supersedes."""
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -26,16 +26,14 @@ def publish_checkpoint(
     *,
     settings: Settings,
 ) -> CheckpointReply:
-    """Renew the lease and write a checkpoint whose files are complete; answer its worker.
+    """Renew the lease and write a checkpoint, after its worker has written the files.
 
     Raises:
         Problem: 404 for an unknown run; 409 for a stale token or a second checkpoint of this step;
             422 for a URI outside the attempt's folder.
     """
     # As everywhere, the study's row is locked before the run's.
-    branches.lock_branching_study(
-        session, run_id, report.step
-    )
+    branches.lock_branching_study(session, run_id, report.step)
     run = renew_lease(session, caller, run_id, token, settings.lease_seconds)
     if not isinstance(run, Run):
         return CheckpointReply(decision=run)
@@ -49,8 +47,8 @@ def write_checkpoint(session: Session, run: Run, report: CheckpointReport) -> tu
     If the run is a trunk and one of its budgets cools down from this step, its run is enqueued.
 
     The final checkpoint and the newest two are kept. Newest means the latest attempt first: an
-    attempt that could load none of the earlier ones counts its steps from 0 again. The run's row
-    is locked, so no other request writes here.
+    attempt that could load no earlier checkpoint counts its steps from 0 again. The run's row is
+    locked: no other request writes its checkpoints at the same time.
 
     Publishing the same checkpoint again has the same answer, since the first answer may have been
     lost. It changes nothing, except that the checkpoint may turn out to be the final one.

@@ -15,8 +15,8 @@ from service.leases.services import LeaseServices
 from service.protocol import Lease, LeaseRequest, Resources, RunKind
 from service.runs.store import load_kept_checkpoints
 from service.settings import Settings
+from service.specs.processes import StudyResources
 from service.specs.stored import log_skipped_study
-from service.specs.study import StudyResources
 from warmcore.specs import CheckpointRef, RunSpec
 
 # A study that has ended may have targets that a user started by hand.
@@ -29,12 +29,12 @@ QUEUED = (
 
 
 def grant_queued_runs(services: LeaseServices, requests: list[PendingRequest]) -> None:
-    """Grant queued runs to each request in order, in one transaction."""
+    """Grant queued runs to each request in order, in a single transaction."""
     granted: list[tuple[PendingRequest, Lease]] = []
     nothing_left: set[tuple[object, ...]] = set()
     with services.sessions.begin() as session:
         for pending in requests:
-            # A request equal to an earlier one that was granted nothing is not worth a query.
+            # Skip the query for a request that equals an earlier request without a grant.
             alike = (pending.scope, pending.request.kinds, pending.request.resources)
             if pending.num_wanted and alike not in nothing_left:
                 leases = _grant_queued_to(session, services.settings, pending)
@@ -46,7 +46,7 @@ def grant_queued_runs(services: LeaseServices, requests: list[PendingRequest]) -
 
 
 def _grant_queued_to(session: Session, settings: Settings, pending: PendingRequest) -> list[Lease]:
-    """Grant a request queued runs until no further one is readable and fits."""
+    """Grant a request queued runs until no further run is readable and fits."""
     granted: list[Lease] = []
     unreadable: list[str] = []
     while True:
@@ -64,7 +64,7 @@ def _grant_readable(
     before: list[Lease],
     unreadable: list[str],
 ) -> list[Lease]:
-    """Grant the next queued runs that fit beside `before`; add the unreadable ones' ids.
+    """Grant the next queued runs that fit beside `before`; add the ids of unreadable runs.
 
     While an installation is upgraded, a newer replica may have written a run that this version
     cannot read. It stays queued for that replica and must not hold up other runs.
@@ -76,7 +76,7 @@ def _grant_readable(
     granted: list[Lease] = []
     for run, study in session.execute(query):
         try:
-            needs = StudyResources.model_validate(study.spec["resources"]).of(run.kind)
+            needs = StudyResources.model_validate(study.spec["resources"]).needs_of(run.kind)
             RunSpec.model_validate(run.spec)
         except (KeyError, ValueError) as error:
             log_skipped_study(study.id, f"its run {run.id}: {type(error).__name__}")

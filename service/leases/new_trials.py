@@ -1,7 +1,7 @@
-"""New trials: which studies may start some, and how they are sampled, written and leased.
+"""New trials: studies with room for them; how they are sampled, written and leased.
 
-Optuna samples before anything is locked. One transaction then writes Optuna's trials with their
-parameters, the runs, the leases and the events, unless the study has changed since.
+Optuna samples before anything is locked. A single transaction then writes Optuna's trials with
+their parameters, the runs, the leases and the events, unless the study has changed since.
 """
 
 import logging
@@ -65,8 +65,8 @@ def find_open_studies(session: Session, study_filter: ColumnElement[bool]) -> di
     return found
 
 
-# Partial indexes count the live trials. Numbers have no gaps, except where a trial lost its run, so
-# the highest number bounds the count: 9 means at most 10 trials. Only a study that seems full is
+# Partial indexes count the live trials. Numbers have no gaps, except where a trial lost its run:
+# therefore a highest number of 9 means at most 10 trials. Only a study that seems full is
 # counted, since counting 10 000 trials takes ten times as long.
 _trials = select(func.count(Run.trial_number)).where(Run.study_id == Study.id)
 _newest = select(func.max(Run.trial_number)).where(Run.study_id == Study.id)
@@ -84,8 +84,8 @@ _OPEN = select(Study, _room).where(Study.state == "active", _room > 0).order_by(
 _running = Run.trial_number == any_(bindparam("running", type_=ARRAY(Integer)))
 _with_run = select(Run.trial_number).where(Run.study_id == Study.id, _running).scalar_subquery()
 _ROOM_AND_RUNS = select(_room, func.array(_with_run)).where(Study.id == bindparam("study"))
-# Locks both rows of a study, ours before Optuna's. The next statement sees what another transaction
-# wrote while this one waited. The timeout bounds the wait for a replica that hangs.
+# Locks both rows of a study, ours before Optuna's. The next statement sees the rows that
+# another transaction wrote during the wait. The timeout bounds the wait for a replica that hangs.
 _LOCK = text("""
 SELECT study.state, theirs.study_id AS optuna_id
 FROM set_config('lock_timeout', :patience, true), warmscale.studies AS study
@@ -101,8 +101,7 @@ def start_trials(
     """Start a trial for each request while the study has room; yield after each commit of grants.
 
     Returns the requests that are held up: another replica holds or changes the study, or the
-    database refused the trials. A refusal is not known to be the study's fault, so the study
-    goes on.
+    database refused the trials. A refusal need not be the study's fault: the study goes on.
 
     Raises:
         StudyFaultError: this study's own fault; other studies can start trials.
@@ -174,7 +173,7 @@ def _write_trials(
         MovedOnError: another transaction has started trials since.
         WentBackError: the database has lost trials that this process had read.
     """
-    # Example: two replicas sample trials 7 and 8 of one study. The first locks the study's row,
+    # Example: two replicas sample trials 7 and 8 of a study. The first locks the study's row,
     # writes two trials, parameters, runs, leases and events, and commits. The second then gets the
     # lock and finds 9 trials where it had read 7: MovedOnError, rollback, sample again. No trial
     # is numbered twice, and no trial is left without its run if a process is killed here.

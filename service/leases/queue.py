@@ -1,7 +1,7 @@
 """The lease queue: requests for leases wait here, and each round serves all of them at once.
 
-A round is one set of queries and one commit for as many requests as it can serve: sixteen workers
-that ask at once get sixteen trials in one transaction. A request is answered as soon as its grant
+A round is a set of queries and a commit for all requests that it can serve: sixteen workers that
+ask at once get sixteen trials in the same transaction. A request is answered as soon as its grant
 has committed, because the lease runs from that moment and sampling for the others may take minutes.
 Between rounds the queue waits for a notification (`service.events.wakeups`), a new request, or the
 time at which a run falls due. It runs only while a request waits.
@@ -42,7 +42,7 @@ class _Waiting:
 
 
 class LeaseQueue:
-    """The requests of one replica. Its methods run on one event loop, its rounds in threads."""
+    """The requests of a replica. Its methods run on the event loop, its rounds in threads."""
 
     # Example: workers a, b and c ask within a millisecond; a study has room for two trials.
     #   a  enters the queue and starts `_run_rounds`; its round takes a alone and samples for a
@@ -117,7 +117,7 @@ class LeaseQueue:
     async def release_runs(self, caller: Caller, leases: tuple[Lease, ...]) -> None:
         """Queue again the runs granted to a client that has left; an error is logged.
 
-        After an error the leases expire, which queues the runs as well.
+        After an error the leases expire, and that queues the runs as well.
         """
 
         def release() -> None:
@@ -170,16 +170,16 @@ class LeaseQueue:
         return min(due_seconds + _MARGIN_SECONDS, _POLL_SECONDS)
 
     async def _serve_together(self, entries: list[_Waiting]) -> RoundEnd:
-        """Serve these requests in one round; if it fails, serve each alone to find the faulty one.
+        """Serve these requests in a round; if it fails, serve each alone to find the fault.
 
-        An outage fails all of them: serving each alone would only repeat it.
+        An outage fails all of them: a round for each would only repeat it.
         """
         requests = [entry.pending for entry in entries]
         try:
             steps = rounds.serve_round(self._services, requests)
             while isinstance(step := await run_in_threadpool(_run_to_next_step, steps), Granted):
                 self._answer_granted(entries)
-            return step  # noqa: TRY300 - an error of a step is what is caught
+            return step  # noqa: TRY300 - the handler below is for errors of a step
         except Exception as error:  # noqa: BLE001 - each request that was not served gets it
             if len(requests) == 1 or isinstance(error, TRANSIENT):
                 for pending in requests:

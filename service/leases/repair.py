@@ -20,13 +20,13 @@ UNREPORTED = (Run.kind == "trial", ~Run.told, Run.state.in_(FINAL_RUN_STATES))
 
 
 def expire_leases(sessions: sessionmaker[Session], presence: Presence) -> frozenset[str]:
-    """Take back the runs whose lease has run out, one study and one transaction at a time.
+    """Take back the runs of expired leases, in a transaction for each study.
 
     Returns the ids of the studies that this version cannot read; another replica repairs them.
     """
-    # Example: study A has two late leases, study B has one. A's transaction locks A, then its two
-    # runs, queues both again and advances A; commit. Then B's. A worker whose `finish` holds A's
-    # row is not waited for: A is skipped and comes again in the next round.
+    # Example: study A has two late leases, study B a single late lease. A's transaction locks A,
+    # then its two runs, queues both again and advances A; commit. Then B's. If a worker's `finish`
+    # holds A's row, A is skipped without a wait and comes again in the next round.
     late = _find_late_studies(sessions)  # first: while the database is away, no request is noted
     if not presence.note_request():
         _extend_live_leases(sessions, presence.lease_seconds)

@@ -1,8 +1,8 @@
-"""A worker's report of measurements, written in one statement, if its lease is valid.
+"""A worker's report of measurements: a single statement writes it, if the lease is valid.
 
 The statement is a transaction of its own. It renews the lease, adds points to the curve, updates
 the numbers that the run shows, and gives Optuna the validation losses that its pruner compares.
-Written separately these were eight transactions, which took most of a report's time.
+Written separately these were eight transactions and took most of a report's time.
 """
 
 from dataclasses import dataclass
@@ -85,8 +85,8 @@ def write_report(
     return None if row is None else WrittenReport(**row)
 
 
-# Every part of the statement depends on the UPDATE in `run`: with a stale token it returns no row,
-# so that nothing is written. A point has a number in its order of arrival, `place`.
+# Every part of the statement depends on the UPDATE in `run`: with a stale token it returns no row
+# and nothing is written. `place` numbers the points in their order of arrival.
 #
 # Example: the run shows step 40, loss 2.9 and has a curve up to step 40. The worker resumed at step
 # 30 and reports step 35 (loss 3.0) and step 45 (loss 2.8, evaluation 3, val_loss 2.85).

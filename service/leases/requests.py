@@ -17,7 +17,7 @@ class PendingRequest:
     caller: Caller
     request: LeaseRequest
     study_filter: ColumnElement[bool] | None = None  # None until a round has found it
-    scope: str | None = None  # names `study_filter`: requests of one scope see the same studies
+    scope: str | None = None  # a name for `study_filter`, the same for equal filters
     granted: list[Lease] = field(default_factory=list[Lease])
     error: Exception | None = None
     # The request was answered, or its client has left. The event loop sets this while a round runs
@@ -46,7 +46,7 @@ class PendingRequest:
 
 @dataclass(kw_only=True)
 class OpenStudy:
-    """A study that may start `room` more trials, each of which needs `needs`."""
+    """A study that may start `room` more trials; each needs the resources `needs`."""
 
     study: Study
     room: int

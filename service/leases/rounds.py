@@ -1,6 +1,6 @@
-"""One round of the lease queue: repair, grant queued runs, start new trials.
+"""A round of the lease queue: repair, grant queued runs, start new trials.
 
-There is no background loop: the requests that wait are what repairs and grants.
+No background loop repairs or grants: both happen only while a request waits.
 
 Every transaction locks a study's row before the rows of its runs, or skips a row that is locked.
 Therefore two requests never wait for each other.
@@ -46,10 +46,10 @@ def serve_round(
     trials are sampled. A grant that has committed stands although a later step fails, since no
     other worker could train its run. A request for an unknown study gets that error.
     """
-    # Example: requests r1, r2 and r3 of one run each, one queued run, a study with room for two.
-    #   repair   _find_due_work reads once; mostly nothing is late and nothing is written
+    # Example: r1, r2 and r3 want a run each; a run is queued, and a study has room for two trials.
+    #   repair   `_find_due_work` reads once; mostly nothing is late and nothing is written
     #   queued   r1 is granted the queued run; commit; yield Granted
-    #   new      r2 and r3 are granted trials 7 and 8 in one commit; yield Granted
+    #   new      r2 and r3 are granted trials 7 and 8 in the same commit; yield Granted
     _find_study_filters(services.statements, requests)
     has_queued, skipped_studies = _repair(services)
     if has_queued:
@@ -85,7 +85,7 @@ def _find_due_work(statements: sessionmaker[Session]) -> _DueWork:
 def _find_study_filters(
     statements: sessionmaker[Session], requests: Iterable[PendingRequest]
 ) -> None:
-    """Find each new request's studies; requests of one project and study share the look-up."""
+    """Find each new request's studies; requests of the same project and study share it."""
     found: dict[tuple[str | None, str | None], tuple[ColumnElement[bool], str]] = {}
     for pending in requests:
         if pending.study_filter is not None:

@@ -1,4 +1,4 @@
-"""`POST /v1/leases`: the only way by which work leaves the service."""
+"""`POST /v1/leases`: workers get runs here and nowhere else."""
 
 import asyncio
 

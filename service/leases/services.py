@@ -13,8 +13,8 @@ from service.settings import Settings
 class LeaseServices:
     """Everything of this process that leasing needs; `service.app` makes it once.
 
-    A session of `sessions` is one transaction. In a session of `statements` each statement is a
-    transaction of its own, which saves the round trips of BEGIN and ROLLBACK: reads use it.
+    A session of `sessions` is a transaction. In a session of `statements` each statement is a
+    transaction of its own: reads use it, since it saves the round trips of BEGIN and ROLLBACK.
     """
 
     sessions: sessionmaker[Session]

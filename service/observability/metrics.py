@@ -1,7 +1,7 @@
-"""Prometheus metrics; docs/observability.md lists them.
+"""Counters of this process for Prometheus; docs/observability.md lists all metrics.
 
-Counters and histograms are of this process, as Prometheus expects; gauges of the database are read
-when asked for, the same from every replica: sum the first, take the largest of the second.
+`operations.gauges` reads the gauges from the database, so every replica reports the same numbers.
+Over replicas, sum the counters and take the maximum of the gauges.
 """
 
 import platform
@@ -18,8 +18,9 @@ from prometheus_client import (
 
 from service import __version__
 
-disable_created_metrics()  # a series more for every counter, which nobody reads
+disable_created_metrics()  # `_created` would double the number of series, and nobody reads it
 registry = CollectorRegistry()
+# Fine buckets up to 50 ms, where reports lie, and coarse ones up to 60 s, a long-poll's most.
 _latency = Histogram(
     "warmscale_request_seconds",
     "Time until the answer to a request began; long-polls include their wait.",
@@ -49,6 +50,7 @@ _webhooks = Counter(
     ("outcome",),
     registry=registry,
 )
+# A gauge of this process: each replica reports its own streams, so sum them.
 streams = Gauge("warmscale_event_streams", "Event streams that are open.", registry=registry)
 Gauge("warmscale_build_info", "Constant 1.", ("version", "python"), registry=registry).labels(
     __version__, platform.python_version()
@@ -56,7 +58,11 @@ Gauge("warmscale_build_info", "Constant 1.", ("version", "python"), registry=reg
 
 
 def observe_request(method: str, route: str, status: int, seconds: float) -> None:
-    """Count an answer. Only methods that have routes are told apart: a client may invent others."""
+    """Count an answer.
+
+    A method without routes counts as `other`: a client that invents methods must not be able to
+    create a time series for each.
+    """
     _latency.labels(method if method in _METHODS else "other", route, str(status)).observe(seconds)
 
 

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 # PostgreSQL's lock queue is in order. A migration that waits for its lock on `runs` therefore makes
 # every later query of `runs` wait behind it, although those queries would not disturb each other.
-# For example a report that takes 60 s would stop all leases for 60 s. So a migration waits 3 s,
+# For example a report that takes 60 s would stop all leases for 60 s. Hence a migration waits 3 s,
 # gives up, lets the queries through for 2 s, and tries again: 20 times, about 100 s.
 @dataclass(frozen=True, kw_only=True)
 class Patience:
@@ -163,7 +163,7 @@ def _with_lock_timeout(url: URL, lock_seconds: float) -> URL:
 
 
 def create_locking_engine(url: URL, lock_seconds: float | None) -> Engine:
-    """Return an engine whose statements wait at most so long for a lock; None: without limit."""
+    """Return an engine whose statements wait at most this long for a lock; None: without limit."""
     chosen = url if lock_seconds is None else _with_lock_timeout(url, lock_seconds)
     return create_engine(chosen, poolclass=NullPool)
 
@@ -201,8 +201,8 @@ def _try_change(connection: Connection, change: Callable[[], None]) -> str | Non
 
 
 def _list_oldest_transactions(connection: Connection) -> list[str]:
-    # PostgreSQL does not tell which transaction a failed wait was for. The oldest ones are the most
-    # likely: `pid 4711 (warmscale, idle in transaction) since 63 s: SELECT count(*) FROM ...`.
+    # PostgreSQL does not name the transaction that held the lock. The oldest are the most likely:
+    # `pid 4711 (warmscale, idle in transaction) since 63 s: SELECT count(*) FROM ...`.
     query = """
         SELECT format('pid %s (%s, %s) since %s s: %s', pid, coalesce(application_name, ''), state,
                       round(extract(epoch FROM now() - xact_start)),

@@ -1,8 +1,8 @@
 """A verdict in plain sentences, and the formats of the numbers in tables and reports."""
 
 from service.lifecycle import FINAL_RUN_STATES, FINAL_STUDY_STATES
-from service.protocol import RunView
 from service.results.schemas import Costs, Interval, SeedPair, StudyResults, TargetRun, Verdict
+from service.runs.schemas import RunView
 from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts
 

@@ -8,9 +8,9 @@ from service import event_stream
 from service.access import lookup
 from service.access.authentication import Reader
 from service.database.tables import Run, Study
-from service.protocol import RunKind, RunState, RunView
+from service.protocol import RunKind, RunState
 from service.runs import store
-from service.runs.schemas import CheckpointList, MeasurementPage, RunPage
+from service.runs.schemas import CheckpointList, MeasurementPage, RunPage, RunView
 from service.web.dependencies import DbSession
 from service.web.json_body import JsonRoute
 from service.web.openapi import may_answer
@@ -39,7 +39,7 @@ def list_runs(
 
 @router.get("/{run_id}")
 def read_run(caller: Reader, session: DbSession, run_id: str) -> RunView:
-    """Read one run."""
+    """Read a run."""
     run = lookup.find_run(session, caller, run_id)
     return store.view_run(run, session.get_one(Study, run.study_id).name)
 

@@ -6,8 +6,7 @@ from sqlalchemy.orm import Session
 from service.access.caller import Caller
 from service.database.tables import Checkpoint, Run, Study
 from service.database.tables import Measurement as MeasurementRow
-from service.protocol import CheckpointView, RunView
-from service.runs.schemas import MeasurementPage, MeasurementView, RunPage
+from service.runs.schemas import CheckpointView, MeasurementPage, MeasurementView, RunPage, RunView
 from service.specs.study import StudySpec
 from service.web.pagination import decode_cursor, decode_number, encode_cursor, encode_number
 from warmcore.specs import RunSpec
@@ -16,6 +15,7 @@ from warmcore.specs.sizes import flops_per_token
 
 def view_run(run: Run, study_name: str) -> RunView:
     """Return the run as the API shows it."""
+    # A view has the names of the row's columns, but for the study's name.
     same = {name: getattr(run, name) for name in RunView.model_fields if hasattr(run, name)}
     return RunView.model_validate(same | {"study_name": study_name})
 
@@ -48,6 +48,7 @@ def list_measurements(
     """Return a page of the run's curve, ordered by step."""
     fields = tuple(MeasurementView.model_fields)
     query = select(*(getattr(MeasurementRow, field) for field in fields))
+    # A step has a single point, so the step alone is the cursor.
     query = query.where(MeasurementRow.run_id == run_id)
     if cursor is not None:
         query = query.where(MeasurementRow.step > decode_number(cursor))
@@ -74,7 +75,7 @@ def load_kept_checkpoints(session: Session, run_id: str) -> list[Checkpoint]:
 
 
 def find_best_trial(session: Session, study_id: str) -> Run | None:
-    """Return the succeeded trial with the lowest validation loss; of equal ones the earliest."""
+    """Return the succeeded trial with the lowest validation loss; of equal losses the earliest."""
     query = (
         select(Run)
         .where(Run.study_id == study_id, Run.kind == "trial", Run.state == "succeeded")
@@ -102,6 +103,7 @@ def find_best_growable(session: Session, study_id: str) -> Run | None:
 
 def make_run(study: Study, spec: StudySpec, run: RunSpec, params: dict[str, object]) -> Run:
     """Build a run's row with its sizes computed; the caller sets its kind and its resources."""
+    # The sizes are stored since the database computes a run's cost from them and reads no spec.
     return Run(
         study_id=study.id,
         spec=run.model_dump(mode="json"),

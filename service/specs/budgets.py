@@ -1,4 +1,8 @@
-"""A target of several token budgets: a trunk, and a run for each cooldown. Pure."""
+"""A target of several token budgets: a trunk, and a run for each cooldown. Pure.
+
+The trunk trains at a constant learning rate up to the largest budget. For each budget a run leaves
+the trunk and cools down, so that several budgets share most of their training.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,23 +10,21 @@ from typing import Any
 from service.specs.search_space import Dimension
 from warmcore.specs import RunSpec
 from warmcore.specs.fields import FieldError, reason
-from warmcore.specs.run import (
-    branch_of,
-)
+from warmcore.specs.run import branch_of
 from warmcore.specs.schedule import warmup_steps
 
-# Where a cooldown begins is rounded to whole steps, so what is tuned may bring two of them nearer
-# by two steps than they are at the ends of its range.
+# The first step of a cooldown is rounded to a whole step. Inside the range of a tuned parameter two
+# cooldowns may therefore begin up to two steps nearer to each other than at its ends.
 MIN_STEPS_APART = 4
 _TUNED = ("batch_size", "warmup_fraction", "cooldown_fraction")
 _BUDGET_FIELDS = ("tokens_per_param", "num_tokens")
 
 
 def make_trunk(run: RunSpec, budgets: tuple[float, ...]) -> RunSpec:
-    """`run` as the trunk of these budgets; itself where there are none.
+    """Return `run` as the trunk of these budgets; without budgets return `run` itself.
 
     Raises:
-        ValueError: they cannot share a trunk.
+        ValueError: the budgets cannot share a trunk.
     """
     if not budgets:
         return run
@@ -32,34 +34,38 @@ def make_trunk(run: RunSpec, budgets: tuple[float, ...]) -> RunSpec:
 
 
 def count_flops_with_branches(run: RunSpec) -> float:
-    """What a target costs in all: its own training, and each cooldown that follows it."""
-    wholes = [branch_of(run, budget, None) for budget in run.branches]
-    steps = [whole.budget_steps for whole in wholes]
+    """Return the training FLOPs of a target in all: its trunk and each cooldown that follows."""
+    steps = [branch_of(run, budget, None).budget_steps for budget in run.branches]
     cooldowns = sum(n - start for n, start in zip(steps, run.branch_steps, strict=True))
     return run.flops_of((run.num_steps + cooldowns) * run.tokens_per_step)
 
 
-def check_no_other_budget(budgets: tuple[float, ...], train: Mapping[str, Any], place: str) -> None:
-    """Raise a FieldError where a target of several budgets is given one more."""
+def check_no_other_budget(
+    budgets: tuple[float, ...], train: Mapping[str, Any], prefix: str
+) -> None:
+    """Raise a FieldError if a target of several budgets is given another length of training."""
     for name in _BUDGET_FIELDS:
         if budgets and name in train:
-            message = f"{place}.budgets say how long it trains; leave one of the two out"
-            raise FieldError(f"{place}.train.{name}", train[name], message)
+            message = f"{prefix}.budgets say how long it trains; leave one of the two out"
+            raise FieldError(f"{prefix}.train.{name}", train[name], message)
 
 
-def check_longest_phases(run: RunSpec, tuned: Mapping[str, Dimension], place: str) -> None:
-    """Raise a FieldError unless the phases fit when the search makes each as long as it may."""
+def check_longest_phases(run: RunSpec, tuned: Mapping[str, Dimension], prefix: str) -> None:
+    """Raise a FieldError unless warmup and cooldown fit together at their longest."""
     corner = {name: max(tuned[name].bounds) for name in _TUNED if name in tuned}
     try:
         run.with_params(corner)
     except ValueError as error:
-        raise FieldError(place, str(corner), reason(error)) from None
+        raise FieldError(prefix, str(corner), reason(error)) from None
 
 
 def check_trunk(
-    run: RunSpec, budgets: tuple[float, ...], tuned: Mapping[str, Dimension], place: str
+    run: RunSpec, budgets: tuple[float, ...], tuned: Mapping[str, Dimension], prefix: str
 ) -> None:
-    """Raise a FieldError unless `run` can be a trunk whatever the search finds."""
+    """Raise a FieldError unless `run` can be a trunk with every value that the search may find."""
+    # The largest values leave the fewest steps between two cooldowns, the smallest may leave no
+    # cooldown. Example: batch sizes 8 to 128 and cooldowns 0 to 0.5 are checked at (128, 0.5) and
+    # at (8, 0).
     ends = {name: tuned[name].bounds for name in _TUNED if name in tuned}
     for pick in (max, min):
         corner = {name: pick(bounds) for name, bounds in ends.items()}
@@ -69,8 +75,8 @@ def check_trunk(
                 _check_room(at)
         except ValueError as error:
             where = ", ".join(f"{name} {value:g}" for name, value in corner.items())
-            message = reason(error) + (f" (at {where}, which may be found)" if where else "")
-            raise FieldError(f"{place}.budgets", list(budgets), message) from None
+            message = reason(error) + (f" (at {where}, in the search space)" if where else "")
+            raise FieldError(f"{prefix}.budgets", list(budgets), message) from None
 
 
 def _check_room(trunk: RunSpec) -> None:
@@ -78,7 +84,7 @@ def _check_room(trunk: RunSpec) -> None:
     for step, budget in zip(trunk.branch_steps, trunk.branches, strict=True):
         if step - before < MIN_STEPS_APART:
             raise ValueError(
-                f"{budget:g} tokens per parameter would cool down {step - before} steps after what "
-                f"is before; {MIN_STEPS_APART} are needed"
+                f"{budget:g} tokens per parameter would cool down {step - before} steps after the "
+                f"warmup or cooldown before it; {MIN_STEPS_APART} are needed"
             )
         before = step

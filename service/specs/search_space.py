@@ -1,4 +1,4 @@
-"""The search space: dimensions, what they hold, and how many points a grid over them has."""
+"""The search space: its dimensions, their checks, and the points of a grid over them."""
 
 import math
 from typing import Annotated, Any, Literal, Self
@@ -14,7 +14,7 @@ MAX_GRID_POINTS = 100_000
 
 
 class FloatDimension(Spec):
-    """A range of real numbers; `log` searches its logarithm, `step` a grid."""
+    """A range of real numbers; `log` searches its logarithm, `step` searches a grid."""
 
     type: Literal["float"]
     low: Finite
@@ -29,7 +29,7 @@ class FloatDimension(Spec):
 
     @property
     def bounds(self) -> tuple[Any, ...]:
-        """The values at which a field's own limits are checked."""
+        """The ends of the range: a value that a field refuses is found there."""
         return (self.low, self.high)
 
 
@@ -49,7 +49,7 @@ class IntDimension(Spec):
 
     @property
     def bounds(self) -> tuple[Any, ...]:
-        """The values at which a field's own limits are checked."""
+        """The ends of the range: a value that a field refuses is found there."""
         return (self.low, self.high)
 
 
@@ -61,7 +61,7 @@ class CategoricalDimension(Spec):
 
     @property
     def bounds(self) -> tuple[Any, ...]:
-        """Every choice: there is no order to check only the ends of."""
+        """Every choice, since a field may refuse any of them."""
         return self.choices
 
 
@@ -73,6 +73,7 @@ Dimension = Annotated[
 def _check_range(low: float, high: float, *, log: bool, step: float | None) -> None:
     if low >= high:
         raise FieldError("low", low, f"low {low:g} must be below high {high:g}")
+    # Optuna requires both of the following rules too, but fails at the first trial.
     if log and low <= 0:
         raise FieldError("low", low, f"log needs low above 0, not {low:g}; try 1e-4 or log: false")
     if log and step is not None:
@@ -87,6 +88,7 @@ def check_dimension(name: str, dimension: Dimension) -> None:
         raise FieldError(path, name, f"not tunable; these are: {works}")
     if name not in WHOLE_PARAMS:
         return
+    # A float dimension over 8 to 16 would propose batch size 11.37.
     if isinstance(dimension, FloatDimension):
         raise FieldError(f"{path}.type", "float", f"{name} is a whole number; use type int")
     for value in dimension.bounds:
@@ -94,21 +96,22 @@ def check_dimension(name: str, dimension: Dimension) -> None:
             raise FieldError(path, value, f"{name} is a whole number; {round(value)} would work")
 
 
-def check_batch_parts(space: dict[str, Dimension], train: TrainSpec, place: str) -> None:
-    """Raise a FieldError unless every batch size that may be tried has `accumulate` equal parts."""
+def check_batch_parts(space: dict[str, Dimension], train: TrainSpec, prefix: str) -> None:
+    """Raise a FieldError unless every batch size of the search has `accumulate` equal parts."""
     sizes, parts = space.get("batch_size"), train.accumulate
     if not isinstance(sizes, IntDimension) or parts == 1:
         return
+    # Example: accumulate 4 allows low 8 and step 4 (8, 12, 16), not low 8 and step 2 (10).
     if sizes.log or sizes.low % parts or (sizes.step or 1) % parts:
         message = (
             f"not every batch size of the search space is a multiple of accumulate {parts}; "
             f"give low and step as multiples of {parts} and no log, or type categorical"
         )
-        raise FieldError(place, parts, message)
+        raise FieldError(prefix, parts, message)
 
 
 def check_grid(space: dict[str, Dimension], trials: int) -> None:
-    """Raise a FieldError unless a grid over `space` exists, is of sane size and has `trials`."""
+    """Raise a FieldError unless `space` has a grid of at least `trials` and not too many points."""
     for name, dimension in space.items():
         if isinstance(dimension, FloatDimension) and dimension.step is None:
             message = "sampler grid needs a step here, or type categorical with choices"
@@ -123,14 +126,15 @@ def check_grid(space: dict[str, Dimension], trials: int) -> None:
 
 
 def count_grid_points(dimension: Dimension) -> int:
-    """How many values a grid visits along one dimension."""
+    """Return the number of values that a grid visits along a dimension."""
     if isinstance(dimension, CategoricalDimension):
         return len(dimension.choices)
+    # 0.3 / 0.1 is 2.9999999999999996 in floating point, and 3 steps are meant.
     return int((dimension.high - dimension.low) / (dimension.step or 1) + 1e-9) + 1
 
 
 def list_grid_points(dimension: Dimension) -> tuple[Any, ...]:
-    """The values that a grid visits along one dimension."""
+    """Return the values that a grid visits along a dimension."""
     if isinstance(dimension, CategoricalDimension):
         return dimension.choices
     step = dimension.step or 1
@@ -138,8 +142,9 @@ def list_grid_points(dimension: Dimension) -> tuple[Any, ...]:
 
 
 def contains_value(dimension: Dimension, value: object) -> bool:
-    """Whether a value that a user enqueues lies in the dimension."""
+    """Return whether an enqueued value lies in the dimension."""
     if isinstance(dimension, CategoricalDimension):
+        # `True == 1` and `1 == 1.0` in Python: compare the types too.
         return any(type(value) is type(choice) and value == choice for choice in dimension.choices)
     numbers = int if isinstance(dimension, IntDimension) else (int, float)
     if isinstance(value, bool) or not isinstance(value, numbers):

@@ -1,4 +1,4 @@
-"""Specs as they are stored, read back."""
+"""Study specs read back from the database."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ _log = logging.getLogger(__name__)
 
 
 class UnreadableSpecError(Problem):
-    """A stored spec that another version of the service wrote, and only that can read.
+    """A stored spec that only another version of the service can read.
 
-    While an installation is upgraded the next replica may read it: what has to is tried again, and
-    the study is left as it is.
+    While an installation is upgraded, a replica of that version can read it. The caller retries,
+    and the study stays as it is.
     """
 
     def __init__(self, reason: str) -> None:
@@ -27,11 +27,13 @@ class UnreadableSpecError(Problem):
 
 
 def parse_stored(stored: dict[str, Any]) -> StudySpec:
-    """The spec of a stored study; checked once, since every request of a study reads it again.
+    """Return the spec of a stored study; equal specs are parsed once and cached.
 
     Raises:
-        UnreadableSpecError: 503, it is of another version.
+        UnreadableSpecError: 503, another version wrote the spec.
     """
+    # Every request about a study reads its spec, and a parse takes milliseconds. The text is the
+    # key of the cache: a spec never changes, and a study that is written again has another text.
     try:
         return _parse_text(json.dumps(stored))
     except ValidationError as error:
@@ -47,5 +49,5 @@ def _parse_text(text: str) -> StudySpec:
 
 @lru_cache(maxsize=_KEPT)
 def log_skipped_study(study_id: str, reason: str) -> None:
-    """Say once that a study is left to a replica of another version."""
+    """Log once for each study and reason that it is left to a replica of another version."""
     _log.warning("a study is left to another version", extra={"study": study_id, "error": reason})

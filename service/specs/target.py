@@ -1,4 +1,7 @@
-"""Target and warmstart of a study: their specs, and a target's model and training from a base's."""
+"""The specs of a study's targets and warmstart, and the model and training that follow from them.
+
+Functions here that take a `prefix` raise a FieldError for a field below it, such as `ladder.1`.
+"""
 
 from typing import Annotated, Any
 
@@ -21,7 +24,7 @@ MAX_TOKENS = 10**18
 
 
 class TargetSpec(Spec):
-    """What the study is for. What is not given is the proxy's."""
+    """The model that the study is for. Fields that are not given are the proxy's."""
 
     width: PositiveInt
     depth: PositiveInt | None = None
@@ -30,60 +33,68 @@ class TargetSpec(Spec):
     )
     budgets: Annotated[tuple[TokensPerParam, ...], Field(max_length=16)] = Field(
         default=(),
-        description="tokens per parameter, ascending: one constant phase, cooled down at each",
+        description="tokens per parameter, ascending: one constant phase with a cooldown for each",
     )
 
 
 class WarmstartSpec(GrowthOptions):
-    """Growth of the best trial's checkpoint; `control` also trains every target cold."""
+    """Growth of the best trial's checkpoint; `control` also trains the last target cold."""
 
     control: bool = True
     seeds: Annotated[int, Field(ge=1, le=100)] = 2
 
 
 def reshape_model(base: ModelSpec, target: TargetSpec) -> ModelSpec:
-    """`base` with the target's width and depth."""
+    """Return `base` with the target's width and depth."""
     shape = {"width": target.width, "depth": target.depth or base.depth}
     return ModelSpec.model_validate(base.model_dump(exclude_unset=True) | shape)
 
 
 def make_grown_model(
-    base: ModelSpec, target: TargetSpec, options: GrowthOptions, place: str
+    base: ModelSpec, target: TargetSpec, options: GrowthOptions, prefix: str
 ) -> ModelSpec:
-    """The target's model, if `base` can be grown into it; else a FieldError below `place`."""
+    """Return the target's model.
+
+    Raises:
+        FieldError: `base` cannot be grown into it.
+    """
     try:
         model = reshape_model(base, target)
     except ValidationError as error:
-        raise FieldError(f"{place}.width", target.width, reason(error)) from None
+        raise FieldError(f"{prefix}.width", target.width, reason(error)) from None
     try:
         growth_rules.check_depth(options, base, model)
     except ValueError as error:
-        raise FieldError(f"{place}.depth", target.depth, str(error)) from None
+        raise FieldError(f"{prefix}.depth", target.depth, str(error)) from None
     try:
         growth_rules.check(options, base, model)
     except ValueError as error:
-        raise FieldError(f"{place}.width", target.width, str(error)) from None
+        raise FieldError(f"{prefix}.width", target.width, str(error)) from None
     return model
 
 
-def override_train(train: TrainSpec, target: TargetSpec, place: str) -> TrainSpec:
-    """`train` with the target's overrides; a FieldError below `place` if one is refused."""
+def override_train(train: TrainSpec, target: TargetSpec, prefix: str) -> TrainSpec:
+    """Return `train` with the target's overrides.
+
+    Raises:
+        FieldError: an override is not a field of TrainSpec, or has a value that it refuses.
+    """
     try:
         return TrainSpec.model_validate(train.model_dump() | target.train)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join([f"{place}.train", *(str(part) for part in first["loc"])])
+        path = ".".join([f"{prefix}.train", *(str(part) for part in first["loc"])])
         raise FieldError(path, first["input"], reason(error)) from None
 
 
 def check_trained_base(
-    options: GrowthOptions, base: TrainSpec, target: TrainSpec, place: str
+    options: GrowthOptions, base: TrainSpec, target: TrainSpec, prefix: str
 ) -> None:
-    """Raise a FieldError unless a target below `place` can use the base's optimizer and weights."""
+    """Raise a FieldError unless a target can use the optimizer state and weights of its base."""
     try:
         growth_rules.check_optimizers(options, base, target)
     except ValueError as error:
-        path = f"{place}.train.optimizer"
+        path = f"{prefix}.train.optimizer"
         raise FieldError(path, target.optimizer, str(error)) from None
     try:
         growth_rules.check_base_weights(options, base)
@@ -92,7 +103,8 @@ def check_trained_base(
 
 
 def check_size(run: RunSpec) -> None:
-    """Raise ValueError when the sizes that follow from a run are beyond anything that can be."""
+    """Raise ValueError if a run or a step of it would have more than `MAX_TOKENS` tokens."""
+    # The database counts tokens in 64-bit integers, up to 9.2e18.
     tokens = run.train.num_tokens or run.train.tokens_per_param * count_params(run.model).total
     if tokens > MAX_TOKENS or run.tokens_per_step > MAX_TOKENS:
         raise ValueError(f"the run would train on {tokens:.3g} tokens; {MAX_TOKENS:.0e} at most")

@@ -46,9 +46,11 @@ def advance_study(session: Session, study: Study) -> None:
 
 
 def _take_next_step(session: Session, study: Study) -> None:
+    # Trials that are still queued or leased have numbers too: count those that have ended.
     budget = study.spec["hpo"]["trials"]
     if study.state in FINAL_STUDY_STATES or _count_finished_trials(session, study) < budget:
         return
+    # The spec is parsed only here: a replica that cannot read it takes every other end of a run.
     spec = parse_stored(study.spec)
     step = plan_next_step(
         spec,
@@ -107,9 +109,10 @@ def enqueue_target(
     warmstart: WarmstartSpec,
     launch: int,
 ) -> Run:
-    """Write one queued target run."""
+    """Write a queued target run."""
     run_spec = make_target_run(spec, model, target, new, warmstart)
     run = make_run(study, spec, run_spec, new.params)
+    # Launch 0 is the study's own; targets that a user starts by hand count from 1.
     run.kind, run.launch, run.rung, run.arm = "target", launch, new.rung, new.arm
     run.cpus, run.gpus = spec.resources.target.cpus, spec.resources.target.gpus
     run.base_checkpoint_id = new.base.checkpoint_id if new.base else None
@@ -183,6 +186,7 @@ def cancel_runs(session: Session, study_id: str, *conditions: ColumnElement[bool
         .values(state="cancelled", finished_at=func.now(), lease_expires_at=None)
         .returning(Run.id, Run.attempt)
     ).all()
+    # An event for each run: streams of a run end with it.
     for run_id, attempt in cancelled:
         record_event(session, "run.cancelled", study_id=study_id, run_id=run_id, attempt=attempt)
     return len(cancelled)

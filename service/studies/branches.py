@@ -38,8 +38,8 @@ def _branch_steps(spec: dict[str, Any]) -> tuple[int, ...]:
 def enqueue_branch(session: Session, trunk: Run, checkpoint: Checkpoint) -> None:
     """Enqueue the run of the budget that cools down at this checkpoint, unless it exists."""
     # Example: a trunk of budgets 2 and 4 tokens per parameter, 400 and 800 steps long, with a
-    # cooldown of 20 %. Its branch points are steps 320 and 640. The checkpoint of step 320
-    # enqueues branch 1, which trains steps 320 to 400; the one of step 640 enqueues branch 2. A
+    # cooldown of 20 %. Its branch points are steps 320 and 640. The checkpoint of step 320 enqueues
+    # branch 1, which trains steps 320 to 400; the checkpoint of step 640 enqueues branch 2. A
     # second attempt of the trunk that publishes step 320 again enqueues nothing.
     steps = _branch_steps(trunk.spec)
     if checkpoint.step not in steps:
@@ -68,6 +68,7 @@ def _make_branch(study: Study, trunk: Run, checkpoint: Checkpoint, number: int) 
     ref = CheckpointRef(uri=checkpoint.uri, hash=checkpoint.hash)
     branch = branch_of(spec, spec.branches[number - 1], ref)
     run = make_run(study, parse_stored(study.spec), branch, trunk.params)
+    # The branch shows the trunk's progress; its cost counts the steps after `trunk_tokens` alone.
     run.kind, run.launch, run.rung, run.arm = "target", trunk.launch, trunk.rung, trunk.arm
     run.cpus, run.gpus, run.base_hash = trunk.cpus, trunk.gpus, trunk.base_hash
     run.base_checkpoint_id, run.trunk_id, run.branch = checkpoint.id, trunk.id, number

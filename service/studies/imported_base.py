@@ -24,6 +24,8 @@ def check_imported_model(spec: StudySpec, model: ModelSpec, warmstart: Warmstart
 
     muP transfers a learning rate between widths if both models have the same base (METHOD §2).
     """
+    # Example: a study with proxies of base width 48 tunes for an imported model of base width 48.
+    # At base width 96 the same learning rate gives other step sizes in the hidden layers.
     tuned = spec.base_model
     if model.parametrization != tuned.parametrization:
         message = f"the study has {tuned.parametrization}; they must be the same"
@@ -65,6 +67,8 @@ def check_base_uri(session: Session, caller: Caller, settings: Settings, uri: st
     Raises:
         Problem: 404 for a checkpoint of another project's run; 422 for any other location.
     """
+    # Below the artifact root a study's folder belongs to its project. Elsewhere the rule for
+    # corpora holds: the folder must lie in a data root.
     below = _find_path_in_store(settings.artifact_root, uri)
     if below is not None:
         _check_owner(session, caller, below, uri)

@@ -9,7 +9,7 @@ from service.database.tables import Study
 def lock_study(session: Session, study_id: str) -> Study:
     """Lock a study's row until the transaction ends, and return it.
 
-    Every transaction takes this lock before it locks a run of the study. Without one order two
+    Every transaction takes this lock before it locks a run of the study. In another order two
     transactions could wait for each other.
     """
     return session.scalars(select_locked(Study.id == study_id)).one()

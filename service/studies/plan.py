@@ -80,6 +80,7 @@ def plan_next_step(
     #   seed 0 of rung 0 succeeds       enqueue rung 1 warm for seed 0
     #   seed 1 of rung 0 fails          nothing grows from it: None, wait
     #   the last run of rung 1 ends     completed, if any run of rung 1 succeeded
+    # Without a target the search is all that the study has to do.
     if not spec.rungs:
         return End(state="completed") if any_succeeded else End(state="failed", reason=_NO_TRIAL)
     if best is None:
@@ -91,6 +92,7 @@ def plan_next_step(
         return missing
     if any(t.state not in FINAL_RUN_STATES for t in targets):
         return None
+    # Trunks of several budgets have no verdict of their own: their branches are compared.
     last = len(spec.rungs) - 1
     judged = [t for t in targets if t.rung == last and (t.branch > 0) == bool(spec.budgets)]
     if any(t.state == "succeeded" for t in judged):
@@ -133,6 +135,8 @@ def make_target_run(
     Raises:
         ValueError: the budgets cannot share a trunk.
     """
+    # Example: the search found batch_size 8 and lr 0.01; a target with train {batch_size: 16}
+    # trains with batch_size 16 and lr 0.01.
     params = {name: value for name, value in new.params.items() if name not in target.train}
     run = RunSpec(model=model, data=spec.data, train=spec.train, seed=new.seed).with_params(params)
     train = TrainSpec.model_validate(run.train.model_dump() | target.train)

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from service.protocol import Message, Number, RunState, RunView, StudyState
+from service.protocol import Message, Number, RunState, StudyState
+from service.runs.schemas import RunView
 from service.specs.study import StudySpec
 from service.specs.target import TargetSpec, WarmstartSpec
 from warmcore.specs import ModelSpec

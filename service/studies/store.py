@@ -38,6 +38,8 @@ def create_study(
         "spec": spec.model_dump(mode="json"),
     }
     statement = insert(Study).values(**values, idempotency_key=idempotency_key)
+    # Two requests with the same name or key may insert at once: the loser waits for the winner's
+    # commit and gets no row.
     statement = statement.on_conflict_do_nothing().returning(Study)
     study = session.scalars(statement).one_or_none()
     if study is None:
@@ -81,6 +83,7 @@ def _check_same_spec(study: Study, spec: StudySpec, idempotency_key: str | None)
 def list_studies(session: Session, caller: Caller, cursor: str | None, limit: int) -> StudyPage:
     """Return a page of the caller's studies, newest first."""
     query = select(Study).where(caller.study_filter)
+    # One row more than the page holds tells whether there is a next page.
     query = query.order_by(Study.created_at.desc(), Study.id.desc()).limit(limit + 1)
     if cursor is not None:
         query = query.where(tuple_(Study.created_at, Study.id) < decode_cursor(cursor))
@@ -140,7 +143,7 @@ def view_study(session: Session, study: Study) -> StudyView:
             "best_trial": _view_best_trial(session, study.id),
             "progress": _compute_progress(spec, study.state, counts),
             "cost_flops": cost or 0.0,
-            "warnings": tuple(spec.warnings()),
+            "warnings": tuple(spec.find_warnings()),
             "spec": spec,
             "created_at": study.created_at,
             "finished_at": study.finished_at,
@@ -175,6 +178,7 @@ def _view_best_trial(session: Session, study_id: str) -> BestTrial | None:
 def _compute_progress(spec: StudySpec, state: str, counts: dict[str, dict[str, int]]) -> float:
     if state == "completed":
         return 1.0
+    # Targets that were started by hand count as finished but not as expected: hence the minimum.
     expected = spec.hpo.trials + spec.num_target_runs
     live = frozenset(LIVE_RUN_STATES)
     done = sum(

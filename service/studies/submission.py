@@ -28,6 +28,8 @@ def submit_study(
             name that is taken, or for a key that was used with another spec.
     """
     files = list_source(spec.data, roots)
+    # The listing that was checked is the listing that is inspected: a file that appears in between
+    # is not read without a check.
     facts = _inspect_corpus(spec.data, files)
     return store.create_study(session, caller, pin_to_corpus(spec, facts), key)
 
@@ -39,7 +41,7 @@ def list_source(data: DataSpec, roots: Roots) -> list[SourceFile] | None:
     `datasets` and finds the files in that library's cache.
 
     Raises:
-        Problem: 422 for a path outside of `roots`, or for a source that is not there or is empty.
+        Problem: 422 for a path outside of `roots`, or for a source that does not exist or is empty.
     """
     check_named_paths(data, roots)  # first: nothing outside of `roots` is read, not even listed
     if isinstance(data.parsed_source, HubDataset):

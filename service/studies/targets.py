@@ -40,6 +40,8 @@ def start_targets(
     Raises:
         Problem: 409 for a key that was used with another request, or as `_enqueue_launch` says.
     """
+    # With the study's row locked, of two requests with the same key the second finds the first's
+    # runs.
     study = lock_study(session, study.id)
     body = request.model_dump(mode="json")
     if key is not None and (earlier := _find_launch(session, study, key)) is not None:
@@ -63,6 +65,7 @@ def _load_runs_of(session: Session, launch: Launch, body: dict[str, Any]) -> lis
         key, number = launch.idempotency_key, launch.number
         detail = f"Idempotency-Key {key!r} was used for launch {number} with another request"
         raise conflict("idempotency-key-reused", detail)
+    # Branches of these runs were enqueued later and were in no answer.
     where = (Run.study_id == launch.study_id, Run.launch == launch.number, Run.branch == 0)
     return _sort_runs(session.scalars(select(Run).where(*where)))
 
@@ -92,6 +95,7 @@ def _enqueue_launch(session: Session, study: Study, request: TargetRequest) -> l
     except FieldError as error:
         raise bad_field(error.path, error.value, str(error)) from None
     new_targets = _plan_pairs(spec, warmstart, base)
+    # The runs differ in seed and growth alone: a check of the first covers all.
     try:
         run = make_target_run(spec, model, request.target, new_targets[0], warmstart)
         check_size(run)
@@ -140,6 +144,7 @@ def _check_base_model(
         assert request.base is not None
         check_imported_model(spec, request.base.model, warmstart)
         return request.base.model
+    # The base was trained with the study's spec and its own parameters, hence its run's spec.
     trained = RunSpec.model_validate(run.spec)
     check_trained_base(warmstart, trained.train, train, "target")
     return trained.model
@@ -199,6 +204,7 @@ def _find_checkpoint_base(session: Session, study: Study, checkpoint_id: int) ->
         select(Run, Checkpoint)
         .join(Checkpoint, Checkpoint.run_id == Run.id)
         .where(Checkpoint.id == checkpoint_id, Run.study_id == study.id, ~Checkpoint.superseded)
+        # Locked: its run cannot supersede it before the new runs refer to it.
         .with_for_update(read=True, of=Checkpoint)
     )
     row = session.execute(query).one_or_none()

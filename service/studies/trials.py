@@ -34,6 +34,7 @@ def list_trials(
     for run in session.scalars(query.order_by(Run.trial_number).limit(limit + 1)):
         trial = _view_trial(run)
         trials[trial.number] = trial
+    # All waiting trials were read, and the next limit + 1 runs: the first `limit` are complete.
     items = sorted(trials.values(), key=lambda trial: trial.number)
     more = len(items) > limit
     next_cursor = encode_number(items[limit - 1].number) if more else None
@@ -142,6 +143,7 @@ def check_parameters(spec: StudySpec, params: dict[str, Any]) -> None:
         raise bad_field("params.batch_size", params.get("batch_size"), str(error)) from None
     except ValueError as error:
         raise bad_field("params", params, reason(error)) from None
+    # The grid sampler visits points; it does not sample the parameters that are left out.
     absent = sorted(set(spec.search_space) - set(params))
     if spec.hpo.sampler == "grid" and absent:
         raise bad_field(f"params.{absent[0]}", None, "sampler grid needs every parameter given")

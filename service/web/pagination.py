@@ -8,8 +8,8 @@ from service.problems import Problem, bad_field
 _GREATEST = 2**53  # as `Count` in protocol.py: JSON numbers are exact up to here
 
 
-# Base64 of "2026-01-05T10:00:00+00:00\nst_1f0c" or of "after 17": clients are not to read it, so the
-# service may change it.
+# Base64 of "2026-01-05T10:00:00+00:00\nst_1f0c" or of "after 17". Clients must not depend on the
+# text: the service may change it.
 
 
 def encode_cursor(created_at: datetime, row_id: str) -> str:

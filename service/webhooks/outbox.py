@@ -1,7 +1,8 @@
-"""Empties the outbox: the one thing that the service does outside of requests.
+"""The outbox: it delivers events to webhooks, the only work of the service outside of requests.
 
-Every replica runs this. Claims are rows locked with SKIP LOCKED and moved on in time, so no two
-replicas try one delivery unless the first was gone for a minute: at least once, normally once.
+Every replica runs this. A claim locks rows with SKIP LOCKED and sets their next attempt a minute
+ahead. A second replica therefore tries a delivery only if the first was gone for a minute: each
+event arrives at least once, and normally once.
 """
 
 import asyncio
@@ -21,22 +22,25 @@ from service.webhooks import store
 from service.webhooks.sending import encode_body, make_client, send_message
 
 _AT_ONCE = 8
-_LOOK_SECONDS = 5.0  # for what is to be tried again, and what no bell was heard for
-_TIDY_SECONDS = 3600.0
+_POLL_SECONDS = 5.0  # retries fall due without a notification, and a notification can be lost
+_CLEANUP_SECONDS = 3600.0
 _log = logging.getLogger(__name__)
 
 
 class Outbox:
-    """Deliveries from one database."""
+    """The sender of a replica's share of the deliveries."""
 
     def __init__(self, sessions: sessionmaker[Session], *, allow_private: bool) -> None:
         self._sessions, self._allow_private = sessions, allow_private
-        self._tidied_at: float | None = None
+        self._cleaned_at: float | None = None
 
     @asynccontextmanager
     async def keep_delivering(self, wakeups: Wakeups) -> AsyncGenerator[None]:
-        """Deliver while inside; what is on its way at the end is tried again after its claim."""
-        task = asyncio.create_task(self._run(wakeups))
+        """Deliver while the block runs.
+
+        A delivery that is in progress at the end is tried again when its claim has expired.
+        """
+        task = asyncio.create_task(self._deliver_for_ever(wakeups))
         try:
             yield
         finally:
@@ -44,64 +48,71 @@ class Outbox:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _run(self, wakeups: Wakeups) -> None:
+    async def _deliver_for_ever(self, wakeups: Wakeups) -> None:
         async with make_client() as http:
-            with wakeups.subscribe_to(WEBHOOKS) as bell:
+            with wakeups.subscribe_to(WEBHOOKS) as notification:
                 while True:
-                    await self._round(http, bell)
+                    await self._deliver_round(http, notification)
 
-    async def _round(self, http: httpx.AsyncClient, bell: Notification) -> None:
+    async def _deliver_round(self, http: httpx.AsyncClient, notification: Notification) -> None:
         try:
-            found = await self.deliver_due(http)
+            num_claimed = await self.deliver_due(http)
         except SQLAlchemyError as error:
-            _log.warning("webhooks wait", extra={"error": type(error).__name__})
-            found = 0
-        except Exception:  # noqa: BLE001 - nobody would begin this task again
-            _log.exception("webhooks wait")
-            found = 0
-        if found < _AT_ONCE:
-            await bell.wait(_LOOK_SECONDS)
+            _log.warning("webhook deliveries are delayed", extra={"error": type(error).__name__})
+            num_claimed = 0
+        except Exception:  # noqa: BLE001 - nothing would start this task again
+            _log.exception("webhook deliveries are delayed")
+            num_claimed = 0
+        # After a full round the next one follows at once: further deliveries are probably due.
+        if num_claimed < _AT_ONCE:
+            await notification.wait(_POLL_SECONDS)
 
     async def deliver_due(self, http: httpx.AsyncClient) -> int:
-        """Try what is due, a few at once; how many there were."""
-        claimed = await run_in_threadpool(self._claim)
-        tries = (self._try(http, one) for one in claimed)
-        for failure in await asyncio.gather(*tries, return_exceptions=True):
-            if failure is not None:  # after the others: each of them is another's
+        """Try a few deliveries that are due, at the same time; return how many."""
+        claimed = await run_in_threadpool(self._claim_due)
+        attempts = (self._try_delivery(http, delivery) for delivery in claimed)
+        # `gather` returns after the last attempt: a failure cancels no other webhook's delivery.
+        for failure in await asyncio.gather(*attempts, return_exceptions=True):
+            if failure is not None:
                 raise failure
         return len(claimed)
 
-    def _claim(self) -> list[store.ClaimedDelivery]:
+    def _claim_due(self) -> list[store.ClaimedDelivery]:
         now = time.monotonic()
         with self._sessions.begin() as session:
-            if self._tidied_at is None or now - self._tidied_at > _TIDY_SECONDS:
+            if self._cleaned_at is None or now - self._cleaned_at > _CLEANUP_SECONDS:
                 store.delete_old_deliveries(session)
-                self._tidied_at = now
+                self._cleaned_at = now
             return store.claim_deliveries(session, _AT_ONCE)
 
-    async def _try(self, http: httpx.AsyncClient, one: store.ClaimedDelivery) -> None:
-        error = await self._send(http, one)
-        outcome = await run_in_threadpool(self._settle, one, error)
+    async def _try_delivery(self, http: httpx.AsyncClient, delivery: store.ClaimedDelivery) -> None:
+        error = await self._send(http, delivery)
+        outcome = await run_in_threadpool(self._settle, delivery, error)
         metrics.count_delivery(outcome)
-        fields = {"webhook": one.webhook_id, "delivery": one.message_id, "attempt": one.attempts}
+        fields = {
+            "webhook": delivery.webhook_id,
+            "delivery": delivery.message_id,
+            "attempt": delivery.attempts,
+        }
         level = logging.INFO if error is None else logging.WARNING
         _log.log(level, "webhook", extra=fields | {"outcome": outcome, "error": error})
 
-    async def _send(self, http: httpx.AsyncClient, one: store.ClaimedDelivery) -> str | None:
-        """None when it was taken, else why not; whatever goes wrong is an attempt's failure."""
+    async def _send(self, http: httpx.AsyncClient, delivery: store.ClaimedDelivery) -> str | None:
+        """Send a delivery; return None if the receiver accepted it, and the failure if not."""
         try:
             return await send_message(
                 http,
-                one.url,
-                secret=one.secret,
-                message_id=one.message_id,
-                body=encode_body(one.body),
+                delivery.url,
+                secret=delivery.secret,
+                message_id=delivery.message_id,
+                body=encode_body(delivery.body),
                 allow_private=self._allow_private,
             )
-        except Exception as error:  # noqa: BLE001 - one message must not end all deliveries
-            _log.exception("a webhook that cannot be written", extra={"delivery": one.message_id})
+        except Exception as error:  # noqa: BLE001 - a message must not end all deliveries
+            fields = {"delivery": delivery.message_id}
+            _log.exception("the message of a webhook cannot be written", extra=fields)
             return f"not written: {type(error).__name__}"
 
-    def _settle(self, one: store.ClaimedDelivery, error: str | None) -> str:
+    def _settle(self, delivery: store.ClaimedDelivery, error: str | None) -> str:
         with self._sessions.begin() as session:
-            return store.settle_delivery(session, one, error)
+            return store.settle_delivery(session, delivery, error)

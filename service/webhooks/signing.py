@@ -1,8 +1,8 @@
-"""Signatures as Standard Webhooks has them (https://www.standardwebhooks.com); pure.
+"""Signatures by the Standard Webhooks specification (https://www.standardwebhooks.com); pure.
 
-v1,base64(HMAC-SHA256(secret, "{id}.{timestamp}.{body}")), the secret being what stands in base64
-after `whsec_`. The receiver checks the signature, that the timestamp is a few minutes old at most,
-and drops an id that it has seen.
+A signature is `v1,` + base64(HMAC-SHA256(secret, "{id}.{timestamp}.{body}")). The secret's text is
+`whsec_` and the base64 of its bytes. The receiver checks the signature, refuses a timestamp older
+than a few minutes, and drops an id that it has received before.
 """
 
 import base64
@@ -14,12 +14,12 @@ PREFIX = "whsec_"
 
 
 def create_secret() -> str:
-    """A secret of 32 random bytes."""
+    """Create a secret of 32 random bytes."""
     return PREFIX + base64.b64encode(secrets.token_bytes(32)).decode()
 
 
 def sign_message(secret: str, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The headers of a message that is sent at this time."""
+    """Return the headers of a message that is sent at `timestamp`, in seconds since 1970."""
     signed = f"{message_id}.{timestamp}.".encode() + body
     key = base64.b64decode(secret.removeprefix(PREFIX))
     digest = hmac.new(key, signed, hashlib.sha256).digest()

@@ -1,4 +1,4 @@
-"""Queries on webhooks and their outbox. The session comes first; nothing here commits."""
+"""Queries on webhooks and their deliveries. The session comes first; no function commits."""
 
 import random
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from service.protocol import Message
 from service.webhooks.signing import create_secret
 
 MAX_ATTEMPTS = 10
-CLAIM_SECONDS = 60.0  # far more than an attempt may take: then whoever claimed it is gone
+CLAIM_SECONDS = 60.0  # far longer than an attempt: after it the process that claimed is gone
 KEPT_DAYS = 7
 _FIRST_SECONDS = 5.0
 _FACTOR = 3.0
@@ -22,7 +22,7 @@ _JITTER = 0.2
 
 
 class WebhookView(Message):
-    """A webhook as it is listed."""
+    """A webhook as `webhook list` prints it, with its deliveries by state."""
 
     id: str
     url: str
@@ -37,7 +37,7 @@ class WebhookView(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimedDelivery:
-    """A delivery that is this process's to try for the next minute."""
+    """A delivery that only this process tries for the next minute."""
 
     event_id: int
     webhook_id: str
@@ -51,7 +51,7 @@ class ClaimedDelivery:
 
     @property
     def body(self) -> dict[str, Any]:
-        """The message: of facts that do not change, so that every attempt says the same."""
+        """The message. Its facts never change: every attempt sends the same text."""
         event, run = self.event, self.run
         data: dict[str, Any] = {
             "event_id": event.id,
@@ -68,14 +68,14 @@ class ClaimedDelivery:
 
     @property
     def message_id(self) -> str:
-        """The same at every attempt: the receiver drops what it has had."""
+        """The message's id, the same at every attempt: the receiver drops a repetition."""
         return f"msg_{self.event_id}_{self.webhook_id}"
 
 
 def add_webhook(
     session: Session, url: str, events: list[str], project: str | None
 ) -> tuple[Webhook, str]:
-    """Write a webhook; return it and its secret, which is not shown again."""
+    """Write a webhook; return it and its secret. The secret is not shown again."""
     secret = create_secret()
     row = Webhook(url=url, events=sorted(set(events)), project=project, secret=secret)
     session.add(row)
@@ -87,7 +87,7 @@ def add_webhook(
 
 
 def remove_webhook(session: Session, webhook_id: str) -> bool:
-    """Delete a webhook and what waits for it; False when there is none of that id."""
+    """Delete a webhook and its deliveries; return False if no webhook has this id."""
     removed = session.execute(
         delete(Webhook).where(Webhook.id == webhook_id).returning(Webhook.url)
     ).one_or_none()
@@ -97,11 +97,12 @@ def remove_webhook(session: Session, webhook_id: str) -> bool:
 
 
 def list_webhooks(session: Session) -> tuple[WebhookView, ...]:
-    """Every webhook, how its deliveries stand, and what the newest failure said."""
+    """Return every webhook with its deliveries by state and the newest failure."""
     counts = [
         func.count().filter(Delivery.state == state).label(state)
         for state in ("waiting", "delivered", "dead")
     ]
+    # The error of the newest event that failed; a delivered row has none.
     failed = aliased(Delivery)
     last_error = (
         select(failed.error)
@@ -122,7 +123,7 @@ def list_webhooks(session: Session) -> tuple[WebhookView, ...]:
 
 
 def revive_deliveries(session: Session, webhook_id: str) -> int:
-    """Have given up deliveries tried anew; return how many."""
+    """Queue a webhook's dead deliveries again, with all their attempts; return how many."""
     again = {"state": "waiting", "attempts": 0, "next_at": func.now(), "ended_at": None}
     revived = session.execute(
         update(Delivery)
@@ -134,11 +135,12 @@ def revive_deliveries(session: Session, webhook_id: str) -> int:
 
 
 def claim_deliveries(session: Session, limit: int) -> list[ClaimedDelivery]:
-    """Take deliveries that are due and that nobody else has.
+    """Claim deliveries that are due and that no other process has claimed.
 
-    An attempt is counted when it begins: what ends the process that tries it, or cannot be noted
-    afterwards, is tried no more often than anything else, and then given up.
+    An attempt counts when it begins. A delivery that crashes its process, or whose outcome cannot
+    be stored, therefore gets `MAX_ATTEMPTS` attempts like any other, and then is dead.
     """
+    # SKIP LOCKED passes over rows that another replica is claiming at this moment.
     due = (
         select(Delivery.event_id, Delivery.webhook_id)
         .where(Delivery.state == "waiting", Delivery.next_at <= func.now())
@@ -150,9 +152,11 @@ def claim_deliveries(session: Session, limit: int) -> list[ClaimedDelivery]:
     if not keys:
         return []
     mine = update(Delivery).where(tuple_(Delivery.event_id, Delivery.webhook_id).in_(keys))
-    unheard = func.coalesce(Delivery.error, "how its attempts went could not be noted")
-    dead = {"state": "dead", "ended_at": func.now(), "error": unheard}
+    # These rows used all their attempts, but the outcome of the last was never stored.
+    reason = func.coalesce(Delivery.error, "the outcome of its attempts could not be stored")
+    dead = {"state": "dead", "ended_at": func.now(), "error": reason}
     session.execute(mine.where(Delivery.attempts >= MAX_ATTEMPTS).values(**dead))
+    # Claims and reads in a single statement: the UPDATE is a CTE of the SELECT.
     claimed = (
         mine.where(Delivery.state == "waiting")
         .values(
@@ -186,35 +190,37 @@ def claim_deliveries(session: Session, limit: int) -> list[ClaimedDelivery]:
     ]
 
 
-def settle_delivery(session: Session, one: ClaimedDelivery, error: str | None) -> str:
-    """Note how an attempt went: `delivered`, `failed`, or `dead` where it was the last.
+def settle_delivery(session: Session, delivery: ClaimedDelivery, error: str | None) -> str:
+    """Store an attempt's outcome: `delivered`, `failed`, or `dead` after the last attempt.
 
-    A failure that another process's later attempt has overtaken is not noted.
+    A failure is not stored if another process has begun a later attempt.
     """
     mine = update(Delivery).where(
-        Delivery.event_id == one.event_id,
-        Delivery.webhook_id == one.webhook_id,
+        Delivery.event_id == delivery.event_id,
+        Delivery.webhook_id == delivery.webhook_id,
         Delivery.state == "waiting",
     )
-    if error is None:  # whoever else has begun another attempt meanwhile
+    if error is None:  # this holds even if another process has begun a later attempt
         session.execute(mine.values(state="delivered", error=None, ended_at=func.now()))
         return "delivered"
-    mine = mine.where(Delivery.attempts == one.attempts).values(error=error)
-    if one.attempts >= MAX_ATTEMPTS:
+    mine = mine.where(Delivery.attempts == delivery.attempts).values(error=error)
+    if delivery.attempts >= MAX_ATTEMPTS:
         session.execute(mine.values(state="dead", ended_at=func.now()))
         return "dead"
-    later = func.now() + timedelta(seconds=delay_seconds(one.attempts))
+    later = func.now() + timedelta(seconds=delay_seconds(delivery.attempts))
     session.execute(mine.values(next_at=later))
     return "failed"
 
 
 def delay_seconds(attempts: int) -> float:
-    """Until the next attempt: 5 s after the first, three times as long after each, give or take."""
+    """Return the seconds until the next attempt: 5 s after the first, then three times as long."""
+    # 5 s, 15 s, 45 s, ..., 9 h after the ninth attempt; 14 h in all. The jitter spreads the retries
+    # of events that failed together.
     base = _FIRST_SECONDS * _FACTOR ** (attempts - 1)
     return base * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - jitter
 
 
 def delete_old_deliveries(session: Session) -> None:
-    """Forget what was delivered long ago."""
+    """Delete deliveries that succeeded more than a week ago."""
     old = func.now() - timedelta(days=KEPT_DAYS)
     session.execute(delete(Delivery).where(Delivery.state == "delivered", Delivery.ended_at < old))

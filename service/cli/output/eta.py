@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from service.lifecycle import FINAL_RUN_STATES
-from service.protocol import RunView
+from service.runs.schemas import RunView
 from service.specs.budgets import count_flops_with_branches
 from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts, StudyView

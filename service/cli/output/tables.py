@@ -6,7 +6,6 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from service.protocol import CheckpointView, RunView
 from service.results.schemas import BudgetResult, Costs, StudyResults, TargetRun, Verdict
 from service.results.wording import (
     format_arm,
@@ -23,6 +22,7 @@ from service.results.wording import (
     write_budget_prefix,
     write_headline,
 )
+from service.runs.schemas import CheckpointView, RunView
 from service.studies.schemas import RunCounts, StudyView, TrialView
 
 _FILE_WIDTH = 200  # not a terminal: nobody's screen is to be fitted

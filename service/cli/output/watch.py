@@ -20,8 +20,8 @@ from service.cli.output.eta import Pace
 from service.cli.output.tables import console, counts
 from service.client import Client, ServiceError
 from service.lifecycle import FINAL_STUDY_STATES
-from service.protocol import RunView
 from service.results.wording import format_nats, format_parameter, format_tokens, label_run
+from service.runs.schemas import RunView
 from service.studies.schemas import StudyView
 
 Style = Literal["live", "plain", "json"]
@@ -105,7 +105,7 @@ def _wait(tick: Tick) -> None:
 
 def _read(client: Client, name: str, last: Snapshot | None) -> Snapshot:
     study = StudyView.model_validate(client.get(f"/v1/studies/{name}"))
-    items = client.pages("/v1/runs", study=study.id, state="leased")
+    items = client.list_items("/v1/runs", study=study.id, state="leased")
     running = tuple(RunView.model_validate(item) for item in reversed(items))
     here = {run.id for run in running}
     gone = [run.id for run in last.running if run.id not in here] if last else []

@@ -1,8 +1,4 @@
-"""The backup's one file: a zip of tables as COPY writes them, and a manifest of all their hashes.
-
-The manifest is the last to be written: a file that is cut short has none. The zip checks the
-manifest by its CRC, the manifest each table by its SHA-256.
-"""
+"""The file of a backup: a zip of tables in COPY's text format, with a manifest of their hashes."""
 
 import hashlib
 import zipfile
@@ -17,12 +13,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from warmcore.storage.atomic_writes import ONLY_THIS_USER, write_file
 
+# The manifest is the last member of the zip, so a file that was cut short has none. The zip's CRC
+# protects the manifest, and the manifest's SHA-256 of each table protects the rows. For example
+# warmscale.runs.copy, ..., optuna.trials.copy, backup.json.
 MANIFEST = "backup.json"
 _CHUNK_BYTES = 1 << 20
 
 
 class BackupError(Exception):
-    """A backup cannot be written here, or is not one, or is damaged."""
+    """A file that cannot be written, is no backup, or is damaged."""
 
 
 class _Frozen(BaseModel):
@@ -30,7 +29,7 @@ class _Frozen(BaseModel):
 
 
 class BackupTable(_Frozen):
-    """One table's rows: COPY text of these columns, a line a row."""
+    """A table in the manifest: its rows are COPY text of these columns, a line per row."""
 
     schema_name: str
     name: str
@@ -41,12 +40,12 @@ class BackupTable(_Frozen):
 
     @property
     def member(self) -> str:
-        """Its name in the zip."""
+        """Name of the table's member in the zip."""
         return f"{self.schema_name}.{self.name}.copy"
 
 
 class BackupSequence(_Frozen):
-    """Where a sequence stands."""
+    """A sequence and the last number that it gave out."""
 
     schema_name: str
     name: str
@@ -55,7 +54,7 @@ class BackupSequence(_Frozen):
 
 
 class BackupManifest(_Frozen):
-    """What a backup says of itself; `revisions` are by schema."""
+    """The manifest of a backup; `revisions` has the revision of each schema."""
 
     format: Literal["warmscale-backup"] = "warmscale-backup"
     format_version: Literal[1] = 1
@@ -68,31 +67,31 @@ class BackupManifest(_Frozen):
 
     @property
     def num_rows(self) -> int:
-        """Of all tables."""
+        """Rows of all tables."""
         return sum(table.num_rows for table in self.tables)
 
     @property
     def num_bytes(self) -> int:
-        """Of all tables, before compression."""
+        """Bytes of all tables, before compression."""
         return sum(table.num_bytes for table in self.tables)
 
 
 class BackupWriter:
-    """Writes tables into a backup, one after the other."""
+    """A backup that is being written, table by table."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
 
-    def table(
+    def write_table(
         self, schema_name: str, name: str, columns: tuple[str, ...], rows: Iterator[bytes]
     ) -> BackupTable:
-        """Write a table's rows, which come in pieces of any size."""
+        """Write a table and return its entry in the manifest; `rows` are pieces of any size."""
         digest, num_rows, num_bytes = hashlib.sha256(), 0, 0
         with self._archive.open(f"{schema_name}.{name}.copy", "w", force_zip64=True) as member:
             for piece in rows:
                 member.write(piece)
                 digest.update(piece)
-                num_rows += piece.count(b"\n")  # within a value COPY writes it as \n
+                num_rows += piece.count(b"\n")  # COPY writes a line feed inside a value as `\n`
                 num_bytes += len(piece)
         return BackupTable(
             schema_name=schema_name,
@@ -103,19 +102,19 @@ class BackupWriter:
             sha256=digest.hexdigest(),
         )
 
-    def manifest(self, manifest: BackupManifest) -> None:
-        """Write what makes it a backup."""
+    def write_manifest(self, manifest: BackupManifest) -> None:
+        """Write the manifest, the last member."""
         self._archive.writestr(MANIFEST, manifest.model_dump_json(indent=2))
 
 
 @contextmanager
 def create_backup(path: Path) -> Generator[BackupWriter]:
-    """A backup to write, which is at `path` when all went well; nothing is there otherwise.
+    """Open a backup for writing; it appears at `path` only if the block ends without an error.
 
-    Only this user can read it: it holds the hashes of keys, and users' specs.
+    Only this user can read the file: it holds the hashes of keys, and users' specs.
 
     Raises:
-        BackupError: something is at `path` already, or it cannot be written.
+        BackupError: `path` exists already or cannot be written.
     """
     if path.exists():
         raise BackupError(f"{path} exists; a backup replaces no file, so give another name")
@@ -133,30 +132,30 @@ def create_backup(path: Path) -> Generator[BackupWriter]:
 
 
 class BackupReader:
-    """A backup that has been opened; `check` reads all of it."""
+    """A backup that is open for reading; `check_hashes` reads all of it."""
 
     def __init__(self, archive: zipfile.ZipFile, manifest: BackupManifest) -> None:
         self._archive, self.manifest = archive, manifest
 
-    def rows(self, table: BackupTable) -> Iterator[bytes]:
-        """A table's rows, in pieces of any size."""
+    def read_rows(self, table: BackupTable) -> Iterator[bytes]:
+        """Yield a table's rows in pieces of any size."""
         with self._archive.open(table.member) as member:
             while piece := member.read(_CHUNK_BYTES):
                 yield piece
 
-    def check(self, progress: Callable[[int], None]) -> None:
-        """Read every table and compare it with its hash.
+    def check_hashes(self, progress: Callable[[int], None]) -> None:
+        """Read every table and compare it with its hash; call `progress` with bytes.
 
         Raises:
-            BackupError: naming the table that is not what was written.
+            BackupError: a table does not have its hash; the message names it.
         """
         for table in self.manifest.tables:
             digest = hashlib.sha256()
             try:
-                for piece in self.rows(table):
+                for piece in self.read_rows(table):
                     digest.update(piece)
                     progress(len(piece))
-            except _DAMAGE as error:
+            except _DAMAGE_ERRORS as error:
                 raise BackupError(f"the backup is damaged in {table.member}: {error}") from None
             if digest.hexdigest() != table.sha256:
                 raise BackupError(
@@ -167,22 +166,22 @@ class BackupReader:
 
 @contextmanager
 def open_backup(path: Path) -> Generator[BackupReader]:
-    """A backup to read.
+    """Open a backup for reading.
 
     Raises:
-        BackupError: there is none, or it was cut short.
+        BackupError: there is no backup at `path`, or it was cut short.
     """
     try:
         archive = zipfile.ZipFile(path)
     except OSError as error:
         raise BackupError(f"cannot read {path}: {error.strerror}") from None
-    except _DAMAGE as error:
+    except _DAMAGE_ERRORS as error:
         raise BackupError(f"{path} is no backup, or was cut short: {error}") from None
     with archive:
-        yield BackupReader(archive, _manifest(archive, path))
+        yield BackupReader(archive, _read_manifest(archive, path))
 
 
-def _manifest(archive: zipfile.ZipFile, path: Path) -> BackupManifest:
+def _read_manifest(archive: zipfile.ZipFile, path: Path) -> BackupManifest:
     try:
         manifest = BackupManifest.model_validate_json(archive.read(MANIFEST))
     except KeyError:
@@ -191,12 +190,15 @@ def _manifest(archive: zipfile.ZipFile, path: Path) -> BackupManifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise BackupError(f"{path}: {MANIFEST}: {where}: {first['msg']}") from None
-    except _DAMAGE as error:
+    except _DAMAGE_ERRORS as error:
         raise BackupError(f"{path} is damaged in {MANIFEST}: {error}") from None
     return manifest
 
 
-_DAMAGE = (
+# A damaged zip raises any of these, at opening or in the middle of a member: a flipped bit in a
+# header may ask for a compression that does not exist (NotImplementedError) or for a password
+# (RuntimeError).
+_DAMAGE_ERRORS = (
     zipfile.BadZipFile,
     zipfile.LargeZipFile,
     zlib.error,

@@ -1,4 +1,4 @@
-"""What there is to copy, asked of PostgreSQL itself: no table can be forgotten here."""
+"""The tables, keys and sequences to copy, from PostgreSQL's catalog: a new table needs no entry."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from service.database.tables import OPTUNA_SCHEMA, SCHEMA
 from service.operations.backup.archive import BackupSequence
 
 SCHEMAS = (SCHEMA, OPTUNA_SCHEMA)
-_VERSION_TABLE = "alembic_version"  # made anew from the revision in the manifest
+_VERSION_TABLE = "alembic_version"  # a restore writes it from the revision in the manifest
 
 
 @dataclass(frozen=True, kw_only=True)
 class TableShape:
-    """A table, its columns that are stored, and those of its primary key."""
+    """A table with its stored columns, generated ones left out, and its primary key."""
 
     schema: str
     name: str
@@ -23,13 +23,13 @@ class TableShape:
 
     @property
     def identifier(self) -> sql.Identifier:
-        """Its name in SQL."""
+        """Name of the table in SQL."""
         return sql.Identifier(self.schema, self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignKey:
-    """A constraint, in the words that make it again."""
+    """A foreign key, with the SQL that makes it again."""
 
     schema: str
     table: str
@@ -38,7 +38,7 @@ class ForeignKey:
 
 
 def list_tables(connection: Connection) -> tuple[TableShape, ...]:
-    """Every table of both schemas, but those that only say the revision."""
+    """Return every table of both schemas, except the tables of the revisions."""
     rows = connection.execute(text(_TABLES), {"schemas": list(SCHEMAS), "not": _VERSION_TABLE})
     return tuple(
         TableShape(schema=schema, name=name, columns=tuple(columns), key=tuple(key))
@@ -47,13 +47,13 @@ def list_tables(connection: Connection) -> tuple[TableShape, ...]:
 
 
 def list_foreign_keys(connection: Connection) -> tuple[ForeignKey, ...]:
-    """Every foreign key of both schemas."""
+    """Return every foreign key of both schemas."""
     rows = connection.execute(text(_FOREIGN_KEYS), {"schemas": list(SCHEMAS)})
     return tuple(ForeignKey(schema=s, table=t, name=n, definition=d) for s, t, n, d in rows)
 
 
 def list_sequences(connection: Connection) -> tuple[BackupSequence, ...]:
-    """Where every sequence of both schemas stands."""
+    """Return every sequence of both schemas with its last number."""
     rows = connection.execute(text(_SEQUENCES), {"schemas": list(SCHEMAS)})
     return tuple(
         BackupSequence(
@@ -64,16 +64,18 @@ def list_sequences(connection: Connection) -> tuple[BackupSequence, ...]:
 
 
 def count_rows(connection: Connection, table: TableShape) -> int:
-    """How many rows it has."""
+    """Return the number of rows of a table."""
     query = sql.SQL("SELECT count(*) FROM {}").format(table.identifier)
     return connection.exec_driver_sql(query.as_string()).scalar_one()
 
 
 def list_other_connections(connection: Connection) -> list[str]:
-    """Who else is connected to this database. The caller's own connections are named by it."""
+    """Return the other connections to this database, without those of a restore."""
     return list(connection.execute(text(_OTHERS)).scalars())
 
 
+# The columns come in their order in the table, without dropped and generated ones. The columns of
+# the primary key come in the order of the key: `k.at` is the place of a column in its index.
 _TABLES = """
     SELECT n.nspname, c.relname,
         (SELECT array_agg(a.attname::text ORDER BY a.attnum) FROM pg_attribute a
@@ -95,11 +97,13 @@ _FOREIGN_KEYS = """
     ORDER BY 1, 2, 3
 """
 
+# `last_value` is NULL for a sequence that has given out no number: it begins with `start_value`.
 _SEQUENCES = """
     SELECT schemaname, sequencename, last_value, start_value
     FROM pg_sequences WHERE schemaname = ANY(:schemas) ORDER BY 1, 2
 """
 
+# The connections of a restore have the application name `warmscale restore`.
 _OTHERS = """
     SELECT format('pid %s %s%s', pid, coalesce(nullif(application_name, ''), usename),
                   coalesce(' from ' || host(client_addr), ''))

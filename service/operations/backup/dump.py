@@ -1,4 +1,4 @@
-"""Writes a backup: every table of both schemas as of one moment, while the service runs."""
+"""The writing of a backup: every table of both schemas at one moment, while the service runs."""
 
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -20,7 +20,9 @@ from service.operations.backup.archive import (
 from service.operations.backup.catalog import TableShape
 from service.operations.migrations import hold_tables, read_revisions
 
-# So that the text means the same on every server, whatever its or the user's settings are.
+# With these settings COPY writes the same text on every server. For example a server with another
+# datestyle would write 12/31/2026, which PostgreSQL elsewhere may read as an error or as a date in
+# another month.
 TEXT_FORMAT = """
     SET LOCAL datestyle = 'ISO'; SET LOCAL timezone = 'UTC'; SET LOCAL intervalstyle = 'postgres';
     SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex';
@@ -31,14 +33,15 @@ Progress = Callable[[str, int], None]
 
 
 def write_backup(url: URL, path: Path, progress: Progress) -> BackupManifest:
-    """Write a backup to `path`; `progress` hears of rows as table and bytes.
+    """Write a backup to `path`; call `progress` with the table's name and a number of bytes.
 
-    Migrations wait until it is done. Nobody else does.
+    Migrations and restores wait until the backup is done. The service goes on.
 
     Raises:
-        BackupError: `path` cannot be written, or there is nothing to back up.
+        BackupError: `path` cannot be written, or the database has no tables.
     """
     with hold_tables(url, shared=True), create_backup(path) as writer:
+        # REPEATABLE READ: every table is read at the moment of the first query.
         engine = create_engine(
             url,
             poolclass=NullPool,
@@ -47,13 +50,15 @@ def write_backup(url: URL, path: Path, progress: Progress) -> BackupManifest:
         )
         with engine.begin() as connection:
             connection.execute(text(TEXT_FORMAT))
-            manifest = _all(connection, writer, progress)
-        writer.manifest(manifest)
+            manifest = _dump_tables(connection, writer, progress)
+        writer.write_manifest(manifest)
     return manifest
 
 
-def _all(connection: Connection, writer: BackupWriter, progress: Progress) -> BackupManifest:
-    found = {one.schema: one.found for one in read_revisions(connection)}
+def _dump_tables(
+    connection: Connection, writer: BackupWriter, progress: Progress
+) -> BackupManifest:
+    found = {revision.schema: revision.found for revision in read_revisions(connection)}
     if None in found.values():
         raise BackupError("the database has no tables yet; there is nothing to back up")
     shapes = catalog.list_tables(connection)
@@ -63,18 +68,22 @@ def _all(connection: Connection, writer: BackupWriter, progress: Progress) -> Ba
         postgresql=connection.execute(text("SHOW server_version")).scalar_one(),
         revisions={schema: revision for schema, revision in found.items() if revision},
         tables=tuple(
-            writer.table(s.schema, s.name, s.columns, _rows(connection, s, progress))
+            writer.write_table(s.schema, s.name, s.columns, _copy_rows(connection, s, progress))
             for s in shapes
         ),
-        # Sequences follow no snapshot: read last, they are never behind the rows.
+        # A sequence follows no snapshot: it shows its newest number at once. Read after the tables,
+        # it may be ahead of the rows, 105 with rows up to 100, but never behind them.
         sequences=catalog.list_sequences(connection),
     )
 
 
-def _rows(connection: Connection, table: TableShape, progress: Progress) -> Iterator[bytes]:
-    """In the order of the primary key, so that equal databases give equal bytes."""
+# COPY reads in the order of the primary key, not of the disk. PostgreSQL moves a row when it is
+# updated: of two databases with the rows (1, a) and (2, b), one may store (2, b) first. Ordered by
+# key, equal databases give equal bytes, and the hashes in two manifests can be compared.
+def _copy_rows(connection: Connection, table: TableShape, progress: Progress) -> Iterator[bytes]:
+    """Yield a table's rows as COPY text, in the order of the primary key."""
     query = sql.SQL("COPY (SELECT {} FROM {} ORDER BY {}) TO STDOUT").format(
-        _names(table.columns), table.identifier, _names(table.key or table.columns)
+        _join_names(table.columns), table.identifier, _join_names(table.key or table.columns)
     )
     driver = connection.connection.driver_connection
     assert driver is not None
@@ -84,5 +93,5 @@ def _rows(connection: Connection, table: TableShape, progress: Progress) -> Iter
             yield bytes(piece)
 
 
-def _names(columns: tuple[str, ...]) -> sql.Composed:
+def _join_names(columns: tuple[str, ...]) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Identifier, columns))

@@ -139,7 +139,7 @@ def _delete_files(
     kept = [row.uri for row, _ in rows if not row.superseded and row.id not in doomed]
     for row, _ in rows:
         # A worker of another framework may publish a folder and a folder inside it. Deleting the
-        # outer checkpoint would delete the inner one, which is kept.
+        # outer checkpoint would delete an inner checkpoint that must be kept.
         if row.id not in doomed or any(f"{uri}/".startswith(f"{row.uri}/") for uri in kept):
             continue
         with contextlib.suppress(OutsideRootError):  # _list_roots has its message

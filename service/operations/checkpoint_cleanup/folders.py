@@ -112,10 +112,10 @@ def delete_folder(uri: str, root: str) -> None:
         ) from None
 
 
-# Everybody who may write in the store can replace a folder by a link at any moment. A path that was
-# checked a moment ago may then lead elsewhere: `rmtree(".../attempt-001/step-20")` would delete the
-# `step-20` of the link's target. An open descriptor stays on its folder, whatever its name becomes.
-# So open the root, then each name inside the folder before it, refusing links (O_NOFOLLOW).
+# A user with write access to the store can replace a folder by a link at any moment. A path that
+# was checked a moment ago may then lead elsewhere: `rmtree(".../attempt-001/step-20")` would delete
+# the `step-20` of the link's target. An open descriptor stays on its folder even if the name moves.
+# Hence open the root, then each name inside the folder before it, refusing links (O_NOFOLLOW).
 def _delete_by_descriptors(stack: ExitStack, root: Path, names: Sequence[str]) -> None:
     """Delete the folder that `names` lead to from `root`; the stack closes the descriptors."""
 

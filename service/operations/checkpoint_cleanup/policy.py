@@ -40,9 +40,9 @@ def decide_checkpoints(
 ) -> tuple[Decision, ...]:
     """Decide on a study's checkpoints; `used_by` names a run that starts from a checkpoint.
 
-    Keep every checkpoint of a live run, so that it can resume from an older one if the newest is
-    damaged. Keep every checkpoint that a run started from, the final one of the best trial and of
-    every target, and every checkpoint younger than the limit.
+    Keep every checkpoint of a live run: if the newest is damaged, the run resumes from an older
+    checkpoint. Keep every checkpoint that a run started from, the final checkpoints of the best
+    trial and of each target, and every checkpoint younger than the limit.
     """
     decisions: list[Decision] = []
     for fact in facts:

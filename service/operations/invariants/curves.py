@@ -1,8 +1,8 @@
 """The rule on curves: complete, as far as the worker that trained the run has promised.
 
 Our workers measure every `log_every` steps and at each evaluation. They identify themselves with
-`provenance.code_hash`. A worker of another framework reports whatever it likes and promises
-nothing, so the rule skips its runs.
+`provenance.code_hash`. A worker of another framework may report any points and promises nothing:
+the rule skips its runs.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ def find_violations(session: Session) -> Iterator[Violation]:
 
 
 # For example 20 steps, `log_every` 10 and 4 evaluations: a run that succeeded has the points 0, 5,
-# 10, 15 and 20. A run pruned at step 10 has 0, 5 and 10, so only points up to its last one are
+# 10, 15 and 20. A run pruned at step 10 has 0, 5 and 10: only points up to its last measurement are
 # expected. A point at step 7 is surplus in both.
 def _find_faults(row: Row[Any]) -> Iterator[str]:
     spec = RunSpec.model_validate(row.spec)
@@ -63,8 +63,8 @@ def _find_faults(row: Row[Any]) -> Iterator[str]:
 def expected_points(spec: RunSpec, num_steps: int) -> dict[int, int | None]:
     """Return the steps that our workers measure, each with the number of its evaluation or None.
 
-    A branch begins at the step at which it left its trunk, and so do its points. The evaluation
-    before the first step has number 0: the pruner does not get it, so it counts as None.
+    The points of a branch begin at the step at which it left its trunk. The evaluation before the
+    first step has number 0 and counts as None: the pruner does not get it.
     """
     start = spec.start_step
     logged = range(start - start % spec.train.log_every, num_steps + 1, spec.train.log_every)

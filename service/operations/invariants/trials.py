@@ -1,8 +1,9 @@
 """Rules on trials: each counts once, and Optuna's tables agree with ours.
 
 The service writes both schemas in one transaction: the start of a trial and the end that a worker
-reports (decision 0024). Only an end without a worker's report may be missing in Optuna: a run that
-was cancelled, or whose lease expired too often. The next lease request finishes that trial.
+reports (decision 0024). Only an end without a worker's report may be missing in Optuna: the end of
+a cancelled run, or after the last lease of a run expired. The next lease request finishes that
+trial.
 """
 
 from service.operations.invariants.rules import Rule

@@ -1,7 +1,8 @@
 import pytest
 
 from service.cli.demo import fleet_figures
-from service.protocol import RunView, Timing
+from service.protocol import Timing
+from service.runs.schemas import RunView
 
 
 def run(first, last, inside, *, startup=0.5, kind="trial", number=0):

@@ -1,4 +1,4 @@
-"""Leases: who may train and write, when they end, and that nothing is lost or doubled."""
+"""Leases: when they are granted, renewed and expired; no run is lost and no trial starts twice."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,8 @@ from service.settings import Settings
 from service.web.services import find_service
 from tests.by_hand import ask
 
-LONG = 60.0  # what a poll may wait for: nothing here takes it, on a slow machine neither
+# The most that a poll waits. No test needs it, on a slow machine either.
+LONG = 60.0
 
 
 def expire_all(api):
@@ -33,12 +34,13 @@ def wait_until(condition, seconds=LONG / 2):
         time.sleep(0.01)
 
 
-def standing_in_line(api):
+def num_waiting(api):
     return len(find_service(api.app, LeaseQueue)._waiting)
 
 
 def test_trials_are_leased_up_to_parallel(submit, worker):
     submit()
+    # `parallel` is 2 in the study that the fixture writes.
     first = worker.lease(8)
     assert [lease.trial_number for lease in first] == [0, 1]
     assert worker.lease(8) == ()
@@ -105,7 +107,8 @@ def test_an_expired_run_is_leased_again_with_the_next_attempt(api, submit, worke
     worker.publish(before, step=5, final=False)
     expire_all(api)
     time.sleep(0.01)
-    assert worker.lease() == ()  # taken back now; its delay after a failure is 1 s
+    # This request expires the lease; the run is due again after 1 s.
+    assert worker.lease() == ()
     after = worker.one(wait_seconds=LONG)
     assert (after.run_id, after.attempt, after.params) == (before.run_id, 2, before.params)
     assert [ref.uri for ref in after.resume_from] == [f"{before.artifact_uri}/step-00000005"]
@@ -153,7 +156,7 @@ def test_every_report_renews_the_lease(api, submit, worker):
 
 
 def now(api):
-    """By the database, whose clock leases go by."""
+    """The time of the database: leases expire by its clock."""
     with api.sessions() as session:
         return session.scalar(text("SELECT clock_timestamp()"))
 
@@ -225,7 +228,7 @@ def test_a_long_poll_is_answered_by_work_that_comes_and_not_by_its_end(
     monkeypatch.setattr(queue, "_POLL_SECONDS", LONG)
     with ThreadPoolExecutor(1) as pool:
         poll = pool.submit(worker.one, wait_seconds=LONG)
-        wait_until(lambda: standing_in_line(api) == 1)
+        wait_until(lambda: num_waiting(api) == 1)
         submit()
         assert poll.result(LONG / 2)
 
@@ -234,9 +237,10 @@ def test_waiting_polls_hold_no_connection(api, submit, worker):
     def in_use():
         return sum(engine.pool.checkedout() for engine in (api.engine, api.sampler.engine))
 
-    with ThreadPoolExecutor(30) as pool:  # three times the pool of connections
+    # 30 polls are three times the connections of the pool.
+    with ThreadPoolExecutor(30) as pool:
         polls = [pool.submit(worker.lease, 1, wait_seconds=LONG) for _ in range(30)]
-        wait_until(lambda: standing_in_line(api) == 30 and in_use() == 0)
+        wait_until(lambda: num_waiting(api) == 30 and in_use() == 0)
         assert api.client.get("/readyz") == {"status": "ready"}
         assert not any(poll.done() for poll in polls)
         submit(hpo={"trials": 30, "parallel": 30, "sampler": "random", "pruner": "none"})
@@ -248,7 +252,8 @@ def test_a_trial_whose_run_was_never_written_is_adopted(api, submit, worker, stu
 
     study = submit()
     spec = StudySpec.model_validate(study["spec"])
-    lost = ask(api.sampler, study["name"], spec)  # then the process was killed
+    # A process of an older version was killed between Optuna's transaction and ours.
+    lost = ask(api.sampler, study["name"], spec)
     lease = worker.one()
     assert (lease.trial_number, lease.params) == (lost.number, lost.params)
 
@@ -260,7 +265,8 @@ def test_a_trial_killed_before_its_parameters_were_drawn_is_adopted_whole(api, s
     from service.database.engine import optuna_url
 
     study = submit()
-    storage = RDBStorage(optuna_url(api.engine.url), skip_table_creation=True)  # another process's
+    # The storage of another process, which is killed before it samples the parameters.
+    storage = RDBStorage(optuna_url(api.engine.url), skip_table_creation=True)
     optuna.load_study(study_name=study["name"], storage=storage).ask()
     storage.engine.dispose()
     assert set(worker.one().params) == {"lr"}
@@ -273,7 +279,8 @@ def test_a_finished_trial_that_optuna_has_not_heard_of_is_told_at_the_next_lease
     lease = worker.one()
     worker.complete(lease)
     wait_until(lambda: api.sampler.states(study["name"])[0][0] != "RUNNING")
-    with api.sessions.begin() as session:  # as if the process had died between the two
+    # As if the process had been killed after it wrote the run and before it told Optuna.
+    with api.sessions.begin() as session:
         session.execute(update(Run).values(told=False))
     worker.lease()
     with api.sessions() as session:
@@ -324,13 +331,16 @@ def test_a_published_checkpoint_keeps_its_hash(submit, worker, api):
 def test_all_but_the_newest_two_checkpoints_are_superseded(submit, worker, api):
     submit()
     lease = worker.one()
-    gone = [worker.publish(lease, step=s, final=False).superseded for s in (5, 10, 15)]
-    assert gone == [(), (), (f"{lease.artifact_uri}/step-00000005",)]
+    # The third publish supersedes the first checkpoint, and its worker deletes the files.
+    superseded = [worker.publish(lease, step=s, final=False).superseded for s in (5, 10, 15)]
+    assert superseded == [(), (), (f"{lease.artifact_uri}/step-00000005",)]
     kept = api.client.get(f"/v1/runs/{lease.run_id}/checkpoints")["items"]
     assert [c["step"] for c in kept] == [15, 10]
 
 
 def test_last_trials_that_finish_at_once_enqueue_the_targets_once(api, submit, worker):
+    # Each of the four finishes may see that all trials have ended: the study's lock lets only the
+    # last enqueue. Ten repetitions give races a chance.
     for _ in range(10):
         study = submit(hpo={"trials": 4, "parallel": 4, "sampler": "random", "pruner": "none"})
         leases = worker.lease(4)

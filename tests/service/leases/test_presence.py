@@ -1,4 +1,4 @@
-"""Whose absence it was: leases get their time again after ours, once, and else end in time."""
+"""After an absence of the service leases are extended once; all others expire in time."""
 
 import time
 
@@ -15,7 +15,7 @@ TWO = {"trials": 2, "parallel": 2, "sampler": "random", "pruner": "none"}
 
 @pytest.fixture
 def late(api):
-    """Every lease ran out a second ago."""
+    """Let every lease have expired a second ago."""
 
     def make():
         with api.sessions.begin() as session:
@@ -33,7 +33,7 @@ def test_the_first_request_after_an_absence_may_be_a_report(api, submit, worker,
     submit(hpo=TWO)
     one, other = worker.lease(2)
     late()
-    forget_presence(api)  # a process that has just started
+    forget_presence(api)
     worker.report(one)
     worker.lease(1)
     assert state(api, other) == ("leased", 0)
@@ -45,7 +45,8 @@ def test_a_replica_that_is_asked_seldom_gives_a_dead_workers_lease_time_once(
 ):
     submit(hpo=ONE)
     dead = worker.one()
-    for _ in range(2):  # replicas in turn, each after an absence of its own
+    # Two replicas in turn, each after an absence of its own: the second extends nothing again.
+    for _ in range(2):
         late()
         forget_presence(api)
         worker.lease(1)
@@ -70,6 +71,7 @@ def test_a_grace_that_waits_for_a_run_in_use_passes_it_by(api, submit, worker, l
     submit(hpo=ONE)
     lease = worker.one()
     late()
+    # With the row locked, an extension that waited for it would hang here.
     with api.sessions.begin() as session:
         session.execute(text("SELECT FROM warmscale.runs FOR UPDATE"))
         repair._extend_live_leases(api.sessions, 5.0)
@@ -78,7 +80,7 @@ def test_a_grace_that_waits_for_a_run_in_use_passes_it_by(api, submit, worker, l
 
 @pytest.mark.parametrize("days", [-1, 1])
 def test_only_the_databases_clock_decides_about_leases(api, submit, worker, monkeypatch, days):
-    """Workers and replicas whose clocks are a day apart: no lease ends early, and none late."""
+    """The clocks of workers and replicas are a day apart: no lease expires early or late."""
     submit(hpo=ONE | {"trials": 2})
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + days * 86400.0)

@@ -1,4 +1,4 @@
-"""The lease queue: many requests share a commit, an idle queue reads nothing, none is lost."""
+"""The lease queue: requests share a commit, an idle queue reads nothing, no grant is lost."""
 
 import asyncio
 import socket
@@ -53,7 +53,8 @@ def test_who_asks_at_once_is_served_by_one_commit(api, submit, rounds):
         return await asyncio.gather(*(queue.lease_runs(EVERYWHERE, request()) for _ in range(16)))
 
     numbers = [lease.trial_number for (lease,) in run_with_queue(api, scene)]
-    assert numbers == list(range(16))  # in the order that they came
+    # In the order of arrival, and in a single transaction.
+    assert numbers == list(range(16))
     assert rounds == [16]
     with api.sessions() as session:
         leased = session.scalars(select(Event.xid).where(Event.type == "run.leased")).all()
@@ -71,7 +72,8 @@ def test_nothing_is_asked_of_the_database_while_nothing_happens(api, submit, rou
         await asyncio.sleep(1)
         before = len(rounds)
         await asyncio.sleep(1.5)
-        assert len(rounds) - before <= 1  # the look of every five seconds
+        # The poll every five seconds may fall into this time.
+        assert len(rounds) - before <= 1
         await asyncio.to_thread(submit, hpo=OPEN)
         return await asyncio.gather(*waiting)
 
@@ -85,7 +87,8 @@ def test_a_retry_is_granted_when_it_is_due_without_a_notice(
 ):
     monkeypatch.setattr(lease_queue, "_POLL_SECONDS", LONG)
     submit(hpo=OPEN | {"trials": 1})
-    worker.finish(worker.one(), "failed", error="boom")  # again in 1 s
+    # The failed run is due again in 1 s, and no notification says that it is.
+    worker.finish(worker.one(), "failed", error="boom")
     begun = time.monotonic()
     (again,) = worker.lease(1, wait_seconds=LONG)
     assert again.attempt == 2
@@ -126,6 +129,7 @@ def test_who_left_before_its_turn_is_granted_nothing(api, submit, monkeypatch):
     draw = api.sampler.draw
 
     async def scene(queue):
+        # The client leaves while its trial is being sampled.
         def leaves(*arguments):
             loop.call_soon_threadsafe(gone.cancel)
             time.sleep(0.2)
@@ -206,10 +210,11 @@ def test_work_that_one_replica_commits_wakes_who_waits_at_another(
 
 
 def test_what_the_database_refuses_ends_no_study(api, submit, worker, monkeypatch):
-    """A replica that stood still has lost its session, say: that is not the study's fault."""
+    """A replica that was suspended may have lost its session: that is no fault of the study."""
     name = submit(hpo=OPEN)["name"]
     written = new_trials.write
 
+    # PostgreSQL ends the session of the first write.
     def ended(session, drawn):
         monkeypatch.setattr(new_trials, "write", written)
         raise InternalError("INSERT", {}, Exception("idle-in-transaction timeout"))
@@ -236,7 +241,7 @@ def test_a_run_that_only_a_newer_version_can_read_holds_up_no_other(api, submit,
 
 @pytest.mark.tampers
 def test_a_study_that_is_held_holds_up_no_other(api, submit, worker):
-    """Neither its trials nor the leases of it that have run out."""
+    """Another transaction holds the study's row: its trials and its late leases are skipped."""
     held, free = submit(hpo=OPEN), submit(hpo=OPEN)
     late = worker.one(study=held["name"])
     with api.sessions.begin() as session:
@@ -257,6 +262,7 @@ def test_what_is_answered_as_the_client_leaves_is_given_back(api, submit):
     async def scene(queue):
         asked, answer_if_ready = None, queue._answer_if_ready
 
+        # The client leaves between the answer and its delivery.
         def answer_and_leave(entry):
             answer_if_ready(entry)
             if entry.answer.done():
@@ -289,6 +295,7 @@ def test_who_stays_is_answered_before_what_others_left_is_given_back(api, submit
     async def scene(queue):
         loop = asyncio.get_running_loop()
 
+        # The first client leaves after its grant has committed and before it is answered.
         def first_leaves(services, requests):
             steps = serve_round(services, requests)
             while isinstance(step := lease_queue._run_to_next_step(steps), Granted):
@@ -313,13 +320,14 @@ def test_who_stays_is_answered_before_what_others_left_is_given_back(api, submit
 
 @pytest.mark.parametrize("first", ["queued", "trial"])
 def test_what_is_granted_is_answered_before_more_is_drawn(api, submit, worker, monkeypatch, first):
-    """A draw may take minutes, and a lease runs from its grant."""
+    """Sampling may take minutes, and a lease runs from its grant."""
     early = submit(hpo=OPEN | {"trials": 1})
     if first == "queued":
         worker.finish(worker.one(), "released")
     slow = submit(hpo=OPEN)
     draw, answered = api.sampler.draw, threading.Event()
 
+    # The second study is sampled only after the first request has its answer.
     def waits_for_the_answer(name, *arguments):
         assert name == early["name"] or answered.wait(LONG)
         return draw(name, *arguments)
@@ -357,6 +365,7 @@ def test_a_round_serves_so_many_and_the_next_who_stands_behind_them(
 
     numbers = [lease.trial_number for (lease,) in run_with_queue(api, scene)]
     assert numbers == [*range(6)]
+    # Eleven requests: the third round takes the three behind the first eight.
     assert rounds[:3] == [4, 4, 3]
 
 
@@ -387,7 +396,7 @@ def test_a_key_has_its_share_of_the_line_and_no_more(api, submit):
 
 
 def test_a_trial_that_optuna_numbers_meanwhile_gets_no_second_of_its_number(api, submit, worker):
-    """Optuna numbers trials under its study's lock; others may use it beside the service."""
+    """Optuna numbers trials under its study's lock; a user may add trials beside the service."""
     name = submit(hpo=OPEN)["name"]
     optuna_id = api.sampler.storage.get_study_id_from_name(name)
     with ThreadPoolExecutor(1) as pool:

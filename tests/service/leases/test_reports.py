@@ -1,4 +1,4 @@
-"""A report is written whole or not at all, and twice is the same as once."""
+"""A report is written completely or not at all; the same report twice changes nothing."""
 
 import hypothesis.strategies as st
 import pytest
@@ -34,7 +34,7 @@ points = st.lists(
 
 
 def shown(run, points):
-    """What a run shows after a report, spelled out."""
+    """The numbers that a run shows after a report, computed point by point."""
     shows, before = dict(run), run["step"]
     for point in sorted(points, key=lambda p: p.step):
         if point.step >= before:
@@ -63,11 +63,12 @@ def test_a_run_shows_the_newest_of_each_number_and_keeps_the_first_of_each_step(
     run = dict.fromkeys(SHOWN) | {"step": 0, "tokens": 0}
     for batch in batches:
         with find_service(api.app, LeaseServices).statements() as session:
-            heard = reports.write_report(
+            written = reports.write_report(
                 session, EVERYTHING, run_id, token, batch, lease_seconds=60
             )
-        assert heard is not None
+        assert written is not None
         run = shown(run, batch)
+    # The curve and Optuna keep the first report of a step and of an evaluation.
     sent = [point for batch in batches for point in batch]
     losses = first_of_each(
         (p.evaluation, p.val_loss_nats)
@@ -92,7 +93,7 @@ _VALUES = (
 
 @pytest.fixture
 def leased(api, submit, worker):
-    """A new lease's run, token and trial of Optuna's, a study to each."""
+    """The run, the token and Optuna's trial id of a new lease, each in a study of its own."""
 
     def lease():
         study = submit(hpo=ONE, target=None)
@@ -140,4 +141,5 @@ def test_a_trial_that_has_ended_in_optuna_hears_no_more(api, submit, worker):
     with api.sessions.begin() as session:
         values = "SELECT count(*) FROM optuna.trial_intermediate_values"
         assert session.scalar(text(values)) == 0
-        session.execute(text("UPDATE optuna.trials SET state = 'RUNNING'"))  # as it was
+        # The check after the test wants the trial as it was.
+        session.execute(text("UPDATE optuna.trials SET state = 'RUNNING'"))

@@ -20,7 +20,7 @@ def main(folder, steps):
 
     engine.use_utc()
     with engine.start_embedded(Path(folder)) as server:
-        url = engine.normalized(server.get_uri())
+        url = engine.normalize_url(server.get_uri())
         if "--play" in steps:
             play_scenario(url, Path(folder))
         if "--dump" in steps:

@@ -186,8 +186,8 @@ def rewritten(path, to, **changes):
 
 def contents(path):
     with archive.open_backup(path) as reader:
-        reader.check(lambda _: None)
-        return reader.manifest, [b"".join(reader.rows(t)) for t in reader.manifest.tables]
+        reader.check_hashes(lambda _: None)
+        return reader.manifest, [b"".join(reader.read_rows(t)) for t in reader.manifest.tables]
 
 
 @hypothesis_settings(max_examples=150)
@@ -258,15 +258,15 @@ def test_events_of_a_server_that_was_ahead_are_the_past(empty_url, tmp_path, set
 KILLED = """
 import sys
 from pathlib import Path
-from service import db
+from service.database import engine
 from service.operations.backup import load
-db.use_utc()
+engine.use_utc()
 def stop(name, size):
     if name == "warmscale.runs":
         print("in the middle", flush=True)
         import time
         time.sleep(60)
-load.restore(db.normalized(sys.argv[1]), Path(sys.argv[2]), stop, replace=True)
+load.restore_backup(engine.normalize_url(sys.argv[1]), Path(sys.argv[2]), stop, replace=True)
 """
 
 

@@ -1,4 +1,4 @@
-"""Bad input: refused at submission, naming the field, the value and what would work."""
+"""Bad input is refused at submission; the message names field, value and a value that works."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ from service.web.services import find_service
 
 @pytest.fixture
 def api(shared_api):
-    """One for all: what is refused leaves nothing behind."""
+    """A shared API: a refused request leaves nothing behind."""
     return shared_api
 
 
@@ -22,6 +22,7 @@ def lr(**changes):
     return {"lr": {"type": "float", "low": 1e-3, "high": 3e-2} | changes}
 
 
+# A changed field of the spec, the path and value in the answer, and a part of its message.
 def bad(path, value, works, **spec):
     return pytest.param(spec, path, value, works, id=f"{path}={value}")
 
@@ -130,10 +131,10 @@ CASES = [
     bad("target.budgets", [0.05, 5], "in the warmup", target={"width": 64, "budgets": [0.05, 5]}),
     bad("target.budgets", [1, 2], "wsd with a cooldown", train={"schedule": "cosine"},
         target={"width": 64, "budgets": [1, 2]}),
-    bad("target.budgets", [1, 2], "cooldown_fraction 0, which may be found",
+    bad("target.budgets", [1, 2], "cooldown_fraction 0, in the search space",
         search_space={"cooldown_fraction": {"type": "float", "low": 0, "high": 0.5}},
         target={"width": 64, "budgets": [1, 2]}),
-    bad("target.budgets", [1, 1.03], "at batch_size 128, which may be found",
+    bad("target.budgets", [1, 1.03], "at batch_size 128, in the search space",
         search_space={"batch_size": {"type": "categorical", "choices": [8, 128]}},
         target={"width": 64, "budgets": [1, 1.03]}),
     bad("target.train.tokens_per_param", 3, "leave one of the two out",
@@ -272,6 +273,7 @@ def send(api, method, path, body=None):
     return httpx.request(method, f"{api.url}{path}", content=content, headers=headers)
 
 
+# The key is the path in the answer, or the beginning of it.
 HUGE = {
     "train.num_tokens": {"train": {"num_tokens": 10**30}},
     "train.tokens_per_param": {"train": {"tokens_per_param": 1e300}},
@@ -355,6 +357,8 @@ def test_numbers_beyond_the_database_are_refused(api, submit, worker):
     assert httpx.post(finish, json=error, headers=headers).status_code == 422
 
 
+# Cursors are base64; these decode to nothing, to text, to a date alone, or to a row of another
+# list.
 CURSORS = [
     "",
     "x",
@@ -380,6 +384,7 @@ def test_a_forged_cursor_or_event_id_is_refused(api, submit, cursor):
         assert httpx.get(events, headers=key | header).status_code == 422
 
 
+# A recursive parser without a limit would overflow its stack here.
 DEEP = b"[" * 100_000
 
 
@@ -415,7 +420,7 @@ TWICE = b'[{"deep": {"lr": 1, "seed": 2, "lr": 3}}]'
 
 
 def test_a_key_given_twice_is_refused_by_its_name_on_every_call(api):
-    """Parsers differ in which they take: two readers of one spec would train two things."""
+    """Parsers differ in the value that they keep: two readers of a spec would train two runs."""
     document, asked = httpx.get(f"{api.url}/openapi.json").json(), 0
     for path, methods in document["paths"].items():
         for method in (m for m, call in methods.items() if "requestBody" in call):
@@ -430,19 +435,21 @@ def test_a_key_given_twice_is_refused_by_its_name_on_every_call(api):
 def test_nothing_is_stored_of_a_body_with_a_key_twice(api, study_spec):
     before = api.client.get("/v1/studies")
     text = json.dumps(study_spec()).replace('{"name": ', '{"name": "first", "name": ', 1)
-    assert json.loads(text)  # Python takes the last
+    # Python's parser accepts the text and keeps the last value.
+    assert json.loads(text)
     assert send(api, "POST", "/v1/studies", text).json()["errors"][0]["path"] == "name"
     assert api.client.get("/v1/studies") == before
 
 
 def test_a_long_body_is_read_beside_the_loop_that_serves_the_others(api, study_spec, monkeypatch):
-    threads, parsed = [], json_body._parsed
+    threads, parse_body = [], json_body._parse_body
 
     def seen(body):
         threads.append(threading.current_thread())
-        return parsed(body)
+        return parse_body(body)
 
-    monkeypatch.setattr(json_body, "_parsed", seen)
+    monkeypatch.setattr(json_body, "_parse_body", seen)
+    # Above 64 kB a body is parsed in a thread: the loop goes on serving other requests.
     short = json.dumps(study_spec(colour="red"))
     for text in (short, short + " " * 2**17):
         assert send(api, "POST", "/v1/studies", text).status_code == 422
@@ -480,6 +487,7 @@ def test_a_body_of_the_limit_is_a_study_and_one_of_ten_megabytes_says_what_the_l
     api, study_spec
 ):
     most = find_service(api.app, Settings).max_body_bytes
+    # Spaces around a JSON text are valid: the second body has exactly the largest size.
     large = send(api, "POST", "/v1/studies", b" " * 10_000_000)
     assert (large.status_code, large.json()["type"]) == (
         413,

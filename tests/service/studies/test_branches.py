@@ -23,7 +23,7 @@ BUDGETS = [2, 4]
 
 @pytest.fixture
 def api(shared_api):
-    """One for all: what a test leaves is cancelled, runs started by hand too."""
+    """A shared API; after each test its study is cancelled, with the runs started by hand."""
     yield shared_api
     for study in shared_api.client.get("/v1/studies", limit=1)["items"]:
         with contextlib.suppress(ServiceError):
@@ -32,7 +32,7 @@ def api(shared_api):
 
 @pytest.fixture
 def study(submit, worker):
-    """A study of two budgets whose only trial has ended."""
+    """A study of two budgets; its only trial has ended."""
 
     def study(**changes):
         spec = {
@@ -62,7 +62,7 @@ def checkpoint(lease, step):
 
 
 def train_trunk(worker, lease):
-    """Publish at every branch point and end."""
+    """Publish a checkpoint at every branch point, then finish."""
     steps = lease.spec.branch_steps
     for step in steps:
         publish(worker, lease, step, final=step == steps[-1])
@@ -86,7 +86,8 @@ def test_each_branch_point_enqueues_its_run_where_it_is_published(study, worker,
     publish(worker, trunk, first - 1)
     assert worker.lease(8) == ()
     publish(worker, trunk, first)
-    publish(worker, trunk, first)  # the answer was lost
+    # Publish again, as a worker does when the answer was lost.
+    publish(worker, trunk, first)
     (branch,) = worker.lease(8)
     assert (branch.kind, branch.arm, branch.params) == ("target", trunk.arm, trunk.params)
     assert branch.spec.trunk.uri == f"{trunk.artifact_uri}/step-{first:08d}"
@@ -105,6 +106,7 @@ def test_a_branchs_checkpoint_is_kept_however_many_follow(study, worker, api):
     study()
     trunk = worker.one()
     first, second = trunk.spec.branch_steps
+    # Four checkpoints: the newest two are kept, and the first since a branch refers to it.
     replies = [publish(worker, trunk, s) for s in (first, first + 1, first + 2, first + 3)]
     superseded = [uri for reply in replies for uri in reply.superseded]
     assert superseded == [f"{trunk.artifact_uri}/step-{first + 1:08d}"]
@@ -209,7 +211,7 @@ def test_a_cancelled_study_branches_no_more(study, worker, api):
 
 
 def test_a_cancel_during_a_publish_misses_no_branch(study, worker, api):
-    """The publish holds the study's lock: the cancel comes after it and sees what it enqueued."""
+    """The publish holds the study's lock: the cancel waits for it and sees the new branch."""
     name = study()
     trunk = worker.one()
     step = trunk.spec.branch_steps[0]
@@ -233,6 +235,7 @@ def test_a_crash_in_the_middle_of_a_publish_leaves_neither_checkpoint_nor_branch
     trunk = worker.one()
     worker.lease(8)
     step = trunk.spec.branch_steps[0]
+    # The exception rolls the transaction back, as a kill of the process does.
     with pytest.raises(ZeroDivisionError), api.sessions.begin() as session:
         branches.lock_branching_study(session, trunk.run_id, step)
         run = attempts.renew_lease(session, EVERYWHERE, trunk.run_id, trunk.lease_token, 60)
@@ -256,13 +259,14 @@ LOSSES = {("warm", 2): 2.0, ("cold", 2): 2.3, ("warm", 4): 1.9, ("cold", 4): 1.9
 
 @pytest.fixture
 def found(study, worker, api):
-    """What a study found whose trunks were measured at every branch point."""
+    """The results of a study with a validation loss at every branch point of its trunks."""
     name = study()
     for trunk in worker.lease(8):
         for k, step in enumerate(trunk.spec.branch_steps, start=1):
             point = {"step": step, "tokens": step * 256, "val_loss_nats": 2.6 - k / 10}
             worker.report(trunk, point | {"evaluation": k})
         train_trunk(worker, trunk)
+    # The branches: each ends at the step at which its budget is trained.
     for lease in worker.lease(16):
         total = lease.spec.num_tokens
         loss = LOSSES[lease.arm, lease.spec.train.tokens_per_param]
@@ -301,6 +305,7 @@ def test_a_budget_costs_its_own_run_whole_and_the_study_what_was_trained(found):
 
 def test_what_a_study_will_spend_is_what_it_spent(found, api):
     spec = StudySpec.model_validate(api.client.get(f"/v1/studies/{found.study_name}")["spec"])
+    # Two arms with two seeds: four trunks, each with its cooldowns.
     each = count_flops_with_branches(spec.rung_run(0, seed=0))
     assert found.costs.targets_flops == pytest.approx(4 * each)
     assert spec.num_target_runs == len(found.targets)
@@ -315,6 +320,7 @@ def test_a_branchs_curve_is_its_trunks_up_to_where_it_left(found):
 
 def test_a_budget_waits_for_its_own_runs_alone(study, worker, api):
     name = study(warmstart={"seeds": 1})
+    # Both trunks have only the first branch point: the first budget can be judged, the second not.
     warm, cold = sorted(worker.lease(8), key=lambda lease: lease.arm, reverse=True)
     for trunk in (warm, cold):
         publish(worker, trunk, trunk.spec.branch_steps[0])

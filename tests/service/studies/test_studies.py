@@ -1,4 +1,4 @@
-"""Studies from submission to verdict, driven by hand: states, targets, reading."""
+"""Studies from submission to the end, driven by hand: states, targets, reading."""
 
 import hashlib
 
@@ -110,6 +110,7 @@ def test_cancel_ends_every_live_run_and_optuna_hears_it(api, submit, worker):
     worker.lease(2)
     api.client.post(f"/v1/studies/{study['id']}/cancel")
     assert {run["state"] for run in api.client.get("/v1/runs")["items"]} == {"cancelled"}
+    # The next request for a lease reports the ends to Optuna.
     worker.lease()
     states = api.sampler.states(study["name"])
     assert {state for state, _ in states.values()} == {"FAIL"}
@@ -136,6 +137,7 @@ def test_a_bad_trial_is_told_to_prune_and_a_good_one_to_go_on(submit, worker):
         for evaluation in (1, 2, 3, 4):
             worker.evaluate(lease, evaluation, 3.0)
         worker.complete(lease, 3.0)
+    # Five trials have ended: the median pruner has losses to compare with.
     bad, good = leases[5:7]
     assert [worker.evaluate(bad, e, 4.0) for e in (1, 2)] == ["continue", "prune"]
     assert [worker.evaluate(good, e, 2.0) for e in (1, 2)] == ["continue", "continue"]
@@ -162,6 +164,7 @@ def test_a_trial_that_a_crash_left_without_its_run_leaves_no_room_for_one_too_ma
 
     study = submit(hpo={"trials": 1, "parallel": 1, "sampler": "random"})
     storage = api.sampler.storage
+    # Optuna counts a trial here that has no run of ours.
     optuna.load_study(study_name=study["name"], storage=storage).ask()
     refused = problem(
         api.client.post, f"/v1/studies/{study['id']}/trials", {"params": {"lr": 0.02}}
@@ -232,7 +235,7 @@ IMPORTED = {
 
 @pytest.fixture
 def for_imported(submit):
-    """A study whose proxies have the imported model's base, and tune a multiplier too."""
+    """A study with the imported model's base width; it tunes a multiplier, too."""
 
     def create(**changes):
         proxy = {"width": 32, "depth": 1, "head_dim": 16, "base_width": 48, "base_depth": 1}
@@ -259,6 +262,7 @@ def test_an_imported_model_is_grown_with_the_best_trials_hyperparameters(api, fo
     assert grown.model == fresh.model
     assert (grown.model.width, grown.model.base_width) == (96, 48)
     assert grown.train.lr == fresh.train.lr == best["lr"]
+    # The imported model keeps its own multiplier; the tuned value belongs to the proxies.
     assert grown.model.embedding_multiplier == 1.0 != best["embedding_multiplier"]
     path = f"/v1/studies/{for_imported()['id']}/targets"
     assert {run["params"] == {} for run in api.client.post(path, body)["items"]} == {True}
@@ -351,6 +355,7 @@ def test_a_live_stream_delivers_what_happens_after_it_was_opened(api, submit, wo
             if line.startswith("event: "):
                 seen.append(line.removeprefix("event: "))
             if seen == ["study.created"]:
+                # Something has to happen after the stream was opened.
                 seen.append("(finished by hand)")
                 worker.complete(worker.one())
     assert seen[-1] == "study.completed"
@@ -393,6 +398,7 @@ def test_what_does_not_exist_is_a_404_problem(api):
 
 
 def test_an_answer_is_committed_before_it_is_sent(api, study_spec):
+    # A commit after the response would lose this race now and then.
     for _ in range(20):
         study = api.client.post("/v1/studies", study_spec())
         assert api.client.get(f"/v1/studies/{study['id']}")["id"] == study["id"]

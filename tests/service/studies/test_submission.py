@@ -41,7 +41,8 @@ def test_a_source_is_listed_once(shared_api, study_spec, corpus, listings, token
 
 
 def test_the_process_that_inspects_reads_the_files_that_were_checked(corpus):
-    """A file that appears after the check is not read without one."""
+    """A file that appears after the check is not read unchecked."""
+    # `bpe:300` needs a library: the corpus is inspected in a process of its own.
     data = DataSpec(source=str(corpus), context=32, tokenizer="bpe:300")
     files = list_source(data, (corpus,))
     before = inspect(data)

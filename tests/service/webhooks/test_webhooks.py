@@ -42,7 +42,7 @@ def soon(monkeypatch):
     """Another attempt comes at once, not after seconds."""
     monkeypatch.setattr(store, "_FIRST_SECONDS", 0.001)
     monkeypatch.setattr(store, "_FACTOR", 1.0)
-    monkeypatch.setattr(outbox, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(outbox, "_POLL_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -283,10 +283,10 @@ def test_the_outbox_goes_on_after_any_exception(sessions, receiver, monkeypatch,
         async with own.keep_delivering(Wakeups(sessions.kw["bind"].url)):
             await asyncio.to_thread(eventually, standing_of(sessions, webhook_id), (0, 1, 0))
 
-    monkeypatch.setattr(outbox, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(outbox, "_POLL_SECONDS", 0.05)
     monkeypatch.setattr(store, "CLAIM_SECONDS", 0.0)
     asyncio.run(until_delivered())
-    assert "webhooks wait" in caplog.text
+    assert "webhook deliveries are delayed" in caplog.text
 
 
 def standing_of(sessions, webhook_id):
@@ -342,7 +342,7 @@ def test_what_fails_outside_of_sending_is_an_attempt_and_comes_to_an_end(
     assert view.last_error == (
         "not written: KeyError"
         if broken == "message"
-        else "how its attempts went could not be noted"
+        else "the outcome of its attempts could not be stored"
     )
 
 

@@ -1,4 +1,4 @@
-"""Replicas of the API as processes, and a client that a load balancer stands in front of."""
+"""Replicas of the API as processes, and a client that sends its requests to all in turn."""
 
 import contextlib
 import itertools
@@ -50,7 +50,7 @@ class Serving:
 
 
 class Balanced(httpx.BaseTransport):
-    """Sends each request to the next replica in turn; none is sticky."""
+    """A load balancer without sticky sessions: each request goes to the next replica."""
 
     def __init__(self, urls):
         self._urls, self._inner = itertools.cycle(map(httpx.URL, urls)), httpx.HTTPTransport()
@@ -69,9 +69,10 @@ class Balanced(httpx.BaseTransport):
 
 @contextlib.contextmanager
 def balanced(urls, key, patience_seconds=60.0):
-    """A client of all replicas, and what it was answered."""
+    """A client of all replicas; `client.answers` has method, path and status of each answer."""
     transport = Balanced(urls)
     with Client(urls[0], key, patience_seconds=patience_seconds) as client:
+        # The client has no option for a transport.
         client._http.close()
         client._http = httpx.Client(
             base_url=urls[0],

@@ -1,4 +1,4 @@
-"""One study's fault is that study's alone, and an outage of ours is not the workers' fault."""
+"""A study's fault ends that study alone, and an outage of the service costs no worker its run."""
 
 import threading
 
@@ -22,7 +22,7 @@ ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
 
 def poison(api, study, **changes):
-    """A stored spec that this version cannot read, as a newer replica writes it."""
+    """Change a stored spec to a form that only a newer version can read."""
     with api.sessions.begin() as session:
         row = session.get(Study, study["id"])
         row.spec = row.spec | changes
@@ -53,6 +53,7 @@ def test_a_fault_in_what_follows_a_run_keeps_the_run_and_fails_the_study(
 ):
     study = submit(hpo=ONE)
     lease = worker.one()
+    # Without the function every step raises a NameError.
     with monkeypatch.context() as patch:
         patch.delattr(advance, "plan_next_step")
         assert worker.complete(lease) == "succeeded"
@@ -84,8 +85,8 @@ def test_a_study_that_only_a_newer_version_can_read_is_left_to_it(
     ]
     assert found.violations == ()
     assert "specs-read" in {one.invariant for one in at_rest.violations}
-    said = [r for r in caplog.records if "left to another version" in r.getMessage()]
-    assert [record.study for record in said] == [before["id"]]
+    logged = [r for r in caplog.records if "left to another version" in r.getMessage()]
+    assert [record.study for record in logged] == [before["id"]]
     with api.sessions.begin() as session:
         row = session.get(Study, before["id"])
         row.spec = before["spec"]
@@ -93,7 +94,7 @@ def test_a_study_that_only_a_newer_version_can_read_is_left_to_it(
 
 
 def test_the_last_end_of_a_study_of_a_newer_version_waits_for_it(api, submit, worker):
-    """Its worker hears a 503 and tries again; meanwhile its reports are taken."""
+    """The worker gets a 503 and retries; its reports are accepted meanwhile."""
     study = submit(hpo=ONE | {"pruner": "median"})
     lease = worker.one()
     poison(api, study, of_tomorrow=1)
@@ -180,7 +181,9 @@ def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit
         )
         cancel.start()
         cancel.join(0.5)
-        assert cancel.is_alive()  # it holds the study and waits for the run
+        # The cancel holds the study's row and waits for the run's. A publish that now locked the
+        # study would deadlock; an event only refers to it.
+        assert cancel.is_alive()
         record_event(session, "run.noted", study_id=run.study_id, run_id=run.id)
     cancel.join(5)
     assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "cancelled"
@@ -191,7 +194,7 @@ def test_after_an_absence_of_ours_leases_get_their_time_again(api, submit, worke
     lease = worker.one()
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 hour'")))
-    forget_presence(api)  # a process that has just started
+    forget_presence(api)
     worker.lease(1)
     run = api.client.get(f"/v1/runs/{lease.run_id}")
     assert (run["state"], run["failures"]) == ("leased", 0)
@@ -203,6 +206,7 @@ def test_an_absence_is_not_over_before_it_is_made_good():
     assert [presence.note_request(), presence.note_request()] == [False, False]
     presence.note_extended()
     assert presence.note_request()
+    # With a negative lease time every request comes after an absence.
     short = Presence(-1.0)
     short.note_extended()
     assert not short.note_request()
@@ -255,6 +259,7 @@ def test_a_stream_waits_for_an_event_that_commits_after_a_later_one(api, submit)
     study = submit()
     path = f"{api.url}/v1/studies/{study['id']}"
     headers = {"Authorization": f"Bearer {api.key}"}
+    # Its event has the lower id and commits later.
     early = api.sessions()
     record_event(early, "early", study_id=study["id"])
     api.client.post(f"/v1/studies/{study['id']}/pause")
@@ -314,7 +319,8 @@ def test_a_grid_trial_that_is_adopted_keeps_its_point(api, submit, worker):
     study = submit(search_space=space, hpo=ONE | {"trials": 3, "parallel": 3, "sampler": "grid"})
     storage = api.sampler.storage
     optuna.load_study(study_name=study["name"], storage=storage).ask()
-    leases = [*worker.lease(3), *worker.lease(3)]  # what is adopted is answered first
+    # The first request is answered with the adopted trial alone.
+    leases = [*worker.lease(3), *worker.lease(3)]
     assert sorted(lease.params["lr"] for lease in leases) == [0.001, 0.002, 0.004]
 
 

@@ -1,8 +1,8 @@
-"""What users of HPO tools report losing trials by, each as a law that holds here.
+"""Faults by which users of other HPO tools report losing trials; each is a law here.
 
-Others of the kind stand where they belong: a crashed trial goes on from its checkpoint (optuna
-#6283) in test_leases and tests/workers/test_resume; many workers at once never meet "has already
-finished and can not be updated" (optuna #5582) in test_replicas.
+Further tests of this kind: a crashed trial goes on from its checkpoint (optuna #6283), in
+`test_leases.py` and in `tests/workers/attempt/test_resume.py`; many workers at once never get "has
+already finished and can not be updated" (optuna #5582), in `test_replicas.py`.
 """
 
 import pytest
@@ -24,7 +24,8 @@ def test_a_killed_workers_trial_does_not_stay_running_in_optuna_for_ever(api, su
     study = submit(hpo=ONE, max_attempts=2, target=None)
     for _ in range(2):
         assert worker.one(wait_seconds=5)
-        with api.sessions.begin() as session:  # it was killed, and says nothing more
+        # The worker was killed: it reports nothing more, and its lease expires.
+        with api.sessions.begin() as session:
             session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 s'")))
         assert worker.lease(1) == ()
     assert states_in_optuna(api, study) == {0: "FAIL"}
@@ -53,7 +54,7 @@ def test_a_trial_whose_worker_reports_is_never_failed_for_its_age(api, submit, w
 def test_fifty_studies_need_no_more_connections_than_one(
     settings, database_url, study_spec, worker_of
 ):
-    """Optuna #1115, #1347: every study object brought connections of its own."""
+    """Optuna #1115, #1347: every study object opened connections of its own."""
     watching = create_engine(database_url)
     with serving(settings.model_copy(update={"pool_size": 2}), database_url) as api:
         for _ in range(50):
@@ -64,6 +65,7 @@ def test_fifty_studies_need_no_more_connections_than_one(
             worker_of(api).evaluate(lease, 1, 2.0)
         with watching.connect() as connection:
             used = "SELECT count(*) - 1 FROM pg_stat_activity WHERE datname = current_database()"
+            # The service's pool, twice as many for Optuna, and the listener.
             assert 0 < connection.scalar(text(used)) <= 3 * 2 + 1
     watching.dispose()
 
@@ -77,7 +79,7 @@ def worker_of():
 def test_a_restarted_service_goes_on_with_the_same_search_and_loses_no_queued_work(
     settings, database_url, study_spec, worker_of, sampler
 ):
-    """Ray #30861: a restored search began anew. Ray #7989: what was queued died with the driver."""
+    """Ray #30861: a restored search began anew. Ray #7989: queued trials died with the driver."""
     hpo = {"trials": 8, "parallel": 2, "sampler": sampler, "pruner": "none"}
     drawn, queued = [], []
     with serving(settings, database_url) as api:

@@ -1,4 +1,4 @@
-"""A request that was cut off and sent again counts once, also while the first is under way."""
+"""A request that is sent again counts once, also while the first is still being served."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +25,7 @@ def runs_of(answer):
 
 @pytest.fixture
 def grown(api, submit, worker):
-    """A study with a trial to grow; gives its path."""
+    """The path of a study with a trial to grow."""
     study = submit(target=None)
     worker.complete(worker.one())
     return f"/v1/studies/{study['id']}"
@@ -90,7 +90,7 @@ def test_a_key_sent_eight_times_at_once_counts_once(api, grown, submit):
 
 
 def test_a_trial_whose_enqueueing_was_cut_off_before_our_commit_is_found_by_its_key(api, submit):
-    """Optuna's transaction is its own: a crash may fall between the two."""
+    """Optuna commits in a transaction of its own: a crash may come between the two commits."""
     study = submit()
     number = api.sampler.enqueue(study["name"], {"lr": 0.005}, "k")
     path = f"/v1/studies/{study['id']}/trials"

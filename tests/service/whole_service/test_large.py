@@ -1,4 +1,4 @@
-"""Ten thousand trials, twenty thousand measurements: every answer stays of a size to be read."""
+"""With ten thousand trials and twenty thousand measurements every answer has a bounded size."""
 
 import json
 import time
@@ -9,11 +9,12 @@ from sqlalchemy import text
 
 from tests.by_hand import Worker
 
-# The check after every test would read all of it each time.
+# The check of the invariants after every test would read all rows each time.
 pytestmark = pytest.mark.tampers
 NUM_TRIALS = 10_000
 NUM_POINTS = 20_000
-MOST_SECONDS = 60  # not a benchmark (docs/log.md has one): what hangs is found
+# No benchmark (docs/log.md has those): the limit finds requests that hang.
+MOST_SECONDS = 60
 SPACE = {"lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True}}
 
 
@@ -22,7 +23,7 @@ def api(shared_api):
     return shared_api
 
 
-# Every trial is trial 0 again, with a loss and a parameter of its own.
+# Copies trial 0 in all tables; each copy has a loss and a parameter of its own.
 COPIES = """
 CREATE TEMPORARY TABLE made AS
 SELECT n, 2 + (hashint8(n)::bigint + 2147483648) / 4294967296.0::float8 AS loss,
@@ -106,7 +107,7 @@ def answer(api, path, **params):
 
 def test_pages_of_trials_have_every_trial_once_in_order(api, large):
     path = f"/v1/studies/{large['id']}/trials"
-    found = api.client.pages(path, limit=1000)
+    found = api.client.list_items(path, limit=1000)
     assert [trial["number"] for trial in found] == list(range(NUM_TRIALS + 1))
     assert len(answer(api, path).json()["items"]) == 500
     assert (
@@ -123,7 +124,7 @@ def test_pages_of_trials_have_every_trial_once_in_order(api, large):
         ("", 20_000),
         ("/trials", 300_000),
         ("/results", 20_000),
-        ("/report", 8_000_000),  # of which Plotly itself is 5
+        ("/report", 8_000_000),  # Plotly itself has 5 MB
         ("/importance", 1000),
     ],
 )
@@ -135,7 +136,7 @@ def test_lists_and_metrics_do_not_grow_with_a_study(api, large):
     assert len(answer(api, "/v1/studies").content) < 20_000
     assert len(answer(api, "/v1/runs", study=large["id"]).content) < 500_000
     page = answer(api, "/metrics").text
-    # Request times are of this process, which may have served other tests before.
+    # The histogram of request times covers this process, with the tests before.
     of_data = [line for line in page.splitlines() if not line.startswith("warmscale_request_")]
     assert 20 < len(of_data) < 400
     assert large["id"] not in page
@@ -184,7 +185,7 @@ def test_pages_of_measurements_have_every_step_once_in_order(api, long_run):
     _, lease = long_run
     path = f"/v1/runs/{lease.run_id}/measurements"
     assert len(answer(api, path).json()["items"]) == 1000
-    found = api.client.pages(path, limit=5000)
+    found = api.client.list_items(path, limit=5000)
     assert [point["step"] for point in found] == list(range(1, NUM_POINTS + 1))
 
 

@@ -1,4 +1,4 @@
-"""Several replicas of the API on one database, and that database killed under one of them."""
+"""Several replicas of the API on a database, kills of a replica and of the database."""
 
 import contextlib
 import threading
@@ -25,7 +25,7 @@ LISTENER = 1
 
 
 def connections(engine):
-    """Connections to this database but our own."""
+    """The number of connections to this database, without our own."""
     query = (
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -37,7 +37,7 @@ def connections(engine):
 
 @contextlib.contextmanager
 def watched(engine):
-    """The most connections there were at once while inside; empty before."""
+    """A list of the most connections at once while the block runs."""
     most, over = [0], threading.Event()
 
     def watch():
@@ -59,7 +59,7 @@ def engine(database_url):
 
 
 def train(client, study, stop):
-    """A worker that leases, evaluates and finishes until the study has ended."""
+    """Lease, evaluate and finish as a worker until the study has ended."""
     worker, busy = Worker(client, threading.current_thread().name), 0
     while not stop.is_set():
         for lease in worker.lease(2, study=study, wait_seconds=0.5):
@@ -96,7 +96,8 @@ def test_a_study_on_two_replicas_of_which_one_is_killed_has_each_step_once(
             fleets = [pool.submit(train, client, study, stop) for _ in range(6)]
             while sum(t["state"] == "succeeded" for t in trials_of(client, study)) < 4:
                 time.sleep(0.02)
-            replicas[0].stop()  # kill -9, in the middle of requests
+            # SIGKILL while requests are being served.
+            replicas[0].stop()
             again = Serving(each[0], database_url, tmp_path / "api-0.log")
             replicas.append(again)
             try:
@@ -125,7 +126,7 @@ def trials_of(client, study):
 
 
 def check_each_step_once(engine, study):
-    """No transition was made twice, whoever asked for it."""
+    """Check that no replica repeated a transition that another had made."""
     with Session(engine) as session:
         once = ("study.completed", "run.succeeded")
         query = (
@@ -145,7 +146,7 @@ def check_each_step_once(engine, study):
 def test_sixty_four_clients_at_once_use_no_more_connections_than_are_written_down(
     settings, database_url, engine, study_spec
 ):
-    """And none meets "has already finished and can not be updated" (optuna #5582)."""
+    """No client gets "has already finished and can not be updated" (optuna #5582)."""
     pool_size = 3
     with (
         serving(settings.model_copy(update={"pool_size": pool_size}), database_url) as api,
@@ -177,7 +178,8 @@ def test_an_api_outlives_its_database_and_goes_on_by_itself(study_spec):
             api.client.post("/v1/studies", study_spec())
             worker = Worker(api.client)
             lease = worker.one()
-            server.get_postmaster_info().process.kill()  # the postmaster, with kill -9
+            # SIGKILL for the postmaster; its backends notice and exit.
+            server.get_postmaster_info().process.kill()
             while httpx.get(f"{api.url}/readyz").status_code == 200:
                 time.sleep(0.02)
             away = httpx.get(f"{api.url}/readyz")
@@ -201,6 +203,6 @@ def _backends(server):
     import psutil
 
     for process in psutil.process_iter(["cmdline", "name"]):
-        said = " ".join(process.info["cmdline"] or [])
-        if (process.info["name"] or "").startswith("postgres") and str(server.pgdata) in said:
+        command = " ".join(process.info["cmdline"] or [])
+        if (process.info["name"] or "").startswith("postgres") and str(server.pgdata) in command:
             yield process

@@ -1,4 +1,4 @@
-"""APIs that end and start again under a client that waits for work."""
+"""An API that ends and starts again while a client waits for work."""
 
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from tests.service.whole_service.replicas import Serving
 
 
 def asked_until_there_is_work(worker):
-    """As a fleet asks; an API that is told to end answers with nothing."""
+    """Ask again and again, as a fleet does: an API that shuts down answers with no runs."""
     while not (leases := worker.lease(1, wait_seconds=30)):
         pass
     return leases
