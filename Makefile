@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TZ := UTC
 
-.PHONY: demo test fuzz check audit lint format types imports up bench chaos clean
+.PHONY: demo test test-newest fuzz check audit lint format types imports up bench chaos clean
 
 demo: $(READY)
 	$(BIN)/warmscale demo
@@ -14,6 +14,16 @@ demo: $(READY)
 # so that the long ones of tests/flow come first; by itself pytest-xdist has files of few tests last.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The suite against the newest version of every dependency, in a virtual environment of its own. The
+# second installation lifts the upper bounds of pyproject.toml; pip prints a conflict and goes on.
+NEWEST := .venv-newest
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --editable ".[dev]"
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager optuna "ray[train]"
+	$(NEWEST)/bin/pip list
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # schemathesis on a live service, CASES of them for each call and phase: 200 take 7 to 15 minutes.
 CASES ?= 200
@@ -60,4 +70,4 @@ $(READY): pyproject.toml
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) .pytest_cache .ruff_cache .import_linter_cache .hypothesis

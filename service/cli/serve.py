@@ -22,6 +22,7 @@ from service.local_stack.child_process import die_with_parent
 from service.observability import logs, tracing
 from service.operations.migrations import LockBusyError, read_revisions, upgrade_database
 from service.operations.revisions import NewerDatabaseError, describe_mismatch
+from service.optuna_bridge.installed_optuna import UnknownOptunaError
 from service.settings import Settings
 from service.web.services import find_service
 from service.web.shutdown import Server, Shutdown, end_on_sigterm
@@ -66,8 +67,11 @@ def serve(settings: Settings, *, supervised: bool) -> None:
 
 def _application(settings: Settings, url: URL, *, supervised: bool) -> "FastAPI":
     """The API on its database; where that goes away in between, it is waited for again."""
-    from service.app import create_app  # a second of imports
-    from service.optuna_bridge.sampler import TRANSIENT
+    try:
+        from service.app import create_app  # a second of imports
+        from service.optuna_bridge.sampler import TRANSIENT
+    except UnknownOptunaError as error:
+        fail(Exit.CONFLICT, str(error))
 
     deadline = time.monotonic() + _DATABASE_PATIENCE_SECONDS
 
@@ -112,11 +116,10 @@ def _prepare(url: URL, *, upgraded: bool) -> None:
     try:
         if upgraded:
             upgrade_database(url)
-    except (LockBusyError, NewerDatabaseError) as error:
+        with create_engine(url, poolclass=NullPool).connect() as connection:
+            wrong = describe_mismatch(read_revisions(connection))
+    except (LockBusyError, NewerDatabaseError, UnknownOptunaError) as error:
         fail(Exit.CONFLICT, str(error))
-    engine = create_engine(url, poolclass=NullPool)
-    with engine.connect() as connection:
-        wrong = describe_mismatch(read_revisions(connection))
     if wrong is not None:
         fail(Exit.CONFLICT, wrong)
 

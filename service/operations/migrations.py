@@ -81,6 +81,7 @@ def known_revisions() -> dict[str, tuple[str, ...]]:
     """Return the revisions of each schema that this program knows, oldest first."""
     from service.optuna_bridge import schema as optuna_schema  # noqa: PLC0415 - optuna takes a second to import
 
+    optuna_schema.check_installed_optuna()
     ours = tuple(script.revision for script in list_scripts())
     return {SCHEMA: ours, OPTUNA_SCHEMA: optuna_schema.revisions()}
 
@@ -98,10 +99,12 @@ def upgrade_database(url: URL, patience: Patience = Patience()) -> None:
 
     Raises:
         NewerDatabaseError: a later version has upgraded the database.
+        UnknownOptunaError: the installed Optuna's tables are not the known ones.
         LockBusyError: a transaction held a table for too long; nothing was changed.
     """
     from service.optuna_bridge import schema as optuna_schema  # noqa: PLC0415 - optuna takes a second to import
 
+    known_revisions()  # refuses an unknown Optuna before the first statement
     config = alembic_config(url, lock_seconds=patience.lock_seconds)
     theirs = optuna_url(_with_lock_timeout(url, patience.lock_seconds))
     with hold_tables(url) as connection:

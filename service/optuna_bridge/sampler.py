@@ -28,8 +28,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from service.database.engine import autocommit_engine, engine_options
-from service.optuna_bridge.cached_tpe import Memory
 from service.optuna_bridge.draft_storage import DraftStorage, Drawn
+from service.optuna_bridge.schema import check_installed_optuna
 from service.optuna_bridge.study_cache import KnownStudies
 from service.optuna_bridge.translation import make_pruner, make_sampler, suggest_all
 from service.specs.study import StudySpec
@@ -85,6 +85,7 @@ class Sampler:
     """
 
     def __init__(self, url: str, *, pool_size: int = 5) -> None:
+        check_installed_optuna()
         self._url = url
         pool = {"pool_size": pool_size, "max_overflow": pool_size}
         rdb = RDBStorage(
@@ -96,7 +97,7 @@ class Sampler:
         self._turns = BoundedSemaphore(pool_size)
         self._gp: ProcessPoolExecutor | None = None
         self._known = KnownStudies(rdb)
-        self._drawing = Lock()  # of histories and memories; it is one core's work in any case
+        self._drawing = Lock()  # of histories; it is one core's work in any case
 
     def close(self) -> None:
         """End the connections, and the helper process of GP if there is one."""
@@ -130,7 +131,7 @@ class Sampler:
                 handle = optuna.Study(
                     study,
                     cast("BaseStorage", drafts),
-                    make_sampler(spec, drafts.num_trials, known.memory),
+                    make_sampler(spec, drafts.num_trials),
                     make_pruner(spec),
                 )
                 suggest_all(handle.ask(), spec)
@@ -164,7 +165,7 @@ class Sampler:
         handle.get_trials(deepcopy=False)  # Optuna's cache writes to no trial that it has not read
         handle.sampler = RandomSampler(seed=derived_seed(spec.hpo.seed, "adopt", number) % 2**32)
         if spec.hpo.sampler == "grid":  # its point, and no other
-            handle.sampler = make_sampler(spec, number, Memory())
+            handle.sampler = make_sampler(spec, number)
             handle.sampler.before_trial(handle, self.storage.get_trial(trial_id))
         trial = Trial(handle, trial_id)
         return Suggestion(number=number, params=suggest_all(trial, spec))

@@ -1,5 +1,6 @@
 """Optuna's tables, created and upgraded by Optuna's own migrations, in schema `optuna`."""
 
+from functools import cache
 from pathlib import Path
 
 import optuna
@@ -8,17 +9,44 @@ from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext, RevisionStep
 from alembic.script import ScriptDirectory
 from optuna.storages import RDBStorage
-from optuna.storages._rdb import models
 from sqlalchemy import Connection, text
 
 from service.database.tables import OPTUNA_SCHEMA
+from service.optuna_bridge.installed_optuna import (
+    KNOWN_COLUMNS,
+    KNOWN_REVISION,
+    UnknownOptunaError,
+)
+
+try:  # private: only so can a backup be restored into Optuna's tables in one transaction
+    from optuna.storages._rdb import models
+except ImportError as error:
+    raise UnknownOptunaError(f"it has no {error.name}") from error
 
 # Optuna finds a trial by its number among all of its study.
 _INDEX = "CREATE INDEX IF NOT EXISTS ix_warmscale_number ON optuna.trials (study_id, number)"
 
 
+@cache
+def check_installed_optuna() -> None:
+    """Refuse an Optuna whose tables are not the known ones. Call before writing to them.
+
+    Raises:
+        UnknownOptunaError: its newest revision, or a column of a table that we use, is unknown.
+    """
+    newest = revisions()[-1]
+    if newest != KNOWN_REVISION:
+        raise UnknownOptunaError(f"its tables are at revision {newest}")
+    tables = models.BaseModel.metadata.tables
+    for name, known in KNOWN_COLUMNS.items():
+        columns = frozenset(tables[name].columns.keys() if name in tables else ())
+        if columns != known:
+            raise UnknownOptunaError(f"its table {name} has the columns {sorted(columns)}")
+
+
 def upgrade(url: str) -> None:
     """Create Optuna's tables, or bring them to the installed version. One caller at a time."""
+    check_installed_optuna()
     storage = RDBStorage(url, skip_compatibility_check=True)
     storage.upgrade()
     with storage.engine.begin() as connection:

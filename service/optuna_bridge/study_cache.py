@@ -9,7 +9,6 @@ from threading import Lock
 
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 
-from service.optuna_bridge.cached_tpe import Memory
 from service.optuna_bridge.trial_history import History
 
 _STUDIES = 64
@@ -17,11 +16,10 @@ _TRIALS = 100_000
 
 
 class Known:
-    """Of one study: its trials, what TPE has worked out of them, and Optuna's cache of them."""
+    """Of one study: its trials, and Optuna's cache of them."""
 
     def __init__(self, rdb: RDBStorage, study: str) -> None:
         self.history = History(rdb.get_study_id_from_name(study))
-        self.memory = Memory()
         self.storage: BaseStorage = get_storage(rdb)  # caches finished trials, for ever
 
     @property

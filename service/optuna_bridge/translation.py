@@ -27,10 +27,10 @@ from optuna.samplers import (
     GridSampler,
     QMCSampler,
     RandomSampler,
+    TPESampler,
 )
 from optuna.trial import Trial
 
-from service.optuna_bridge.cached_tpe import Memory, RememberingTPESampler
 from service.specs.search_space import (
     CategoricalDimension,
     Dimension,
@@ -69,7 +69,7 @@ def _suggest(trial: Trial, name: str, dimension: Dimension) -> Any:
     return trial.suggest_int(name, dimension.low, dimension.high, log=dimension.log, step=step)
 
 
-def make_sampler(spec: StudySpec, trials_so_far: int, memory: Memory) -> BaseSampler:
+def make_sampler(spec: StudySpec, trials_so_far: int) -> BaseSampler:
     """The sampler of a study for its next draw."""
     seed = spec.hpo.seed % 2**32
     draw = derived_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
@@ -78,9 +78,7 @@ def make_sampler(spec: StudySpec, trials_so_far: int, memory: Memory) -> BaseSam
             return RandomSampler(seed=draw)
         case "tpe":
             startup = min(10, max(1, spec.hpo.trials // 3))
-            return RememberingTPESampler(
-                memory, n_startup_trials=startup, constant_liar=True, seed=draw
-            )
+            return TPESampler(n_startup_trials=startup, constant_liar=True, seed=draw)
         case "cmaes":
             return CmaEsSampler(seed=draw, warn_independent_sampling=False)
         case "gp":

@@ -80,8 +80,8 @@ def start_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     """Start fleets, and stop them after the last test of the module."""
     with contextlib.ExitStack() as stack:
 
-        def start(url: str, *options: str) -> FleetProcess:
-            fleet = FleetProcess(url, tmp_path_factory.mktemp("fleet") / "log", *options)
+        def start(url: str, *options: str, **how: Any) -> FleetProcess:
+            fleet = FleetProcess(url, tmp_path_factory.mktemp("fleet") / "log", *options, **how)
             stack.callback(fleet.stop)
             return fleet
 

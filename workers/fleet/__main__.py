@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from service.observability import logs
 from workers.fleet import ray_environment
+from workers.fleet.ray_authentication import ClusterRefusedError
 from workers.fleet.service_link import FleetRefusedError
 from workers.fleet.signals import Stop
 
@@ -46,7 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Stop()
     # Ray prints a paragraph to stdout for every lost process; our log already has a line.
     with Path(os.devnull).open("w") as silence, contextlib.redirect_stdout(silence):
-        return _run_fleet(args, api_key, stop)
+        try:
+            return _run_fleet(args, api_key, stop)
+        except ClusterRefusedError as error:
+            log.error("refused", extra={"error": error})  # noqa: TRY400 - the message says it all
+            return 1
 
 
 def _run_fleet(args: argparse.Namespace, api_key: str, stop: Stop) -> int:

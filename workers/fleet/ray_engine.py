@@ -16,10 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import ray
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
-from ray._private.state import available_resources_per_node  # Ray exports only the sum of nodes
-from ray._raylet import PlacementGroupID  # only so can a group of another process be named
-from ray.exceptions import RayError
+from ray import PlacementGroupID  # only so can a group of another process be named
+from ray.exceptions import AuthenticationError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -28,6 +26,8 @@ from workers import run_logs
 from workers.failures import UnrunnableError
 from workers.fleet import capacity as nodes
 from workers.fleet.capacity import Placement
+from workers.fleet.ray_authentication import ClusterRefusedError, explain_refusal, is_refusal
+from workers.fleet.ray_private import find_free_by_node, forward_worker_lines
 from workers.fleet.signals import exit_unless_done
 from workers.processes import begun_marks, group, single
 
@@ -65,6 +65,7 @@ class Engine:
 
     def __init__(self, *, shared: bool) -> None:
         self._is_shared = shared
+        self._free_by_node = find_free_by_node() if shared else None
         self._node_id = ray.get_runtime_context().get_node_id()
         self._asking = ThreadPoolExecutor(max_workers=1)
 
@@ -82,12 +83,14 @@ class Engine:
     def available(self) -> dict[str, Resources]:
         """Return what no task holds on every node; of our own Ray, all: we know what we placed.
 
+        All as well where this Ray has no such count for every node: see `ray_private`.
+
         Raises:
             RayLostError: nobody answers.
         """
-        if not self._is_shared:
+        if self._free_by_node is None:
             return self.nodes()
-        raw = self._answer(available_resources_per_node)
+        raw = self._answer(self._free_by_node)
         return {node: nodes.resources(free) for node, free in raw.items()}
 
     def _answer(self, ask: Callable[[], Any]) -> Any:
@@ -180,15 +183,9 @@ def local(*, cpus: int | None = None, gpus: int | None = None) -> Generator[Engi
             "health_check_period_ms": int(_HEALTH_CHECK_SECONDS * 1000),
         },
     )
-    _hear_workers()
+    forward_worker_lines(run_logs.forward_lines)
     with _shutting_down():
         yield Engine(shared=False)
-
-
-def _hear_workers() -> None:
-    """Put what worker processes log among our lines; Ray would print it with marks of its own."""
-    global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
-    global_worker_stdstream_dispatcher.add_handler("warmscale", run_logs.forward_lines)
 
 
 def _num_cpus() -> int:
@@ -198,9 +195,18 @@ def _num_cpus() -> int:
 
 @contextlib.contextmanager
 def cluster(address: str) -> Generator[Engine]:
-    """Join the Ray cluster at `address`, from inside its network."""
-    ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
-    _hear_workers()
+    """Join the Ray cluster at `address`, from inside its network.
+
+    Raises:
+        ClusterRefusedError: the cluster asks for a token that this process does not have.
+    """
+    try:
+        ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR)
+    except (ConnectionError, AuthenticationError) as error:
+        if not is_refusal(error):
+            raise
+        raise ClusterRefusedError(explain_refusal(address)) from error
+    forward_worker_lines(run_logs.forward_lines)
     with _shutting_down():
         yield Engine(shared=True)
 

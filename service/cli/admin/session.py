@@ -32,6 +32,7 @@ def reached() -> Generator[None]:
 
     from service.operations.migrations import LockBusyError
     from service.operations.revisions import NewerDatabaseError
+    from service.optuna_bridge.installed_optuna import UnknownOptunaError
 
     try:
         yield
@@ -40,7 +41,7 @@ def reached() -> Generator[None]:
     except ProgrammingError as error:
         works = "run `warmscale db upgrade` first"
         fail(Exit.CONFLICT, f"{str(error.orig).splitlines()[0]}; {works}")
-    except (LockBusyError, NewerDatabaseError) as error:
+    except (LockBusyError, NewerDatabaseError, UnknownOptunaError) as error:
         fail(Exit.CONFLICT, str(error))
     except ValueError as error:
         fail(Exit.USAGE, str(error))

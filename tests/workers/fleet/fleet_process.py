@@ -6,17 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
 class FleetProcess:
     """A fleet in a process of its own, with its log file."""
 
-    def __init__(self, url: str, log: Path, *options: str) -> None:
+    def __init__(
+        self, url: str, log: Path, *options: str, program: Sequence[str] = ("-m", "workers.fleet")
+    ) -> None:
         self.log = log
         with log.open("w") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "workers.fleet", "--url", url, *options],
+                [sys.executable, *program, "--url", url, *options],
                 env=os.environ | {"WARMSCALE_API_KEY": "key"},
                 stdout=stream,
                 stderr=stream,

@@ -1,4 +1,4 @@
-"""Two fleets in the same Ray cluster."""
+"""Fleets of a Ray cluster that somebody else has started."""
 
 import contextlib
 import os
@@ -10,8 +10,22 @@ import time
 import pytest
 
 from benchmarks.ports import free_port
+from workers.fleet.ray_authentication import explain_refusal
 
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 50}
+# A fleet with a Ray that has other private parts than Ray 2.60.
+_OTHER_RAY = """
+import sys
+from workers.fleet import ray_environment
+ray_environment.set_for_any_ray()
+from ray._private import ray_logging, state
+del state.available_resources_per_node
+streams = ray_logging.WorkerStandardStreamDispatcher
+add = streams.add_handler
+streams.add_handler = lambda self, name, handler, level=0: add(self, name, handler)
+from workers.fleet.__main__ import main
+sys.exit(main())
+"""
 _LONG_SECONDS = 90.0  # long enough for a busy machine
 
 
@@ -72,3 +86,64 @@ def test_a_run_whose_place_another_fleet_took_waits_for_its_turn_and_fails_nothi
     fake.wait_for(lambda: waited.curve, _LONG_SECONDS)
     assert (waited.failures, trained.failures) == (0, 0)
     fake.cancel(waited)
+
+
+@pytest.mark.parametrize(
+    ("mode", "token", "wrong"),
+    [
+        (None, None, "RAY_AUTH_MODE is not set"),
+        ("token", None, "no token is set"),
+        ("token", "b" * 64, "the token that is set is not the cluster's"),
+    ],
+)
+def test_a_refused_token_is_explained(mode, token, wrong, monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    for name, value in {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN": token}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    said = explain_refusal("head:6379")
+    assert wrong in said
+    assert "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token" in said
+    assert "bbb" not in said
+
+
+def test_a_fleet_without_the_clusters_token_says_which_variable_to_set(
+    cluster, url, start_fleet, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # without a token file of this machine's user
+    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "1")  # Ray tries for 20 s otherwise
+    fleets = {}
+    for name, environment in {
+        "the token that is set is not the cluster's": {"RAY_AUTH_TOKEN": "b" * 64},
+        "no token is set": {},
+        "RAY_AUTH_MODE is not set": {"RAY_AUTH_TOKEN": "a" * 64, "RAY_AUTH_MODE": None},
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.delenv("RAY_AUTH_TOKEN")
+            for variable, value in environment.items():
+                if value is None:
+                    patch.delenv(variable)
+                else:
+                    patch.setenv(variable, value)
+            fleets[name] = start_fleet(url, "--ray-address", cluster)
+    for name, fleet in fleets.items():
+        assert fleet.process.wait(_LONG_SECONDS) == 1
+        log = fleet.log.read_text()
+        assert name in log
+        assert "Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's token" in log
+        assert "Traceback" not in log
+        assert "bbbb" not in log
+
+
+def test_a_fleet_trains_with_a_ray_that_has_other_private_parts(
+    cluster, fake, url, start_fleet, make_spec
+) -> None:
+    fleet = start_fleet(url, "--ray-address", cluster, program=("-c", _OTHER_RAY))
+    fleet.wait_until_ready()
+    run = fake.offer(make_spec())
+    fake.wait_for(lambda: run.finish, _LONG_SECONDS)
+    assert (run.finish.outcome, run.failures) == ("succeeded", 0)
+    log = fleet.log.read_text()
+    for part in ("available_resources_per_node", "global_worker_stdstream_dispatcher"):
+        assert f"part={part}" in log
