@@ -15,7 +15,7 @@ from warmcore.checkpoint.checkpoint import CheckpointCorruptError, checkpoint_pa
 from warmcore.corpus.prepare import Corpus, prepare
 from warmcore.run_file import read_spec, reference, require_local_path
 from warmcore.specs import RunSpec
-from warmcore.specs.run import branch_of
+from warmcore.specs.run import make_branch
 from warmcore.storage.atomic_writes import write_file
 from warmcore.training.events import DivergedEvent, EvaluationEvent, Event, StepEvent
 from warmcore.training.leading import LeadingTraining
@@ -65,7 +65,7 @@ def train(spec: RunSpec, corpus: Corpus, place: RunLocation) -> int:
         if code != FINISHED:
             return code
         path = checkpoint_path(run.checkpoints, step).resolve()
-        branch = branch_of(spec, budget, reference(str(path), "trunk"))
+        branch = make_branch(spec, budget, reference(str(path), "trunk"))
         log.info("cooling down at %g tokens per parameter, from step %d", budget, step)
         folder = place.out / f"tpp-{budget:g}"
         code = LocalRun(branch, corpus, dataclasses.replace(place, out=folder)).finish()

@@ -10,7 +10,7 @@ from typing import Any
 from service.specs.search_space import Dimension
 from warmcore.specs import RunSpec
 from warmcore.specs.fields import FieldError, reason
-from warmcore.specs.run import branch_of
+from warmcore.specs.run import make_branch
 from warmcore.specs.schedule import warmup_steps
 
 # The first step of a cooldown is rounded to a whole step. Inside the range of a tuned parameter two
@@ -35,7 +35,7 @@ def make_trunk(run: RunSpec, budgets: tuple[float, ...]) -> RunSpec:
 
 def count_flops_with_branches(run: RunSpec) -> float:
     """Return the training FLOPs of a target in all: its trunk and each cooldown that follows."""
-    steps = [branch_of(run, budget, None).budget_steps for budget in run.branches]
+    steps = [make_branch(run, budget, None).budget_steps for budget in run.branches]
     cooldowns = sum(n - start for n, start in zip(steps, run.branch_steps, strict=True))
     return run.flops_of((run.num_steps + cooldowns) * run.tokens_per_step)
 

@@ -17,7 +17,7 @@ from service.runs.store import make_run
 from service.specs.stored import parse_stored
 from service.studies.locks import lock_study
 from warmcore.specs import CheckpointRef, RunSpec
-from warmcore.specs.run import branch_of
+from warmcore.specs.run import make_branch
 
 
 def lock_branching_study(session: Session, run_id: str, step: int) -> None:
@@ -66,7 +66,7 @@ def enqueue_branch(session: Session, trunk: Run, checkpoint: Checkpoint) -> None
 def _make_branch(study: Study, trunk: Run, checkpoint: Checkpoint, number: int) -> Run:
     spec = RunSpec.model_validate(trunk.spec)
     ref = CheckpointRef(uri=checkpoint.uri, hash=checkpoint.hash)
-    branch = branch_of(spec, spec.branches[number - 1], ref)
+    branch = make_branch(spec, spec.branches[number - 1], ref)
     run = make_run(study, parse_stored(study.spec), branch, trunk.params)
     # The branch shows the trunk's progress; its cost counts the steps after `trunk_tokens` alone.
     run.kind, run.launch, run.rung, run.arm = "target", trunk.launch, trunk.rung, trunk.arm

@@ -9,7 +9,7 @@ from warmcore.checkpoint.progress import Progress
 from warmcore.corpus.tokenizer import TOKENIZER, byte_json
 from warmcore.specs import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
 from warmcore.specs.fields import TokenIds
-from warmcore.specs.run import branch_of
+from warmcore.specs.run import make_branch
 from warmcore.specs.sources import ByteTokens
 from warmcore.storage.file_facts import FileFacts
 
@@ -100,7 +100,7 @@ class CheckpointManifest(Spec):
 
     def check_trunk_of(self, branch: RunSpec, data_hash: str) -> None:
         """Raise ValueError unless this is a trunk on that data, where `branch` leaves it."""
-        expected = branch_of(self.trained_run, branch.train.tokens_per_param, branch.trunk)
+        expected = make_branch(self.trained_run, branch.train.tokens_per_param, branch.trunk)
         if expected != branch:
             raise ValueError(f"is of another run's trunk: {_difference(expected, branch)}")
         if self.progress.step != branch.start_step:

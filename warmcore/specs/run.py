@@ -1,13 +1,15 @@
-"""One training run: model, data, training, growth, and the steps they imply (torch-free)."""
+"""One training run: model, data, training, growth, and the steps they imply (torch-free).
+
+A run may be a trunk or a branch: `warmcore.specs.branching` explains both and has the rules.
+"""
 
 import math
-from collections.abc import Sequence
-from functools import cached_property
-from itertools import pairwise
-from typing import Annotated, Any, Self
+from functools import lru_cache
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from warmcore.specs.branching import check_budgets, check_cooldown_starts, check_trunk_train
 from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import Seed, Spec, TokensPerParam
 from warmcore.specs.growth import CheckpointRef, GrowthSpec
@@ -16,8 +18,6 @@ from warmcore.specs.schedule import cooldown_start, evaluation_steps, warmup_ste
 from warmcore.specs.sizes import count_params, flops_per_token
 from warmcore.specs.train import TrainSpec
 from warmcore.specs.tunable import MODEL_PARAMS, TRAIN_PARAMS, TUNABLE_PARAMS
-
-MAX_EVALUATIONS = 10_000
 
 
 class RunSpec(Spec):
@@ -40,17 +40,21 @@ class RunSpec(Spec):
         default=(), description="budgets, ascending, in place of train.tokens_per_param"
     )
 
+    if TYPE_CHECKING:  # pydantic adds it to frozen models, and pyright does not see that
+
+        def __hash__(self) -> int: ...
+
     @field_validator("branches")
     @classmethod
     def _branches_fit(cls, branches: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         """What is wrong elsewhere is told there: without those fields nothing is checked here."""
         if branches and {"model", "data", "train", "trunk"} <= info.data.keys():
-            check_branches(cls.model_construct(**info.data, branches=branches))
+            _check_trunk(cls.model_construct(**info.data, branches=branches))
         return branches
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
-        check_phases(self)
+        _check_warmup(self)
         return self
 
     @property
@@ -101,33 +105,19 @@ class RunSpec(Spec):
         """FLOPs of training on `num_tokens` tokens."""
         return flops_per_token(self.model, self.data.context) * num_tokens
 
-    @cached_property
+    @property
     def branch_steps(self) -> tuple[int, ...]:
         """t0 of each budget of a trunk: the steps whose checkpoints the branches start from."""
-        runs = [branch_of(self, budget, None) for budget in self.branches]
-        return tuple(cooldown_start(run.budget_steps, run.train) for run in runs)
+        return _find_branch_steps(self)
 
-    @cached_property
+    @property
     def evaluation_steps(self) -> tuple[int, ...]:
         """Steps at which the run is evaluated, ascending.
 
         A trunk is evaluated at each branch's start, and wherever a branch that is still ahead would
         have been evaluated. So each branch inherits all evaluations up to its t0.
         """
-        if not self.branches:
-            return tuple(evaluation_steps(self.num_steps, self.train.evaluations))
-        steps = set(self.branch_steps)
-        for budget, start in zip(self.branches, self.branch_steps, strict=True):
-            branch = branch_of(self, budget, None)
-            steps |= {step for step in branch.evaluation_steps if step <= start}
-        return tuple(sorted(steps))
-
-    def __copy__(self) -> Self:
-        """Copy the fields alone: `model_copy` changes them, and the cached steps depend on them."""
-        copied = super().__copy__()
-        for name in ("branch_steps", "evaluation_steps"):
-            vars(copied).pop(name, None)
-        return copied
+        return _find_evaluation_steps(self)
 
     def with_data(self, data: DataSpec) -> "RunSpec":
         """This run on `data`; its model takes that vocabulary unless it was given one."""
@@ -154,8 +144,29 @@ class RunSpec(Spec):
         return RunSpec.model_validate(fields | tuned)
 
 
-def branch_of(trunk: RunSpec, tokens_per_param: float, checkpoint: CheckpointRef | None) -> RunSpec:
-    """The run of one of the trunk's budgets, from `checkpoint` (None: the same run, whole).
+# Training reads the steps at every step of a run. They are cached beside the specs and not in them:
+# a value in an instance would show in `dict(run)` and in pickles, and `model_copy` would keep it.
+@lru_cache(maxsize=64)
+def _find_branch_steps(trunk: RunSpec) -> tuple[int, ...]:
+    runs = [make_branch(trunk, budget, None) for budget in trunk.branches]
+    return tuple(cooldown_start(run.budget_steps, run.train) for run in runs)
+
+
+@lru_cache(maxsize=64)
+def _find_evaluation_steps(run: RunSpec) -> tuple[int, ...]:
+    if not run.branches:
+        return tuple(evaluation_steps(run.num_steps, run.train.evaluations))
+    steps = set(run.branch_steps)
+    for budget, start in zip(run.branches, run.branch_steps, strict=True):
+        branch = make_branch(run, budget, None)
+        steps |= {step for step in branch.evaluation_steps if step <= start}
+    return tuple(sorted(steps))
+
+
+def make_branch(
+    trunk: RunSpec, tokens_per_param: float, checkpoint: CheckpointRef | None
+) -> RunSpec:
+    """Return the run of one of the trunk's budgets, from `checkpoint` (None: the same run, whole).
 
     Raises:
         ValueError: the trunk has no such budget.
@@ -171,7 +182,7 @@ def branch_of(trunk: RunSpec, tokens_per_param: float, checkpoint: CheckpointRef
     return trunk.model_copy(update={"train": train, "trunk": checkpoint, "branches": ()})
 
 
-def check_phases(run: RunSpec) -> None:
+def _check_warmup(run: RunSpec) -> None:
     """Raise ValueError unless a warmup that is given in steps leaves room for the cooldown."""
     total, num_warmup = run.budget_steps, run.train.warmup_steps
     rest = cooldown_start(total, run.train) if run.train.schedule == "wsd" else total
@@ -182,51 +193,11 @@ def check_phases(run: RunSpec) -> None:
         )
 
 
-def check_branches(trunk: RunSpec) -> None:
+def _check_trunk(trunk: RunSpec) -> None:
     """Raise ValueError unless each budget has a cooldown that starts at a step of its own."""
-    _check_budgets(trunk.branches)
-    train = trunk.train
+    check_budgets(trunk.branches)
     if trunk.trunk is not None:
         raise ValueError("a run that has a trunk is a branch itself; give one of the two")
-    if train.num_tokens is not None:
-        raise ValueError(f"train.num_tokens {train.num_tokens} is a budget too; leave it out")
-    if train.schedule != "wsd" or not train.cooldown_fraction:
-        raise ValueError(
-            f"train.schedule {train.schedule} with cooldown_fraction {train.cooldown_fraction:g} "
-            "cannot branch; wsd with a cooldown_fraction above 0 can"
-        )
-    if train.swa_fraction is not None and train.swa_fraction > train.cooldown_fraction:
-        raise ValueError(
-            f"train.swa_fraction {train.swa_fraction:g} would begin before the cooldown of its "
-            f"branch; {train.cooldown_fraction:g} or less works"
-        )
-    if trunk.train.evaluations * len(trunk.branches) > MAX_EVALUATIONS:
-        most = MAX_EVALUATIONS // len(trunk.branches)
-        raise ValueError(f"train.evaluations {train.evaluations}: {most} at most for a trunk")
-    _check_steps(trunk)
-
-
-def _check_budgets(branches: Sequence[float]) -> None:
-    if len(branches) == 1:
-        raise ValueError(
-            f"one budget needs no trunk; give two, or train.tokens_per_param {branches[0]:g}"
-        )
-    if any(a >= b for a, b in pairwise(branches)):
-        works = ", ".join(f"{budget:g}" for budget in sorted(set(branches)))
-        raise ValueError(f"budgets must ascend, none twice; [{works}] would")
-
-
-def _check_steps(trunk: RunSpec) -> None:
-    steps = trunk.branch_steps
+    check_trunk_train(trunk.train, len(trunk.branches))
     num_warmup = warmup_steps(trunk.budget_steps, trunk.train)
-    if steps[0] < max(1, num_warmup):
-        raise ValueError(
-            f"{trunk.branches[0]:g} tokens per parameter would cool down from step {steps[0]}, in "
-            f"the warmup of {num_warmup} steps; a larger budget or a shorter warmup would work"
-        )
-    for (a, b), (x, y) in zip(pairwise(steps), pairwise(trunk.branches), strict=True):
-        if a >= b:
-            raise ValueError(
-                f"{x:g} and {y:g} tokens per parameter would cool down from the same step {a}; "
-                "budgets further apart, or a smaller train.batch_size, would work"
-            )
+    check_cooldown_starts(trunk.branches, trunk.branch_steps, num_warmup)

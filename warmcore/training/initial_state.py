@@ -19,7 +19,7 @@ from warmcore.corpus.prepare import Corpus
 from warmcore.growth.from_checkpoint import Grown, weights_generator
 from warmcore.model.decoder import Decoder, init_, load_weights
 from warmcore.specs import AverageName, GrowthSpec, RunSpec, growth_rules
-from warmcore.specs.branching import past_evaluations
+from warmcore.specs.branching import select_branch_losses
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,9 @@ def _open_trunk(spec: RunSpec, corpus: Corpus, trunk: Path, *, expected_hash: st
     except ValueError as error:
         raise ValueError(f"trunk {trunk} {error}") from error
     progress = saved.manifest.progress
-    losses = past_evaluations(spec, saved.manifest.trained_run, progress.val_losses_nats)
+    trunk_steps = saved.manifest.trained_run.evaluation_steps
+    branch_steps = frozenset(spec.evaluation_steps)
+    losses = select_branch_losses(progress.val_losses_nats, trunk_steps, branch_steps)
     progress = progress.model_copy(update={"val_losses_nats": losses})
     state = _restore(spec, corpus, saved, how="start", path=trunk)
     return dataclasses.replace(state, progress=progress)

@@ -19,7 +19,7 @@ from service.operations.invariants.curves import expected_points
 from service.protocol import Provenance
 from tests.by_hand import Worker
 from warmcore.specs import CheckpointRef, RunSpec
-from warmcore.specs.run import branch_of
+from warmcore.specs.run import make_branch
 
 OURS = Provenance(warmscale_version="0", code_hash="0" * 64)
 HPO = {"trials": 7, "parallel": 4, "sampler": "random", "pruner": "none"}
@@ -288,7 +288,7 @@ def test_a_branch_is_expected_to_begin_where_it_left_its_trunk(module_study_spec
         {"model": model, "data": data, "train": train, "seed": 0, "branches": (1.0, 2.0)}
     )
     start = trunk.branch_steps[0]
-    whole = branch_of(trunk, 1.0, None)
+    whole = make_branch(trunk, 1.0, None)
     total = whole.num_steps
     branch = whole.model_copy(update={"trunk": CheckpointRef(uri="file:///trunk", hash="0" * 64)})
     # The branch's points are those of an unbranched run after the step at which it left its trunk.

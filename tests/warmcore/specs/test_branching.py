@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.specs import CheckpointRef, GrowthSpec, RunSpec
-from warmcore.specs.run import branch_of
+from warmcore.specs.run import make_branch
 from warmcore.specs.schedule import lr_factor, warmup_steps
 from warmcore.training.events import EvaluationEvent
 from warmcore.training.optimizer import optimizer_tensors
@@ -90,12 +90,12 @@ def test_a_branch_is_the_uninterrupted_run_of_its_budget_bit_for_bit(
 ):
     spec, base = grown_trunk
     for budget, saved in checkpoints.items():
-        whole = Training.start(branch_of(spec, budget, None), corpus, base=base)
+        whole = Training.start(make_branch(spec, budget, None), corpus, base=base)
         expected = events_after(whole.events(), saved.step)
-        branch = Training.start(branch_of(spec, budget, ref(saved)), corpus, base=saved.path)
+        branch = Training.start(make_branch(spec, budget, ref(saved)), corpus, base=saved.path)
         assert branch.step == saved.step
         assert timeless(branch.events()) == expected
-        assert len(expected) > whole.num_steps - saved.step
+        assert len(expected) > whole.spec.num_steps - saved.step
         assert_equal_state(branch, whole)
         assert branch.base_hash == whole.base_hash
 
@@ -104,9 +104,9 @@ def test_a_run_with_a_warmup_of_its_own_is_not_the_branch(grown_trunk, checkpoin
     """The negative control: equal warmups are what makes the law hold."""
     spec, base = grown_trunk
     budget, saved = next(iter(checkpoints.items()))
-    own = branch_of(spec, budget, None)
+    own = make_branch(spec, budget, None)
     other = own.model_copy(update={"train": own.train.model_copy(update={"warmup_steps": None})})
-    branch = Training.start(branch_of(spec, budget, ref(saved)), corpus, base=saved.path)
+    branch = Training.start(make_branch(spec, budget, ref(saved)), corpus, base=saved.path)
     curve = timeless(branch.events())
     assert warmup_steps(other.budget_steps, other.train) != own.train.warmup_steps
     assert events_after(Training.start(other, corpus, base=base).events(), saved.step) != curve
@@ -116,7 +116,7 @@ def test_a_branch_resumed_at_any_event_is_the_uninterrupted_one(
     grown_trunk, checkpoints, corpus, tmp_path
 ):
     budget, saved = next(iter(checkpoints.items()))
-    spec = branch_of(grown_trunk[0], budget, ref(saved))
+    spec = make_branch(grown_trunk[0], budget, ref(saved))
     expected = timeless(Training.start(spec, corpus, base=saved.path).events())
     for num_taken in range(len(expected)):
         first = Training.start(spec, corpus, base=saved.path)
@@ -128,7 +128,7 @@ def test_a_branch_resumed_at_any_event_is_the_uninterrupted_one(
 def test_the_largest_budgets_branch_is_the_run_that_has_no_trunk_at_all(trunk_spec):
     spec = trunk_spec()
     alone = spec.train.model_copy(update={"tokens_per_param": BUDGETS[-1]})
-    whole = branch_of(spec, BUDGETS[-1], None)
+    whole = make_branch(spec, BUDGETS[-1], None)
     assert whole.num_steps == spec.budget_steps
     for step in range(whole.num_steps):
         assert lr_factor(step, whole.num_steps, whole.train) == lr_factor(
@@ -153,7 +153,7 @@ def test_trunk_and_branch_agree_on_every_step_before_the_cooldown(
     horizon, ends = spec.budget_steps, spec.branch_steps
     assert ends[-1] == spec.num_steps
     for budget, start in zip(budgets, ends, strict=True):
-        branch = branch_of(spec, budget, PLACE)
+        branch = make_branch(spec, budget, PLACE)
         assert branch.start_step == start < branch.num_steps
         for step in {0, warmup_steps(horizon, spec.train), start // 2, start - 1}:
             own = lr_factor(step, branch.num_steps, branch.train)
@@ -197,11 +197,11 @@ def test_a_budget_in_tokens_and_a_trunk_of_a_branch_are_refused(trunk_spec, run_
     fields = run_spec(steps=20).model_dump()
     with pytest.raises(ValidationError, match=r"train\.num_tokens 1280 is a budget too"):
         RunSpec.model_validate(fields | {"branches": BUDGETS})
-    branch = branch_of(trunk_spec(), BUDGETS[0], PLACE)
+    branch = make_branch(trunk_spec(), BUDGETS[0], PLACE)
     with pytest.raises(ValidationError, match="is a branch itself"):
         RunSpec.model_validate(branch.model_dump() | {"branches": BUDGETS})
     with pytest.raises(ValueError, match=r"no branch at 7 tokens per parameter but 0\.05, 0\.1"):
-        branch_of(trunk_spec(), 7.0, PLACE)
+        make_branch(trunk_spec(), 7.0, PLACE)
 
 
 def test_a_warmup_in_steps_that_leaves_no_room_is_refused(run_spec):
@@ -216,10 +216,10 @@ def test_a_checkpoint_that_is_not_this_branchs_trunk_is_refused(
 ):
     spec = grown_trunk[0]
     first, second = list(checkpoints.items())[:2]
-    branch = branch_of(spec, first[0], ref(first[1]))
+    branch = make_branch(spec, first[0], ref(first[1]))
     with pytest.raises(CheckpointCorruptError):
         Training.start(branch, corpus, base=second[1].path)
-    wrong_step = branch_of(spec, first[0], ref(second[1]))
+    wrong_step = make_branch(spec, first[0], ref(second[1]))
     with pytest.raises(ValueError, match=f"is at step {second[1].step}, not {first[1].step}"):
         Training.start(wrong_step, corpus, base=second[1].path)
     hotter = branch.model_copy(update={"train": branch.train.model_copy(update={"lr": 0.5})})

@@ -11,7 +11,7 @@ from tests.workers.spy import Spy
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.corpus import prepare as data
 from warmcore.specs import CheckpointRef
-from warmcore.specs.run import branch_of
+from warmcore.specs.run import make_branch
 from warmcore.training.events import EvaluationEvent
 from warmcore.training.training import Training
 from workers.attempt import checkpoints
@@ -290,7 +290,7 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
         _, first = run(branch, draining=_DrainAfter(2))
         _, resumed = run(worker.one(study=trial.study_id))
         whole = Training.start(
-            branch_of(trunk.spec, budget, None),
+            make_branch(trunk.spec, budget, None),
             data.prepare(trunk.spec.data),
             base=_path(trunk.spec.growth.base.uri),
         )
