@@ -100,8 +100,8 @@ def _open_engine(args: argparse.Namespace) -> contextlib.AbstractContextManager[
     from workers.fleet import ray_engine as engine  # noqa: PLC0415
 
     if args.ray_address is None:
-        return engine.local(cpus=args.cpus, gpus=args.gpus)
-    return engine.cluster(args.ray_address)
+        return engine.start_local(cpus=args.cpus, gpus=args.gpus)
+    return engine.join_cluster(args.ray_address)
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -82,13 +82,13 @@ class Nodes:
         return Resources(cpus=max(0, min(cpus)), gpus=_round_gpus(max(0.0, min(gpus))))
 
 
-def from_ray(nodes: Iterable[Mapping[str, object]]) -> dict[str, Resources]:
+def read_nodes(nodes: Iterable[Mapping[str, object]]) -> dict[str, Resources]:
     """Return the resources of each living node by its id, from the result of `ray.nodes()`."""
     alive = [node for node in nodes if node["Alive"]]
-    return {str(node["NodeID"]): resources(node["Resources"]) for node in alive}
+    return {str(node["NodeID"]): read_resources(node["Resources"]) for node in alive}
 
 
-def resources(raw: object) -> Resources:
+def read_resources(raw: object) -> Resources:
     """Read resources under Ray's names. Ray leaves out a resource that is used up."""
     assert isinstance(raw, Mapping)
     return Resources(cpus=int(raw.get("CPU", 0)), gpus=_round_gpus(raw.get("GPU", 0.0)))

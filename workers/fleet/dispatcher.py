@@ -127,7 +127,7 @@ class Dispatcher:
         return not self._is_asking and self._kill_at is None and time.monotonic() >= self._ask_at
 
     def _ask_for_leases(self) -> None:
-        total, available = self._engine.nodes(), self._engine.available()
+        total, available = self._engine.list_nodes(), self._engine.list_free()
         self._nodes.update_nodes(total, available, now=time.monotonic())
         offer = self._nodes.next_offer()
         if offer is None:
@@ -174,7 +174,7 @@ class Dispatcher:
     def _start_run(self, lease: Lease, node: str) -> None:
         seconds = self._options.checkpoint_seconds
         try:
-            handle = self._engine.submit(lease, node, self._connection, seconds)
+            handle = self._engine.submit_lease(lease, node, self._connection, seconds)
         except Exception as error:  # noqa: BLE001 - fails this run; `nodes()` notices a lost Ray
             self._report_failure(lease, error)
             return

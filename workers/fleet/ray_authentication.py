@@ -1,4 +1,4 @@
-"""The refusal of a Ray cluster that asks for a token, explained. Imports no Ray."""
+"""Explanations for a Ray cluster that refuses a driver without its token. Imports no Ray."""
 
 import os
 
@@ -6,24 +6,24 @@ _REFUSED = ("AuthenticationError", "InvalidAuthToken")
 
 
 class ClusterRefusedError(Exception):
-    """A Ray cluster that takes no driver without its token."""
+    """A Ray cluster refused this driver, because the token is missing or wrong."""
 
 
 def is_refusal(error: BaseException) -> bool:
     """Return whether `ray.init` failed because of the token.
 
-    Ray 2.60 raises a ConnectionError then; its cause has the real error only in its text.
+    Ray 2.60 raises a ConnectionError, and names the real error only in the text of the cause.
     """
-    found: BaseException | None = error
-    while found is not None:
-        if any(word in f"{type(found).__name__}: {found}" for word in _REFUSED):
+    cause: BaseException | None = error
+    while cause is not None:
+        if any(word in f"{type(cause).__name__}: {cause}" for word in _REFUSED):
             return True
-        found = found.__cause__ or found.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
 def explain_refusal(address: str) -> str:
-    """Name the variables that a driver of this cluster needs, and the wrong one among them."""
+    """Return a message with the variables that a driver needs, and the wrong variable."""
     mode = os.environ.get("RAY_AUTH_MODE")
     has_token = bool({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys())
     if mode != "token":

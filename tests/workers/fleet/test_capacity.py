@@ -1,5 +1,5 @@
 from service.protocol import Resources
-from workers.fleet.capacity import Nodes, Placement, from_ray
+from workers.fleet.capacity import Nodes, Placement, read_nodes
 
 
 def _nodes(**total: Resources) -> Nodes:
@@ -70,7 +70,7 @@ def test_only_nodes_that_are_alive_count() -> None:
         {"NodeID": "b", "Alive": False, "Resources": {"CPU": 8.0}},
         {"NodeID": "c", "Alive": True, "Resources": {"memory": 1e9}},
     ]
-    assert from_ray(raw) == {
+    assert read_nodes(raw) == {
         "a": Resources(cpus=2, gpus=1.0),
         "c": Resources(cpus=0, gpus=0.0),
     }

@@ -45,13 +45,13 @@ class _Engine:
     def free_groups(self) -> None:
         self.num_freed += 1
 
-    def nodes(self) -> dict[str, Resources]:
+    def list_nodes(self) -> dict[str, Resources]:
         return {"a": Resources(cpus=1), "b": Resources(cpus=2)}
 
-    def available(self) -> dict[str, Resources]:
-        return self.nodes()
+    def list_free(self) -> dict[str, Resources]:
+        return self.list_nodes()
 
-    def submit(self, lease, node, connection, checkpoint_seconds) -> _Handle:
+    def submit_lease(self, lease, node, connection, checkpoint_seconds) -> _Handle:
         if self.refusal is not None:
             raise self.refusal
         self.submitted[lease.run_id] = _Handle()
@@ -144,7 +144,7 @@ def test_resources_that_ray_does_not_know_are_no_run_s_on_any_fleet(fake, make_s
     lease = fake.leased(make_spec()).lease
     lease = lease.model_copy(update={"resources": Resources.model_construct(cpus=1, gpus=1e-5)})
     with pytest.raises(UnrunnableError, match="num_gpus"):
-        Engine.submit(Mock(), lease, "0" * 56, Mock(), 1.0)
+        Engine.submit_lease(Mock(), lease, "0" * 56, Mock(), 1.0)
 
 
 def test_an_idle_fleet_exits_after_as_long_as_it_was_told(fake, start) -> None:
