@@ -56,7 +56,9 @@ def test_fifty_studies_need_no_more_connections_than_one(
 ):
     """Optuna #1115, #1347: every study object opened connections of its own."""
     watching = create_engine(database_url)
-    with serving(settings.model_copy(update={"pool_size": 2}), database_url) as api:
+    # On a slow machine fifty leases take longer than the 5 s of a lease.
+    few = settings.model_copy(update={"pool_size": 2, "lease_seconds": 300.0})
+    with serving(few, database_url) as api:
         for _ in range(50):
             api.client.post("/v1/studies", study_spec(hpo=ONE, target=None))
         leases = [lease for _ in range(50) for lease in worker_of(api).lease(50)]

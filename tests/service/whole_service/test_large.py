@@ -144,7 +144,7 @@ def test_lists_and_metrics_do_not_grow_with_a_study(api, large):
 
 def test_the_report_says_what_it_leaves_out_and_draws_the_best(api, large):
     page = answer(api, f"/v1/studies/{large['id']}/report").text
-    assert f"The best 500 of {NUM_TRIALS + 1} trials. Drawn are these and others" in page
+    assert f"The best 500 of {NUM_TRIALS + 1} trials. The plots show these and" in page
     best = answer(api, f"/v1/studies/{large['id']}").json()["best_trial"]["number"]
     assert f"u003cb>trial {best}\\u003c/b>" in page
 
