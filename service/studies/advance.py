@@ -36,6 +36,7 @@ def advance_study(session: Session, study: Study) -> None:
     if _has_trials_left(session, study):
         return
     try:
+        # The savepoint lets an error undo this step and keep the end of the run.
         with tracing.span("advance", study=study.id), session.begin_nested():
             _take_next_step(session, study)
     except (OperationalError, UnreadableSpecError):

@@ -21,5 +21,6 @@ def select_locked(condition: ColumnElement[bool]) -> Select[Study]:
     The lock is FOR NO KEY UPDATE: an insert of an event, whose foreign key only needs the row to
     stay, does not wait for it.
     """
+    # Without `populate_existing` the session would return a row that it read before the wait.
     query = select(Study).where(condition).with_for_update(key_share=True)
     return query.execution_options(populate_existing=True)

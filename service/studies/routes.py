@@ -48,6 +48,7 @@ def create_study(
 ) -> StudyView:
     """Create a study; every fault is reported now, not when its first run starts."""
     study = submission.submit_study(session, caller, body, settings.readable, key)
+    # Optuna commits by itself. If our commit fails, the next submission finds its study.
     sampler.create(study.optuna_name)
     return store.view_study(session, study)
 
@@ -145,6 +146,7 @@ def start_targets(
 ) -> TargetList:
     """Start targets by hand, from a trial, a checkpoint or an imported model."""
     found = lookup.find_study(session, caller, study)
+    # An imported model is a path that the user names: check first that the caller may read it.
     if body.base is not None:
         imported_base.check_base_uri(session, caller, settings, body.base.uri)
     started = targets.start_targets(session, found, body, key)

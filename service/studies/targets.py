@@ -14,6 +14,7 @@ from service.specs.processes import check_batches
 from service.specs.stored import parse_stored
 from service.specs.study import StudySpec
 from service.specs.target import (
+    TargetSpec,
     WarmstartSpec,
     check_size,
     check_trained_base,
@@ -88,22 +89,10 @@ def _enqueue_launch(session: Session, study: Study, request: TargetRequest) -> l
     spec = parse_stored(study.spec)
     warmstart = request.warmstart or spec.warmstart
     base_run, base = _find_requested_base(session, study, request)
-    try:
-        base_model = _check_base_model(spec, base_run, request, warmstart)
-        model = make_grown_model(base_model, request.target, warmstart, "target")
-        check_no_other_budget(request.target.budgets, request.target.train, "target")
-    except FieldError as error:
-        raise bad_field(error.path, error.value, str(error)) from None
+    model = _make_target_model(spec, base_run, request, warmstart)
     new_targets = _plan_pairs(spec, warmstart, base)
     # The runs differ in seed and growth alone: a check of the first covers all.
-    try:
-        run = make_target_run(spec, model, request.target, new_targets[0], warmstart)
-        check_size(run)
-        check_batches("resources.target", spec.resources.target, {}, run.train)
-    except ValueError as error:
-        budgets = list(request.target.budgets)
-        field, value = ("budgets", budgets) if budgets else ("train", request.target.train)
-        raise bad_field(f"target.{field}", value, reason(error)) from None
+    _check_run(spec, model, request.target, new_targets[0], warmstart)
     launch = 1 + (session.scalar(select(func.max(Run.launch)).where(Run.study_id == study.id)) or 0)
     return [
         enqueue_target(
@@ -118,6 +107,36 @@ def _enqueue_launch(session: Session, study: Study, request: TargetRequest) -> l
         )
         for new in new_targets
     ]
+
+
+def _make_target_model(
+    spec: StudySpec, base_run: Run | None, request: TargetRequest, warmstart: WarmstartSpec
+) -> ModelSpec:
+    try:
+        base_model = _check_base_model(spec, base_run, request, warmstart)
+        model = make_grown_model(base_model, request.target, warmstart, "target")
+        check_no_other_budget(request.target.budgets, request.target.train, "target")
+    except FieldError as error:
+        raise bad_field(error.path, error.value, str(error)) from None
+    return model
+
+
+def _check_run(
+    spec: StudySpec,
+    model: ModelSpec,
+    target: TargetSpec,
+    new: NewTarget,
+    warmstart: WarmstartSpec,
+) -> None:
+    try:
+        run = make_target_run(spec, model, target, new, warmstart)
+        check_size(run)
+        check_batches("resources.target", spec.resources.target, {}, run.train)
+    except ValueError as error:
+        # The request has no field of its own for a size: name the field that decides it.
+        budgets = list(target.budgets)
+        field, value = ("budgets", budgets) if budgets else ("train", target.train)
+        raise bad_field(f"target.{field}", value, reason(error)) from None
 
 
 def _plan_pairs(spec: StudySpec, warmstart: WarmstartSpec, base: Base) -> list[NewTarget]:
