@@ -30,7 +30,7 @@ import torch
 from warmcore.checkpoint.checkpoint import SavedCheckpoint, save_checkpoint
 from warmcore.checkpoint.progress import Progress
 from warmcore.growth.from_checkpoint import grow_checkpoint
-from warmcore.model.decoder import Decoder, init_, parameter_shapes
+from warmcore.model.decoder import Decoder, init_weights_, parameter_shapes
 from warmcore.specs import CheckpointRef, DataSpec, GrowthSpec, ModelSpec, RunSpec
 from warmcore.specs.sizes import count_params
 from warmcore.tensors.files import TensorStream
@@ -70,7 +70,7 @@ def make_model_spec(size: str) -> ModelSpec:
 def make_base(size: str, path: Path, *, optimizer: bool) -> SavedCheckpoint:
     """Save random weights and, if `optimizer`, the state of Adam after a step on gradients of 1."""
     spec = make_model_spec(size)
-    model = init_(Decoder(spec, context=1), spec, torch.Generator().manual_seed(0))
+    model = init_weights_(Decoder(spec, context=1), spec, torch.Generator().manual_seed(0))
     run = RunSpec(model=spec, data=DataSpec(source="stdlib"))
     adam = build_optimizer(model.named_parameters(), spec, run.train)
     if optimizer:

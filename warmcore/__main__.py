@@ -23,7 +23,7 @@ import torch
 from warmcore.coord_check import cli
 from warmcore.local_run import RunLocation, run_spec_file
 from warmcore.specs import Strategy
-from warmcore.training.launch import Launch, lead_processes
+from warmcore.training.launch import LaunchOptions, lead_processes
 from warmcore.training.ranks import ALONE
 
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     run = functools.partial(run_spec_file, options.spec, location)
     if options.processes > 1:
-        launch = Launch(
+        launch = LaunchOptions(
             size=options.processes,
             strategy=options.strategy,
             device=options.device,

@@ -51,76 +51,82 @@ def run_spec_file(path: Path, location: RunLocation, ranks: Ranks, device: str) 
         spec = read_spec(path)
         corpus = prepare(spec.data)
         spec = spec.with_data(corpus.pinned(spec.data))
-        return train(spec, corpus, dataclasses.replace(location, ranks=ranks, device=device))
+        return train_with_branches(
+            spec, corpus, dataclasses.replace(location, ranks=ranks, device=device)
+        )
     except (ValueError, CheckpointCorruptError, CompilerMissingError) as error:
         log.error("%s", error)  # noqa: TRY400 - a message for the user, not a traceback
         return BAD_SPEC
 
 
-def train(spec: RunSpec, corpus: Corpus, place: RunLocation) -> int:
+def train_with_branches(spec: RunSpec, corpus: Corpus, location: RunLocation) -> int:
     """Run `spec`, and then each of its branches in turn; return the exit code."""
-    run = LocalRun(spec, corpus, place)
-    code = run.finish()
+    run = LocalRun(spec, corpus, location)
+    code = run.run_to_end()
     for budget, step in zip(spec.branches, spec.branch_steps, strict=True):
         if code != FINISHED:
             return code
         path = checkpoint_path(run.checkpoints, step).resolve()
         branch = make_branch(spec, budget, reference(str(path), "trunk"))
         log.info("cooling down at %g tokens per parameter, from step %d", budget, step)
-        folder = place.out / f"tpp-{budget:g}"
-        code = LocalRun(branch, corpus, dataclasses.replace(place, out=folder)).finish()
+        folder = location.out / f"tpp-{budget:g}"
+        code = LocalRun(branch, corpus, dataclasses.replace(location, out=folder)).run_to_end()
     return code
 
 
 class LocalRun:
     """A run with its folder: resumes or starts, trains, measures, checkpoints."""
 
-    def __init__(self, spec: RunSpec, corpus: Corpus, place: RunLocation) -> None:
+    def __init__(self, spec: RunSpec, corpus: Corpus, location: RunLocation) -> None:
         self._spec = spec
-        self._place = place
-        self.checkpoints = place.out / "checkpoints"
+        self._location = location
+        self.checkpoints = location.out / "checkpoints"
         self._saved: Progress | None = None
-        self._measurements = place.out / "measurements.jsonl"
+        self._measurements = location.out / "measurements.jsonl"
         self._interrupted = False
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._training = self._resumed(corpus) or self._started(corpus)
+        self._training = self._resume_newest(corpus) or self._start_fresh(corpus)
 
-    def finish(self) -> int:
+    def run_to_end(self) -> int:
         """Train to the end and return the exit code."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._interrupt)
+            signal.signal(number, self._note_interrupt)
         training = self._training
         saved_at = time.monotonic()
         with self._measurements.open("a") as file:
-            for event in training.events():
-                self._record(event, file)
+            for event in training.train_to_end():
+                self._record_event(event, file)
                 if isinstance(event, DivergedEvent):
                     return DIVERGED
                 if self._interrupted:
-                    self._save(file)
+                    self._save_checkpoint(file)
                     log.info("interrupted at step %d; run again to continue", training.step)
                     return INTERRUPTED
-                late = time.monotonic() - saved_at >= self._place.checkpoint_seconds
+                late = time.monotonic() - saved_at >= self._location.checkpoint_seconds
                 if late or self._branches_at(event):
-                    self._save(file)
+                    self._save_checkpoint(file)
                     saved_at = time.monotonic()
-            self._save(file)
+            self._save_checkpoint(file)
         log.info("finished: val_loss_nats=%.4f", training.last_val_loss_nats)
         return FINISHED
 
     def _branches_at(self, event: Event) -> bool:
         return isinstance(event, EvaluationEvent) and event.step in self._spec.branch_steps
 
-    def _interrupt(self, _number: int, _frame: object) -> None:
+    def _note_interrupt(self, _number: int, _frame: object) -> None:
         self._interrupted = True  # the state is whole only between events
 
-    def _resumed(self, corpus: Corpus) -> LeadingTraining | None:
+    def _resume_newest(self, corpus: Corpus) -> LeadingTraining | None:
         for path in list_checkpoints(self.checkpoints):
             try:
                 training = LeadingTraining.resume(
-                    self._spec, corpus, path, device=self._place.device, ranks=self._place.ranks
+                    self._spec,
+                    corpus,
+                    path,
+                    device=self._location.device,
+                    ranks=self._location.ranks,
                 )
-                self._cut_measurements(self._num_measured(training))
+                self._cut_measurements(self._count_measured(training))
             except (CheckpointCorruptError, _MeasurementsMissingError) as error:
                 log.warning("skipped %s", error)
                 continue
@@ -129,17 +135,17 @@ class LocalRun:
             return training
         return None
 
-    def _started(self, corpus: Corpus) -> LeadingTraining:
+    def _start_fresh(self, corpus: Corpus) -> LeadingTraining:
         ref = self._spec.start_checkpoint
         field = "trunk" if self._spec.trunk else "growth.base"
         base = require_local_path(ref.uri, field) if ref else None
         training = LeadingTraining.start(
-            self._spec, corpus, base=base, device=self._place.device, ranks=self._place.ranks
+            self._spec, corpus, base=base, device=self._location.device, ranks=self._location.ranks
         )
         self._measurements.write_text("")
         return training
 
-    def _num_measured(self, training: LeadingTraining) -> int:
+    def _count_measured(self, training: LeadingTraining) -> int:
         """Lines up to here; those up to a branch's beginning are its trunk's."""
         log_every, start = self._spec.train.log_every, self._spec.start_step
         before = sum(step <= start for step in self._spec.evaluation_steps) if start else 0
@@ -155,19 +161,19 @@ class LocalRun:
         with write_file(path) as file:
             file.write("".join(lines[:num_lines]).encode())
 
-    def _record(self, event: Event, file: TextIO) -> None:
+    def _record_event(self, event: Event, file: TextIO) -> None:
         match event:
             case StepEvent(step=step, loss_nats=loss, lr=lr):
                 if step % self._spec.train.log_every:
                     return
                 log.info("step %d/%d loss=%.4f lr=%.2e", step, self._spec.num_steps, loss, lr)
             case EvaluationEvent(step=step):
-                log.info("step %d/%d %s", step, self._spec.num_steps, _losses(event))
+                log.info("step %d/%d %s", step, self._spec.num_steps, _format_losses(event))
             case DivergedEvent(step=step, reason=reason):
                 log.error("diverged after step %d: %s", step, reason)
         file.write(json.dumps(dataclasses.asdict(event)) + "\n")
 
-    def _save(self, file: TextIO) -> None:
+    def _save_checkpoint(self, file: TextIO) -> None:
         """Measurements reach the disk before the checkpoint that counts on them."""
         if self._saved == self._training.progress:
             return
@@ -182,7 +188,7 @@ class LocalRun:
             shutil.rmtree(old)
 
 
-def _losses(event: EvaluationEvent) -> str:
+def _format_losses(event: EvaluationEvent) -> str:
     names = {"val_loss": event.val_loss_nats}
     names |= {"ema": event.ema_val_loss_nats, "swa": event.swa_val_loss_nats}
     return " ".join(f"{name}={loss:.4f}" for name, loss in names.items() if loss is not None)

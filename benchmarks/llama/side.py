@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the usual name
 from transformers import LlamaConfig, LlamaForCausalLM  # imported on both sides, for equal memory
 
-from warmcore.model.decoder import Decoder, init_, loss_nats
+from warmcore.model.decoder import Decoder, init_weights_, loss_nats
 from warmcore.specs import ModelSpec, TrainSpec
-from warmcore.training.optimizer import build_optimizer, clip_
+from warmcore.training.optimizer import build_optimizer, clip_gradients_
 
 CONTEXT, BATCH = 128, 16
 TURN_SECONDS = 0.5
@@ -70,14 +70,14 @@ def run_turn(step: Step) -> dict[str, float]:
 
 def make_our_step(spec: ModelSpec, window: Tensor) -> Step:
     """Return a train step as in `warmcore.training.training`."""
-    model = init_(Decoder(spec, context=CONTEXT), spec, torch.Generator().manual_seed(0))
+    model = init_weights_(Decoder(spec, context=CONTEXT), spec, torch.Generator().manual_seed(0))
     optimizer = build_optimizer(model.named_parameters(), spec, TrainSpec())
 
     def run_step() -> float:
         optimizer.zero_grad()
         loss = loss_nats(model, window)
         loss.backward()
-        clip_(optimizer, 1.0, 1.0)
+        clip_gradients_(optimizer, 1.0, 1.0)
         optimizer.step()
         return loss.item()
 

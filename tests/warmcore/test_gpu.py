@@ -14,7 +14,7 @@ pytestmark = [
 
 
 def losses(training):
-    return [event.loss_nats for event in training.events() if isinstance(event, StepEvent)]
+    return [event.loss_nats for event in training.train_to_end() if isinstance(event, StepEvent)]
 
 
 def test_a_cold_start_is_the_same_on_both_devices_and_trains_alike(run_spec, corpus):
@@ -29,7 +29,7 @@ def test_a_run_saved_on_one_device_resumes_on_the_other(run_spec, corpus, tmp_pa
     spec = run_spec(steps=20)
     expected = losses(Training.start(spec, corpus))
     first = Training.start(spec, corpus, device="cuda")
-    events = first.events()
+    events = first.train_to_end()
     while first.step < 10:
         next(events)
     saved = first.save(tmp_path / "checkpoint")
@@ -40,7 +40,7 @@ def test_a_run_saved_on_one_device_resumes_on_the_other(run_spec, corpus, tmp_pa
 
 def test_a_clone_starts_at_its_bases_loss(run_spec, corpus, tmp_path):
     base = Training.start(run_spec(steps=20), corpus, device="cuda")
-    list(base.events())
+    list(base.train_to_end())
     saved = base.save(tmp_path / "base")
     growth = GrowthSpec(
         operator="clone",
@@ -49,7 +49,7 @@ def test_a_clone_starts_at_its_bases_loss(run_spec, corpus, tmp_path):
     )
     spec = run_spec(width=32, base_width=16, growth=growth)
     warm = Training.start(spec, corpus, base=saved.path, device="cuda")
-    assert next(warm.events()).val_loss_nats == pytest.approx(saved.val_loss_nats, rel=1e-4)
+    assert next(warm.train_to_end()).val_loss_nats == pytest.approx(saved.val_loss_nats, rel=1e-4)
     assert all(loss < saved.val_loss_nats + 1 for loss in losses(warm))
 
 

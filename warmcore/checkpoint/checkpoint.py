@@ -150,7 +150,7 @@ def open_checkpoint(path: Path, *, expected_hash: str | None = None) -> OpenChec
     for name, facts in manifest.files.items():
         found = file_facts(path / name).sha256 if (path / name).is_file() else "no file"
         if found != facts.sha256:
-            raise _corrupt(path / name, expected=facts.sha256, found=found)
+            raise _corrupt_error(path / name, expected=facts.sha256, found=found)
     return OpenCheckpoint(
         manifest=manifest,
         hash=found_hash,
@@ -173,18 +173,18 @@ def read_manifest(
         content = file.read_bytes()
     except OSError as error:
         found = error.strerror or "no file"
-        raise _corrupt(file, expected=expected_hash or "a manifest", found=found) from error
+        raise _corrupt_error(file, expected=expected_hash or "a manifest", found=found) from error
     found_hash = hashlib.sha256(content).hexdigest()
     if expected_hash is not None and found_hash != expected_hash:
-        raise _corrupt(file, expected=expected_hash, found=found_hash)
+        raise _corrupt_error(file, expected=expected_hash, found=found_hash)
     try:
         return CheckpointManifest.model_validate_json(content), found_hash
     except ValidationError as error:
         found = error.errors()[0]["msg"]
-        raise _corrupt(file, expected="a manifest of format 1", found=found) from error
+        raise _corrupt_error(file, expected="a manifest of format 1", found=found) from error
 
 
-def _corrupt(file: Path, *, expected: str, found: str) -> CheckpointCorruptError:
+def _corrupt_error(file: Path, *, expected: str, found: str) -> CheckpointCorruptError:
     return CheckpointCorruptError(f"{file} is corrupt: expected {expected}, found {found}")
 
 

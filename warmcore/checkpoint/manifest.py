@@ -92,17 +92,17 @@ class CheckpointManifest(Spec):
             raise ValueError("was imported, so no run goes on from it; name it as growth.base")
         return self.run
 
-    def check(self, run: RunSpec, data_hash: str) -> None:
+    def check_run(self, run: RunSpec, data_hash: str) -> None:
         """Raise ValueError unless this is a checkpoint of `run` on that data."""
         if self.trained_run != run:
-            raise ValueError(f"is of another run: {_difference(self.trained_run, run)}")
+            raise ValueError(f"is of another run: {_describe_difference(self.trained_run, run)}")
         self._check_data(data_hash)
 
     def check_trunk_of(self, branch: RunSpec, data_hash: str) -> None:
         """Raise ValueError unless this is a trunk on that data, where `branch` leaves it."""
         expected = make_branch(self.trained_run, branch.train.tokens_per_param, branch.trunk)
         if expected != branch:
-            raise ValueError(f"is of another run's trunk: {_difference(expected, branch)}")
+            raise ValueError(f"is of another run's trunk: {_describe_difference(expected, branch)}")
         if self.progress.step != branch.start_step:
             raise ValueError(f"is at step {self.progress.step}, not {branch.start_step}")
         self._check_data(data_hash)
@@ -112,15 +112,15 @@ class CheckpointManifest(Spec):
             raise ValueError(f"was trained on data {self.data_hash}, not {data_hash}")
 
 
-def _difference(saved: RunSpec, asked: RunSpec) -> str:
+def _describe_difference(saved: RunSpec, asked: RunSpec) -> str:
     """Name the first field in which two specs differ, with both values."""
-    name, a, b = _first_difference(saved, asked)
+    name, a, b = _find_first_difference(saved, asked)
     if isinstance(a, Spec) and isinstance(b, Spec):
-        field, a, b = _first_difference(a, b)
+        field, a, b = _find_first_difference(a, b)
         name = f"{name}.{field}"
     return f"{name} is {a}, not {b}"
 
 
-def _first_difference(a: Spec, b: Spec) -> tuple[str, object, object]:
+def _find_first_difference(a: Spec, b: Spec) -> tuple[str, object, object]:
     pairs = ((name, getattr(a, name), getattr(b, name)) for name in type(a).model_fields)
     return next((name, x, y) for name, x, y in pairs if x != y)

@@ -18,7 +18,7 @@ class LossWatch(Spec):
     ceiling_nats: float | None = None
     num_above: NonNegativeInt = 0
 
-    def after(self, loss_nats: float, vocab_size: int) -> "LossWatch":
+    def with_loss(self, loss_nats: float, vocab_size: int) -> "LossWatch":
         """Return the watch after one more training loss."""
         ceiling = self.ceiling_nats
         if ceiling is None:

@@ -19,10 +19,10 @@ from torch import Generator, Tensor
 
 from warmcore.corpus.prepare import Tokens
 from warmcore.model import fused
-from warmcore.model.decoder import Decoder, init_, loss_nats
+from warmcore.model.decoder import Decoder, init_weights_, loss_nats
 from warmcore.specs import ModelSpec, TrainSpec
 from warmcore.specs.coord_check import KINDS, Axis, AxisCheck, Kind
-from warmcore.training.batches import train_batch
+from warmcore.training.batches import read_train_batch
 from warmcore.training.optimizer import build_optimizer
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ Sizes = dict[Kind, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class CheckSetup:
     """How the models of a check are trained: `num_steps` at constant lr, once per seed."""
 
     tokens: Tokens
@@ -41,13 +41,15 @@ class Setup:
     device: str = "cpu"
 
 
-def check_axis(setup: Setup, model: ModelSpec, axis: Axis, sizes: Sequence[int]) -> AxisCheck:
+def check_axis(setup: CheckSetup, model: ModelSpec, axis: Axis, sizes: Sequence[int]) -> AxisCheck:
     """Train `model` at each size and average over seeds.
 
     Raises:
         ValueError: a size that the model cannot have, or training that left the finite numbers.
     """
-    by_size = [_mean_over_seeds(setup, spec) for spec in [resized(model, axis, n) for n in sizes]]
+    by_size = [
+        _average_over_seeds(setup, spec) for spec in [resize_model(model, axis, n) for n in sizes]
+    ]
     steps = range(setup.num_steps + 1)
     means: dict[Kind, list[list[float]]] = {
         kind: [[sized[step][kind] for sized in by_size] for step in steps] for kind in KINDS
@@ -55,40 +57,40 @@ def check_axis(setup: Setup, model: ModelSpec, axis: Axis, sizes: Sequence[int])
     return AxisCheck.of(axis, sizes, means)
 
 
-def resized(model: ModelSpec, axis: Axis, size: int) -> ModelSpec:
+def resize_model(model: ModelSpec, axis: Axis, size: int) -> ModelSpec:
     """The model at another size; what a missing base width or depth stood for is kept."""
     base = {"base_width": model.base_width or model.width}
     base |= {"base_depth": model.base_depth or model.depth}
     return ModelSpec.model_validate(model.model_dump() | base | {axis: size})
 
 
-def _mean_over_seeds(setup: Setup, spec: ModelSpec) -> list[Sizes]:
-    runs = [activation_sizes(setup, spec, seed) for seed in range(setup.num_seeds)]
+def _average_over_seeds(setup: CheckSetup, spec: ModelSpec) -> list[Sizes]:
+    runs = [measure_activations(setup, spec, seed) for seed in range(setup.num_seeds)]
     log.info("width %d, depth %d: %d seeds done", spec.width, spec.depth, setup.num_seeds)
     steps = zip(*runs, strict=True)
     return [{kind: fmean(seed[kind] for seed in step) for kind in KINDS} for step in steps]
 
 
-def activation_sizes(setup: Setup, spec: ModelSpec, seed: int) -> list[Sizes]:
+def measure_activations(setup: CheckSetup, spec: ModelSpec, seed: int) -> list[Sizes]:
     """Mean |x| of each kind of layer's output after 0, 1, ..., `num_steps` steps.
 
     What t steps made of the model is measured on batch t, the first that has not been trained on.
     """
-    model = init_(Decoder(spec, context=setup.context), spec, Generator().manual_seed(seed))
+    model = init_weights_(Decoder(spec, context=setup.context), spec, Generator().manual_seed(seed))
     optimizer = build_optimizer(model.to(setup.device).named_parameters(), spec, setup.train)
-    read = _watch(model)
+    read = _hook_activations(model)
     measured: list[Sizes] = []
     for step in range(setup.num_steps + 1):
-        batch = train_batch(
+        batch = read_train_batch(
             setup.tokens,
             seed=seed,
             step=step,
             batch_size=setup.train.batch_size,
             context=setup.context,
         )
-        with fused.off():  # or only the blocks would have outputs
+        with fused.disable_fused():  # or only the blocks would have outputs
             loss = loss_nats(model, batch.to(setup.device))
-        measured.append(_finite(read(), spec, step))
+        measured.append(_check_finite(read(), spec, step))
         if step < setup.num_steps:
             optimizer.zero_grad()
             loss.backward()
@@ -96,7 +98,7 @@ def activation_sizes(setup: Setup, spec: ModelSpec, seed: int) -> list[Sizes]:
     return measured
 
 
-def _watch(model: Decoder) -> Callable[[], Sizes]:
+def _hook_activations(model: Decoder) -> Callable[[], Sizes]:
     """Hook the model; what is returned reads the sizes of the forward pass since the last read."""
     outputs: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
 
@@ -120,7 +122,7 @@ def _watch(model: Decoder) -> Callable[[], Sizes]:
     return read
 
 
-def _finite(sizes: Sizes, spec: ModelSpec, step: int) -> Sizes:
+def _check_finite(sizes: Sizes, spec: ModelSpec, step: int) -> Sizes:
     for kind, size in sizes.items():
         if not math.isfinite(size):
             raise ValueError(

@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
-from warmcore.coord_check.check import Setup, check_axis
+from warmcore.coord_check.check import CheckSetup, check_axis
 from warmcore.corpus.prepare import prepare
 from warmcore.run_file import read_spec
 from warmcore.specs import ModelSpec, OptimizerName, Parametrization, RunSpec, TrainSpec
@@ -29,23 +29,23 @@ WIDTHS, DEPTHS = (128, 256, 512), (4, 8, 16, 32)
 
 def main(arguments: Sequence[str]) -> int:
     """Parse, check, write, and return the exit code."""
-    options = _parser().parse_args(arguments)
+    options = _make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        check = checked(read_spec(options.spec), options)
+        check = check_run_model(read_spec(options.spec), options)
     except (ValueError, CheckpointCorruptError) as error:
         log.error("%s", error)  # noqa: TRY400 - a message for the user, not a traceback
         return BAD_SPEC
     content = check.model_dump_json(indent=2)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / FILE).write_text(content)
-    print(content if options.json else table(check))  # noqa: T201 - this is the output
+    print(content if options.json else format_table(check))  # noqa: T201 - this is the output
     return FLAT if check.is_flat else NOT_FLAT
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coord-check",
         description="Do activations keep their size as the model grows? Trains the run's model at "
@@ -54,15 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("spec", type=Path, help="run.yaml, see examples/run.yaml")
     add("--out", type=Path, default=Path("coord-check"), help=f"folder for {FILE}")
-    add("--widths", type=_sizes, default=WIDTHS, help="default 128,256,512; none: no check")
-    add("--depths", type=_sizes, default=DEPTHS, help="default 4,8,16,32; none: no check")
-    add("--steps", type=_positive, default=5, help="after which slopes are judged; default 5")
-    add("--seeds", type=_positive, default=4, help="to average over; default 4")
+    add("--widths", type=_parse_sizes, default=WIDTHS, help="default 128,256,512; none: no check")
+    add("--depths", type=_parse_sizes, default=DEPTHS, help="default 4,8,16,32; none: no check")
+    add("--steps", type=_parse_positive, default=5, help="after which slopes are judged; default 5")
+    add("--seeds", type=_parse_positive, default=4, help="to average over; default 4")
     add("--optimizer", choices=get_args(OptimizerName), help="default: the run's")
     add("--parametrization", choices=get_args(Parametrization), help="default: the run's")
     add("--lr", type=float, help="default: the run's")
-    add("--batch-size", type=_positive, default=8, help="sequences; default 8: few are enough")
-    add("--context", type=_positive, default=32, help="tokens; default 32: few are enough")
+    add(
+        "--batch-size", type=_parse_positive, default=8, help="sequences; default 8: few are enough"
+    )
+    add("--context", type=_parse_positive, default=32, help="tokens; default 32: few are enough")
     add("--tolerance", type=float, default=TOLERANCE, help="of a slope; default 0.05")
     add("--threads", type=int, help="CPU threads (torch's default)")
     add("--device", default="cpu", help="default cpu")
@@ -70,23 +72,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _sizes(text: str) -> tuple[int, ...]:
+def _parse_sizes(text: str) -> tuple[int, ...]:
     if text == "none":
         return ()
-    sizes = tuple(sorted({_positive(part) for part in text.split(",")}))
+    sizes = tuple(sorted({_parse_positive(part) for part in text.split(",")}))
     if len(sizes) == 1:
         raise argparse.ArgumentTypeError(f"{text} is one size; a slope needs two, or none")
     return sizes
 
 
-def _positive(text: str) -> int:
+def _parse_positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return number
 
 
-def checked(run: RunSpec, options: argparse.Namespace) -> CoordCheck:
+def check_run_model(run: RunSpec, options: argparse.Namespace) -> CoordCheck:
     """Check the run's model, with what the options change.
 
     Raises:
@@ -94,10 +96,12 @@ def checked(run: RunSpec, options: argparse.Namespace) -> CoordCheck:
     """
     if not options.widths and not options.depths:
         raise ValueError("widths and depths are both none; give sizes to one of them")
-    model = ModelSpec.model_validate(run.model.model_dump() | _given(options, "parametrization"))
-    changed = _given(options, "optimizer", "lr", "batch_size")
+    model = ModelSpec.model_validate(
+        run.model.model_dump() | _list_given(options, "parametrization")
+    )
+    changed = _list_given(options, "optimizer", "lr", "batch_size")
     train = TrainSpec.model_validate(run.train.model_dump() | changed)
-    setup = Setup(
+    setup = CheckSetup(
         tokens=prepare(run.data).train,
         train=train,
         context=options.context,
@@ -121,11 +125,11 @@ def checked(run: RunSpec, options: argparse.Namespace) -> CoordCheck:
     )
 
 
-def _given(options: argparse.Namespace, *names: str) -> dict[str, object]:
+def _list_given(options: argparse.Namespace, *names: str) -> dict[str, object]:
     return {name: value for name in names if (value := getattr(options, name)) is not None}
 
 
-def table(check: CoordCheck) -> str:
+def format_table(check: CoordCheck) -> str:
     """The last slopes, a line per kind, with what is beyond the tolerance marked."""
     lines = ["".join(["kind".ljust(14), *(f"{axis.axis:>14}" for axis in check.axes)])]
     for kind in KINDS:

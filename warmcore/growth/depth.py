@@ -25,7 +25,7 @@ class Layer:
     is_new: bool
 
 
-def layers_of(base: int, target: int, operator: DepthOperator | None) -> tuple[Layer, ...]:
+def plan_layers(base: int, target: int, operator: DepthOperator | None) -> tuple[Layer, ...]:
     """Layers of the target, from the bottom; depths are numbers of layers."""
     match operator:
         case "stack" | None:
@@ -52,29 +52,29 @@ class Deepening:
     ) -> "Deepening":
         """Choose the layers; the ratio is of the base's residual multiplier to the target's."""
         return cls(
-            layers=layers_of(base.depth, target.depth, operator),
+            layers=plan_layers(base.depth, target.depth, operator),
             operator=operator,
             residual_ratio=multipliers(base).residual / multipliers(target).residual,
         )
 
-    def layer(self, name: str) -> Layer | None:
+    def find_layer(self, name: str) -> Layer | None:
         """Layer of a tensor; None outside the blocks."""
         parts = name.split(".")
         return self.layers[int(parts[1])] if parts[0] == "blocks" else None
 
     def base_name(self, name: str) -> str:
         """Name in the base of the tensor that the target's `name` is made from."""
-        layer = self.layer(name)
+        layer = self.find_layer(name)
         if layer is None:
             return name
         return ".".join(["blocks", str(layer.source), *name.split(".")[2:]])
 
-    def tensor(self, base_tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    def deepen_tensor(self, base_tensors: Mapping[str, Tensor], name: str) -> Tensor:
         """Return the tensor of the deepened base; W_out base/target multiplier for `identity`."""
         tensor = base_tensors[self.base_name(name)]
         if self.operator != "identity" or name.split(".")[-2] not in OUTPUTS:
             return tensor
-        layer = self.layer(name)
+        layer = self.find_layer(name)
         assert layer is not None
         return tensor * (0.0 if layer.is_new else self.residual_ratio)
 
@@ -84,7 +84,7 @@ class Deepening:
         `identity` keeps the function, so only what was rescaled has another gradient. Elsewhere it
         is first order: a branch that is multiplied by less gets less.
         """
-        if self.layer(name) is None:
+        if self.find_layer(name) is None:
             return 1.0
         if self.operator == "identity" and name.split(".")[-2] not in OUTPUTS:
             return 1.0

@@ -20,7 +20,7 @@ from warmcore.tensors.files import TensorStream, layout_like
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Grown:
+class GrownTensors:
     """A run's initial state, none of it in memory yet. Take the weights before the optimizer."""
 
     source: OpenCheckpoint
@@ -40,7 +40,7 @@ class Grown:
         source = open_checkpoint(base, expected_hash=run.growth.base.hash)
         base_run = source.manifest.run
         growth_rules.check_optimizers(run.growth, base_run and base_run.train, run.train)
-        generator = weights_generator(run)
+        generator = make_weights_generator(run)
         growth = Growth.plan(source.manifest.model, run.model, run.growth, generator)
         return cls(source=source, growth=growth, generator=generator)
 
@@ -51,7 +51,7 @@ class Grown:
         entries = ((n, growth.depth.base_name(n), tuple(s)) for n, s in growth.shapes.items())
         return TensorStream(
             layout=layout_like(entries, base.layout),
-            tensors=growth.weights(base, self.generator),
+            tensors=growth.grow_weights(base, self.generator),
         )
 
     @property
@@ -60,14 +60,14 @@ class Grown:
         growth, layout = self.growth, self.source.optimizer.layout
         entries = (
             (m.name, m.source, () if m.key == "step" else tuple(growth.shapes[m.parameter]))
-            for m in growth.moment_names(layout)
+            for m in growth.list_moments(layout)
         )
         return TensorStream(
-            layout=layout_like(entries, layout), tensors=growth.moments(self.source.optimizer)
+            layout=layout_like(entries, layout), tensors=growth.grow_moments(self.source.optimizer)
         )
 
 
-def weights_generator(run: RunSpec) -> Generator:
+def make_weights_generator(run: RunSpec) -> Generator:
     """Draws the run's initial weights, and the noise of growth."""
     return Generator().manual_seed(derived_seed("weights", run.seed))
 
@@ -85,7 +85,7 @@ def grow_checkpoint(
             base, imported, has none.
         CheckpointCorruptError: `base` is not the checkpoint that `run.growth` names.
     """
-    grown = Grown.from_base(run, base)
+    grown = GrownTensors.from_base(run, base)
     data_hash = data_hash or grown.source.manifest.data_hash
     if data_hash is None:
         raise ValueError("data_hash is None and the base was imported: give the hash of the data")

@@ -17,16 +17,16 @@ from warmcore.growth.depth import Deepening
 from warmcore.growth.units import Copies
 from warmcore.growth.width import (
     Maps,
-    cancel_,
-    copy,
+    cancel_over_copies_,
+    copy_and_divide,
     copy_units,
+    first_copy_mask,
     gradient_scale,
-    is_first_copy,
-    pad,
     pad_shrunk,
+    pad_to_shape,
 )
 from warmcore.model.decoder import parameter_shapes
-from warmcore.model.mup import GAINS, fresh_, role_of
+from warmcore.model.mup import GAINS, draw_initial_, role_of
 from warmcore.specs import GrowthOptions, ModelSpec, growth_rules
 from warmcore.tensors.files import saving_order
 from warmcore.tensors.row_blocks import ahead, row_blocks
@@ -87,26 +87,28 @@ class Growth:
             copies=Copies(base, target, operator, generator) if operator else None,
         )
 
-    def weights(
+    def grow_weights(
         self, base_tensors: Mapping[str, Tensor], generator: Generator
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the target in blocks, in the order of its state dict and the dtype of the base."""
-        noises = ahead(self._noises(generator))
+        noises = ahead(self._draw_noises(generator))
         for name in self.shapes:
-            for block in self._blocks(name, self.depth.tensor(base_tensors, name)):
-                yield name, self._perturbed(block, next(noises))
+            for block in self._split_into_blocks(
+                name, self.depth.deepen_tensor(base_tensors, name)
+            ):
+                yield name, self._widen_and_perturb(block, next(noises))
 
-    def moments(self, base_state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def grow_moments(self, base_state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield Adam's state for the target, in blocks; nothing for a fresh optimizer."""
-        for moment in self.moment_names(base_state):
+        for moment in self.list_moments(base_state):
             tensor = base_state[moment.source]
             if moment.key == "step":
-                yield moment.name, self._step(moment, tensor)
+                yield moment.name, self._grow_step_count(moment, tensor)
                 continue
-            for block in self._blocks(moment.parameter, tensor):
-                yield moment.name, self._moment(moment, block)
+            for block in self._split_into_blocks(moment.parameter, tensor):
+                yield moment.name, self._grow_moment(moment, block)
 
-    def moment_names(self, base_names: Iterable[str]) -> list[Moment]:
+    def list_moments(self, base_names: Iterable[str]) -> list[Moment]:
         """Tensors of the target's optimizer, in the order of `optimizer_tensors`."""
         if self.options.optimizer_state == "reset":
             return []
@@ -122,25 +124,25 @@ class Growth:
         ]
         return sorted(moments, key=lambda moment: saving_order(moment.name))
 
-    def _blocks(self, name: str, tensor: Tensor) -> Iterator[GrownBlock]:
+    def _split_into_blocks(self, name: str, tensor: Tensor) -> Iterator[GrownBlock]:
         """Split the target's tensor; padding takes the same rows of the base, if it has them."""
         shape = self.shapes[name]
-        maps: Maps = self.copies.along(name) if self.copies else ()
+        maps: Maps = self.copies.maps_along_axes(name) if self.copies else ()
         for rows in row_blocks(shape):
             block = torch.Size((rows.stop - rows.start, *shape[1:]))
             if maps and maps[0] is not None:
-                parts = (maps[0].at(rows), *maps[1:])
+                parts = (maps[0].select_units(rows), *maps[1:])
                 yield GrownBlock(name=name, source=tensor, maps=parts, shape=block)
             else:
                 yield GrownBlock(name=name, source=tensor[rows], maps=maps, shape=block)
 
-    def _widened(self, block: GrownBlock) -> Tensor:
+    def _widen_block(self, block: GrownBlock) -> Tensor:
         if self.copies:
-            return copy(block.name, block.source, block.maps, self.base, self.target)
+            return copy_and_divide(block.name, block.source, block.maps, self.base, self.target)
         shrink = 1.0 if self.options.operator == "zero_pad" else self.options.shrink
         return pad_shrunk(block.name, block.source, block.shape, shrink=shrink)
 
-    def _noises(self, generator: Generator) -> Iterator[Tensor | None]:
+    def _draw_noises(self, generator: Generator) -> Iterator[Tensor | None]:
         """Draw each block's noise, of the target's initial size; gains have none."""
         for name, shape in self.shapes.items():
             role = role_of(name)
@@ -149,15 +151,15 @@ class Growth:
                     yield None
                 else:
                     block = torch.empty(rows.stop - rows.start, *shape[1:])
-                    yield fresh_(block, role, self.target, generator)
+                    yield draw_initial_(block, role, self.target, generator)
 
-    def _perturbed(self, block: GrownBlock, noise: Tensor | None) -> Tensor:
+    def _widen_and_perturb(self, block: GrownBlock, noise: Tensor | None) -> Tensor:
         """Widen, and add `options.noise_scale` of the noise.
 
         Where noise covers what is padded, zeros need not be added to it.
         """
         if noise is None:
-            return self._widened(block)
+            return self._widen_block(block)
         role = role_of(block.name)
         noise = noise.to(block.source.dtype).mul_(self.options.noise_scale)
         old = tuple(slice(size) for size in block.source.shape)
@@ -166,27 +168,29 @@ class Growth:
                 noise[old] += self.options.shrink * block.source
                 return noise
             case "slice" | "zero_pad":
-                grown = self._widened(block)
+                grown = self._widen_block(block)
                 grown[old] += noise[old]
                 return grown
             case "clone":
-                return self._widened(block).add_(noise)
+                return self._widen_block(block).add_(noise)
             case "hyperclone" | "net2net":
                 inputs = block.maps[-1]
                 assert inputs is not None
-                grown = self._widened(block)
-                return grown if role == "embedding" else grown.add_(cancel_(noise, inputs))
+                grown = self._widen_block(block)
+                return (
+                    grown if role == "embedding" else grown.add_(cancel_over_copies_(noise, inputs))
+                )
 
     def _is_reset(self, moment: Moment) -> bool:
         """Whether it is of a new layer that begins afresh."""
-        layer, rule = self.depth.layer(moment.parameter), self.options.optimizer_state
+        layer, rule = self.depth.find_layer(moment.parameter), self.options.optimizer_state
         fresh_layer = self.options.depth_operator == "identity" or rule != "transfer"
         return layer is not None and layer.is_new and fresh_layer
 
-    def _step(self, moment: Moment, tensor: Tensor) -> Tensor:
+    def _grow_step_count(self, moment: Moment, tensor: Tensor) -> Tensor:
         return torch.zeros_like(tensor) if self._is_reset(moment) else tensor.clone()
 
-    def _moment(self, moment: Moment, block: GrownBlock) -> Tensor:
+    def _grow_moment(self, moment: Moment, block: GrownBlock) -> Tensor:
         """Grow as the weights are, times the gradient's scale; squared for a second moment.
 
         New units and layers that are to be reset have zeros.
@@ -197,7 +201,7 @@ class Growth:
         scale = gradient_scale(name, maps, self.base, self.target) * self.depth.gradient_scale(name)
         factor = (scale ** (2 if moment.key == "exp_avg_sq" else 1)).to(tensor.dtype)
         if not self.copies:
-            return pad(tensor * factor, block.shape, fill=0.0)
+            return pad_to_shape(tensor * factor, block.shape, fill=0.0)
         grown = copy_units(tensor, maps).mul_(factor)
         is_kept = self.options.optimizer_state == "transfer"
-        return grown if is_kept else grown.mul_(is_first_copy(maps))
+        return grown if is_kept else grown.mul_(first_copy_mask(maps))

@@ -29,7 +29,7 @@ AXES: dict[str, tuple[Axis, ...]] = {
 }
 
 
-def axes_of(name: str) -> tuple[Axis, ...]:
+def axis_kinds(name: str) -> tuple[Axis, ...]:
     """Kinds of a tensor's axes."""
     return AXES.get(name.split(".")[-2], ("residual",))
 
@@ -57,7 +57,7 @@ class UnitMap:
     is_first: Tensor
 
     @classmethod
-    def of(cls, source: Tensor) -> Self:
+    def from_sources(cls, source: Tensor) -> Self:
         """Return the map of all units of an axis."""
         place = torch.arange(len(source))
         first = torch.full_like(place, len(place)).scatter_reduce(0, source, place, "amin")
@@ -67,7 +67,7 @@ class UnitMap:
             is_first=first[source] == place,
         )
 
-    def at(self, units: slice) -> Self:
+    def select_units(self, units: slice) -> Self:
         """Return the part of the map that is about some of the target's units."""
         return type(self)(
             source=self.source[units],
@@ -75,13 +75,13 @@ class UnitMap:
             is_first=self.is_first[units],
         )
 
-    def in_features(self, size: int) -> "UnitMap":
+    def expand_to_features(self, size: int) -> "UnitMap":
         """Return the map of single features, for units of `size` of them."""
         features = self.source.view(-1, 1) * size + torch.arange(size)
-        return UnitMap.of(features.flatten())
+        return UnitMap.from_sources(features.flatten())
 
 
-def unit_map(
+def make_unit_map(
     operator: CopyingOperator, num_base: int, num_target: int, generator: Generator
 ) -> UnitMap:
     """Copies side by side (clone), in tiles (hyperclone), or at random but balanced (net2net).
@@ -92,13 +92,13 @@ def unit_map(
     place = torch.arange(num_target)
     match operator:
         case "clone":
-            return UnitMap.of(place // (num_target // num_base))
+            return UnitMap.from_sources(place // (num_target // num_base))
         case "hyperclone":
-            return UnitMap.of(place % num_base)
+            return UnitMap.from_sources(place % num_base)
         case "net2net":
             rounds = (num_target - 1) // num_base
             added = [torch.randperm(num_base, generator=generator) for _ in range(rounds)]
-            return UnitMap.of(torch.cat([torch.arange(num_base), *added])[:num_target])
+            return UnitMap.from_sources(torch.cat([torch.arange(num_base), *added])[:num_target])
 
 
 class Copies:
@@ -107,21 +107,21 @@ class Copies:
     def __init__(
         self, base: ModelSpec, target: ModelSpec, operator: CopyingOperator, generator: Generator
     ) -> None:
-        def drawn(num_base: int, num_target: int) -> UnitMap:
-            return unit_map(operator, num_base, num_target, generator)
+        def draw_map(num_base: int, num_target: int) -> UnitMap:
+            return make_unit_map(operator, num_base, num_target, generator)
 
         self._base = base
-        self._residual = drawn(base.width, target.width)
+        self._residual = draw_map(base.width, target.width)
         self._heads, self._ffn = [], []
         for _ in range(target.depth):
-            self._heads.append(drawn(base.num_kv_heads, target.num_kv_heads))
-            self._ffn.append(drawn(base.ffn_width, target.ffn_width))
+            self._heads.append(draw_map(base.num_kv_heads, target.num_kv_heads))
+            self._ffn.append(draw_map(base.ffn_width, target.ffn_width))
 
-    def along(self, name: str) -> list[UnitMap | None]:
+    def maps_along_axes(self, name: str) -> list[UnitMap | None]:
         """Maps of features along each axis of the target's tensor `name`; None for the vocab."""
-        return [self._on(axis, name) for axis in axes_of(name)]
+        return [self._find_map(axis, name) for axis in axis_kinds(name)]
 
-    def _on(self, axis: Axis, name: str) -> UnitMap | None:
+    def _find_map(self, axis: Axis, name: str) -> UnitMap | None:
         match axis:
             case "vocab":
                 return None
@@ -131,4 +131,4 @@ class Copies:
                 return self._ffn[int(name.split(".")[1])]
             case "query" | "key_value":
                 heads = self._heads[int(name.split(".")[1])]
-                return heads.in_features(unit_size(axis, self._base))
+                return heads.expand_to_features(unit_size(axis, self._base))

@@ -23,10 +23,10 @@ def pad_shrunk(name: str, tensor: Tensor, shape: torch.Size, *, shrink: float) -
     (arXiv 2411.07340, after arXiv 1910.08475); s = 0 and p = 1 is a cold start.
     """
     idle = 1.0 if role_of(name) in GAINS else 0.0
-    return pad(shrink * tensor + (1 - shrink) * idle, shape, fill=idle)
+    return pad_to_shape(shrink * tensor + (1 - shrink) * idle, shape, fill=idle)
 
 
-def pad(tensor: Tensor, shape: torch.Size, *, fill: float) -> Tensor:
+def pad_to_shape(tensor: Tensor, shape: torch.Size, *, fill: float) -> Tensor:
     """Put `tensor` first on every axis. Whole units are appended, as widths are whole units."""
     grown = tensor.new_full(shape, fill)
     grown[tuple(slice(size) for size in tensor.shape)] = tensor
@@ -41,7 +41,9 @@ def copy_units(tensor: Tensor, maps: Maps) -> Tensor:
     return tensor
 
 
-def copy(name: str, tensor: Tensor, maps: Maps, base: ModelSpec, target: ModelSpec) -> Tensor:
+def copy_and_divide(
+    name: str, tensor: Tensor, maps: Maps, base: ModelSpec, target: ModelSpec
+) -> Tensor:
     """Copy each unit and divide what sums over copies by their number.
 
     Hidden matrices sum over all copies of each input. So does the unembedding, whose forward
@@ -61,7 +63,7 @@ def copy(name: str, tensor: Tensor, maps: Maps, base: ModelSpec, target: ModelSp
             return copied
 
 
-def cancel_(noise: Tensor, inputs: UnitMap) -> Tensor:
+def cancel_over_copies_(noise: Tensor, inputs: UnitMap) -> Tensor:
     """Take from the noise on each input's copies their mean, and keep its variance.
 
     Copies have equal values, so noise that sums to zero over them keeps the function; for two
@@ -92,7 +94,7 @@ def gradient_scale(name: str, maps: Maps, base: ModelSpec, target: ModelSpec) ->
     return scale.view(-1, 1) if role == "hidden" else scale
 
 
-def is_first_copy(maps: Maps) -> Tensor:
+def first_copy_mask(maps: Maps) -> Tensor:
     """Whether an element is at the first copy of its unit on every axis, as a mask."""
     mask = torch.ones((), dtype=torch.bool)
     for unit_map in maps:

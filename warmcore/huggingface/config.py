@@ -59,7 +59,7 @@ class HfConfig(BaseModel):
     eos_token_id: TokenIds = None
 
     @classmethod
-    def read(cls, folder: Path) -> "HfConfig":
+    def read_folder(cls, folder: Path) -> "HfConfig":
         """Read a model's folder.
 
         Raises:
@@ -76,7 +76,7 @@ class HfConfig(BaseModel):
             first = error.errors()[0]
             field = ".".join(map(str, first["loc"])) or CONFIG
             raise ValueError(f"{CONFIG}: {field} = {first['input']!r}: {first['msg']}") from error
-        config.check()
+        config.check_supported()
         return config
 
     @property
@@ -121,17 +121,21 @@ class HfConfig(BaseModel):
                 f"{CONFIG} describes a model that ours cannot be: {message}"
             ) from error
 
-    def check(self) -> None:
+    def check_supported(self) -> None:
         """Raise ValueError if a field makes another function than ours."""
         if len(self.architectures) != 1 or self.architecture not in _KV_HEADS:
-            _refuse("architectures", list(self.architectures), f"{', '.join(_KV_HEADS)} work")
+            _refuse_field("architectures", list(self.architectures), f"{', '.join(_KV_HEADS)} work")
         if self.quantization_config is not None:
             method = self.quantization_config.get("quant_method", "set")
-            _refuse("quantization_config", method, "float32, bfloat16 or float16 weights work")
+            _refuse_field(
+                "quantization_config", method, "float32, bfloat16 or float16 weights work"
+            )
         if self.auto_map is not None:
-            _refuse("auto_map", self.auto_map, "only the code of transformers itself is known here")
+            _refuse_field(
+                "auto_map", self.auto_map, "only the code of transformers itself is known here"
+            )
         if self.hidden_act != "silu":
-            _refuse("hidden_act", self.hidden_act, "silu works")
+            _refuse_field("hidden_act", self.hidden_act, "silu works")
         self._check_heads()
         self._check_rope()
         self._check_window()
@@ -139,13 +143,13 @@ class HfConfig(BaseModel):
     def _check_heads(self) -> None:
         heads, width = self.num_attention_heads, self.hidden_size
         if width % heads:
-            _refuse("num_attention_heads", heads, f"a divisor of hidden_size {width} works")
+            _refuse_field("num_attention_heads", heads, f"a divisor of hidden_size {width} works")
         if self.head_dim is not None and self.head_dim * heads != width:
             works = f"hidden_size {width} / num_attention_heads {heads} = {width // heads} works"
-            _refuse("head_dim", self.head_dim, works)
+            _refuse_field("head_dim", self.head_dim, works)
         if heads % self.num_kv_heads:
             works = f"a divisor of num_attention_heads {heads} works"
-            _refuse("num_key_value_heads", self.num_kv_heads, works)
+            _refuse_field("num_key_value_heads", self.num_kv_heads, works)
 
     @property
     def _rope(self) -> Mapping[str, Any]:
@@ -159,13 +163,13 @@ class HfConfig(BaseModel):
         rope, field = self._rope, "rope_scaling" if self.rope_scaling else "rope_parameters"
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
-            _refuse(field, dict(rope), "rope_type default, the same in all layers, works")
+            _refuse_field(field, dict(rope), "rope_type default, the same in all layers, works")
         if self.rope_theta not in (None, self._rope_theta):
             works = f"it works if it is rope_theta {self.rope_theta}, or is left out"
-            _refuse(f"{field}.rope_theta", self._rope_theta, works)
+            _refuse_field(f"{field}.rope_theta", self._rope_theta, works)
         partial = rope.get("partial_rotary_factor", self.partial_rotary_factor)
         if partial not in (None, 1.0):
-            _refuse("partial_rotary_factor", partial, "1 works: every pair of a head rotates")
+            _refuse_field("partial_rotary_factor", partial, "1 works: every pair of a head rotates")
 
     def _check_window(self) -> None:
         """A window as long as the context masks nothing; Llama has none."""
@@ -174,7 +178,7 @@ class HfConfig(BaseModel):
         )
         window, context = self.sliding_window, self.max_position_embeddings
         if can_slide and window is not None and window < context:
-            _refuse(
+            _refuse_field(
                 "sliding_window",
                 window,
                 f"null works, or max_position_embeddings {window} in place of {context}: "
@@ -182,11 +186,11 @@ class HfConfig(BaseModel):
             )
 
 
-def _refuse(field: str, value: object, works: str) -> NoReturn:
+def _refuse_field(field: str, value: object, works: str) -> NoReturn:
     raise ValueError(f"{CONFIG}: {field} is {value!r}; {works}")
 
 
-def llama_config(
+def make_llama_config(
     model: ModelSpec, *, context: int, dtype: Dtype, bos: TokenIds, eos: TokenIds
 ) -> dict[str, Any]:
     """`config.json` of a model whose multipliers are folded into its weights.
@@ -223,11 +227,11 @@ def llama_config(
     }
 
 
-def generation_config(*, bos: TokenIds, eos: TokenIds) -> dict[str, Any]:
+def make_generation_config(*, bos: TokenIds, eos: TokenIds) -> dict[str, Any]:
     """`generation_config.json`: greedy unless asked otherwise, to the end of a document."""
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None, "do_sample": False}
 
 
-def as_json(fields: Mapping[str, Any]) -> bytes:
+def encode_json(fields: Mapping[str, Any]) -> bytes:
     """A JSON file as people read it."""
     return (json.dumps(fields, indent=2) + "\n").encode()

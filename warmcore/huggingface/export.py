@@ -12,9 +12,15 @@ import torch
 from torch import Tensor
 
 from warmcore.checkpoint.checkpoint import OpenCheckpoint, open_checkpoint
-from warmcore.huggingface.config import CONFIG, Dtype, as_json, generation_config, llama_config
+from warmcore.huggingface.config import (
+    CONFIG,
+    Dtype,
+    encode_json,
+    make_generation_config,
+    make_llama_config,
+)
 from warmcore.huggingface.tensors import folded_factor, hf_name
-from warmcore.huggingface.tokenizer import tokenizer_of
+from warmcore.huggingface.tokenizer import load_hf_tokenizer
 from warmcore.model.decoder import parameter_shapes
 from warmcore.specs import BaseWeights, ModelSpec
 from warmcore.storage.atomic_writes import check_free, write_folder
@@ -62,7 +68,7 @@ def export_hf(
     source = open_checkpoint(checkpoint, expected_hash=expected_hash)
     with write_folder(out) as aside:
         _write_weights(source, weights, aside, DTYPES[dtype], max_shard_bytes)
-        for name, content in _texts(source, checkpoint, dtype).items():
+        for name, content in _make_text_files(source, checkpoint, dtype).items():
             (aside / name).write_bytes(content)
     files = sorted(out.iterdir())
     return Exported(
@@ -73,21 +79,21 @@ def export_hf(
     )
 
 
-def _texts(source: OpenCheckpoint, checkpoint: Path, dtype: Dtype) -> Mapping[str, bytes]:
+def _make_text_files(source: OpenCheckpoint, checkpoint: Path, dtype: Dtype) -> Mapping[str, bytes]:
     manifest = source.manifest
-    tokenizer = tokenizer_of(manifest, checkpoint)
-    config = llama_config(
+    tokenizer = load_hf_tokenizer(manifest, checkpoint)
+    config = make_llama_config(
         manifest.model,
         context=manifest.context,
         dtype=dtype,
         bos=tokenizer.bos,
         eos=tokenizer.eos,
     )
-    generation = generation_config(bos=tokenizer.bos, eos=tokenizer.eos)
+    generation = make_generation_config(bos=tokenizer.bos, eos=tokenizer.eos)
     return {
         **tokenizer.files,
-        CONFIG: as_json(config),
-        "generation_config.json": as_json(generation),
+        CONFIG: encode_json(config),
+        "make_generation_config.json": encode_json(generation),
     }
 
 
@@ -101,23 +107,23 @@ def _write_weights(
     weights = source.weights_named(which)
     shapes = parameter_shapes(source.manifest.model)
     infos = {name: TensorInfo(dtype=dtype, shape=tuple(s)) for name, s in shapes.items()}
-    shards = list(_shards(infos, max_shard_bytes))
+    shards = list(_split_into_shards(infos, max_shard_bytes))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else WEIGHTS
         stream = TensorStream(
             layout={hf_name(name): infos[name] for name in names},
-            tensors=_folded(weights, source.manifest.model, names, dtype),
+            tensors=_fold_weights(weights, source.manifest.model, names, dtype),
         )
         write_tensors(folder / file, stream, metadata=_METADATA)
         weight_map |= dict.fromkeys(stream.layout, file)
     if shards[1:]:
         total = sum(info.num_bytes for info in infos.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_bytes(as_json(index))
+        (folder / INDEX).write_bytes(encode_json(index))
 
 
-def _shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> Iterator[list[str]]:
+def _split_into_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> Iterator[list[str]]:
     """Names in order, as many to a file as it may hold; a tensor is never split."""
     shard, num_bytes = list[str](), 0
     for name, info in infos.items():
@@ -129,7 +135,7 @@ def _shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> Iterator[list[st
     yield shard
 
 
-def _folded(
+def _fold_weights(
     weights: TensorFile, model: ModelSpec, names: list[str], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:

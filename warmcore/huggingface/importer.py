@@ -39,7 +39,7 @@ class _Source:
 
     files: Mapping[str, TensorFile]
 
-    def info(self, name: str) -> TensorInfo:
+    def read_info(self, name: str) -> TensorInfo:
         return self.files[name].layout[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -54,20 +54,20 @@ def import_hf(folder: Path, out: Path) -> SavedCheckpoint:
             there already.
     """
     check_free(out)
-    config = HfConfig.read(folder)
+    config = HfConfig.read_folder(folder)
     model = config.model
-    shards = _shards(folder)
-    source = _open(shards)
+    shards = _list_shards(folder)
+    source = _open_shards(shards)
     shapes = {name: tuple(shape) for name, shape in parameter_shapes(model).items()}
-    places = {name: _place(name, config) for name in shapes}
+    places = {name: _find_source_name(name, config) for name in shapes}
     _check_names(source, places, config)
     _check_tensors(source, places, shapes)
-    used = {source.info(place).dtype for place in places.values()}
+    used = {source.read_info(place).dtype for place in places.values()}
     return save_checkpoint(
         out,
         weights=TensorStream(
             layout={n: TensorInfo(dtype=torch.float32, shape=shapes[n]) for n in shapes},
-            tensors=_master_weights(source, places),
+            tensors=_read_master_weights(source, places),
         ),
         optimizer=TensorStream.of({}),
         run=ImportedModel(
@@ -92,19 +92,19 @@ def import_hf(folder: Path, out: Path) -> SavedCheckpoint:
     )
 
 
-def _place(name: str, config: HfConfig) -> str:
+def _find_source_name(name: str, config: HfConfig) -> str:
     """Where a tensor of ours is found; of tied embeddings, both in one place."""
     place = hf_name(name)
     return EMBEDDING if config.tie_word_embeddings and place == LM_HEAD else place
 
 
-def _shards(folder: Path) -> list[Path]:
+def _list_shards(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        names = _shard_names(folder / INDEX)
+        names = _read_shard_names(folder / INDEX)
     elif (folder / WEIGHTS).is_file():
         names = [WEIGHTS]
     else:
-        raise ValueError(f"{folder} has no {WEIGHTS}{_pickle_instead(folder)}")
+        raise ValueError(f"{folder} has no {WEIGHTS}{_describe_pickles(folder)}")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise ValueError(
@@ -113,14 +113,14 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _pickle_instead(folder: Path) -> str:
+def _describe_pickles(folder: Path) -> str:
     found = [path.name for kind in _PICKLES for path in sorted(folder.glob(kind))]
     if not found:
         return ""
     return f", only {found[0]}, a pickle, which can run code when it is read; {_CONVERT}"
 
 
-def _shard_names(index: Path) -> list[str]:
+def _read_shard_names(index: Path) -> list[str]:
     try:
         weight_map: dict[str, Any] = json.loads(index.read_bytes())["weight_map"]
         names = sorted({str(name) for name in weight_map.values()})
@@ -132,7 +132,7 @@ def _shard_names(index: Path) -> list[str]:
     return names
 
 
-def _open(shards: list[Path]) -> _Source:
+def _open_shards(shards: list[Path]) -> _Source:
     files: dict[str, TensorFile] = {}
     for path in shards:
         _check_readable(path)
@@ -183,7 +183,7 @@ def _check_tensors(
     source: _Source, places: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     for name, place in places.items():
-        info = source.info(place)
+        info = source.read_info(place)
         if info.shape != shapes[name]:
             raise ValueError(
                 f"{place} is {list(info.shape)}; {CONFIG} makes it {list(shapes[name])}"
@@ -192,7 +192,9 @@ def _check_tensors(
             raise ValueError(f"{place} is {info.dtype}; {', '.join(_READABLE.values())} work")
 
 
-def _master_weights(source: _Source, places: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+def _read_master_weights(
+    source: _Source, places: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
     for name, place in places.items():
         tensor = source[place].float()
         if not is_finite(tensor):

@@ -7,7 +7,7 @@ from pathlib import Path
 from warmcore.checkpoint.manifest import CheckpointManifest
 from warmcore.corpus.prepare import SEPARATOR
 from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer, byte_json
-from warmcore.huggingface.config import as_json
+from warmcore.huggingface.config import encode_json
 from warmcore.specs.fields import TokenIds
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -33,22 +33,24 @@ class HfTokenizer:
     eos: TokenIds
 
 
-def tokenizer_of(manifest: CheckpointManifest, checkpoint: Path) -> HfTokenizer:
+def load_hf_tokenizer(manifest: CheckpointManifest, checkpoint: Path) -> HfTokenizer:
     """The tokenizer that a checkpoint's model was trained with; no files where nobody knows it."""
     names = manifest.files.keys() & set(TOKENIZER_FILES)
     files = {name: (checkpoint / name).read_bytes() for name in sorted(names)}
     if manifest.imported is not None:
         return HfTokenizer(files=files, bos=manifest.imported.bos, eos=manifest.imported.eos)
     if manifest.tokenizer == "byte":
-        return _ours(byte_json(), SEPARATOR[0], None, manifest.context)
+        return _make_hf_tokenizer(byte_json(), SEPARATOR[0], None, manifest.context)
     if TOKENIZER not in files:
         return HfTokenizer(files={}, bos=None, eos=None)
     loaded = TextTokenizer.load(files[TOKENIZER], TOKENIZER)
     name = None if loaded.end_of_text is None else loaded.library.id_to_token(loaded.end_of_text)
-    return _ours(loaded.json, loaded.end_of_text, name, manifest.context)
+    return _make_hf_tokenizer(loaded.json, loaded.end_of_text, name, manifest.context)
 
 
-def _ours(content: bytes, eos: int | None, eos_name: str | None, context: int) -> HfTokenizer:
+def _make_hf_tokenizer(
+    content: bytes, eos: int | None, eos_name: str | None, context: int
+) -> HfTokenizer:
     """No token goes before a text; the separator goes after a document, not after a prompt."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -56,5 +58,5 @@ def _ours(content: bytes, eos: int | None, eos_name: str | None, context: int) -
         "clean_up_tokenization_spaces": False,
     } | ({} if eos_name is None else {"eos_token": eos_name})
     return HfTokenizer(
-        files={TOKENIZER: content, TOKENIZER_CONFIG: as_json(config)}, bos=None, eos=eos
+        files={TOKENIZER: content, TOKENIZER_CONFIG: encode_json(config)}, bos=None, eos=eos
     )

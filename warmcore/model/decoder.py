@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 from torch.utils.checkpoint import checkpoint
 
 from warmcore.model import fused
-from warmcore.model.mup import fresh_, multipliers, role_of
+from warmcore.model.mup import draw_initial_, multipliers, role_of
 from warmcore.specs import ModelSpec
 from warmcore.tensors.row_blocks import fill_, row_blocks
 
@@ -76,7 +76,7 @@ def rope_table(num_heads: int, head_dim: int, context: int, theta: float) -> Ten
     return table_3TH[:, :, None].repeat(1, 1, num_heads, 1)
 
 
-def rotate(x_BTNH: Tensor, table_3TNH: Tensor) -> Tensor:
+def rotate_halves(x_BTNH: Tensor, table_3TNH: Tensor) -> Tensor:
     """(a, b) -> (a cos - b sin, b cos + a sin) with a, b the halves of the last axis."""
     a, b = x_BTNH.chunk(2, dim=-1)
     cos, to_first, to_second = table_3TNH[:, :, : x_BTNH.shape[2]]
@@ -96,15 +96,15 @@ class Attention(nn.Module):
         self.v = Linear(spec.width, spec.kv_width)
         self.o = Linear(spec.width, spec.width)
 
-    def heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
 
     def forward(self, x_BTD: Tensor, rope_3TNH: Tensor) -> Tensor:
-        q_BTNH = rotate(self.heads(self.q(x_BTD)), rope_3TNH)
-        k_BTKH = rotate(self.heads(self.k(x_BTD)), rope_3TNH)
-        return self.o(self.attend(q_BTNH, k_BTKH, self.heads(self.v(x_BTD))))
+        q_BTNH = rotate_halves(self.split_heads(self.q(x_BTD)), rope_3TNH)
+        k_BTKH = rotate_halves(self.split_heads(self.k(x_BTD)), rope_3TNH)
+        return self.o(self.attend_causally(q_BTNH, k_BTKH, self.split_heads(self.v(x_BTD))))
 
-    def attend(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
+    def attend_causally(self, q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor) -> Tensor:
         q_BNTH, k_BKTH, v_BKTH = (x.transpose(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
         y_BNTH = F.scaled_dot_product_attention(
             q_BNTH,
@@ -142,17 +142,17 @@ class Block(nn.Module):
         self.ffn = FeedForward(spec)
 
     def forward(self, x_BTD: Tensor, rope_3TNH: Tensor) -> Tensor:
-        if fused.is_for(x_BTD):
-            return self._fused(x_BTD, rope_3TNH)
+        if fused.can_fuse(x_BTD):
+            return self._forward_fused(x_BTD, rope_3TNH)
         y_BTD = self.attention(self.attention_norm(x_BTD), rope_3TNH)
         x_BTD = torch.add(x_BTD, y_BTD, alpha=self.residual)
         return torch.add(x_BTD, self.ffn(self.ffn_norm(x_BTD)), alpha=self.residual)
 
-    def _fused(self, x_BTD: Tensor, rope_3TNH: Tensor) -> Tensor:
+    def _forward_fused(self, x_BTD: Tensor, rope_3TNH: Tensor) -> Tensor:
         attention, norm = self.attention, self.attention_norm
         weights = (m.weight for m in (attention.q, attention.k, attention.v))
-        qkv = fused.normed_projections(x_BTD, norm.weight, norm.eps, rope_3TNH, *weights)
-        y_BTD = attention.attend(*(attention.heads(x) for x in qkv))
+        qkv = fused.project_normed(x_BTD, norm.weight, norm.eps, rope_3TNH, *weights)
+        y_BTD = attention.attend_causally(*(attention.split_heads(x) for x in qkv))
         x_BTD = fused.add_projection(x_BTD, y_BTD, attention.o.weight, scale=self.residual)
         ffn, norm = self.ffn, self.ffn_norm
         weights = (m.weight for m in (ffn.gate, ffn.up, ffn.down))
@@ -193,14 +193,14 @@ class Decoder(nn.Module):
             x_BTD = x_BTD * self.multipliers.embedding
         for block in self.blocks:
             if self.activation_checkpointing:
-                x_BTD = _recomputed(block, x_BTD, rope_3TNH)
+                x_BTD = _recompute_in_backward(block, x_BTD, rope_3TNH)
             else:
                 x_BTD = block(x_BTD, rope_3TNH)
         # The logit multiplier rides on the final gain: D products instead of B*T*V.
         norm, scale = self.final_norm, self.multipliers.logits
-        if targets_BT is not None and fused.is_for(x_BTD):
+        if targets_BT is not None and fused.can_fuse(x_BTD):
             weights = (norm.weight * scale, norm.eps, self.unembedding.weight)
-            return fused.loss(x_BTD, *weights, targets_BT)
+            return fused.compute_loss(x_BTD, *weights, targets_BT)
         logits_BTV = self.unembedding(norm(x_BTD, scale))
         if targets_BT is None:
             return logits_BTV
@@ -208,18 +208,18 @@ class Decoder(nn.Module):
         return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
 
-def _recomputed(block: nn.Module, *inputs: Tensor) -> Tensor:
+def _recompute_in_backward(block: nn.Module, *inputs: Tensor) -> Tensor:
     """`block(*inputs)`, computed a second time in the backward pass: arXiv 1604.06174."""
     # There is no randomness in a block whose state would be to restore.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def init_(model: Decoder, spec: ModelSpec, generator: Generator) -> Decoder:
+def init_weights_(model: Decoder, spec: ModelSpec, generator: Generator) -> Decoder:
     """Draw every tensor of `model`, one after another in the order of the state dict."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for rows in row_blocks(parameter.shape):
-                fresh_(parameter[rows], role_of(name), spec, generator)
+                draw_initial_(parameter[rows], role_of(name), spec, generator)
     return model
 
 

@@ -32,7 +32,7 @@ _LOGITS = 2**22  # so many at a time: 16 MB in float32
 Grads = tuple[Tensor | None, ...]
 
 
-def is_for(x: Tensor) -> bool:
+def can_fuse(x: Tensor) -> bool:
     """Whether activations are such that these functions should be used."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
@@ -40,7 +40,7 @@ def is_for(x: Tensor) -> bool:
 
 
 @contextmanager
-def off() -> Generator[None]:
+def disable_fused() -> Generator[None]:
     """Have the modules' own compositions used in this context, each with its own output."""
     token = _IS_ON.set(False)
     try:
@@ -49,7 +49,7 @@ def off() -> Generator[None]:
         _IS_ON.reset(token)
 
 
-def normed_projections(
+def project_normed(
     x_BTD: Tensor, gain_D: Tensor, eps: float, table_3TNH: Tensor, *qkv: Tensor
 ) -> tuple[Tensor, ...]:
     """W h for three weights [out, D], h = norm(x); the first two rotated by position."""
@@ -59,7 +59,9 @@ def normed_projections(
 
 def add_projection(x_BTD: Tensor, y_BTD: Tensor, weight: Tensor, *, scale: float) -> Tensor:
     """Give x + scale W y."""
-    return torch.addmm(_rows(x_BTD), _rows(y_BTD), weight.t(), alpha=scale).view_as(x_BTD)
+    return torch.addmm(_flatten_rows(x_BTD), _flatten_rows(y_BTD), weight.t(), alpha=scale).view_as(
+        x_BTD
+    )
 
 
 def add_swiglu(
@@ -69,7 +71,7 @@ def add_swiglu(
     return cast("Tensor", _AddSwiGLU.apply(x_BTD, gain_D, eps, scale, *gate_up_down))
 
 
-def loss(
+def compute_loss(
     x_BTD: Tensor, gain_D: Tensor, eps: float, unembedding_VD: Tensor, targets_BT: Tensor
 ) -> Tensor:
     """Mean of -log softmax(W norm(x))[target], in nats."""
@@ -82,22 +84,22 @@ class _NormedProjections(Function):
     def forward(
         ctx: Any, x_BTD: Tensor, gain_D: Tensor, eps: float, table_3TNH: Tensor, *qkv: Tensor
     ) -> tuple[Tensor, ...]:
-        inverse_R1 = _inverse_rms(_rows(x_BTD), eps)
+        inverse_R1 = _compute_inverse_rms(_flatten_rows(x_BTD), eps)
         ctx.save_for_backward(x_BTD, gain_D, inverse_R1, table_3TNH, *qkv)
-        h_RD = (_rows(x_BTD) * inverse_R1).mul_(gain_D)
+        h_RD = (_flatten_rows(x_BTD) * inverse_R1).mul_(gain_D)
         q, k, v = (F.linear(h_RD, weight).view(*x_BTD.shape[:2], -1) for weight in qkv)
-        return _turned(q, table_3TNH, 1), _turned(k, table_3TNH, 1), v
+        return _rotate_flat(q, table_3TNH, 1), _rotate_flat(k, table_3TNH, 1), v
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
         """Turn back; dh = sum_i dy_i W_i, dW_i = dy_i^T h; then through the norm."""
         x_BTD, gain_D, inverse_R1, table_3TNH, *qkv = ctx.saved_tensors
-        dq, dk = (_turned(grad, table_3TNH, -1) for grad in grads[:2])
-        dys = [_rows(dy) for dy in (dq, dk, grads[2])]
-        n_RD = _rows(x_BTD) * inverse_R1
+        dq, dk = (_rotate_flat(grad, table_3TNH, -1) for grad in grads[:2])
+        dys = [_flatten_rows(dy) for dy in (dq, dk, grads[2])]
+        n_RD = _flatten_rows(x_BTD) * inverse_R1
         dweights = [(dy.t() @ n_RD).mul_(gain_D) for dy in dys]
-        dx_RD, dgain = _norm_backward(_sum_of_products(dys, qkv), n_RD, gain_D, inverse_R1)
+        dx_RD, dgain = _backpropagate_norm(_sum_products(dys, qkv), n_RD, gain_D, inverse_R1)
         return dx_RD.view_as(x_BTD), dgain, None, None, *dweights
 
 
@@ -107,8 +109,8 @@ class _AddSwiGLU(Function):
         ctx: Any, x_BTD: Tensor, gain_D: Tensor, eps: float, scale: float, *weights: Tensor
     ) -> Tensor:
         gate, up, down = weights
-        x_RD = _rows(x_BTD)
-        inverse_R1 = _inverse_rms(x_RD, eps)
+        x_RD = _flatten_rows(x_BTD)
+        inverse_R1 = _compute_inverse_rms(x_RD, eps)
         h_RD = (x_RD * inverse_R1).mul_(gain_D)
         gate_RF, up_RF = F.linear(h_RD, gate), F.linear(h_RD, up)
         ctx.save_for_backward(x_BTD, gain_D, inverse_R1, gate_RF, up_RF, *weights)
@@ -123,16 +125,16 @@ class _AddSwiGLU(Function):
     def backward(ctx: Any, *grads: Tensor) -> Grads:
         """To dy comes what goes through the branch; the norm and silu are made again."""
         x_BTD, gain_D, inverse_R1, gate_RF, up_RF, gate, up, down = ctx.saved_tensors
-        dy_RD = _rows(grads[0])
-        silu_RF, da_RF = F.silu(gate_RF), _product(dy_RD, down, ctx.scale)
+        dy_RD = _flatten_rows(grads[0])
+        silu_RF, da_RF = F.silu(gate_RF), _multiply_scaled(dy_RD, down, ctx.scale)
         dup_RF = silu_RF * da_RF
-        ddown = _product(dy_RD.t(), silu_RF.mul_(up_RF), ctx.scale)
+        ddown = _multiply_scaled(dy_RD.t(), silu_RF.mul_(up_RF), ctx.scale)
         dgate_RF = da_RF.mul_(up_RF)
         torch.ops.aten.silu_backward.grad_input(dgate_RF, gate_RF, grad_input=dgate_RF)
-        n_RD = _rows(x_BTD) * inverse_R1
+        n_RD = _flatten_rows(x_BTD) * inverse_R1
         dgate, dup = ((dy_RF.t() @ n_RD).mul_(gain_D) for dy_RF in (dgate_RF, dup_RF))
-        dh_RD = _sum_of_products([dgate_RF, dup_RF], [gate, up])
-        dx_RD, dgain = _norm_backward(dh_RD, n_RD, gain_D, inverse_R1)
+        dh_RD = _sum_products([dgate_RF, dup_RF], [gate, up])
+        dx_RD, dgain = _backpropagate_norm(dh_RD, n_RD, gain_D, inverse_R1)
         return dx_RD.add_(dy_RD).view_as(x_BTD), dgain, None, None, dgate, dup, ddown
 
 
@@ -144,13 +146,13 @@ class _Loss(Function):
         ctx: Any, x_BTD: Tensor, gain_D: Tensor, eps: float, weight_VD: Tensor,
         targets_BT: Tensor, is_training: bool,  # noqa: FBT001 - `apply` takes no keywords
     ) -> Tensor:  # fmt: skip
-        x_RD, targets_R1 = _rows(x_BTD), targets_BT.reshape(-1, 1)
-        inverse_R1 = _inverse_rms(x_RD, eps)
+        x_RD, targets_R1 = _flatten_rows(x_BTD), targets_BT.reshape(-1, 1)
+        inverse_R1 = _compute_inverse_rms(x_RD, eps)
         n_RD = x_RD * inverse_R1
         h_RD = n_RD * gain_D
         dh_RD, dweight_VD = torch.empty_like(h_RD), torch.zeros_like(weight_VD)
         total = x_BTD.new_zeros(())
-        for at in _pieces(x_RD, weight_VD):
+        for at in _split_rows(x_RD, weight_VD):
             logp_RV = torch.log_softmax(F.linear(h_RD[at], weight_VD), -1)
             total -= logp_RV.gather(1, targets_R1[at]).sum()
             if is_training:
@@ -160,7 +162,7 @@ class _Loss(Function):
                 dweight_VD.addmm_(d_RV.t(), h_RD[at])
                 torch.mm(d_RV, weight_VD, out=dh_RD[at])
         if is_training:
-            dx_RD, dgain = _norm_backward(dh_RD, n_RD, gain_D, inverse_R1)
+            dx_RD, dgain = _backpropagate_norm(dh_RD, n_RD, gain_D, inverse_R1)
             ctx.save_for_backward(dx_RD.view_as(x_BTD), dgain, dweight_VD)
         return total.div_(len(x_RD))
 
@@ -172,13 +174,13 @@ class _Loss(Function):
         return dx_BTD, dgain, None, dweight_VD, None, None
 
 
-def _inverse_rms(x_RD: Tensor, eps: float) -> Tensor:
+def _compute_inverse_rms(x_RD: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps), [R, 1]."""
     norm_R1 = torch.linalg.vector_norm(x_RD, dim=-1, keepdim=True)
     return norm_R1.square_().div_(x_RD.shape[-1]).add_(eps).rsqrt_()
 
 
-def _norm_backward(
+def _backpropagate_norm(
     dh_RD: Tensor, n_RD: Tensor, gain_D: Tensor, inverse_R1: Tensor
 ) -> tuple[Tensor, Tensor]:
     """From h = g n, n = x r: dx = r (g dh - n mean(g dh n)), dg = sum_R dh n. Over dh and n."""
@@ -188,18 +190,18 @@ def _norm_backward(
     return dx_RD, product_RD.sum(0)
 
 
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _multiply_scaled(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
-def _sum_of_products(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
+def _sum_products(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
     total = dys[0] @ weights[0]
     for dy, weight in zip(dys[1:], weights[1:], strict=True):
         total.addmm_(dy, weight)
     return total
 
 
-def _turned(y_BTD: Tensor, table_3TNH: Tensor, sign: int) -> Tensor:
+def _rotate_flat(y_BTD: Tensor, table_3TNH: Tensor, sign: int) -> Tensor:
     """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each head; -1 turns back.
 
     One walk over all positions and heads: what a head's end meets of its neighbour is times zero.
@@ -214,10 +216,10 @@ def _turned(y_BTD: Tensor, table_3TNH: Tensor, sign: int) -> Tensor:
     return out.view(y_BTD.shape)
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flatten_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _pieces(rows: Tensor, weight_VD: Tensor) -> list[slice]:
+def _split_rows(rows: Tensor, weight_VD: Tensor) -> list[slice]:
     size = max(1, _LOGITS // len(weight_VD))
     return [slice(at, at + size) for at in range(0, len(rows), size)]

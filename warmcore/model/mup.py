@@ -111,7 +111,7 @@ def multipliers(model: ModelSpec) -> Multipliers:
     )
 
 
-def fresh_(tensor: Tensor, role: Role, model: ModelSpec, generator: Generator) -> Tensor:
+def draw_initial_(tensor: Tensor, role: Role, model: ModelSpec, generator: Generator) -> Tensor:
     """Overwrite `tensor` with its initial value: N(0, init_std^2), and ones for gains."""
     if role in GAINS:
         return tensor.fill_(1.0)

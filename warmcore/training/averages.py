@@ -46,7 +46,7 @@ class Averages:
     num_steps: int
     tensors: dict[AverageName, Tensors] = field(default_factory=dict[AverageName, Tensors])
 
-    def weights_at(self, step: int) -> dict[AverageName, float]:
+    def list_weights(self, step: int) -> dict[AverageName, float]:
         """What the weights after `step` steps weigh in each average that has begun by then."""
         train = self.train
         weights: dict[AverageName, float | None] = {
@@ -58,9 +58,9 @@ class Averages:
         return {name: weight for name, weight in weights.items() if weight is not None}
 
     @torch.no_grad()
-    def update_(self, model: nn.Module, step: int) -> None:
+    def update_averages_(self, model: nn.Module, step: int) -> None:
         """Take in the model's weights after `step` steps."""
-        for name, weight in self.weights_at(step).items():
+        for name, weight in self.list_weights(step).items():
             averages = self.tensors.setdefault(name, {})
             for key, parameter in model.named_parameters():
                 if weight == 1.0:
@@ -68,7 +68,9 @@ class Averages:
                 else:
                     averages[key].lerp_(parameter, weight)
 
-    def load(self, saved: Mapping[AverageName, Mapping[str, Tensor]], model: nn.Module) -> None:
+    def load_tensors(
+        self, saved: Mapping[AverageName, Mapping[str, Tensor]], model: nn.Module
+    ) -> None:
         """Take a checkpoint's averages in place of these, each tensor to where its weights are."""
         parameters = dict(model.named_parameters())
         self.tensors = {
@@ -77,16 +79,16 @@ class Averages:
         }
 
     @contextmanager
-    def in_place_of_weights(self, name: AverageName, model: nn.Module) -> Generator[None]:
+    def swap_with_weights(self, name: AverageName, model: nn.Module) -> Generator[None]:
         """Let `model` have this average as its weights, and have its own back afterwards."""
-        self._exchange(name, model)
+        self._exchange_tensors(name, model)
         try:
             yield
         finally:
-            self._exchange(name, model)
+            self._exchange_tensors(name, model)
 
     @torch.no_grad()
-    def _exchange(self, name: AverageName, model: nn.Module) -> None:
+    def _exchange_tensors(self, name: AverageName, model: nn.Module) -> None:
         for key, parameter in model.named_parameters():
             average = self.tensors[name][key]
             held = parameter.clone()

@@ -20,7 +20,9 @@ from warmcore.corpus.prepare import Tokens
 Windows = NDArray[np.int64]
 
 
-def train_batch(tokens: Tokens, *, seed: int, step: int, batch_size: int, context: int) -> Tensor:
+def read_train_batch(
+    tokens: Tokens, *, seed: int, step: int, batch_size: int, context: int
+) -> Tensor:
     """Windows [B, T + 1] of 0-based `step`; a batch may run on into later epochs."""
     num_windows = count_windows(tokens, context)
     first, last = step * batch_size, (step + 1) * batch_size
@@ -41,7 +43,7 @@ def epoch_order(num_windows: int, seed: int, epoch: int) -> Windows:
     return np.random.default_rng((seed, epoch)).permutation(num_windows)
 
 
-def val_windows(tokens: Tokens, *, context: int, eval_tokens: int) -> Windows:
+def choose_val_windows(tokens: Tokens, *, context: int, eval_tokens: int) -> Windows:
     """Return the fixed windows of validation: `eval_tokens` in all, evenly spaced, or all."""
     num_windows = count_windows(tokens, context)
     num_used = min(num_windows, max(1, eval_tokens // context))

@@ -5,7 +5,7 @@ import math
 from warmcore.checkpoint.progress import LossWatch
 
 
-def why_diverged(watch: LossWatch, num_steps: int) -> str | None:
+def explain_divergence(watch: LossWatch, num_steps: int) -> str | None:
     """Say why when the loss stayed above the ceiling for max(20, 10 % of the run's steps)."""
     patience = max(20, math.ceil(0.1 * num_steps))
     if watch.num_above < patience:
@@ -13,7 +13,7 @@ def why_diverged(watch: LossWatch, num_steps: int) -> str | None:
     return f"loss above {watch.ceiling_nats:.3f} nats, its start, for {patience} steps in a row"
 
 
-def why_broken(loss_nats: float, grad_norm: float) -> str | None:
+def explain_broken_step(loss_nats: float, grad_norm: float) -> str | None:
     """Say why when a step's numbers are not finite."""
     if not math.isfinite(loss_nats):
         return f"loss is {loss_nats}"

@@ -4,7 +4,7 @@ import torch
 
 from warmcore.corpus.prepare import Tokens
 from warmcore.model.decoder import Decoder, loss_nats
-from warmcore.training.batches import read_windows, val_windows
+from warmcore.training.batches import choose_val_windows, read_windows
 from warmcore.training.loss import LossFunction
 from warmcore.training.ranks import ALONE, Ranks
 
@@ -23,7 +23,7 @@ def val_loss_nats(
     ranks: Ranks = ALONE,
 ) -> float:
     """Mean loss per token over `val_windows`, in nats; ranks take the batches in turn."""
-    windows = val_windows(tokens, context=context, eval_tokens=eval_tokens)
+    windows = choose_val_windows(tokens, context=context, eval_tokens=eval_tokens)
     batch_size = max(1, BATCH_TOKENS // context)
     starts = range(0, len(windows), batch_size)
     total = 0.0
@@ -34,4 +34,4 @@ def val_loss_nats(
         batch = windows[first : first + batch_size]
         loss = loss_of(model, read_windows(tokens, batch, context).to(model.device))
         total += loss.item() * len(batch) if mine < len(starts) else 0.0
-    return ranks.sum(torch.tensor(total, dtype=torch.float64)).item() / len(windows)
+    return ranks.sum_over_ranks(torch.tensor(total, dtype=torch.float64)).item() / len(windows)

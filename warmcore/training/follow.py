@@ -5,21 +5,21 @@ from warmcore.training.ranks import Beginning, Ranks
 from warmcore.training.training import Training
 
 
-def follow(ranks: Ranks, *, device: str = "cpu") -> None:
+def follow_rank_0(ranks: Ranks, *, device: str = "cpu") -> None:
     """Take part in rank 0's runs, one after another."""
     training: Training | None = None
-    while (act := ranks.hear()) != "end":
+    while (act := ranks.receive_act()) != "end":
         if isinstance(act, Beginning):
-            training = _begun(act, ranks, device)
+            training = _begin_training(act, ranks, device)
             continue
         assert training is not None, f"{act} before any run was begun"
         if act == "advance":
             training.advance()
         else:
-            training.contribute()
+            training.gather_for_save()
 
 
-def _begun(act: Beginning, ranks: Ranks, device: str) -> Training:
+def _begin_training(act: Beginning, ranks: Ranks, device: str) -> Training:
     corpus = prepare(act.spec.data)
     if act.how == "start":
         return Training.start(act.spec, corpus, device=device, base=act.checkpoint, ranks=ranks)

@@ -16,8 +16,8 @@ from torch import Tensor
 from warmcore.checkpoint.checkpoint import Checkpoint, load_checkpoint, read_manifest
 from warmcore.checkpoint.progress import Progress
 from warmcore.corpus.prepare import Corpus
-from warmcore.growth.from_checkpoint import Grown, weights_generator
-from warmcore.model.decoder import Decoder, init_, load_weights
+from warmcore.growth.from_checkpoint import GrownTensors, make_weights_generator
+from warmcore.model.decoder import Decoder, init_weights_, load_weights
 from warmcore.specs import AverageName, GrowthSpec, RunSpec, growth_rules
 from warmcore.specs.branching import select_branch_losses
 
@@ -70,7 +70,7 @@ def open_start(spec: RunSpec, corpus: Corpus, base: Path | None) -> InitialState
         return _open_base(spec, corpus, base, spec.growth)
 
     def draw_weights(model: Decoder) -> None:
-        init_(model, spec.model, weights_generator(spec))
+        init_weights_(model, spec.model, make_weights_generator(spec))
 
     return InitialState(
         spec=spec, corpus=corpus, how="start", checkpoint=None, fill_model=draw_weights
@@ -86,17 +86,17 @@ def open_resume(spec: RunSpec, corpus: Corpus, checkpoint: Path) -> InitialState
     """
     saved = load_checkpoint(checkpoint)
     try:
-        saved.manifest.check(spec, corpus.data_hash)
+        saved.manifest.check_run(spec, corpus.data_hash)
     except ValueError as error:
         raise ValueError(f"checkpoint {checkpoint} {error}") from error
-    return _restore(spec, corpus, saved, how="resume", path=checkpoint)
+    return _open_saved(spec, corpus, saved, how="resume", path=checkpoint)
 
 
 def _open_base(spec: RunSpec, corpus: Corpus, base: Path, growth: GrowthSpec) -> InitialState:
     manifest, _ = read_manifest(base, expected_hash=growth.base.hash)
     # Before the models are compared: "other vocab_size" would not name the tokenizer as the cause.
     manifest.check_tokenizer(corpus.tokenizer)
-    grown = Grown.from_base(spec, base)
+    grown = GrownTensors.from_base(spec, base)
     for warning in growth_rules.warnings(growth, grown.growth.base, spec.model):
         log.warning(warning)
 
@@ -126,11 +126,11 @@ def _open_trunk(spec: RunSpec, corpus: Corpus, trunk: Path, *, expected_hash: st
     branch_steps = frozenset(spec.evaluation_steps)
     losses = select_branch_losses(progress.val_losses_nats, trunk_steps, branch_steps)
     progress = progress.model_copy(update={"val_losses_nats": losses})
-    state = _restore(spec, corpus, saved, how="start", path=trunk)
+    state = _open_saved(spec, corpus, saved, how="start", path=trunk)
     return dataclasses.replace(state, progress=progress)
 
 
-def _restore(
+def _open_saved(
     spec: RunSpec, corpus: Corpus, saved: Checkpoint, *, how: Literal["start", "resume"], path: Path
 ) -> InitialState:
     return InitialState(

@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, start_processes
 
 from warmcore.specs import Strategy
-from warmcore.training.follow import follow
-from warmcore.training.ranks import Ranks, backend
+from warmcore.training.follow import follow_rank_0
+from warmcore.training.ranks import Ranks, choose_backend
 
-Lead = Callable[[Ranks, str], int]
+LeadFunction = Callable[[Ranks, str], int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
+class LaunchOptions:
     """How many processes, and each one's share of the machine."""
 
     size: int
@@ -30,7 +30,7 @@ class Launch:
     num_threads: int | None
 
 
-def lead_processes(lead: Lead, launch: Launch) -> int:
+def lead_processes(lead: LeadFunction, launch: LaunchOptions) -> int:
     """Call `lead` with rank 0 and its device, with the other processes following; its exit code.
 
     The first process that fails ends all. Signals are rank 0's: it stops where state is whole.
@@ -38,10 +38,14 @@ def lead_processes(lead: Lead, launch: Launch) -> int:
     with tempfile.TemporaryDirectory(prefix="warmcore-") as folder:
         store = f"file://{folder}/store"  # a port would have to be found free, and is open to all
         context = start_processes(
-            _process, (lead, launch, store), nprocs=launch.size, join=False, start_method="spawn"
+            _run_process,
+            (lead, launch, store),
+            nprocs=launch.size,
+            join=False,
+            start_method="spawn",
         )
         assert context is not None
-        _hand_on_signals(context)
+        _forward_signals(context)
         try:
             while not context.join():
                 pass
@@ -50,7 +54,7 @@ def lead_processes(lead: Lead, launch: Launch) -> int:
     return 0
 
 
-def _hand_on_signals(context: ProcessContext) -> None:
+def _forward_signals(context: ProcessContext) -> None:
     leader = context.pids()[0]
 
     def hand_on(number: int, _frame: object) -> None:
@@ -60,7 +64,7 @@ def _hand_on_signals(context: ProcessContext) -> None:
         signal.signal(number, hand_on)
 
 
-def _process(rank: int, lead: Lead, launch: Launch, store: str) -> None:
+def _run_process(rank: int, lead: LeadFunction, launch: LaunchOptions, store: str) -> None:
     if rank:  # a terminal's Ctrl-C reaches all of us
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
@@ -69,18 +73,20 @@ def _process(rank: int, lead: Lead, launch: Launch, store: str) -> None:
     if device == "cuda":
         device = f"cuda:{rank}"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend(device), init_method=store, rank=rank, world_size=launch.size)
-    ranks = Ranks.joined(launch.strategy)
+    dist.init_process_group(
+        choose_backend(device), init_method=store, rank=rank, world_size=launch.size
+    )
+    ranks = Ranks.from_process_group(launch.strategy)
     code = 0
     if rank:
-        follow(ranks, device=device)
+        follow_rank_0(ranks, device=device)
     else:
         code = lead(ranks, device)
-        ranks.lead("end")
-    leave(code)
+        ranks.announce_act("end")
+    exit_at_once(code)
 
 
-def leave(code: int = 0) -> NoReturn:
+def exit_at_once(code: int = 0) -> NoReturn:
     """End this process at once, its work done and its files written.
 
     Taking gloo's threads down one by one aborts the process now and then ("terminate called

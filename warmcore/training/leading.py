@@ -20,15 +20,15 @@ class LeadingTraining(Training):
     @classmethod
     def build(cls, state: InitialState, *, device: str, ranks: Ranks) -> Self:
         """Have all ranks begin a run that rank 0 has checked."""
-        ranks.lead(Beginning(how=state.how, spec=state.spec, checkpoint=state.checkpoint))
+        ranks.announce_act(Beginning(how=state.how, spec=state.spec, checkpoint=state.checkpoint))
         return super().build(state, device=device, ranks=ranks)
 
     def advance(self) -> Event:
         """Have all ranks do one step, or the evaluation that is due."""
-        self.ranks.lead("advance")
+        self.ranks.announce_act("advance")
         return super().advance()
 
     def save(self, directory: Path) -> SavedCheckpoint:
         """Have all ranks gather the tensors, and write the folder `directory`."""
-        self.ranks.lead("save")
+        self.ranks.announce_act("save")
         return super().save(directory)

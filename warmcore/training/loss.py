@@ -19,7 +19,7 @@ class CompilerMissingError(Exception):
     """A run is to be compiled on a machine that cannot; another one may."""
 
 
-def loss_in(precision: Precision) -> LossFunction:
+def choose_loss(precision: Precision) -> LossFunction:
     """`loss_nats`; for bf16 with matrix products and attention in bfloat16 (autocast).
 
     The residual stream, norms, the softmax and the loss stay float32, as do weights, gradients and
@@ -30,15 +30,15 @@ def loss_in(precision: Precision) -> LossFunction:
         case "float32":
             return loss_nats
         case "bf16":
-            return _loss_bf16
+            return _loss_nats_bf16
 
 
-def _loss_bf16(model: nn.Module, window_BT1: Tensor) -> Tensor:  # noqa: N803 - shapes as in model
+def _loss_nats_bf16(model: nn.Module, window_BT1: Tensor) -> Tensor:  # noqa: N803 - shapes as in model
     with torch.autocast(window_BT1.device.type, dtype=torch.bfloat16):
         return loss_nats(model, window_BT1)
 
 
-def compiled(loss_of: LossFunction, device: torch.device) -> LossFunction:
+def compile_loss(loss_of: LossFunction, device: torch.device) -> LossFunction:
     """`loss_of` through torch.compile: for one shape of windows, whole or an error.
 
     Weights keep their names, since it is the function that is compiled. What this process compiled
@@ -48,7 +48,7 @@ def compiled(loss_of: LossFunction, device: torch.device) -> LossFunction:
     Raises:
         CompilerMissingError: no compiler, which torch would notice at the first step.
     """
-    kind, variable, names = _compilers(device)
+    kind, variable, names = _list_compilers(device)
     if not any(shutil.which(shlex.split(name)[0]) for name in names):
         raise CompilerMissingError(
             f"compile is true, but there is no {kind} compiler {' or '.join(names)} on this "
@@ -58,7 +58,7 @@ def compiled(loss_of: LossFunction, device: torch.device) -> LossFunction:
     return torch.compile(loss_of, fullgraph=True, dynamic=False)
 
 
-def _compilers(device: torch.device) -> tuple[str, str, list[str]]:
+def _list_compilers(device: torch.device) -> tuple[str, str, list[str]]:
     """What torch's inductor looks for: on a CPU it writes C++, on a GPU triton a launcher in C."""
     if device.type == "cpu":
         return (
@@ -69,7 +69,9 @@ def _compilers(device: torch.device) -> tuple[str, str, list[str]]:
     return "C", "CC", [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
 
 
-def backward(loss_of: LossFunction, model: nn.Module, batch: Tensor, *, parts: int) -> Tensor:
+def accumulate_gradients(
+    loss_of: LossFunction, model: nn.Module, batch: Tensor, *, parts: int
+) -> Tensor:
     """Mean loss of `batch`, whose gradient is added to the weights', in equal `parts`.
 
     mean_B l = (1/p) sum_i mean_{B_i} l, and so for the gradients; only one part's activations are

@@ -13,7 +13,7 @@ from warmcore.specs import ClipRule, ModelSpec, TrainSpec
 from warmcore.tensors.files import saving_order
 from warmcore.training.muon import EPS as MUON_EPS
 from warmcore.training.muon import MuonAdamW
-from warmcore.training.ranks import shard_like, whole
+from warmcore.training.ranks import gather_whole, shard_like
 
 ADAM_KEYS = ("step", "exp_avg", "exp_avg_sq")
 MUON_KEYS = ("momentum_buffer",)
@@ -58,12 +58,12 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def vector_weight(rule: ClipRule, model: ModelSpec) -> float:
+def vector_norm_weight(rule: ClipRule, model: ModelSpec) -> float:
     """Weight of a vector-like tensor's squared norm: m, or 1 for plain clipping."""
     return model.width_multiplier if rule == "width_weighted" else 1.0
 
 
-def clip_(optimizer: Optimizer, weight: float, max_norm: float | None) -> Tensor:
+def clip_gradients_(optimizer: Optimizer, weight: float, max_norm: float | None) -> Tensor:
     """Scale all gradients by min(1, max_norm / norm) and return the norm before.
 
     norm = sqrt(sum_hidden |g|^2 + weight * sum_vector |g|^2), METHOD §3 law 3. Vector-like are the
@@ -75,7 +75,9 @@ def clip_(optimizer: Optimizer, weight: float, max_norm: float | None) -> Tensor
     vector = [p.grad for g in groups if g["role"] != "hidden" for p in g["params"]]
     norm_vector = get_total_norm(vector, foreach=True) * math.sqrt(weight)
     # Of sharded gradients these are norms over all shards, still to be gathered.
-    norm = torch.hypot(whole(get_total_norm(hidden, foreach=True)), whole(norm_vector))
+    norm = torch.hypot(
+        gather_whole(get_total_norm(hidden, foreach=True)), gather_whole(norm_vector)
+    )
     if max_norm is not None:
         parameters = [p for g in groups for p in g["params"]]
         clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
@@ -98,13 +100,13 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) 
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             optimizer.state[parameter] = {
-                key: _placed(key, tensors[f"{name}.{key}"], parameter)
+                key: _place_state(key, tensors[f"{name}.{key}"], parameter)
                 for key in group["state_keys"]
                 if tensors
             }
 
 
-def _placed(key: str, tensor: Tensor, parameter: Tensor) -> Tensor:
+def _place_state(key: str, tensor: Tensor, parameter: Tensor) -> Tensor:
     """A moment lies as its parameter does; the number of steps is whole everywhere."""
     return (
         tensor.to(parameter.device, copy=True) if key == "step" else shard_like(tensor, parameter)

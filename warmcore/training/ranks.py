@@ -52,15 +52,15 @@ class Ranks:
     strategy: Strategy = "ddp"
 
     @classmethod
-    def joined(cls, strategy: Strategy) -> "Ranks":
+    def from_process_group(cls, strategy: Strategy) -> "Ranks":
         """Our place in torch's default process group."""
         return cls(rank=dist.get_rank(), size=dist.get_world_size(), strategy=strategy)
 
-    def rows(self, batch_BT: Tensor) -> Tensor:  # noqa: N803 - shapes by suffix
+    def select_rows(self, batch_BT: Tensor) -> Tensor:  # noqa: N803 - shapes by suffix
         """Our rows [B/n, T] of a batch [B, T]."""
         return batch_BT.chunk(self.size)[self.rank]
 
-    def placed(self, model: Decoder, device: str) -> Decoder:
+    def place_model(self, model: Decoder, device: str) -> Decoder:
         """Move a model to `device`: all of it, or our shards, block by block."""
         if self.size == 1 or self.strategy == "ddp":
             return model.to(device)
@@ -74,17 +74,17 @@ class Ranks:
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
 
-    def averaging(self, model: Decoder) -> nn.Module:
+    def wrap_averaging(self, model: Decoder) -> nn.Module:
         """The module to train through: its gradients are means over ranks."""
         if self.size == 1 or self.strategy == "fsdp":  # `fully_shard` averages by itself
             return model
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
-    def mean(self, value: Tensor) -> Tensor:
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
         """Mean over ranks; the same bits on all of them."""
-        return value if self.size == 1 else self.sum(value) / self.size
+        return value if self.size == 1 else self.sum_over_ranks(value) / self.size
 
-    def sum(self, value: Tensor) -> Tensor:
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
         """Sum over ranks; the same bits on all of them."""
         if self.size == 1:
             return value
@@ -92,32 +92,32 @@ class Ranks:
         dist.all_reduce(total)
         return total
 
-    def lead(self, act: Act) -> None:
+    def announce_act(self, act: Act) -> None:
         """On rank 0: tell the others what it does next."""
         if self.size > 1 and self.rank == 0:
             dist.broadcast_object_list([act], src=0)
 
-    def hear(self) -> Act:
+    def receive_act(self) -> Act:
         """On the others: wait for what rank 0 does next."""
         acts: list[Act] = ["end"]
         dist.broadcast_object_list(acts, src=0)
         return acts[0]
 
-    def wait(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait for all ranks: what rank 0 has on its disk for the moment, all have read."""
         if self.size > 1:
-            self.sum(torch.zeros(1))
+            self.sum_over_ranks(torch.zeros(1))
 
 
 ALONE = Ranks()
 
 
-def backend(device: str) -> str:
+def choose_backend(device: str) -> str:
     """What torch's process group is made of: words between ranks always go by way of the CPU."""
     return "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_whole(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor; all ranks at once."""
     return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
 
@@ -127,9 +127,9 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def unsharded(stream: TensorStream) -> TensorStream:
+def gather_stream(stream: TensorStream) -> TensorStream:
     """Gather the tensors of a stream one by one, as they are asked for; all ranks at once."""
-    tensors = ((name, whole(tensor)) for name, tensor in stream.tensors)
+    tensors = ((name, gather_whole(tensor)) for name, tensor in stream.tensors)
     return dataclasses.replace(stream, tensors=tensors)
 
 

@@ -19,21 +19,21 @@ from warmcore.specs.schedule import lr_factor
 from warmcore.specs.train import check_shared
 from warmcore.tensors.files import TensorStream
 from warmcore.training.averages import Averages
-from warmcore.training.batches import train_batch
-from warmcore.training.divergence import why_broken, why_diverged
+from warmcore.training.batches import read_train_batch
+from warmcore.training.divergence import explain_broken_step, explain_divergence
 from warmcore.training.evaluate import val_loss_nats
 from warmcore.training.events import DivergedEvent, EvaluationEvent, Event, StepEvent
 from warmcore.training.initial_state import InitialState, open_resume, open_start
-from warmcore.training.loss import backward, compiled, loss_in
+from warmcore.training.loss import accumulate_gradients, choose_loss, compile_loss
 from warmcore.training.optimizer import (
     build_optimizer,
-    clip_,
+    clip_gradients_,
     load_optimizer_tensors,
     optimizer_tensors,
     set_lr,
-    vector_weight,
+    vector_norm_weight,
 )
-from warmcore.training.ranks import ALONE, Ranks, unsharded
+from warmcore.training.ranks import ALONE, Ranks, gather_stream
 
 
 class Training:
@@ -44,13 +44,13 @@ class Training:
         self.corpus = corpus
         self.model = model
         self.ranks = ranks
-        self._averaging = ranks.averaging(model)
+        self._averaging = ranks.wrap_averaging(model)
         self.optimizer = build_optimizer(model.named_parameters(), spec.model, spec.train)
         self.base_hash: str | None = None
         self.progress = Progress()
-        self._loss_of = loss_in(spec.train.precision)
+        self._loss_of = choose_loss(spec.train.precision)
         self._train_loss_of = (
-            compiled(self._loss_of, model.device) if spec.train.compile else self._loss_of
+            compile_loss(self._loss_of, model.device) if spec.train.compile else self._loss_of
         )
         self.averages = Averages(train=spec.train, num_steps=spec.budget_steps)
         self._data_seed = derived_seed("data", spec.seed)
@@ -108,11 +108,11 @@ class Training:
             activation_checkpointing=spec.train.activation_checkpointing,
         )
         state.fill_model(model)
-        training = cls(spec, state.corpus, ranks.placed(model, device), ranks)
+        training = cls(spec, state.corpus, ranks.place_model(model, device), ranks)
         load_optimizer_tensors(training.optimizer, state.read_optimizer())
-        training.averages.load(state.averages, training.model)
+        training.averages.load_tensors(state.averages, training.model)
         training.base_hash, training.progress = state.base_hash, state.progress
-        ranks.wait()
+        ranks.wait_for_all()
         return training
 
     @property
@@ -131,7 +131,7 @@ class Training:
         losses = self.progress.val_losses_nats
         return losses[-1] if losses else None
 
-    def events(self) -> Iterator[Event]:
+    def train_to_end(self) -> Iterator[Event]:
         """Train from here to the end. Stop or save at any of them: state is whole at a yield."""
         while len(self.progress.val_losses_nats) < len(self.spec.evaluation_steps):
             event = self.advance()
@@ -139,9 +139,9 @@ class Training:
             if isinstance(event, DivergedEvent):
                 return
 
-    def contribute(self) -> None:
+    def gather_for_save(self) -> None:
         """What the ranks that follow do while rank 0 saves."""
-        weights, optimizer, averages = self._streams()
+        weights, optimizer, averages = self._gather_streams()
         for stream in (weights, optimizer, *averages.values()):
             for _ in stream.tensors:
                 pass
@@ -150,11 +150,11 @@ class Training:
         """One step or the evaluation that is due; on all ranks at once."""
         evaluation = len(self.progress.val_losses_nats)
         due = self.step == self.spec.evaluation_steps[evaluation]
-        return self._evaluate(evaluation) if due else self._train()
+        return self._evaluate_model(evaluation) if due else self._train_step()
 
     def save(self, directory: Path) -> SavedCheckpoint:
         """Write the checkpoint folder `directory`, whole or not at all; rank 0 alone does."""
-        weights, optimizer, averages = self._streams()
+        weights, optimizer, averages = self._gather_streams()
         return save_checkpoint(
             directory,
             weights=weights,
@@ -168,21 +168,21 @@ class Training:
             attached=self.corpus.attached,
         )
 
-    def _streams(self) -> tuple[TensorStream, TensorStream, dict[AverageName, TensorStream]]:
+    def _gather_streams(self) -> tuple[TensorStream, TensorStream, dict[AverageName, TensorStream]]:
         """Weights, optimizer and averages, gathered while read: all ranks read them through."""
         weights, optimizer = self.model.state_dict(), optimizer_tensors(self.optimizer)
         averages = self.averages.tensors
         return (
-            unsharded(TensorStream.of(weights)),
-            unsharded(TensorStream.of(optimizer)),
-            {name: unsharded(TensorStream.of(tensors)) for name, tensors in averages.items()},
+            gather_stream(TensorStream.of(weights)),
+            gather_stream(TensorStream.of(optimizer)),
+            {name: gather_stream(TensorStream.of(tensors)) for name, tensors in averages.items()},
         )
 
-    def _train(self) -> StepEvent | DivergedEvent:
+    def _train_step(self) -> StepEvent | DivergedEvent:
         """One step. Nothing is updated, and no progress made, when it shows a divergence."""
         started = time.perf_counter()
         train = self.spec.train
-        batch = train_batch(
+        batch = read_train_batch(
             self.corpus.train,
             seed=self._data_seed,
             step=self.step,
@@ -190,21 +190,23 @@ class Training:
             context=self.spec.data.context,
         )
         self.optimizer.zero_grad()
-        rows = self.ranks.rows(batch).to(self.model.device)
-        part = backward(self._train_loss_of, self._averaging, rows, parts=train.accumulate)
-        loss = self.ranks.mean(part).item()
-        weight = vector_weight(train.clip, self.spec.model)
-        norm = clip_(self.optimizer, weight, train.grad_clip).item()
-        watch = self.progress.watch.after(loss, self.spec.model.vocab_size)
+        rows = self.ranks.select_rows(batch).to(self.model.device)
+        part = accumulate_gradients(
+            self._train_loss_of, self._averaging, rows, parts=train.accumulate
+        )
+        loss = self.ranks.mean_over_ranks(part).item()
+        weight = vector_norm_weight(train.clip, self.spec.model)
+        norm = clip_gradients_(self.optimizer, weight, train.grad_clip).item()
+        watch = self.progress.watch.with_loss(loss, self.spec.model.vocab_size)
         num_steps = self.spec.budget_steps  # of the whole schedule, also for a trunk
-        reason = why_broken(loss, norm) or why_diverged(watch, num_steps)
+        reason = explain_broken_step(loss, norm) or explain_divergence(watch, num_steps)
         if reason:
             return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
         factor = lr_factor(self.step, num_steps, train)
         set_lr(self.optimizer, factor)
         self.optimizer.step()
         self.progress = self.progress.model_copy(update={"step": self.step + 1, "watch": watch})
-        self.averages.update_(self.model, self.step)
+        self.averages.update_averages_(self.model, self.step)
         return StepEvent(
             step=self.step,
             tokens=self.tokens,
@@ -214,7 +216,7 @@ class Training:
             seconds=time.perf_counter() - started,
         )
 
-    def _evaluate(self, evaluation: int) -> EvaluationEvent | DivergedEvent:
+    def _evaluate_model(self, evaluation: int) -> EvaluationEvent | DivergedEvent:
         started = time.perf_counter()
         loss = self._val_loss_nats()
         if not math.isfinite(loss):
@@ -222,7 +224,7 @@ class Training:
             return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
         averaged: dict[AverageName, float] = {}
         for name in self.averages.tensors:
-            with self.averages.in_place_of_weights(name, self.model):
+            with self.averages.swap_with_weights(name, self.model):
                 averaged[name] = self._val_loss_nats()
         losses = (*self.progress.val_losses_nats, loss)
         self.progress = self.progress.model_copy(update={"val_losses_nats": losses})

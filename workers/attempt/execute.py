@@ -118,7 +118,7 @@ class _Attempt:
             return "cancelled"
 
     def _train_to_end(self, draining: Callable[[], bool]) -> Ending:
-        for event in self._training.events():
+        for event in self._training.train_to_end():
             if isinstance(event, DivergedEvent):
                 return self._finish_attempt("diverged", error=event.reason)
             self._note_event(event)

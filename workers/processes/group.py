@@ -102,14 +102,14 @@ def _fit_trainer(group: GroupRun, node: str) -> "Ending":
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from warmcore.training.ranks import backend
+    from warmcore.training.ranks import choose_backend
 
     needs, size = group.lease.resources, group.lease.resources.num_processes
     each = {"CPU": needs.cpus / size, "GPU": needs.gpus / size}
     trainer = TorchTrainer(
         functools.partial(_run_rank, group),  # Ray would log a config, and with it the API key
         torch_config=TorchConfig(
-            backend=backend("cuda" if needs.gpus else "cpu"), timeout_s=_COLLECTIVE_SECONDS
+            backend=choose_backend("cuda" if needs.gpus else "cpu"), timeout_s=_COLLECTIVE_SECONDS
         ),
         scaling_config=ScalingConfig(
             num_workers=size,
@@ -141,17 +141,17 @@ def _find_cause(failures: Mapping[int, BaseException]) -> UnrunnableError | None
 
 def _run_rank(group: GroupRun) -> "Ending | None":
     """Run the part of this process; rank 0 returns the ending, other ranks return None."""
-    from warmcore.training.follow import follow
+    from warmcore.training.follow import follow_rank_0
     from warmcore.training.ranks import Ranks
     from workers.attempt import cpus
     from workers.attempt.execute import execute_lease
     from workers.attempt.options import AttemptOptions
 
     needs, size = group.lease.resources, group.lease.resources.num_processes
-    ranks, device = Ranks.joined(needs.strategy), device_of(needs.gpus / size)
+    ranks, device = Ranks.from_process_group(needs.strategy), device_of(needs.gpus / size)
     with run_logs.log_run(group.lease), cpus.pin_threads(needs.cpus // size) as num_threads:
         if ranks.rank:
-            return follow(ranks, device=device)
+            return follow_rank_0(ranks, device=device)
         group.begun_file.touch()
         options = AttemptOptions(
             checkpoint_seconds=group.checkpoint_seconds,
@@ -164,5 +164,5 @@ def _run_rank(group: GroupRun) -> "Ending | None":
         ending = execute_lease(
             group.lease, client, options=options, draining=group.drain_file.exists
         )
-        ranks.lead("end")
+        ranks.announce_act("end")
         return ending

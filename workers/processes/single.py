@@ -53,7 +53,7 @@ def warm_up(*, device: str | None = None) -> int:
             train=TrainSpec(batch_size=2, num_tokens=64, evaluations=1, eval_tokens=32),
         )
         corpus = prepare(spec.data, Path(folder) / "cache")
-        for _ in Training.start(spec, corpus, device=device or device_of(0)).events():
+        for _ in Training.start(spec, corpus, device=device or device_of(0)).train_to_end():
             pass
     return os.getpid()
 

@@ -20,7 +20,7 @@ from warmcore.training.training import Training
 @pytest.fixture
 def training(run_spec, corpus):
     training = Training.start(run_spec(), corpus)
-    events = training.events()
+    events = training.train_to_end()
     while training.step < 5:
         next(events)
     return training
@@ -48,7 +48,7 @@ def test_the_hash_is_the_manifests_and_equal_states_have_equal_hashes(training, 
     content = (saved.path / MANIFEST).read_bytes()
     assert saved.hash == hashlib.sha256(content).hexdigest()
     assert training.save(tmp_path / "again").hash == saved.hash
-    next(training.events())
+    next(training.train_to_end())
     assert training.save(tmp_path / "later").hash != saved.hash
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from warmcore.__main__ import main
 from warmcore.coord_check import cli
-from warmcore.coord_check.check import Setup, check_axis, resized
+from warmcore.coord_check.check import CheckSetup, check_axis, resize_model
 from warmcore.specs import ModelSpec, TrainSpec
 from warmcore.specs.coord_check import KINDS, AxisCheck, CoordCheck, slope
 
@@ -40,16 +40,18 @@ def test_a_kind_is_flat_within_the_tolerance_and_only_there(planted):
 
 def test_a_lone_models_own_width_and_depth_stay_its_base():
     model = ModelSpec(width=32, depth=2, head_dim=16)
-    assert resized(model, "width", 128).width_multiplier == 4
-    assert resized(model, "depth", 8).depth_multiplier == 4
+    assert resize_model(model, "width", 128).width_multiplier == 4
+    assert resize_model(model, "depth", 8).depth_multiplier == 4
     based = model.model_copy(update={"base_width": 16})
-    assert resized(based, "width", 128).width_multiplier == 8
+    assert resize_model(based, "width", 128).width_multiplier == 8
 
 
 def test_step_0_precedes_training_and_each_step_is_measured(corpus):
     def check(num_steps):
         train = TrainSpec(batch_size=2, lr=0.01)
-        setup = Setup(tokens=corpus.train, train=train, context=8, num_steps=num_steps, num_seeds=2)
+        setup = CheckSetup(
+            tokens=corpus.train, train=train, context=8, num_steps=num_steps, num_seeds=2
+        )
         model = ModelSpec(width=16, depth=1, head_dim=8)
         return check_axis(setup, model, "depth", (1, 2))
 

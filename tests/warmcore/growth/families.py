@@ -19,11 +19,11 @@ def seeded(seed=0):
 
 def grow(tensors, base, target, options, generator):
     plan = Growth.plan(base, target, options, generator)
-    return dict(plan.weights(tensors, generator))
+    return dict(plan.grow_weights(tensors, generator))
 
 
 def grow_optimizer(state, base, target, options, generator=None):
-    return dict(Growth.plan(base, target, options, generator or seeded()).moments(state))
+    return dict(Growth.plan(base, target, options, generator or seeded()).grow_moments(state))
 
 
 def tensors_of(spec, seed=0):

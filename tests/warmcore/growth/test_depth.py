@@ -20,8 +20,8 @@ from tests.warmcore.growth.families import (
     tensors_of,
     wider,
 )
-from warmcore.coord_check.check import Setup, check_axis
-from warmcore.growth.depth import layers_of
+from warmcore.coord_check.check import CheckSetup, check_axis
+from warmcore.growth.depth import plan_layers
 from warmcore.model.decoder import loss_nats, parameter_shapes
 from warmcore.model.mup import factors, multipliers
 from warmcore.specs import GrowthOptions, ModelSpec, TrainSpec, growth_rules
@@ -34,7 +34,7 @@ OPERATORS = ("stack", "interleave", "identity")
 
 
 def losses(training):
-    return [e.loss_nats for e in training.events() if isinstance(e, StepEvent)]
+    return [e.loss_nats for e in training.train_to_end() if isinstance(e, StepEvent)]
 
 
 def test_the_table_at_four_times_the_base_depth_and_twice_its_width():
@@ -74,14 +74,16 @@ def test_away_from_the_base_depth_training_is_not_the_standard_twins(run_spec, c
     ],
 )
 def test_layers_come_from_the_base_in_the_operators_order(operator, sources, new):
-    layers = layers_of(2, 4, operator)
+    layers = plan_layers(2, 4, operator)
     assert [layer.source for layer in layers] == sources
     assert [place for place, layer in enumerate(layers) if layer.is_new] == new
 
 
 @given(st.integers(1, 6), st.integers(0, 9))
 def test_identity_keeps_every_base_layer_once_and_in_order_at_any_depth(base, added):
-    old = [layer.source for layer in layers_of(base, base + added, "identity") if not layer.is_new]
+    old = [
+        layer.source for layer in plan_layers(base, base + added, "identity") if not layer.is_new
+    ]
     assert old == list(range(base))
 
 
@@ -109,7 +111,7 @@ def test_repeated_layers_are_the_bases_and_the_function_is_not(operator, base, r
     target, tensors = wider(base, 1, depth=ratio * base.depth), tensors_of(base)
     options = GrowthOptions(operator="clone", depth_operator=operator)
     grown = grow(tensors, base, target, options, seeded())
-    for place, layer in enumerate(layers_of(base.depth, target.depth, operator)):
+    for place, layer in enumerate(plan_layers(base.depth, target.depth, operator)):
         for name in ("attention.o", "ffn.down", "attention_norm"):
             copy = grown[f"blocks.{place}.{name}.weight"]
             assert torch.equal(copy, tensors[f"blocks.{layer.source}.{name}.weight"])
@@ -170,7 +172,7 @@ def test_transferred_moments_are_scaled_as_gradients_are(operator, base, ratio, 
     grown = gradients_of(target, grow(tensors, base, target, options, seeded(1)))
     state = {f"{n}.exp_avg": g for n, g in gradients_of(base, tensors).items()}
     state |= {f"{n}.exp_avg_sq": g**2 for n, g in gradients_of(base, tensors).items()}
-    layers = layers_of(base.depth, target.depth, "identity")
+    layers = plan_layers(base.depth, target.depth, "identity")
     for entry, moment in grow_optimizer(state, base, target, options, seeded(1)).items():
         name, key = entry.rsplit(".", 1)
         is_block = name.startswith("blocks")
@@ -198,7 +200,7 @@ def test_new_layers_start_afresh_where_they_have_no_past_or_are_to_be_reset(
     base = ModelSpec(width=8, depth=2, head_dim=4, vocab_size=7)
     options = GrowthOptions(operator="clone", depth_operator=depth_operator, optimizer_state=rule)
     state = grow_optimizer(moments_of(base), base, wider(base, 2, depth=4), options)
-    for place, layer in enumerate(layers_of(2, 4, depth_operator)):
+    for place, layer in enumerate(plan_layers(2, 4, depth_operator)):
         kept = not layer.is_new or is_kept
         entry = f"blocks.{place}.attention.q.weight"
         assert state[f"{entry}.step"] == (7 if kept else 0)
@@ -212,7 +214,7 @@ def slopes_of(corpus):
         model = ModelSpec(
             width=64, depth=4, head_dim=16, base_depth=4, parametrization=parametrization
         )
-        setup = Setup(
+        setup = CheckSetup(
             tokens=corpus.train,
             train=TrainSpec(lr=4e-3, batch_size=8),
             context=32,

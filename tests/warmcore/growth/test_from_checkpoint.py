@@ -19,7 +19,7 @@ from warmcore.checkpoint.checkpoint import (
     save_checkpoint,
 )
 from warmcore.checkpoint.progress import Progress
-from warmcore.growth.from_checkpoint import Grown, grow_checkpoint
+from warmcore.growth.from_checkpoint import GrownTensors, grow_checkpoint
 from warmcore.growth.growth import Growth
 from warmcore.model.decoder import parameter_shapes
 from warmcore.specs import CheckpointRef, GrowthSpec
@@ -31,7 +31,7 @@ from warmcore.training.training import Training
 @pytest.fixture(scope="module")
 def base(run_spec, corpus, tmp_path_factory):
     training = Training.start(run_spec(steps=12, depth=2, base_width=16, base_depth=2), corpus)
-    list(training.events())
+    list(training.train_to_end())
     return training.save(tmp_path_factory.mktemp("base") / "checkpoint")
 
 
@@ -48,7 +48,7 @@ def grown_run(run_spec, base):
 def losses(training):
     return [
         event.loss_nats if isinstance(event, StepEvent) else event.val_loss_nats
-        for event in training.events()
+        for event in training.train_to_end()
         if isinstance(event, StepEvent | EvaluationEvent)
     ]
 
@@ -97,21 +97,21 @@ def test_a_run_without_growth_is_refused(run_spec, base, tmp_path):
 
 
 def test_growth_that_is_killed_leaves_no_checkpoint(grown_run, base, tmp_path, monkeypatch):
-    whole = Growth.weights
+    whole = Growth.grow_weights
 
     def killed(self, tensors, generator):
         for _, grown in zip(range(5), whole(self, tensors, generator), strict=False):
             yield grown
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Growth, "weights", killed)
+    monkeypatch.setattr(Growth, "grow_weights", killed)
     with pytest.raises(KeyboardInterrupt):
         grow_checkpoint(base.path, tmp_path / "grown", run=grown_run())
     assert not (tmp_path / "grown").exists()
 
 
 def test_tensors_of_the_base_are_read_one_at_a_time(grown_run, base, monkeypatch):
-    grown = Grown.from_base(grown_run(), base.path)
+    grown = GrownTensors.from_base(grown_run(), base.path)
     alive = []
     read = TensorFile.__getitem__
 

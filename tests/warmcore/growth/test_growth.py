@@ -22,7 +22,7 @@ from tests.warmcore.growth.families import (
 )
 from warmcore.growth import growth as growth_module
 from warmcore.growth.growth import Growth
-from warmcore.model.decoder import Decoder, init_
+from warmcore.model.decoder import Decoder, init_weights_
 from warmcore.model.mup import GAINS, role_of
 from warmcore.specs import GrowthOptions, ModelSpec, growth_rules
 
@@ -68,7 +68,7 @@ def test_noise_that_does_not_cancel_does_not(operator, family):
     tensors = tensors_of(base)
     options = GrowthOptions(operator=operator, noise=0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growth_module, "cancel_", lambda noise, inputs: noise)
+        patch.setattr(growth_module, "cancel_over_copies_", lambda noise, inputs: noise)
         grown = grow(tensors, base, target, options, seeded())
     assert relative_gap(logits(target, grown), logits(base, tensors)) > 1e-4
 
@@ -120,7 +120,7 @@ def test_net2net_is_a_balanced_map_that_keeps_the_base_first(family, seed):
     base, target = family
     plan = Growth.plan(base, target, GrowthOptions(operator="net2net"), seeded(seed))
     for name in plan.shapes:
-        for unit_map in plan.copies.along(name):
+        for unit_map in plan.copies.maps_along_axes(name):
             if unit_map is not None:
                 num_base = len(unit_map.source) * base.width // target.width
                 assert torch.equal(unit_map.source[:num_base], torch.arange(num_base))
@@ -177,7 +177,7 @@ def test_shrunk_to_nothing_and_perturbed_fully_it_is_a_cold_start(family, seed):
     base, target = family
     tensors = {name: tensor.float() for name, tensor in tensors_of(base).items()}
     options = GrowthOptions(depth_operator="identity", shrink=0.0, perturb=1.0)
-    cold = init_(Decoder(target, context=CONTEXT), target, seeded(seed)).state_dict()
+    cold = init_weights_(Decoder(target, context=CONTEXT), target, seeded(seed)).state_dict()
     grown = grow(tensors, base, target, options, seeded(seed))
     assert list(grown) == list(cold)
     assert all(torch.equal(grown[name], cold[name]) for name in cold)
@@ -192,7 +192,7 @@ def test_with_another_seed_shrink_or_perturb_it_is_not_that_cold_start(change, f
     tensors = {name: tensor.float() for name, tensor in tensors_of(base).items()}
     scales = {"shrink": 0.0, "perturb": 1.0} | {k: v for k, v in change.items() if k != "seed"}
     options = GrowthOptions(depth_operator="identity", **scales)
-    cold = init_(Decoder(target, context=CONTEXT), target, seeded(seed)).state_dict()
+    cold = init_weights_(Decoder(target, context=CONTEXT), target, seeded(seed)).state_dict()
     grown = grow(tensors, base, target, options, seeded(change.get("seed", seed)))
     # Without those that new identity layers have at zero, whatever the scale.
     drawn = [name for name in cold if name.split(".")[-2] in ("embedding", "q", "v", "up")]
@@ -204,7 +204,7 @@ def test_shrink_perturb_is_its_formula(family, shrink, perturb):
     base, target = family
     tensors = tensors_of(base)
     options = GrowthOptions(operator="shrink_perturb", shrink=shrink, perturb=perturb)
-    fresh = init_(Decoder(target, context=CONTEXT), target, seeded()).double().state_dict()
+    fresh = init_weights_(Decoder(target, context=CONTEXT), target, seeded()).double().state_dict()
     for name, grown in grow(tensors, base, target, options, seeded()).items():
         if role_of(name) in GAINS:
             expected = torch.ones_like(grown)
@@ -283,7 +283,7 @@ def test_clone_noise_is_of_the_targets_initial_size_and_spares_gains(family):
     exact = grow(tensors, base, target, CLONE, seeded())
     noisy_options = CLONE.model_copy(update={"noise": 0.25})
     noisy = grow(tensors, base, target, noisy_options, seeded(5))
-    fresh = init_(Decoder(target, context=CONTEXT), target, seeded(6)).state_dict()
+    fresh = init_weights_(Decoder(target, context=CONTEXT), target, seeded(6)).state_dict()
     for name in exact:
         noise = noisy[name] - exact[name]
         if role_of(name) in GAINS or fresh[name].std() == 0:
@@ -311,7 +311,7 @@ def test_tensors_are_grown_one_at_a_time(operator):
             return super().__getitem__(name)
 
     plan = Growth.plan(base, wider(base, 2), GrowthOptions(operator=operator), seeded())
-    grown = plan.weights(Lazy(tensors_of(base)), seeded())
+    grown = plan.grow_weights(Lazy(tensors_of(base)), seeded())
     names = [name for name, _ in itertools.islice(grown, 3)]
     assert read == names
 

@@ -23,15 +23,15 @@ from tests.warmcore.growth.families import (
     wider,
 )
 from warmcore.growth.growth import Growth
-from warmcore.growth.units import Copies, axes_of, unit_map
-from warmcore.model.decoder import Decoder, init_, loss_nats
+from warmcore.growth.units import Copies, axis_kinds, make_unit_map
+from warmcore.model.decoder import Decoder, init_weights_, loss_nats
 from warmcore.specs import GrowthOptions, ModelSpec, TrainSpec
 from warmcore.training.optimizer import (
     build_optimizer,
-    clip_,
+    clip_gradients_,
     load_optimizer_tensors,
     optimizer_tensors,
-    vector_weight,
+    vector_norm_weight,
 )
 
 CLONE = GrowthOptions(operator="clone")
@@ -67,7 +67,7 @@ def train_step(model, optimizer, weight, window):
     optimizer.zero_grad()
     loss = loss_nats(model, window)
     loss.backward()
-    norm = clip_(optimizer, weight, ADAMW.grad_clip).item()
+    norm = clip_gradients_(optimizer, weight, ADAMW.grad_clip).item()
     optimizer.step()
     return loss.item(), norm
 
@@ -89,24 +89,24 @@ def gaps(
     windows = torch.randint(
         base.vocab_size, (SIDE_BY_SIDE_STEPS, 4, CONTEXT + 1), generator=generator
     )
-    model = init_(Decoder(base, context=CONTEXT), base, generator).double()
+    model = init_weights_(Decoder(base, context=CONTEXT), base, generator).double()
     optimizer = build_optimizer(model.named_parameters(), base, train)
-    weight = vector_weight("width_weighted", base)
+    weight = vector_norm_weight("width_weighted", base)
     for window in windows[:10]:
         train_step(model, optimizer, weight, window)
     options = GrowthOptions(
         operator=operator, depth_operator="identity", optimizer_state=optimizer_state, noise=noise
     )
     plan = Growth.plan(base, target, options, generator)
-    clone = model_of(target, dict(plan.weights(model.state_dict(), generator)))
+    clone = model_of(target, dict(plan.grow_weights(model.state_dict(), generator)))
     clone_optimizer = build_optimizer(clone.named_parameters(), target, train)
-    load_optimizer_tensors(clone_optimizer, dict(plan.moments(optimizer_tensors(optimizer))))
+    load_optimizer_tensors(clone_optimizer, dict(plan.grow_moments(optimizer_tensors(optimizer))))
     if stock:
         as_at_the_base(clone_optimizer, optimizer)
     clipped = 0
     for window in windows:
         loss, norm = train_step(model, optimizer, weight, window)
-        other, _ = train_step(clone, clone_optimizer, vector_weight(clip, target), window)
+        other, _ = train_step(clone, clone_optimizer, vector_norm_weight(clip, target), window)
         yield abs(loss - other)
         clipped += norm > train.grad_clip
     assert clipped > 20  # or else clipping is not under test
@@ -190,19 +190,19 @@ def test_a_clone_with_any_other_rule_does_not(change, family):
 @given(trained_families(group_sizes=(2, 3)))
 def test_repeating_query_heads_one_by_one_does_not(family):
     base, target = family
-    grouped = Copies.along
+    grouped = Copies.maps_along_axes
 
     def one_by_one(self, name):
         maps = grouped(self, name)
-        for dim, axis in enumerate(axes_of(name)):
+        for dim, axis in enumerate(axis_kinds(name)):
             if axis == "query":
                 num_heads = len(maps[dim].source) // base.head_dim
-                heads = unit_map("clone", base.num_heads, num_heads, seeded())
-                maps[dim] = heads.in_features(base.head_dim)
+                heads = make_unit_map("clone", base.num_heads, num_heads, seeded())
+                maps[dim] = heads.expand_to_features(base.head_dim)
         return maps
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Copies, "along", one_by_one)
+        patch.setattr(Copies, "maps_along_axes", one_by_one)
         found = gaps(base, target)
         assert next(found) < 1e-9  # the function is kept, training is not
         assert any(gap > 1e-4 for gap in found)
@@ -229,7 +229,9 @@ def test_a_copys_width_weighted_gradient_norm_is_its_bases(family, operator, see
         model = model_of(spec, weights)
         loss_nats(model, TOKENS).backward()
         optimizer = build_optimizer(model.named_parameters(), spec, ADAMW)
-        norms.append([clip_(optimizer, w, None).item() for w in (spec.width_multiplier, 1.0)])
+        norms.append(
+            [clip_gradients_(optimizer, w, None).item() for w in (spec.width_multiplier, 1.0)]
+        )
     assert norms[1][0] == pytest.approx(norms[0][0], rel=1e-9)
     assert not math.isclose(norms[1][1], norms[0][0], rel_tol=1e-6)
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from tests.warmcore.growth.families import seeded
 from warmcore.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from warmcore.checkpoint.progress import Progress
-from warmcore.model.decoder import Decoder, init_
+from warmcore.model.decoder import Decoder, init_weights_
 from warmcore.tensors.files import TensorStream
 
 logging.set_verbosity_error()
@@ -77,7 +77,7 @@ def decoder_of(checkpoint):
 def random_weights(model):
     """As at init, but with random gains, and an unembedding that is not zero."""
     generator = seeded()
-    drawn = init_(Decoder(model, context=1), model, generator)
+    drawn = init_weights_(Decoder(model, context=1), model, generator)
     tensors = dict(drawn.state_dict())
     for name, tensor in tensors.items():
         if "norm" in name:

@@ -47,7 +47,7 @@ SCALED = {
 @pytest.fixture(scope="module")
 def trained(run_spec, corpus, tmp_path_factory):
     training = Training.start(run_spec(steps=25, lr=0.01, **SCALED), corpus)
-    list(training.events())
+    list(training.train_to_end())
     return training.save(tmp_path_factory.mktemp("trained") / "checkpoint")
 
 

@@ -161,7 +161,7 @@ def test_a_run_grows_from_it_and_none_resumes_it(imported, run_spec, corpus, tmp
     run = run_spec(steps=3, growth=GrowthSpec(operator="clone", base=ref))
     run = run.model_copy(update={"model": wider(base, 2)})
     training = Training.start(run, corpus, base=imported.path)
-    list(training.events())
+    list(training.train_to_end())
     assert training.base_hash == imported.hash
     assert training.step == 3
     with pytest.raises(ValueError, match="was imported, so no run goes on from it"):
@@ -186,7 +186,7 @@ def test_a_target_is_trained_on_the_tokens_of_its_imported_base_and_exported_wit
     run = run.with_data(DataSpec.model_validate(data_spec.model_dump() | tokenizer))
     tokens = prepare(run.data, cache)
     training = Training.start(run, tokens, base=base.path)
-    list(training.events())
+    list(training.train_to_end())
     export_hf(training.save(tmp_path / "trained").path, tmp_path / "exported")
     exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert loaded(tmp_path / "exported").config.eos_token_id == exported.eos_token_id

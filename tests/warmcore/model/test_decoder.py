@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F  # noqa: N812
 
-from warmcore.model.decoder import Decoder, init_, loss_nats, parameter_shapes
+from warmcore.model.decoder import Decoder, init_weights_, loss_nats, parameter_shapes
 from warmcore.model.mup import GAINS, role_of
 from warmcore.specs import ModelSpec
 from warmcore.specs.sizes import count_params
@@ -19,7 +19,7 @@ def seeded(seed=0):
 
 def model_of(spec, *, context=12, seed=0):
     """A model whose every tensor is random, so that no law holds because something is 0 or 1."""
-    model = init_(Decoder(spec, context=context), spec, seeded(seed)).double()
+    model = init_weights_(Decoder(spec, context=context), spec, seeded(seed)).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded(seed + 1)))
@@ -134,14 +134,14 @@ def test_logits_are_their_formula(group_size):
 
 def test_a_fresh_model_knows_nothing_and_says_so():
     spec = ModelSpec(width=16, depth=2, head_dim=8)
-    model = init_(Decoder(spec, context=8), spec, seeded())
+    model = init_weights_(Decoder(spec, context=8), spec, seeded())
     assert loss_nats(model, tokens_of(spec, length=9)).item() == pytest.approx(math.log(256), 1e-6)
 
 
 def test_initialisation_is_a_function_of_its_generator_and_leaves_the_global_one_alone():
     spec = ModelSpec(width=16, depth=1, head_dim=8, unembedding_std=0.1)
     before = torch.get_rng_state()
-    one, same, other = (init_(Decoder(spec, context=8), spec, seeded(s)) for s in (1, 1, 2))
+    one, same, other = (init_weights_(Decoder(spec, context=8), spec, seeded(s)) for s in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, same.state_dict()[name])
@@ -156,7 +156,10 @@ def test_a_shorter_window_gives_the_same_logits():
 
 def test_bfloat16_trains_to_about_the_same_loss():
     spec = ModelSpec(width=32, depth=2, head_dim=8, unembedding_std=0.1)
-    model, window = init_(Decoder(spec, context=16), spec, seeded()), tokens_of(spec, length=13)
+    model, window = (
+        init_weights_(Decoder(spec, context=16), spec, seeded()),
+        tokens_of(spec, length=13),
+    )
     exact = loss_nats(model, window).item()
     rounded = loss_nats(model.bfloat16(), window)
     rounded.backward()

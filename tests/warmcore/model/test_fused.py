@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmcore.model import fused
-from warmcore.model.decoder import Decoder, init_, loss_nats
+from warmcore.model.decoder import Decoder, init_weights_, loss_nats
 from warmcore.specs import ModelSpec
 
 
@@ -29,7 +29,7 @@ def specs(draw):
 def model_of(spec, dtype=torch.float64):
     """A model whose every tensor is random, so that no law holds because something is 0 or 1."""
     generator = torch.Generator().manual_seed(0)
-    model = init_(Decoder(spec, context=12), spec, generator).to(dtype)
+    model = init_weights_(Decoder(spec, context=12), spec, generator).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
@@ -56,7 +56,7 @@ def close(xs, ys):
 def test_loss_and_every_gradient_are_those_of_the_composition(spec, length):
     model, window = model_of(spec), window_of(spec, length)
     made = loss_and_gradients(model, window)
-    with fused.off():
+    with fused.disable_fused():
         composed = loss_and_gradients(model, window)
     assert close(made, composed)
 
@@ -66,7 +66,7 @@ def test_logits_and_an_evaluation_are_those_of_the_composition(spec):
     model, window = model_of(spec), window_of(spec, 9)
     with torch.no_grad():
         made = [model(window), loss_nats(model, window)]
-        with fused.off():
+        with fused.disable_fused():
             composed = [model(window), loss_nats(model, window)]
     assert close(made, composed)
     assert not made[1].requires_grad
@@ -78,13 +78,13 @@ SPEC = ModelSpec(width=16, depth=2, head_dim=4, group_size=2, vocab_size=23)
 @pytest.mark.parametrize("wrong", ["turned", "norm"])
 def test_a_wrong_backward_pass_is_seen(monkeypatch, wrong):
     model, window = model_of(SPEC), window_of(SPEC, 12)
-    with fused.off():
+    with fused.disable_fused():
         composed = loss_and_gradients(model, window)
-    turned, norm = fused._turned, fused._norm_backward
+    turned, norm = fused._rotate_flat, fused._backpropagate_norm
     if wrong == "turned":
-        monkeypatch.setattr(fused, "_turned", lambda y, table, _sign: turned(y, table, 1))
+        monkeypatch.setattr(fused, "_rotate_flat", lambda y, table, _sign: turned(y, table, 1))
     else:
-        monkeypatch.setattr(fused, "_norm_backward", lambda *a: [g * 1.001 for g in norm(*a)])
+        monkeypatch.setattr(fused, "_backpropagate_norm", lambda *a: [g * 1.001 for g in norm(*a)])
     made = loss_and_gradients(model, window)
     assert made[0].item() == pytest.approx(composed[0].item(), rel=1e-12)
     assert not close(made[1:], composed[1:])
@@ -124,20 +124,20 @@ def bytes_kept(model, window):
 
 def test_less_is_kept_for_the_backward_pass():
     spec = ModelSpec(width=64, depth=4, head_dim=16)
-    model = init_(Decoder(spec, context=128), spec, torch.Generator().manual_seed(0))
+    model = init_weights_(Decoder(spec, context=128), spec, torch.Generator().manual_seed(0))
     window = window_of(spec, 129, batch=8)
     made = bytes_kept(model, window)
-    with fused.off():
+    with fused.disable_fused():
         assert made < 0.75 * bytes_kept(model, window)
 
 
 def test_it_stands_aside_where_pytorch_fuses_or_rounds_by_itself():
     x = torch.zeros(1)
-    assert fused.is_for(x)
-    assert fused.is_for(x.double())
-    assert not fused.is_for(x.bfloat16())
+    assert fused.can_fuse(x)
+    assert fused.can_fuse(x.double())
+    assert not fused.can_fuse(x.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not fused.is_for(x)
-    with fused.off():
-        assert not fused.is_for(x)
-    assert fused.is_for(x)
+        assert not fused.can_fuse(x)
+    with fused.disable_fused():
+        assert not fused.can_fuse(x)
+    assert fused.can_fuse(x)

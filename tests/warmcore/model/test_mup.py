@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from warmcore.coord_check.check import Setup, check_axis
+from warmcore.coord_check.check import CheckSetup, check_axis
 from warmcore.model.mup import GAINS, factors, multipliers, role_of
 from warmcore.specs import ModelSpec, TrainSpec
 from warmcore.training.events import StepEvent
@@ -14,7 +14,7 @@ CONTEXT = 32
 
 
 def losses(training):
-    return [e.loss_nats for e in training.events() if isinstance(e, StepEvent)]
+    return [e.loss_nats for e in training.train_to_end() if isinstance(e, StepEvent)]
 
 
 def test_at_the_base_width_training_is_the_standard_twins_bit_for_bit(run_spec, corpus):
@@ -67,7 +67,7 @@ def slopes_of(corpus):
         model = ModelSpec(
             width=128, depth=2, head_dim=16, base_width=128, parametrization=parametrization
         )
-        setup = Setup(
+        setup = CheckSetup(
             tokens=corpus.train,
             train=TrainSpec(lr=4e-3, batch_size=8),
             context=CONTEXT,

@@ -50,7 +50,7 @@ def trunk_spec(run_spec):
 @pytest.fixture(scope="module")
 def base(run_spec, corpus, tmp_path_factory):
     training = Training.start(run_spec(steps=10), corpus)
-    list(training.events())
+    list(training.train_to_end())
     return training.save(tmp_path_factory.mktemp("base") / "checkpoint")
 
 
@@ -71,7 +71,7 @@ def checkpoints(grown_trunk, corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trunk")
     training = Training.start(spec, corpus, base=base)
     saved = {}
-    for event in training.events():
+    for event in training.train_to_end():
         if isinstance(event, EvaluationEvent) and event.step in spec.branch_steps:
             saved[event.step] = training.save(folder / str(event.step))
     return {budget: saved[step] for budget, step in zip(spec.branches, saved, strict=True)}
@@ -91,10 +91,10 @@ def test_a_branch_is_the_uninterrupted_run_of_its_budget_bit_for_bit(
     spec, base = grown_trunk
     for budget, saved in checkpoints.items():
         whole = Training.start(make_branch(spec, budget, None), corpus, base=base)
-        expected = events_after(whole.events(), saved.step)
+        expected = events_after(whole.train_to_end(), saved.step)
         branch = Training.start(make_branch(spec, budget, ref(saved)), corpus, base=saved.path)
         assert branch.step == saved.step
-        assert timeless(branch.events()) == expected
+        assert timeless(branch.train_to_end()) == expected
         assert len(expected) > whole.spec.num_steps - saved.step
         assert_equal_state(branch, whole)
         assert branch.base_hash == whole.base_hash
@@ -107,9 +107,11 @@ def test_a_run_with_a_warmup_of_its_own_is_not_the_branch(grown_trunk, checkpoin
     own = make_branch(spec, budget, None)
     other = own.model_copy(update={"train": own.train.model_copy(update={"warmup_steps": None})})
     branch = Training.start(make_branch(spec, budget, ref(saved)), corpus, base=saved.path)
-    curve = timeless(branch.events())
+    curve = timeless(branch.train_to_end())
     assert warmup_steps(other.budget_steps, other.train) != own.train.warmup_steps
-    assert events_after(Training.start(other, corpus, base=base).events(), saved.step) != curve
+    assert (
+        events_after(Training.start(other, corpus, base=base).train_to_end(), saved.step) != curve
+    )
 
 
 def test_a_branch_resumed_at_any_event_is_the_uninterrupted_one(
@@ -117,12 +119,12 @@ def test_a_branch_resumed_at_any_event_is_the_uninterrupted_one(
 ):
     budget, saved = next(iter(checkpoints.items()))
     spec = make_branch(grown_trunk[0], budget, ref(saved))
-    expected = timeless(Training.start(spec, corpus, base=saved.path).events())
+    expected = timeless(Training.start(spec, corpus, base=saved.path).train_to_end())
     for num_taken in range(len(expected)):
         first = Training.start(spec, corpus, base=saved.path)
-        taken = timeless(itertools.islice(first.events(), num_taken))
+        taken = timeless(itertools.islice(first.train_to_end(), num_taken))
         second = Training.resume(spec, corpus, first.save(tmp_path / str(num_taken)).path)
-        assert taken + timeless(second.events()) == expected
+        assert taken + timeless(second.train_to_end()) == expected
 
 
 def test_the_largest_budgets_branch_is_the_run_that_has_no_trunk_at_all(trunk_spec):
@@ -166,7 +168,7 @@ def test_trunk_and_branch_agree_on_every_step_before_the_cooldown(
 
 def test_a_trunk_ends_where_its_last_budget_cools_down(trunk_spec, corpus):
     spec = trunk_spec()
-    *_, last = Training.start(spec, corpus).events()
+    *_, last = Training.start(spec, corpus).train_to_end()
     assert spec.branch_steps == (6, 11, 16)
     assert (last.step, last.evaluation) == (16, len(spec.evaluation_steps) - 1)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.warmcore.growth.families import COPYING, PADDING, moments_of, seeded, tensors_of, wider
 from warmcore.growth.growth import Growth
-from warmcore.model.decoder import Decoder, init_
+from warmcore.model.decoder import Decoder, init_weights_
 from warmcore.specs import GrowthOptions, ModelSpec
 from warmcore.tensors import row_blocks as blocks
 from warmcore.tensors.files import TensorStream, write_tensors
@@ -67,17 +67,17 @@ def test_in_other_blocks_other_numbers_are_drawn():
 
 def test_a_model_is_initialised_the_same_in_any_blocks(small_blocks):
     spec = TARGET.model_copy(update={"unembedding_std": 0.2})
-    whole = init_(Decoder(spec, context=8), spec, seeded()).state_dict()
+    whole = init_weights_(Decoder(spec, context=8), spec, seeded()).state_dict()
     small_blocks()
-    parts = init_(Decoder(spec, context=8), spec, seeded()).state_dict()
+    parts = init_weights_(Decoder(spec, context=8), spec, seeded()).state_dict()
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
 def grown(options):
     generator = seeded()
     plan = Growth.plan(BASE, TARGET, GrowthOptions(**options), generator)
-    yield from plan.weights(tensors_of(BASE), generator)
-    yield from plan.moments(moments_of(BASE))
+    yield from plan.grow_weights(tensors_of(BASE), generator)
+    yield from plan.grow_moments(moments_of(BASE))
 
 
 @pytest.mark.parametrize("options", OPTIONS)

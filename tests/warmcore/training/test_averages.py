@@ -36,7 +36,7 @@ class Path(nn.Module):
         for step in range(1, len(self.point) + 1):
             with torch.no_grad():
                 self.point.zero_()[step - 1] = 1.0
-            averages.update_(self, step)
+            averages.update_averages_(self, step)
         return {name: tensors["point"] for name, tensors in averages.tensors.items()}
 
 
@@ -75,7 +75,7 @@ def test_the_last_steps_weigh_the_same_in_an_equal_average(num_steps, fraction):
 def test_averages_change_no_bit_of_the_run(run_spec, corpus):
     plain = Training.start(run_spec(steps=12), corpus)
     averaged = Training.start(run_spec(steps=12, **BOTH), corpus)
-    for one, other in zip(plain.events(), averaged.events(), strict=True):
+    for one, other in zip(plain.train_to_end(), averaged.train_to_end(), strict=True):
         if isinstance(one, StepEvent):
             numbers = (one.loss_nats, one.grad_norm, one.lr)
             assert (other.loss_nats, other.grad_norm, other.lr) == numbers
@@ -91,7 +91,7 @@ def test_averages_change_no_bit_of_the_run(run_spec, corpus):
 def averaged(run_spec, corpus, tmp_path_factory):
     """A finished run with both averages: its training, events, raw weights by step, checkpoint."""
     training, events, path = Training.start(run_spec(steps=30, **BOTH), corpus), [], []
-    for event in training.events():
+    for event in training.train_to_end():
         events.append(event)
         if isinstance(event, StepEvent):
             path.append({n: p.detach().clone() for n, p in training.model.named_parameters()})
@@ -139,7 +139,7 @@ def test_weights_are_put_back_when_their_averages_evaluation_fails(averaged):
     before = {n: t.clone() for n, t in training.model.state_dict().items()}
     with (
         pytest.raises(KeyboardInterrupt),
-        training.averages.in_place_of_weights("swa", training.model),
+        training.averages.swap_with_weights("swa", training.model),
     ):
         raise KeyboardInterrupt
     assert all(torch.equal(t, before[n]) for n, t in training.model.state_dict().items())
@@ -149,7 +149,7 @@ def grown(run_spec, corpus, saved, base_weights):
     base = CheckpointRef(uri=str(saved.path), hash=saved.hash)
     growth = GrowthSpec(base=base, operator="clone", base_weights=base_weights)
     spec = run_spec(width=32, base_width=16, growth=growth)
-    return next(Training.start(spec, corpus, base=saved.path).events()).val_loss_nats
+    return next(Training.start(spec, corpus, base=saved.path).train_to_end()).val_loss_nats
 
 
 @pytest.mark.parametrize("name", ["ema", "swa"])
@@ -162,7 +162,7 @@ def test_a_clone_of_an_average_starts_at_the_averages_loss(name, averaged, run_s
 
 def test_growing_an_average_that_the_base_does_not_have_is_refused(run_spec, corpus, tmp_path):
     training = Training.start(run_spec(ema_half_life=0.1), corpus)
-    next(training.events())
+    next(training.train_to_end())
     saved = training.save(tmp_path / "before-the-first-step")
     for name, found in (("ema", "raw"), ("swa", "raw")):
         with pytest.raises(ValueError, match=f"no {name} weights, but {found}"):

@@ -4,11 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmcore.training.batches import (
+    choose_val_windows,
     count_windows,
     epoch_order,
+    read_train_batch,
     read_windows,
-    train_batch,
-    val_windows,
 )
 
 sizes = st.integers(1, 8)
@@ -27,7 +27,7 @@ def test_each_epoch_reads_every_window_exactly_once(num_windows, context, batch_
     num_steps = -(-num_epochs * num_windows // batch_size)
     rows = torch.cat(
         [
-            train_batch(tokens, seed=seed, step=step, batch_size=batch_size, context=context)
+            read_train_batch(tokens, seed=seed, step=step, batch_size=batch_size, context=context)
             for step in range(num_steps)
         ]
     )
@@ -40,10 +40,10 @@ def test_each_epoch_reads_every_window_exactly_once(num_windows, context, batch_
 def test_a_batch_is_a_function_of_the_step_alone(num_windows, context, batch_size, step):
     tokens = corpus_of(num_windows, context)
     keywords = {"seed": 3, "batch_size": batch_size, "context": context}
-    once = train_batch(tokens, step=step, **keywords)
+    once = read_train_batch(tokens, step=step, **keywords)
     epoch_order.cache_clear()
-    train_batch(tokens, step=step + 1, **keywords)
-    assert torch.equal(once, train_batch(tokens, step=step, **keywords))
+    read_train_batch(tokens, step=step + 1, **keywords)
+    assert torch.equal(once, read_train_batch(tokens, step=step, **keywords))
     assert once.shape == (batch_size, context + 1)
 
 
@@ -62,7 +62,7 @@ def test_order_changes_with_seed_and_epoch():
 
 
 def test_a_batch_larger_than_the_corpus_runs_on_into_later_epochs():
-    rows = train_batch(corpus_of(3, 4), seed=0, step=0, batch_size=8, context=4)[:, 0]
+    rows = read_train_batch(corpus_of(3, 4), seed=0, step=0, batch_size=8, context=4)[:, 0]
     assert sorted(rows[:3].tolist()) == sorted(rows[3:6].tolist()) == [0, 4, 8]
 
 
@@ -71,7 +71,7 @@ def test_validation_windows_are_distinct_evenly_spaced_and_as_many_as_asked(
     num_windows, context, eval_tokens
 ):
     tokens = corpus_of(num_windows, context)
-    windows = val_windows(tokens, context=context, eval_tokens=eval_tokens)
+    windows = choose_val_windows(tokens, context=context, eval_tokens=eval_tokens)
     assert len(windows) == min(num_windows, max(1, eval_tokens // context))
     gaps = np.diff([*windows, num_windows])
     assert gaps.min() >= 1

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from warmcore.checkpoint.checkpoint import load_checkpoint
 from warmcore.checkpoint.progress import LossWatch
 from warmcore.specs import CheckpointRef, GrowthSpec
-from warmcore.training.divergence import why_broken, why_diverged
+from warmcore.training.divergence import explain_broken_step, explain_divergence
 from warmcore.training.events import DivergedEvent, EvaluationEvent, StepEvent
 from warmcore.training.training import Training
 
@@ -21,8 +21,8 @@ KNOWS_NOTHING = math.log(VOCAB)
 def verdicts(losses, num_steps=None):
     watch, seen = LossWatch(), []
     for loss in losses:
-        watch = watch.after(loss, VOCAB)
-        seen.append(why_diverged(watch, num_steps or len(losses)))
+        watch = watch.with_loss(loss, VOCAB)
+        seen.append(explain_divergence(watch, num_steps or len(losses)))
     return seen
 
 
@@ -62,12 +62,12 @@ def test_a_noisy_start_above_knowing_nothing_is_no_divergence(losses):
     ],
 )
 def test_numbers_that_are_not_finite_are_named(loss, norm, reason):
-    assert why_broken(loss, norm) == reason
+    assert explain_broken_step(loss, norm) == reason
 
 
 def test_a_broken_step_is_not_applied_and_what_is_saved_is_good(run_spec, corpus, tmp_path):
     training = Training.start(run_spec(), corpus)
-    events = training.events()
+    events = training.train_to_end()
     while training.step < 3:
         next(events)
     before = {name: t.clone() for name, t in training.model.state_dict().items()}
@@ -88,7 +88,7 @@ def test_a_validation_loss_that_is_not_finite_is_a_divergence(run_spec, corpus):
     training = Training.start(run_spec(), corpus)
     with torch.no_grad():
         training.model.final_norm.weight.fill_(math.nan)
-    assert [event.reason for event in training.events()] == ["validation loss is nan"]
+    assert [event.reason for event in training.train_to_end()] == ["validation loss is nan"]
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def too_high(run_spec):
 
 
 def test_a_much_too_high_learning_rate_is_noticed(too_high, corpus):
-    *events, last = Training.start(too_high, corpus).events()
+    *events, last = Training.start(too_high, corpus).train_to_end()
     assert isinstance(last, DivergedEvent)
     assert "for 20 steps in a row" in last.reason
     assert last.step < 40
@@ -106,11 +106,11 @@ def test_a_much_too_high_learning_rate_is_noticed(too_high, corpus):
 
 def test_patience_runs_on_over_a_resumption(too_high, corpus, tmp_path):
     whole = Training.start(too_high, corpus)
-    *_, expected = whole.events()
+    *_, expected = whole.train_to_end()
     first = Training.start(too_high, corpus)
-    list(itertools.takewhile(lambda _: first.step < 15, first.events()))
+    list(itertools.takewhile(lambda _: first.step < 15, first.train_to_end()))
     second = Training.resume(too_high, corpus, first.save(tmp_path / "a").path)
-    *_, last = second.events()
+    *_, last = second.train_to_end()
     assert second.step == whole.step
     assert last == expected
 
@@ -118,13 +118,13 @@ def test_patience_runs_on_over_a_resumption(too_high, corpus, tmp_path):
 def test_a_warm_start_that_loses_much_of_what_it_knew_is_no_divergence(run_spec, corpus, tmp_path):
     train = {"width": 16, "base_width": 16, "lr": 0.02}
     base = Training.start(run_spec(steps=150, **train), corpus)
-    *_, trained = base.events()
+    *_, trained = base.train_to_end()
     saved = base.save(tmp_path / "base")
     growth = GrowthSpec(
         operator="clone", base=CheckpointRef(uri=str(saved.path), hash=saved.hash), noise=0.1
     )
     warm = run_spec(steps=60, growth=growth, **(train | {"width": 32, "lr": 0.3}))
-    events = list(Training.start(warm, corpus, base=saved.path).events())
+    events = list(Training.start(warm, corpus, base=saved.path).train_to_end())
     assert not any(isinstance(event, DivergedEvent) for event in events)
     first, *_ = (event.val_loss_nats for event in events if isinstance(event, EvaluationEvent))
     losses = [event.loss_nats for event in events if isinstance(event, StepEvent)]

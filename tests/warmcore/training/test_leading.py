@@ -12,7 +12,7 @@ from warmcore.training.training import Training
 def log(monkeypatch):
     """Announcements and acts in their order, of a process that is alone."""
     log = []
-    monkeypatch.setattr(Ranks, "lead", lambda _, act: log.append(("announced", act)))
+    monkeypatch.setattr(Ranks, "announce_act", lambda _, act: log.append(("announced", act)))
 
     def note(name):
         act = getattr(Training, name)
@@ -31,7 +31,7 @@ def log(monkeypatch):
 def test_each_act_is_announced_before_it_is_done(run_spec, corpus, log, tmp_path):
     spec = run_spec(steps=1, evaluations=1)
     training = LeadingTraining.start(spec, corpus)
-    list(training.events())
+    list(training.train_to_end())
     path = training.save(tmp_path / "a").path
     LeadingTraining.resume(spec, corpus, path)
     acts = [("announced", "advance"), ("done", "advance")] * 3
@@ -63,6 +63,6 @@ def test_a_run_that_is_refused_is_not_announced(run_spec, corpus, log, tmp_path)
 
 def test_a_training_that_follows_announces_nothing(run_spec, corpus, log, tmp_path):
     training = Training.start(run_spec(steps=1), corpus)
-    list(training.events())
+    list(training.train_to_end())
     training.save(tmp_path / "a")
     assert {kind for kind, _ in log} == {"done"}

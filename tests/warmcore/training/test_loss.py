@@ -6,10 +6,15 @@ import torch
 from pydantic import ValidationError
 from torch.autograd.graph import saved_tensors_hooks
 
-from warmcore.model.decoder import Decoder, init_, loss_nats
+from warmcore.model.decoder import Decoder, init_weights_, loss_nats
 from warmcore.specs import ModelSpec, TrainSpec
 from warmcore.training.events import EvaluationEvent, StepEvent
-from warmcore.training.loss import CompilerMissingError, backward, compiled, loss_in
+from warmcore.training.loss import (
+    CompilerMissingError,
+    accumulate_gradients,
+    choose_loss,
+    compile_loss,
+)
 from warmcore.training.training import Training
 
 CONTEXT = 16
@@ -21,7 +26,7 @@ def seeded(seed=0):
 
 
 def model_of(dtype=torch.float32, **options):
-    return init_(Decoder(SPEC, context=CONTEXT, **options), SPEC, seeded()).to(dtype)
+    return init_weights_(Decoder(SPEC, context=CONTEXT, **options), SPEC, seeded()).to(dtype)
 
 
 def batch_of(size=8):
@@ -30,17 +35,17 @@ def batch_of(size=8):
 
 def loss_and_gradients(model, *, parts=1, loss_of=loss_nats):
     model.zero_grad()
-    loss = backward(loss_of, model, batch_of(), parts=parts)
+    loss = accumulate_gradients(loss_of, model, batch_of(), parts=parts)
     return [loss, *(parameter.grad for parameter in model.parameters())]
 
 
 def losses(training):
-    return [event.loss_nats for event in training.events() if isinstance(event, StepEvent)]
+    return [event.loss_nats for event in training.train_to_end() if isinstance(event, StepEvent)]
 
 
 def trained(spec, corpus):
     training = Training.start(spec, corpus)
-    return training, list(training.events())
+    return training, list(training.train_to_end())
 
 
 def assert_all_equal(one, other):
@@ -111,7 +116,7 @@ def test_bf16_multiplies_in_bfloat16_and_keeps_the_stream_and_the_loss_in_float3
     model, kinds = model_of(), {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda _m, _i, y, name=name: kinds.update({name: y.dtype}))
-    loss = loss_in("bf16")(model, batch_of())
+    loss = choose_loss("bf16")(model, batch_of())
     low = {name for name, kind in kinds.items() if kind == torch.bfloat16}
     products = {"q", "k", "v", "o", "attention", "gate", "up", "down", "ffn", "unembedding"}
     assert {name.rsplit(".")[-1] for name in low} == products
@@ -152,10 +157,10 @@ def test_a_compiled_run_is_the_run_compiles_once_and_resumes_under_the_same_name
     fields = {"steps": 6, "batch_size": 4, "accumulate": 2, "eval_tokens": 160}
     plain, expected = trained(run_spec(**fields), corpus)
     compiled = Training.start(run_spec(**fields, compile=True), corpus)
-    first = list(islice(compiled.events(), 5))
+    first = list(islice(compiled.train_to_end(), 5))
     saved = compiled.save(tmp_path / "checkpoint")
     resumed = Training.resume(compiled.spec, corpus, saved.path)
-    found = first + list(resumed.events())
+    found = first + list(resumed.train_to_end())
     assert set(resumed.model.state_dict()) == set(plain.model.state_dict())
     for one, other in zip(found, expected, strict=True):
         assert type(one) is type(other)
@@ -172,4 +177,4 @@ def test_compiling_without_a_compiler_is_refused_before_the_first_step(
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(CompilerMissingError, match=r"C compiler gcc or clang .* CC"):
-        compiled(loss_nats, torch.device("cuda"))
+        compile_loss(loss_nats, torch.device("cuda"))

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore.coord_check.check import Setup, check_axis
+from warmcore.coord_check.check import CheckSetup, check_axis
 from warmcore.growth.from_checkpoint import grow_checkpoint
-from warmcore.model.decoder import Decoder, init_
+from warmcore.model.decoder import Decoder, init_weights_
 from warmcore.model.mup import GAINS, factors, role_of
 from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec, TrainSpec
 from warmcore.training import optimizer as optim_module
@@ -47,7 +47,7 @@ def test_the_table_at_four_times_the_base_width_and_twice_its_depth():
 def updates_of(model, train, scale=1.0):
     """What one step without decay adds to each hidden matrix, for random gradients."""
     generator = torch.Generator().manual_seed(0)
-    decoder = init_(Decoder(model, context=4), model, generator)
+    decoder = init_weights_(Decoder(model, context=4), model, generator)
     before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
     for parameter in decoder.parameters():
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
@@ -92,7 +92,7 @@ def test_what_does_nothing_with_adamw_is_refused(name):
 
 
 def losses(training):
-    return [event.loss_nats for event in training.events() if isinstance(event, StepEvent)]
+    return [event.loss_nats for event in training.train_to_end() if isinstance(event, StepEvent)]
 
 
 @pytest.mark.parametrize("num_taken", [0, 6])
@@ -102,7 +102,7 @@ def test_a_run_resumed_is_the_uninterrupted_one_bit_for_bit(num_taken, run_spec,
     first = Training.start(spec, corpus)
     taken = [
         event.loss_nats
-        for event in itertools.islice(first.events(), num_taken)
+        for event in itertools.islice(first.train_to_end(), num_taken)
         if isinstance(event, StepEvent)
     ]
     second = Training.resume(spec, corpus, first.save(tmp_path / "checkpoint").path)
@@ -113,7 +113,7 @@ def test_a_run_resumed_is_the_uninterrupted_one_bit_for_bit(num_taken, run_spec,
 @pytest.fixture(scope="module")
 def base(run_spec, corpus, tmp_path_factory):
     training = Training.start(run_spec(steps=12, depth=2, optimizer="muon"), corpus)
-    list(training.events())
+    list(training.train_to_end())
     return training.save(tmp_path_factory.mktemp("base") / "checkpoint")
 
 
@@ -146,7 +146,7 @@ def test_growth_on_disk_is_growth_in_memory(operator, rule, grown_run, base, cor
 
 def test_hidden_matrices_have_a_momentum_and_all_else_adams_moments(run_spec, corpus):
     training = Training.start(run_spec(optimizer="muon"), corpus)
-    list(training.events())
+    list(training.train_to_end())
     keys = {}
     for entry in optimizer_tensors(training.optimizer):
         name, key = entry.rsplit(".", 1)
@@ -173,7 +173,9 @@ def test_state_goes_on_only_in_the_same_optimizer(optimizer, grown_run, base, co
 def setup_of(corpus, num_seeds):
     # At ten times AdamW's update what is learned in three steps outweighs what was drawn.
     train = TrainSpec(lr=4e-3, batch_size=8, optimizer="muon", muon_lr_ratio=10.0)
-    return Setup(tokens=corpus.train, train=train, context=32, num_steps=3, num_seeds=num_seeds)
+    return CheckSetup(
+        tokens=corpus.train, train=train, context=32, num_steps=3, num_seeds=num_seeds
+    )
 
 
 def width_slopes(corpus, num_seeds, *widths):

@@ -5,16 +5,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore.model.decoder import Decoder, init_
+from warmcore.model.decoder import Decoder, init_weights_
 from warmcore.model.mup import factors, role_of
 from warmcore.specs import ModelSpec, TrainSpec
 from warmcore.training.optimizer import (
     build_optimizer,
-    clip_,
+    clip_gradients_,
     load_optimizer_tensors,
     optimizer_tensors,
     set_lr,
-    vector_weight,
+    vector_norm_weight,
 )
 
 SPEC = ModelSpec(width=32, depth=2, head_dim=8, base_width=8, vocab_size=20)
@@ -23,7 +23,7 @@ TRAIN = TrainSpec(lr=0.01, weight_decay=0.3, eps=1e-6)
 
 def with_gradients(seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    model = init_(Decoder(SPEC, context=4), SPEC, generator).double()
+    model = init_weights_(Decoder(SPEC, context=4), SPEC, generator).double()
     for parameter in model.parameters():
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator).double()
     return model, build_optimizer(model.named_parameters(), SPEC, TRAIN)
@@ -41,18 +41,18 @@ def squares(model, *, hidden):
 def test_the_clipping_norm_weights_vector_like_tensors(seed, scale, weight):
     model, optimizer = with_gradients(seed, scale)
     expected = math.sqrt(squares(model, hidden=True) + weight * squares(model, hidden=False))
-    assert clip_(optimizer, weight, None).item() == pytest.approx(expected, rel=1e-12)
+    assert clip_gradients_(optimizer, weight, None).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_weight_is_the_width_multiplier_and_one_for_plain_clipping():
-    assert vector_weight("width_weighted", SPEC) == SPEC.width_multiplier == 4
-    assert vector_weight("plain", SPEC) == 1
+    assert vector_norm_weight("width_weighted", SPEC) == SPEC.width_multiplier == 4
+    assert vector_norm_weight("plain", SPEC) == 1
 
 
 @given(st.floats(0.01, 100))
 def test_plain_clipping_is_torchs(scale):
     (model, optimizer), (twin, _) = with_gradients(scale=scale), with_gradients(scale=scale)
-    norm = clip_(optimizer, 1.0, 1.0)
+    norm = clip_gradients_(optimizer, 1.0, 1.0)
     torch_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
     assert norm.item() == pytest.approx(torch_norm.item(), rel=1e-12)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
@@ -62,7 +62,7 @@ def test_plain_clipping_is_torchs(scale):
 def test_gradients_within_the_bound_are_left_alone():
     model, optimizer = with_gradients()
     before = [p.grad.clone() for p in model.parameters()]
-    clip_(optimizer, 4.0, 1e9)
+    clip_gradients_(optimizer, 4.0, 1e9)
     assert all(torch.equal(a, p.grad) for a, p in zip(before, model.parameters(), strict=True))
 
 

@@ -45,7 +45,7 @@ def wide(run_spec):
 def grown(run_spec, corpus, folder, wide):
     """From a base whose optimizer grows too; in parts, blocks computed twice, with averages."""
     training = Training.start(run_spec(steps=8, depth=2), corpus)
-    list(training.events())
+    list(training.train_to_end())
     saved = training.save(folder / "base")
     ref = CheckpointRef(uri=str(saved.path), hash=saved.hash)
     growth = GrowthSpec(base=ref, operator="clone", optimizer_state="transfer")
@@ -62,9 +62,9 @@ def one(wide, grown, corpus, folder):
     curves = {}
     for name, spec, base in (("cold", wide, None), ("grown", grown, folder / "base")):
         training = Training.start(spec, corpus, base=base)
-        curve = list(itertools.islice(training.events(), NUM_BEFORE))
+        curve = list(itertools.islice(training.train_to_end(), NUM_BEFORE))
         training.save(folder / f"one-{name}-middle")
-        curve += list(training.events())
+        curve += list(training.train_to_end())
         curves[name] = [dataclasses.asdict(event) for event in curve]
         training.save(folder / f"one-{name}")
     return curves
@@ -154,7 +154,7 @@ def test_one_process_goes_on_where_two_stopped(
 ):
     spec = {"cold": wide, "grown": grown}[name]
     training = Training.resume(spec, corpus, folder / f"{strategy}-{name}-middle")
-    curve = [dataclasses.asdict(event) for event in training.events()]
+    curve = [dataclasses.asdict(event) for event in training.train_to_end()]
     assert_same(curve, one[name][NUM_BEFORE:])
 
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_two_processes_is_an_ordinary_one(one, two, strategy, fo
 
 def test_ranks_share_a_batch_row_by_row():
     batch = torch.arange(12).reshape(6, 2)
-    parts = [Ranks(rank=rank, size=3).rows(batch) for rank in range(3)]
+    parts = [Ranks(rank=rank, size=3).select_rows(batch) for rank in range(3)]
     assert torch.equal(torch.cat(parts), batch)
     assert {len(part) for part in parts} == {2}
 

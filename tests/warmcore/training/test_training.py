@@ -11,7 +11,7 @@ from warmcore.growth.growth import Growth
 from warmcore.specs import CheckpointRef, GrowthSpec
 from warmcore.specs.schedule import evaluation_steps
 from warmcore.training import training as train_module
-from warmcore.training.batches import train_batch
+from warmcore.training.batches import read_train_batch
 from warmcore.training.events import EvaluationEvent, StepEvent
 from warmcore.training.optimizer import optimizer_tensors
 from warmcore.training.training import Training
@@ -36,7 +36,7 @@ def assert_equal_weights(one, other):
 @pytest.fixture(scope="module")
 def base(run_spec, corpus, tmp_path_factory):
     training = Training.start(run_spec(steps=30, width=16), corpus)
-    list(training.events())
+    list(training.train_to_end())
     return training.save(tmp_path_factory.mktemp("base") / "checkpoint")
 
 
@@ -64,13 +64,13 @@ def test_a_run_resumed_at_any_event_is_the_uninterrupted_one(
 ):
     spec, base_path = spec_and_base
     whole = Training.start(spec, corpus, base=base_path)
-    expected = timeless(whole.events())
+    expected = timeless(whole.train_to_end())
     assert len(expected) == NUM_STEPS + 4
     first = Training.start(spec, corpus, base=base_path)
-    taken = timeless(itertools.islice(first.events(), num_taken))
+    taken = timeless(itertools.islice(first.train_to_end(), num_taken))
     second = Training.resume(spec, corpus, first.save(tmp_path / "checkpoint").path)
     assert second.base_hash == whole.base_hash
-    assert taken + timeless(second.events()) == expected
+    assert taken + timeless(second.train_to_end()) == expected
     assert_equal_weights(weights_of(whole), weights_of(second))
     assert whole.averages.tensors.keys() == second.averages.tensors.keys()
     for name, tensors in whole.averages.tensors.items():
@@ -79,17 +79,17 @@ def test_a_run_resumed_at_any_event_is_the_uninterrupted_one(
 
 
 def test_stopping_and_going_on_without_saving_changes_nothing(run_spec, corpus):
-    expected = timeless(Training.start(run_spec(), corpus).events())
+    expected = timeless(Training.start(run_spec(), corpus).train_to_end())
     training = Training.start(run_spec(), corpus)
     taken = []
     while len(taken) < len(expected):
-        taken += timeless(itertools.islice(training.events(), 1))
+        taken += timeless(itertools.islice(training.train_to_end(), 1))
     assert taken == expected
-    assert list(training.events()) == []
+    assert list(training.train_to_end()) == []
 
 
 def test_a_step_is_followed_by_its_evaluation_and_evaluation_0_precedes_training(run_spec, corpus):
-    events = list(Training.start(run_spec(steps=10), corpus).events())
+    events = list(Training.start(run_spec(steps=10), corpus).train_to_end())
     kinds = "".join("e" if isinstance(event, EvaluationEvent) else "s" for event in events)
     assert kinds == "esssessssessse"
     evaluations = [e for e in events if isinstance(e, EvaluationEvent)]
@@ -108,12 +108,12 @@ def test_evaluations_are_evenly_spaced_and_the_last_is_at_the_end(total, evaluat
 
 
 def test_training_learns(run_spec, corpus):
-    *_, last = Training.start(run_spec(steps=150, batch_size=8), corpus).events()
+    *_, last = Training.start(run_spec(steps=150, batch_size=8), corpus).train_to_end()
     assert last.val_loss_nats < 3.3  # the entropy of single bytes is about 3.4
 
 
 def test_a_seed_gives_one_curve_and_another_seed_another(run_spec, corpus):
-    curves = [timeless(Training.start(run_spec(seed=s), corpus).events()) for s in (0, 0, 1)]
+    curves = [timeless(Training.start(run_spec(seed=s), corpus).train_to_end()) for s in (0, 0, 1)]
     assert curves[0] == curves[1]
     assert curves[0] != curves[2]
 
@@ -121,7 +121,7 @@ def test_a_seed_gives_one_curve_and_another_seed_another(run_spec, corpus):
 def test_training_does_not_touch_the_global_generator(run_spec, corpus):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    list(Training.start(run_spec(), corpus).events())
+    list(Training.start(run_spec(), corpus).train_to_end())
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -131,7 +131,7 @@ def test_grown_with_nothing_of_the_base_a_run_is_the_cold_run(run_spec, corpus, 
     cold = Training.start(run_spec(**wide), corpus)
     warm = Training.start(run_spec(**wide, growth=growth), corpus, base=base.path)
     assert_equal_weights(weights_of(cold), weights_of(warm))
-    assert timeless(cold.events()) == timeless(warm.events())
+    assert timeless(cold.train_to_end()) == timeless(warm.train_to_end())
     assert (cold.base_hash, warm.base_hash) == (None, base.hash)
 
 
@@ -142,14 +142,14 @@ def test_warm_and_cold_runs_of_a_seed_read_the_same_batches_and_another_seed_oth
     read = []
 
     def recorded(*args, **keywords):
-        read[-1].append(train_batch(*args, **keywords))
+        read[-1].append(read_train_batch(*args, **keywords))
         return read[-1][-1]
 
-    monkeypatch.setattr(train_module, "train_batch", recorded)
+    monkeypatch.setattr(train_module, "read_train_batch", recorded)
     for seed, growth in ((0, None), (0, growth_of(base)), (1, None)):
         read.append([])
         spec = run_spec(**wide, seed=seed, growth=growth)
-        list(Training.start(spec, corpus, base=growth and base.path).events())
+        list(Training.start(spec, corpus, base=growth and base.path).train_to_end())
     cold, warm, other = (torch.stack(batches) for batches in read)
     assert torch.equal(cold, warm)
     assert not torch.equal(cold, other)
@@ -161,7 +161,7 @@ def test_a_clone_starts_with_its_bases_optimizer_where_that_is_transferred(run_s
     warm = Training.start(spec, corpus, base=base.path)
     source = load_checkpoint(base.path)
     plan = Growth.plan(source.manifest.model, spec.model, growth, torch.Generator())
-    expected = dict(plan.moments(source.optimizer))
+    expected = dict(plan.grow_moments(source.optimizer))
     found = optimizer_tensors(warm.optimizer)
     assert_equal_weights(found, expected)
     assert found["final_norm.weight.step"] == base.step
@@ -170,7 +170,7 @@ def test_a_clone_starts_with_its_bases_optimizer_where_that_is_transferred(run_s
 def test_a_clone_starts_at_its_bases_loss(run_spec, corpus, base):
     growth = growth_of(base, operator="clone")
     spec = run_spec(width=32, base_width=16, growth=growth)
-    first = next(Training.start(spec, corpus, base=base.path).events())
+    first = next(Training.start(spec, corpus, base=base.path).train_to_end())
     assert first.val_loss_nats == pytest.approx(base.val_loss_nats, rel=1e-5)
 
 

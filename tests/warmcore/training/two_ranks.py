@@ -18,8 +18,8 @@ from torch.multiprocessing.spawn import spawn
 from warmcore.corpus.prepare import prepare
 from warmcore.specs import RunSpec
 from warmcore.training import optimizer
-from warmcore.training.follow import follow
-from warmcore.training.launch import leave
+from warmcore.training.follow import follow_rank_0
+from warmcore.training.launch import exit_at_once
 from warmcore.training.leading import LeadingTraining
 from warmcore.training.ranks import Ranks
 
@@ -29,13 +29,13 @@ def main(rank, plan):
     store = f"file://{plan}.store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
     for planned in json.loads(plan.read_text()):
-        ranks = Ranks.joined(planned["strategy"])
+        ranks = Ranks.from_process_group(planned["strategy"])
         with wrong(planned["fault"]):
             if rank:
-                follow(ranks)
+                follow_rank_0(ranks)
             else:
                 lead(planned, ranks)
-    leave()
+    exit_at_once()
 
 
 def lead(planned, ranks):
@@ -47,21 +47,23 @@ def lead(planned, ranks):
     else:
         training = LeadingTraining.resume(spec, corpus, path, ranks=ranks)
     events = []
-    for event in training.events():
+    for event in training.train_to_end():
         events.append(dataclasses.asdict(event))
         if len(events) == planned["num_before"]:
             training.save(Path(planned["middle"]))
             if planned["fault"]:
                 break
     training.save(out)
-    ranks.lead("end")
+    ranks.announce_act("end")
     out.with_suffix(".json").write_text(json.dumps(events))
 
 
 def wrong(fault):
     match fault:
         case "all read the first rows":
-            return mock.patch.object(Ranks, "rows", lambda ranks, batch: batch.chunk(ranks.size)[0])
+            return mock.patch.object(
+                Ranks, "select_rows", lambda ranks, batch: batch.chunk(ranks.size)[0]
+            )
         case "each clips by the norm of its shards":
             right = optimizer.get_total_norm
 
@@ -70,7 +72,7 @@ def wrong(fault):
 
             return mock.patch.object(optimizer, "get_total_norm", local)
         case "gradients are not averaged":
-            return mock.patch.object(Ranks, "averaging", lambda _, model: model)
+            return mock.patch.object(Ranks, "wrap_averaging", lambda _, model: model)
         case None:
             return contextlib.nullcontext()
 

@@ -54,7 +54,7 @@ def _assert_curve_of_one(run, *, num_steps) -> None:
     torch.set_num_threads(1)
     training = Training.start(run.spec, prepare(run.spec.data))
     expected = {}
-    for event in training.events():
+    for event in training.train_to_end():
         if isinstance(event, StepEvent):
             expected[event.step] = event.loss_nats
         if event.step == num_steps:
