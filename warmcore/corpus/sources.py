@@ -87,17 +87,21 @@ def _paths(source: str) -> Iterator[Path]:
         case HubDataset(name):
             yield from hub.find_cached_files(name)
         case SavedDataset(path):
-            yield from hub.find_saved_files(path.expanduser())
-        case Files():
-            yield from _files(source)
+            yield from hub.find_saved_files(_expand_home(path, source))
+        case Files(pattern):
+            yield from _find_files(_expand_home(Path(pattern), source), source)
 
 
-def _files(source: str) -> Iterator[Path]:
-    """Yield the paths at a file, below a folder, or of a pattern."""
+def _expand_home(path: Path, source: str) -> Path:
+    """Return `path` with a folder in place of `~`; raise ValueError if no user has that name."""
     try:
-        path = Path(source).expanduser()
+        return path.expanduser()
     except RuntimeError as error:
         raise ValueError(f"source {source} has no such home folder: {error}") from None
+
+
+def _find_files(path: Path, source: str) -> Iterator[Path]:
+    """Yield the file at `path`, the files below it, or the matches of a pattern."""
     if path.is_dir():
         yield from _walk(path, frozenset())
     elif path.exists():

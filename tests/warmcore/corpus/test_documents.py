@@ -160,6 +160,12 @@ def test_a_missing_file_is_named(tmp_path):
     assert message_of(tmp_path / "no.txt").startswith(f"source {tmp_path}/no.txt does not exist")
 
 
+@pytest.mark.parametrize("source", ["~nosuchuser/x", "hf:~nosuchuser/x"])
+def test_a_home_folder_of_nobody_is_named(source):
+    with pytest.raises(ValueError, match=f"source {source} has no such home folder"):
+        list_files(source)
+
+
 def test_a_glob_without_matches_is_named(tmp_path):
     assert f"source {tmp_path}/*.txt matches no files" in message_of(tmp_path / "*.txt")
 
