@@ -373,7 +373,7 @@ def test_the_command_line_says_where_a_database_stands(monkeypatch, database_url
 def test_serving_an_empty_or_older_database_is_refused_before_it_listens(empty_url, capsys):
     for state in ("has no tables", f"is at {REVISIONS[0]}"):
         with pytest.raises(typer.Exit) as refused:
-            serve._prepare(empty_url, upgraded=False)
+            serve._prepare_database(empty_url, upgraded=False)
         assert (refused.value.exit_code, state in capsys.readouterr().err) == (4, True)
         put(empty_url, REVISIONS[0])
 
@@ -382,7 +382,7 @@ def test_a_downgrade_is_asked_for_twice_and_names_what_it_loses(monkeypatch, emp
     put(empty_url, HEAD)
     migrations.upgrade_database(empty_url)
     first = warmscale(monkeypatch, empty_url, "db", "downgrade", "--to", "0001")
-    assert (first.exit_code, "Branches go" in first.stderr) == (2, True)
+    assert (first.exit_code, "Delete branches" in first.stderr) == (2, True)
     assert standing(empty_url)["warmscale"] == "ready"
     second = warmscale(monkeypatch, empty_url, "db", "downgrade", "--to", "0001", "--yes")
     assert (second.exit_code, standing(empty_url)["warmscale"]) == (0, "older")
