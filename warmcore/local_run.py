@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError, checkpoint_path, list_checkpoints
-from warmcore.corpus.prepare import Corpus, prepare
+from warmcore.corpus.prepare import Corpus, prepare_corpus
 from warmcore.run_file import read_spec, reference, require_local_path
 from warmcore.specs import RunSpec
 from warmcore.specs.run import make_branch
@@ -49,7 +49,7 @@ def run_spec_file(path: Path, location: RunLocation, ranks: Ranks, device: str) 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         spec = read_spec(path)
-        corpus = prepare(spec.data)
+        corpus = prepare_corpus(spec.data)
         spec = spec.with_data(corpus.pinned(spec.data))
         return train_with_branches(
             spec, corpus, dataclasses.replace(location, ranks=ranks, device=device)

@@ -9,8 +9,8 @@ from service.problems import bad_field
 from service.specs.study import StudySpec
 from service.studies import store
 from warmcore.corpus.documents import CorpusFacts
-from warmcore.corpus.inspection import inspect
-from warmcore.corpus.sources import SourceFile, list_files
+from warmcore.corpus.inspection import inspect_corpus
+from warmcore.corpus.source_files import SourceFile, list_files
 from warmcore.specs import DataSpec
 from warmcore.specs.fields import FieldError
 from warmcore.specs.sources import HubDataset
@@ -56,7 +56,7 @@ def list_source(data: DataSpec, roots: Roots) -> list[SourceFile] | None:
 
 def _inspect_corpus(data: DataSpec, files: list[SourceFile] | None) -> CorpusFacts:
     try:
-        facts = inspect(data, files)
+        facts = inspect_corpus(data, files)
     except FieldError as error:
         raise bad_field(f"data.{error.path}", error.value, str(error)) from None
     except ValueError as error:

@@ -34,7 +34,7 @@ def train_uninterrupted(spec):
 
     torch.set_num_threads(1)
     losses, evaluations = {}, {}
-    for event in Training.start(spec, prepare.prepare(spec.data)).train_to_end():
+    for event in Training.start(spec, prepare.prepare_corpus(spec.data)).train_to_end():
         if isinstance(event, StepEvent):
             losses[event.step] = event.loss_nats
         elif isinstance(event, EvaluationEvent):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from warmcore.corpus.prepare import Corpus, prepare
+from warmcore.corpus.prepare import Corpus, prepare_corpus
 from warmcore.specs import DataSpec, ModelSpec, RunSpec, TrainSpec
 
 settings.register_profile("warmcore", deadline=None, max_examples=25, derandomize=True)
@@ -49,7 +49,7 @@ def data_spec(text_folder: Path) -> DataSpec:
 
 @pytest.fixture(scope="session")
 def corpus(data_spec: DataSpec, cache: Path) -> Corpus:
-    return prepare(data_spec, cache)
+    return prepare_corpus(data_spec, cache)
 
 
 @pytest.fixture(scope="session")

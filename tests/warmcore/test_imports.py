@@ -12,7 +12,7 @@ HEAVY = ("torch", "numpy", "safetensors")
 def test_the_service_can_look_at_specs_and_corpora_without_torch(module):
     code = (
         f"import sys, warmcore.{module}, warmcore.specs, warmcore.corpus.inspection;"
-        "warmcore.corpus.inspection.inspect(warmcore.specs.DataSpec(source='stdlib'));"
+        "warmcore.corpus.inspection.inspect_corpus(warmcore.specs.DataSpec(source='stdlib'));"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,7 +7,7 @@ import yaml
 
 from service.studies.schemas import TargetRequest
 from warmcore.checkpoint.checkpoint import MODEL, checkpoint_path, load_checkpoint
-from warmcore.corpus.prepare import prepare
+from warmcore.corpus.prepare import prepare_corpus
 from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec
 from warmcore.training.training import Training
 from workers.attempt import checkpoints
@@ -17,7 +17,7 @@ from workers.convert import DAMAGED, DONE, REFUSED, main
 @pytest.fixture
 def training(make_spec):
     spec = make_spec()
-    return Training.start(spec, prepare(spec.data))
+    return Training.start(spec, prepare_corpus(spec.data))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_what_is_printed_is_what_a_spec_takes(place, exported, make_spec, tmp_pa
     model = ModelSpec.model_validate(fields["model"] | {"width": 32})
     run = make_spec().model_copy(update={"growth": growth, "model": model})
     with checkpoints.open_local(growth.base) as base:
-        training = Training.start(run, prepare(run.data), base=base)
+        training = Training.start(run, prepare_corpus(run.data), base=base)
     assert training.base_hash == growth.base.hash
 
 

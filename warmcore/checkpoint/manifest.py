@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from warmcore.checkpoint.progress import Progress
-from warmcore.corpus.tokenizer import TOKENIZER, byte_json
+from warmcore.corpus.tokenizer import TOKENIZER, make_byte_json
 from warmcore.specs import ModelSpec, NonNegativeInt, PositiveInt, RunSpec, Spec
 from warmcore.specs.fields import TokenIds
 from warmcore.specs.run import make_branch
@@ -63,7 +63,7 @@ class CheckpointManifest(Spec):
         """`byte`, the hash of the tokenizer.json that is attached, or None: nobody says."""
         if TOKENIZER in self.files:
             found = self.files[TOKENIZER].sha256
-            return "byte" if found == hashlib.sha256(byte_json()).hexdigest() else found
+            return "byte" if found == hashlib.sha256(make_byte_json()).hexdigest() else found
         if self.run is not None and isinstance(self.run.data.parsed_tokenizer, ByteTokens):
             return "byte"
         return None

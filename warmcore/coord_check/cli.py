@@ -14,7 +14,7 @@ import torch
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.coord_check.check import CheckSetup, check_axis
-from warmcore.corpus.prepare import prepare
+from warmcore.corpus.prepare import prepare_corpus
 from warmcore.run_file import read_spec
 from warmcore.specs import ModelSpec, OptimizerName, Parametrization, RunSpec, TrainSpec
 from warmcore.specs.coord_check import KINDS, TOLERANCE, AxisCheck, CoordCheck
@@ -102,7 +102,7 @@ def check_run_model(run: RunSpec, options: argparse.Namespace) -> CoordCheck:
     changed = _list_given(options, "optimizer", "lr", "batch_size")
     train = TrainSpec.model_validate(run.train.model_dump() | changed)
     setup = CheckSetup(
-        tokens=prepare(run.data).train,
+        tokens=prepare_corpus(run.data).train,
         train=train,
         context=options.context,
         num_steps=options.steps,

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from warmcore.corpus import records, tokenizer
-from warmcore.corpus.sources import SourceFile
+from warmcore.corpus.source_files import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.sources import ByteTokens
 
@@ -115,7 +115,7 @@ class CorpusFacts:
         return spec.model_copy(update=pins)
 
 
-def inspect(spec: DataSpec, files: list[SourceFile]) -> CorpusFacts:
+def inspect_documents(spec: DataSpec, files: list[SourceFile]) -> CorpusFacts:
     """Facts of the text in `files`; ValueError when there is nothing to train on."""
     num_bytes = sum(file.num_bytes for file in files)
     if num_bytes > MAX_INSPECTED_BYTES:
@@ -141,7 +141,7 @@ def _check_first_record(files: Iterable[SourceFile], spec: DataSpec) -> None:
     """A wrong field is wrong in the first record, too."""
     first = next((file for file in files if file.kind == "records"), None)
     if first is not None:
-        next(records.texts(first, spec.text_field), None)
+        next(records.read_texts(first, spec.text_field), None)
 
 
 def count_tokens(documents: Iterable[Document]) -> int:
@@ -156,16 +156,16 @@ def split_corpus(files: Iterable[SourceFile], spec: DataSpec, scratch: Path | No
         ValueError: unreadable files, or a side with less than one context and its next token.
     """
     try:
-        documents = list(_documents(list(files), spec, scratch))
+        documents = list(_collect_documents(list(files), spec, scratch))
     except OSError as error:
         raise ValueError(f"source {spec.source} cannot be read: {error}") from error
-    identity = tokenizer.identity(spec)
+    identity = tokenizer.identify_tokenizer(spec)
     if isinstance(spec.parsed_tokenizer, ByteTokens):
-        return divide(documents, spec, identity)
-    return divide(documents, spec, identity, unit="bytes", per_token=BYTES_PER_TOKEN)
+        return split_documents(documents, spec, identity)
+    return split_documents(documents, spec, identity, unit="bytes", per_token=BYTES_PER_TOKEN)
 
 
-def divide(
+def split_documents(
     documents: Iterable[Document],
     spec: DataSpec,
     identity: str,
@@ -198,56 +198,60 @@ def divide(
     return Split(train=tuple(documents[cut:]), val=tuple(documents[:cut]), tokenizer=identity)
 
 
-def _documents(files: list[SourceFile], spec: DataSpec, scratch: Path | None) -> Iterable[Document]:
+def _collect_documents(
+    files: list[SourceFile], spec: DataSpec, scratch: Path | None
+) -> Iterable[Document]:
     """Distinct documents: files, records, and the pieces of those that are more than a share."""
-    texts = (_whole(file.path) for file in files if file.kind == "text")
-    whole = distinct(chain(texts, _records(files, spec, scratch)))
+    texts = (_hash_file(file.path) for file in files if file.kind == "text")
+    whole = drop_duplicates(chain(texts, _hash_records(files, spec, scratch)))
     share = min(MAX_DOCUMENT_SHARE, spec.val_fraction) * sum(d.num_bytes for d in whole)
     are_bytes = isinstance(spec.parsed_tokenizer, ByteTokens)
     if not are_bytes:
         share = min(share, MAX_ENCODED_BYTES)
-    size = _piece_size(share, spec)
-    return distinct(
+    size = _choose_piece_size(share, spec)
+    return drop_duplicates(
         piece
         for document in whole
         for piece in (
             [document]
             if document.num_bytes <= share
-            else _pieces(document, size, whole_characters=not are_bytes)
+            else _cut_document(document, size, whole_characters=not are_bytes)
         )
     )
 
 
-def _piece_size(share: float, spec: DataSpec) -> int:
+def _choose_piece_size(share: float, spec: DataSpec) -> int:
     """Bytes of a piece of what is larger than `share` bytes."""
     per_token = 1 if isinstance(spec.parsed_tokenizer, ByteTokens) else BYTES_PER_TOKEN
     needed = (spec.context + 1) * per_token
     return min(MAX_PIECE_BYTES, max(round(share / PIECES_PER_SHARE), needed))
 
 
-def distinct(documents: Iterable[Document]) -> Iterable[Document]:
+def drop_duplicates(documents: Iterable[Document]) -> Iterable[Document]:
     """One document of each content."""
     return {document.hash: document for document in documents}.values()
 
 
-def _whole(path: Path) -> Document:
+def _hash_file(path: Path) -> Document:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Document(path=path, offset=0, num_bytes=file.tell(), hash=digest)
 
 
-def _records(files: list[SourceFile], spec: DataSpec, scratch: Path | None) -> Iterator[Document]:
+def _hash_records(
+    files: list[SourceFile], spec: DataSpec, scratch: Path | None
+) -> Iterator[Document]:
     packed = [file for file in files if file.kind == "records"]
     if not packed:
         return
     assert scratch is not None, "records need a scratch file"
-    for offset, content in records.unpack(packed, spec.text_field, scratch):
+    for offset, content in records.unpack_records(packed, spec.text_field, scratch):
         if content:
             digest = hashlib.sha256(content).hexdigest()
             yield Document(path=scratch, offset=offset, num_bytes=len(content), hash=digest)
 
 
-def _pieces(document: Document, size: int, *, whole_characters: bool) -> Iterator[Document]:
+def _cut_document(document: Document, size: int, *, whole_characters: bool) -> Iterator[Document]:
     """Cut after at least `size` bytes, at a line's end where there is one soon enough."""
     path, offset = document.path, document.offset
     end = offset + document.num_bytes
@@ -257,13 +261,13 @@ def _pieces(document: Document, size: int, *, whole_characters: bool) -> Iterato
             if len(piece) == size:
                 piece += file.readline(min(max(size, LINE_BYTES), end - file.tell()))
             if whole_characters:
-                piece += _rest_of_character(file, end)
+                piece += _read_rest_of_character(file, end)
             digest = hashlib.sha256(piece).hexdigest()
             yield Document(path=path, offset=offset, num_bytes=len(piece), hash=digest)
             offset += len(piece)
 
 
-def _rest_of_character(file: BufferedReader, end: int) -> bytes:
+def _read_rest_of_character(file: BufferedReader, end: int) -> bytes:
     """The continuation bytes that come next, 3 at most: tokenizers take whole characters."""
     ahead = file.peek(3)[: min(3, end - file.tell())]
     return file.read(len(ahead) - len(ahead.lstrip(CONTINUATION_BYTES)))

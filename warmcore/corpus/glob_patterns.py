@@ -25,7 +25,7 @@ class _Folder:
         return any(place.is_relative_to(to) for place in self.via)
 
 
-def matching(pattern: Path) -> Iterator[Path]:
+def find_matches(pattern: Path) -> Iterator[Path]:
     """What matches a pattern, which has a `*`, `?` or `[`; hidden names only by a dot.
 
     Raises:

@@ -31,7 +31,7 @@ def find_cached_files(name: str) -> list[Path]:
     if not _NAME.fullmatch(name):
         works = "hf:NAME, hf:OWNER/NAME:CONFIG or hf:./x"
         raise ValueError(f"source hf:{name} is no data set; {works}")
-    return [Path(file) for file in _cached(name)]
+    return [Path(file) for file in _look_up(name)]
 
 
 def find_saved_files(folder: Path) -> list[Path]:
@@ -53,7 +53,7 @@ def find_saved_files(folder: Path) -> list[Path]:
 
 
 @lru_cache(maxsize=8)
-def _cached(name: str) -> tuple[str, ...]:
+def _look_up(name: str) -> tuple[str, ...]:
     # In an empty folder: `datasets` takes a folder "acme/tiny" of the working directory before the
     # data set of that name in its cache.
     with tempfile.TemporaryDirectory(prefix="warmscale-") as empty_folder:

@@ -15,7 +15,7 @@ from typing import Any
 from warmcore.corpus import documents, tokenizer
 from warmcore.corpus.documents import CorpusFacts
 from warmcore.corpus.module_process import run_module
-from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
+from warmcore.corpus.source_files import SourceFile, holds_tokens, list_files
 from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import FieldError
 from warmcore.specs.sources import (
@@ -30,7 +30,7 @@ BAD_SPEC = 2
 _SECONDS = 300
 
 
-def inspect(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFacts:
+def inspect_corpus(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFacts:
     """Facts of the corpus at `spec.source`; `files` is its listing, if the caller has it.
 
     Raises:
@@ -40,11 +40,11 @@ def inspect(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFact
     if plain and isinstance(spec.parsed_tokenizer, ByteTokens):
         files = list_files(spec.source) if files is None else files
         if all(file.kind == "text" for file in files):
-            return documents.inspect(spec, files)
-    return _in_a_process(spec, files)
+            return documents.inspect_documents(spec, files)
+    return _inspect_in_process(spec, files)
 
 
-def _in_a_process(spec: DataSpec, files: list[SourceFile] | None) -> CorpusFacts:
+def _inspect_in_process(spec: DataSpec, files: list[SourceFile] | None) -> CorpusFacts:
     found = run_module(
         __name__,
         text=f"{spec.model_dump_json()}\n{_dump_files(files)}",
@@ -70,12 +70,12 @@ def _load_files(text: str) -> list[SourceFile] | None:
     return [SourceFile(path=Path(path), num_bytes=n, mtime_ns=t) for path, n, t in rows]
 
 
-def look(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFacts:
+def inspect_here(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFacts:
     """`inspect`, in this process."""
     files = list_files(spec.source) if files is None else files
-    vocab_size, tokenizer_hash = _tokenizer_facts(spec)
+    vocab_size, tokenizer_hash = _read_tokenizer_facts(spec)
     if holds_tokens(files, spec.source):
-        facts = _look_at_tokens(spec, files, vocab_size)
+        facts = _inspect_token_files(spec, files, vocab_size)
     elif isinstance(spec.parsed_tokenizer, NoTokenizer):
         raise FieldError(
             "tokenizer",
@@ -84,21 +84,23 @@ def look(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFacts:
             "files (.npy, .bin); byte, bpe:N or a tokenizer.json would work",
         )
     else:
-        facts = documents.inspect(spec, files)
+        facts = documents.inspect_documents(spec, files)
     return dataclasses.replace(facts, tokenizer_hash=tokenizer_hash, vocab_size=vocab_size)
 
 
-def _look_at_tokens(spec: DataSpec, files: list[SourceFile], vocab_size: int | None) -> CorpusFacts:
+def _inspect_token_files(
+    spec: DataSpec, files: list[SourceFile], vocab_size: int | None
+) -> CorpusFacts:
     from warmcore.corpus import token_files  # noqa: PLC0415 - needs NumPy
 
-    return token_files.inspect(spec, files, vocab_size or 0)
+    return token_files.inspect_token_files(spec, files, vocab_size or 0)
 
 
-def _tokenizer_facts(spec: DataSpec) -> tuple[int | None, str | None]:
+def _read_tokenizer_facts(spec: DataSpec) -> tuple[int | None, str | None]:
     """Ids of the tokenizer and the hash of its file, where it has one."""
     if not isinstance(spec.parsed_tokenizer, TokenizerFile):
         return spec.known_vocab_size, None
-    loaded = tokenizer.TextTokenizer.load(tokenizer.read_json(spec), spec.tokenizer)
+    loaded = tokenizer.TextTokenizer.load(tokenizer.read_tokenizer_json(spec), spec.tokenizer)
     if spec.vocab_size not in (None, loaded.vocab_size):
         raise FieldError(
             "vocab_size",
@@ -114,18 +116,18 @@ def main() -> int:
     spec_json, files_json = sys.stdin.read().split("\n")  # JSON escapes the newlines of strings
     spec = DataSpec.model_validate_json(spec_json)
     try:
-        facts = look(spec, _load_files(files_json))
+        facts = inspect_here(spec, _load_files(files_json))
     except FieldError as error:
-        _print({"path": error.path, "value": error.value, "message": str(error)})
+        _print_answer({"path": error.path, "value": error.value, "message": str(error)})
         return BAD_SPEC
     except ValueError as error:
-        _print({"path": "source", "value": spec.source, "message": str(error)})
+        _print_answer({"path": "source", "value": spec.source, "message": str(error)})
         return BAD_SPEC
-    _print(dataclasses.asdict(facts))
+    _print_answer(dataclasses.asdict(facts))
     return 0
 
 
-def _print(fields: dict[str, Any]) -> None:
+def _print_answer(fields: dict[str, Any]) -> None:
     print(json.dumps(fields))  # noqa: T201 - read by the process that started this one
 
 

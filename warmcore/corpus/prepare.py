@@ -21,7 +21,7 @@ import numpy as np
 
 from warmcore.corpus import token_files, tokenizer
 from warmcore.corpus.documents import Document, Split, split_corpus
-from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
+from warmcore.corpus.source_files import SourceFile, holds_tokens, list_files
 from warmcore.corpus.token_files import Ids, Segments
 from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer
 from warmcore.specs.data import DataSpec
@@ -50,7 +50,7 @@ class Corpus:
     val: Tokens
     data_hash: str
     vocab_size: int = BYTE_VOCAB_SIZE
-    tokenizer_json: bytes | None = None
+    make_tokenizer_json: bytes | None = None
     is_byte: bool = True
 
     @property
@@ -89,7 +89,7 @@ def default_cache_dir() -> Path:
     return Path(root) / "warmscale" / "corpora"
 
 
-def prepare(spec: DataSpec, cache_dir: Path | None = None) -> Corpus:
+def prepare_corpus(spec: DataSpec, cache_dir: Path | None = None) -> Corpus:
     """Return the corpus of `spec`, tokenized at most once for its content.
 
     Raises:
@@ -99,19 +99,19 @@ def prepare(spec: DataSpec, cache_dir: Path | None = None) -> Corpus:
     cache_dir = cache_dir or default_cache_dir()
     files = list_files(spec.source)
     if holds_tokens(files, spec.source):
-        corpus = _prepared_shards(files, spec, cache_dir)
+        corpus = _prepare_token_files(files, spec, cache_dir)
     else:
-        corpus = _prepared_text(files, spec, cache_dir)
+        corpus = _prepare_text(files, spec, cache_dir)
     if spec.hash not in (None, corpus.data_hash):
         raise ValueError(
             f"source {spec.source} has changed: its hash with tokenizer "
-            f"{tokenizer.identity(spec)} is {corpus.data_hash}, not {spec.hash}; "
+            f"{tokenizer.identify_tokenizer(spec)} is {corpus.data_hash}, not {spec.hash}; "
             "restore it, or submit a new study"
         )
     return corpus
 
 
-def tokenizer_json(spec: DataSpec, cache_dir: Path | None = None) -> bytes | None:
+def make_tokenizer_json(spec: DataSpec, cache_dir: Path | None = None) -> bytes | None:
     """Return the tokenizer.json of the corpus; None for tokens that no known tokenizer made.
 
     `bpe:N` is trained on the corpus, so the corpus is prepared unless it is already.
@@ -123,21 +123,21 @@ def tokenizer_json(spec: DataSpec, cache_dir: Path | None = None) -> bytes | Non
         case NoTokenizer():
             return None
         case ByteTokens():
-            return tokenizer.byte_json()
+            return tokenizer.make_byte_json()
         case TokenizerFile():
-            return tokenizer.read_json(spec)
+            return tokenizer.read_tokenizer_json(spec)
         case BpeTokens():
             cache_dir = cache_dir or default_cache_dir()
-            return (cache_dir / prepare(spec, cache_dir).data_hash / TOKENIZER).read_bytes()
+            return (cache_dir / prepare_corpus(spec, cache_dir).data_hash / TOKENIZER).read_bytes()
 
 
-def _prepared_text(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> Corpus:
-    listing = cache_dir / f"{_listing_hash(files, spec)}.listing"
+def _prepare_text(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> Corpus:
+    listing = cache_dir / f"{_hash_listing(files, spec)}.listing"
     if not _is_prepared(listing):
-        with _alone(listing):
+        with _lock_listing(listing):
             if not _is_prepared(listing):
                 _write_listing(listing, _write_corpus(files, spec, cache_dir))
-    return _open(cache_dir / listing.read_text(), spec.tokenizer)
+    return _open_corpus(cache_dir / listing.read_text(), spec.tokenizer)
 
 
 def _is_prepared(listing: Path) -> bool:
@@ -147,28 +147,28 @@ def _is_prepared(listing: Path) -> bool:
     return any((folder / f"train.{suffix}").exists() for suffix in ("u16", "u32"))
 
 
-def _prepared_shards(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> Corpus:
-    found = token_files.look_up(files, spec)
-    vocab_size, made_by = _made_by(spec)
-    listing = cache_dir / f"{_listing_hash(files, spec)}.shards"
+def _prepare_token_files(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> Corpus:
+    found = token_files.find_shards(files, spec)
+    vocab_size, made_by = _find_tokenizer(spec)
+    listing = cache_dir / f"{_hash_listing(files, spec)}.shards"
     if not listing.exists():
-        with _alone(listing):
+        with _lock_listing(listing):
             split = token_files.split_shards(found, spec, vocab_size)
-            _write_listing(listing, token_files.dump(split))
-    return _open_shards(listing, made_by, vocab_size)
+            _write_listing(listing, token_files.dump_split(split))
+    return _open_token_files(listing, made_by, vocab_size)
 
 
-def _made_by(spec: DataSpec) -> tuple[int, bytes | None]:
+def _find_tokenizer(spec: DataSpec) -> tuple[int, bytes | None]:
     """Ids that tokens may have, and the tokenizer that is said to have made them."""
     if isinstance(spec.parsed_tokenizer, NoTokenizer):
         assert spec.vocab_size is not None, "DataSpec asks for it"
         return spec.vocab_size, None
-    loaded = TextTokenizer.load(tokenizer.read_json(spec), spec.tokenizer)
+    loaded = TextTokenizer.load(tokenizer.read_tokenizer_json(spec), spec.tokenizer)
     return loaded.vocab_size, loaded.json
 
 
 @lru_cache(maxsize=8)
-def _open(folder: Path, name: str) -> Corpus:
+def _open_corpus(folder: Path, name: str) -> Corpus:
     dtype = "u16" if (folder / "train.u16").exists() else "u32"
     train, val = (
         np.memmap(folder / f"{side}.{dtype}", dtype=f"<{dtype[0]}{int(dtype[1:]) // 8}", mode="r")
@@ -181,14 +181,14 @@ def _open(folder: Path, name: str) -> Corpus:
         train=train,
         val=val,
         data_hash=folder.name,
-        vocab_size=_vocab_size(name, content),
+        vocab_size=_count_ids(name, content),
         tokenizer_json=content,
     )
 
 
 @lru_cache(maxsize=8)
-def _open_shards(listing: Path, made_by: bytes | None, vocab_size: int) -> Corpus:
-    train, val, data_hash = token_files.load(listing.read_text())
+def _open_token_files(listing: Path, made_by: bytes | None, vocab_size: int) -> Corpus:
+    train, val, data_hash = token_files.load_split(listing.read_text())
     return Corpus(
         train=train,
         val=val,
@@ -199,7 +199,7 @@ def _open_shards(listing: Path, made_by: bytes | None, vocab_size: int) -> Corpu
     )
 
 
-def _vocab_size(name: str, content: bytes) -> int:
+def _count_ids(name: str, content: bytes) -> int:
     """N of bpe:N, although fewer merges may have been found."""
     parsed = parse_tokenizer(name)
     if isinstance(parsed, BpeTokens):
@@ -207,10 +207,10 @@ def _vocab_size(name: str, content: bytes) -> int:
     return TextTokenizer.load(content, name).vocab_size
 
 
-def _listing_hash(files: Iterable[SourceFile], spec: DataSpec) -> str:
+def _hash_listing(files: Iterable[SourceFile], spec: DataSpec) -> str:
     """Everything that the split is computed from, as the file system shows it."""
     files = list(files)
-    lines = [f"listing 1 {tokenizer.identity(spec)} {spec.context} {spec.val_fraction!r}"]
+    lines = [f"listing 1 {tokenizer.identify_tokenizer(spec)} {spec.context} {spec.val_fraction!r}"]
     if any(file.kind != "text" for file in files):
         lines.append(f"{spec.text_field!r} {spec.token_dtype} {spec.vocab_size}")
     lines += [f"{file.path.absolute()} {file.num_bytes} {file.mtime_ns}" for file in files]
@@ -218,7 +218,7 @@ def _listing_hash(files: Iterable[SourceFile], spec: DataSpec) -> str:
 
 
 @contextmanager
-def _alone(listing: Path) -> Generator[None]:
+def _lock_listing(listing: Path) -> Generator[None]:
     """One preparer of a listing at a time on this machine; the others wait for what it finds."""
     listing.parent.mkdir(parents=True, exist_ok=True)
     with listing.with_suffix(".lock").open("w") as lock:
@@ -246,7 +246,7 @@ def _write_split(split: Split, spec: DataSpec, cache_dir: Path) -> None:
             _write_tokens(aside / "train.u16", split.train)
             _write_tokens(aside / "val.u16", split.val)
         else:
-            _write_encoded(aside, split, spec)
+            _write_tokenized(aside, split, spec)
 
 
 def _write_tokens(path: Path, documents: Iterable[Document]) -> None:
@@ -257,14 +257,14 @@ def _write_tokens(path: Path, documents: Iterable[Document]) -> None:
             file.write(content.astype("<u2").tobytes())
 
 
-def _write_encoded(aside: Path, split: Split, spec: DataSpec) -> None:
+def _write_tokenized(aside: Path, split: Split, spec: DataSpec) -> None:
     """Train the tokenizer if it is to be, on the training side alone, and encode both."""
-    texts = {"train": _texts(split.train), "val": _texts(split.val)}
+    texts = {"train": _read_texts(split.train), "val": _read_texts(split.val)}
     parsed = spec.parsed_tokenizer
     if isinstance(parsed, BpeTokens):
-        content = tokenizer.train_bpe(_texts(split.train), parsed.vocab_size)
+        content = tokenizer.train_bpe(_read_texts(split.train), parsed.vocab_size)
     else:
-        content = tokenizer.read_json(spec)
+        content = tokenizer.read_tokenizer_json(spec)
     loaded = TextTokenizer.load(content, spec.tokenizer)
     dtype = "u16" if loaded.vocab_size <= 2**16 else "u32"
     for side, of_side in texts.items():
@@ -278,7 +278,7 @@ def _write_encoded(aside: Path, split: Split, spec: DataSpec) -> None:
     (aside / TOKENIZER).write_bytes(content)
 
 
-def _texts(documents: Iterable[Document]) -> Iterator[str]:
+def _read_texts(documents: Iterable[Document]) -> Iterator[str]:
     return (document.text() for document in documents)
 
 

@@ -12,37 +12,39 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
-from warmcore.corpus.sources import SourceFile
+from warmcore.corpus.source_files import SourceFile
 from warmcore.specs.fields import FieldError
 
 _BATCH_ROWS = 1024
 _NUM_SHOWN = 10
 
 
-def texts(file: SourceFile, field: str) -> Iterator[str]:
+def read_texts(file: SourceFile, field: str) -> Iterator[str]:
     """The field `field` of every record, in the file's order.
 
     Raises:
         ValueError: a record without that field, or a file that is not what its name says.
     """
     if file.extension in (".jsonl", ".jsonl.gz"):
-        return _json_lines(file, field)
-    return _column(file, field)
+        return _read_json_lines(file, field)
+    return _read_column(file, field)
 
 
-def unpack(files: Iterable[SourceFile], field: str, path: Path) -> Iterator[tuple[int, bytes]]:
+def unpack_records(
+    files: Iterable[SourceFile], field: str, path: Path
+) -> Iterator[tuple[int, bytes]]:
     """Write the text of every record into `path`; yield its offset there and its bytes."""
     offset = 0
     with path.open("wb") as scratch:
         for file in files:
-            for number, text in enumerate(texts(file, field), start=1):
-                content = _encoded(text, file.path, number)
+            for number, text in enumerate(read_texts(file, field), start=1):
+                content = _encode_text(text, file.path, number)
                 scratch.write(content)
                 yield offset, content
                 offset += len(content)
 
 
-def _encoded(text: str, path: Path, number: int) -> bytes:
+def _encode_text(text: str, path: Path, number: int) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -51,25 +53,25 @@ def _encoded(text: str, path: Path, number: int) -> bytes:
         ) from None
 
 
-def _json_lines(file: SourceFile, field: str) -> Iterator[str]:
-    with _opened(file) as lines:
+def _read_json_lines(file: SourceFile, field: str) -> Iterator[str]:
+    with _open_file(file) as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    text = _field(line, field, f"{file.path}:{number}")
+                    text = _parse_line(line, field, f"{file.path}:{number}")
                     if text is not None:
                         yield text
         except (OSError, EOFError) as error:
             raise ValueError(f"{file.path} cannot be read: {error}") from error
 
 
-def _opened(file: SourceFile) -> AbstractContextManager[IO[bytes]]:
+def _open_file(file: SourceFile) -> AbstractContextManager[IO[bytes]]:
     if file.extension.endswith(".gz"):
         return cast("AbstractContextManager[IO[bytes]]", gzip.open(file.path, "rb"))
     return file.path.open("rb")
 
 
-def _field(line: bytes, field: str, place: str) -> str | None:
+def _parse_line(line: bytes, field: str, place: str) -> str | None:
     """The line's text; null is no document, as it is in a table."""
     try:
         record: Any = json.loads(line)
@@ -91,13 +93,13 @@ def _field(line: bytes, field: str, place: str) -> str | None:
             raise ValueError(f'{place} is no object; a line such as {{"{field}": "…"}} works')
 
 
-def _column(file: SourceFile, field: str) -> Iterator[str]:
+def _read_column(file: SourceFile, field: str) -> Iterator[str]:
     try:
         import pyarrow as pa  # noqa: PLC0415 - of the extra `datasets`
     except ImportError:
         raise ValueError(f"{file.path} needs: pip install 'warmscale[datasets]'") from None
     try:
-        for batch in _batches(file, field):
+        for batch in _read_batches(file, field):
             _check_column(batch.schema, field, file.path)
             yield from (text for text in batch.column(field).to_pylist() if text is not None)
     except (pa.ArrowException, OSError) as error:
@@ -105,7 +107,7 @@ def _column(file: SourceFile, field: str) -> Iterator[str]:
         raise ValueError(f"{file.path} is no {file.extension[1:]} file: {reason}") from None
 
 
-def _batches(file: SourceFile, field: str) -> Iterator[Any]:
+def _read_batches(file: SourceFile, field: str) -> Iterator[Any]:
     import pyarrow as pa  # noqa: PLC0415
     import pyarrow.parquet as pq  # noqa: PLC0415
 

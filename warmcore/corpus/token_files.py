@@ -23,10 +23,10 @@ from warmcore.corpus.documents import (
     CorpusFacts,
     Document,
     Split,
-    distinct,
-    divide,
+    drop_duplicates,
+    split_documents,
 )
-from warmcore.corpus.sources import SourceFile
+from warmcore.corpus.source_files import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import FieldError
 from warmcore.specs.sources import BpeTokens, ByteTokens
@@ -52,7 +52,7 @@ class TokenBlock(Document):
     @property
     def ids(self) -> Ids:
         """The tokens, in the file."""
-        return _mapped(self.path)[self.offset : self.offset + self.num_bytes].view(self.dtype)
+        return _map_file(self.path)[self.offset : self.offset + self.num_bytes].view(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,14 @@ class Shard:
         Raises:
             ValueError: it is not what its extension says.
         """
-        return _npy(file.path) if file.extension == ".npy" else _bin(file, spec.token_dtype)
+        return (
+            _read_npy_header(file.path)
+            if file.extension == ".npy"
+            else _measure_bin(file, spec.token_dtype)
+        )
 
 
-def _npy(path: Path) -> Shard:
+def _read_npy_header(path: Path) -> Shard:
     try:
         with path.open("rb") as opened:
             version = np.lib.format.read_magic(opened)
@@ -96,7 +100,7 @@ def _npy(path: Path) -> Shard:
     return Shard(path=path, offset=offset, num_tokens=shape[0], dtype=dtype.name)
 
 
-def _bin(file: SourceFile, dtype: str | None) -> Shard:
+def _measure_bin(file: SourceFile, dtype: str | None) -> Shard:
     if dtype is None:
         message = f"{file.path} has no header; token_dtype: uint16 or uint32 says what it is"
         raise FieldError("token_dtype", dtype, message)
@@ -106,7 +110,7 @@ def _bin(file: SourceFile, dtype: str | None) -> Shard:
     return Shard(path=file.path, offset=0, num_tokens=file.num_bytes // size, dtype=dtype)
 
 
-def look_up(files: Iterable[SourceFile], spec: DataSpec) -> list[Shard]:
+def find_shards(files: Iterable[SourceFile], spec: DataSpec) -> list[Shard]:
     """Every shard; all have one dtype, and the spec says which ids they may hold.
 
     Raises:
@@ -127,9 +131,9 @@ def look_up(files: Iterable[SourceFile], spec: DataSpec) -> list[Shard]:
     return shards
 
 
-def inspect(spec: DataSpec, files: list[SourceFile], vocab_size: int) -> CorpusFacts:
+def inspect_token_files(spec: DataSpec, files: list[SourceFile], vocab_size: int) -> CorpusFacts:
     """Facts of token files; a corpus too large to read is only measured."""
-    shards = look_up(files, spec)
+    shards = find_shards(files, spec)
     num_bytes = sum(file.num_bytes for file in files)
     if num_bytes > MAX_INSPECTED_BYTES:
         return CorpusFacts(num_documents=len(files), num_bytes=num_bytes)
@@ -151,12 +155,12 @@ def split_shards(shards: list[Shard], spec: DataSpec, vocab_size: int) -> Split:
     """
     share = spec.val_fraction * sum(shard.num_tokens for shard in shards)
     size = min(MAX_BLOCK_TOKENS, max(round(share / BLOCKS_PER_SHARE), spec.context + 1))
-    identity = f"{shards[0].dtype} of {tokenizer.identity(spec)}"
-    blocks = (block for shard in shards for block in _blocks(shard, size, vocab_size, spec))
-    return divide(distinct(blocks), spec, identity)
+    identity = f"{shards[0].dtype} of {tokenizer.identify_tokenizer(spec)}"
+    blocks = (block for shard in shards for block in _cut_blocks(shard, size, vocab_size, spec))
+    return split_documents(drop_duplicates(blocks), spec, identity)
 
 
-def _blocks(shard: Shard, size: int, vocab_size: int, spec: DataSpec) -> Iterator[TokenBlock]:
+def _cut_blocks(shard: Shard, size: int, vocab_size: int, spec: DataSpec) -> Iterator[TokenBlock]:
     itemsize = np.dtype(shard.dtype).itemsize
     ids = np.memmap(shard.path, dtype=shard.dtype, mode="r", offset=shard.offset)
     for start in range(0, shard.num_tokens, size):
@@ -204,11 +208,11 @@ class Segments:
 
 
 @lru_cache(maxsize=4096)
-def _mapped(path: Path) -> NDArray[np.uint8]:
+def _map_file(path: Path) -> NDArray[np.uint8]:
     return np.memmap(path, dtype=np.uint8, mode="r")
 
 
-def dump(split: Split) -> str:
+def dump_split(split: Split) -> str:
     """The split as JSON, so that an unchanged listing is not read again."""
     sides = {"train": split.train, "val": split.val}
     fields = {
@@ -219,7 +223,7 @@ def dump(split: Split) -> str:
     return json.dumps({"data_hash": split.data_hash, "dtype": dtypes.pop()} | fields)
 
 
-def load(text: str) -> tuple[Segments, Segments, str]:
+def load_split(text: str) -> tuple[Segments, Segments, str]:
     """Training, validation and data hash of what `dump` wrote."""
     fields: Any = json.loads(text)
     train, val = (

@@ -36,7 +36,7 @@ MAX_TRAINING_BYTES = 256 * 2**20
 _BATCH_CHARACTERS = 2**20
 
 
-def identity(spec: DataSpec) -> str:
+def identify_tokenizer(spec: DataSpec) -> str:
     """What the tokens depend on besides the text; part of the data hash.
 
     Raises:
@@ -48,10 +48,10 @@ def identity(spec: DataSpec) -> str:
         case BpeTokens():
             return f"{spec.tokenizer} tokenizers {version('tokenizers')}"
         case TokenizerFile():
-            return f"tokenizer {hashlib.sha256(read_json(spec)).hexdigest()}"
+            return f"tokenizer {hashlib.sha256(read_tokenizer_json(spec)).hexdigest()}"
 
 
-def read_json(spec: DataSpec) -> bytes:
+def read_tokenizer_json(spec: DataSpec) -> bytes:
     """Content of the tokenizer.json that `spec` names.
 
     Raises:
@@ -117,12 +117,12 @@ class TextTokenizer:
     def encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """Tokens of each text, its end included."""
         end = [] if self.end_of_text is None else [self.end_of_text]
-        for batch in _batches(texts):
+        for batch in _batch_texts(texts):
             for encoding in self.library.encode_batch_fast(batch, add_special_tokens=False):
                 yield encoding.ids + end
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     num_characters = 0
     for text in texts:
@@ -152,11 +152,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator(_sample(texts), trainer)
+    library.train_from_iterator(_sample_texts(texts), trainer)
     return library.to_str().encode()
 
 
-def _sample(texts: Iterable[str]) -> Iterator[str]:
+def _sample_texts(texts: Iterable[str]) -> Iterator[str]:
     num_bytes = 0
     for text in texts:
         yield text
@@ -165,18 +165,18 @@ def _sample(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def byte_json() -> bytes:
+def make_byte_json() -> bytes:
     """Text to its UTF-8 bytes: id = byte. Special tokens would be text of a corpus, so none is."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
 
-    vocab = {stand_in: byte for byte, stand_in in enumerate(_stand_ins())}
+    vocab = {stand_in: byte for byte, stand_in in enumerate(_list_stand_ins())}
     library = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
     return library.to_str().encode()
 
 
-def _stand_ins() -> list[str]:
+def _list_stand_ins() -> list[str]:
     """The character that stands for each byte in GPT-2's alphabet: itself if it can be seen.
 
     The others take the characters from U+0100 on, in order (`bytes_to_unicode` of GPT-2).

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from warmcore.checkpoint.manifest import CheckpointManifest
 from warmcore.corpus.prepare import SEPARATOR
-from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer, byte_json
+from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer, make_byte_json
 from warmcore.huggingface.config import encode_json
 from warmcore.specs.fields import TokenIds
 
@@ -40,7 +40,7 @@ def load_hf_tokenizer(manifest: CheckpointManifest, checkpoint: Path) -> HfToken
     if manifest.imported is not None:
         return HfTokenizer(files=files, bos=manifest.imported.bos, eos=manifest.imported.eos)
     if manifest.tokenizer == "byte":
-        return _make_hf_tokenizer(byte_json(), SEPARATOR[0], None, manifest.context)
+        return _make_hf_tokenizer(make_byte_json(), SEPARATOR[0], None, manifest.context)
     if TOKENIZER not in files:
         return HfTokenizer(files={}, bos=None, eos=None)
     loaded = TextTokenizer.load(files[TOKENIZER], TOKENIZER)

@@ -21,7 +21,7 @@ class DataSpec(Spec):
     """Where text comes from and how it becomes tokens.
 
     `source` is `stdlib`, a file, a folder, a glob or `hf:` and a data set; what a file is goes by
-    its extension (`warmcore.corpus.sources.KINDS`). `hash`, where given, is of the split's content:
+    its extension (`warmcore.corpus.source_files.KINDS`). `hash`, where given, is of the split's content:
     a corpus that has another is refused, so that the runs of a study are comparable;
     `tokenizer_hash` is the same for a tokenizer.json.
     """

@@ -1,6 +1,6 @@
 """What every rank but 0 does: whatever rank 0 does, until that says that it is the end."""
 
-from warmcore.corpus.prepare import prepare
+from warmcore.corpus.prepare import prepare_corpus
 from warmcore.training.ranks import Beginning, Ranks
 from warmcore.training.training import Training
 
@@ -20,7 +20,7 @@ def follow_rank_0(ranks: Ranks, *, device: str = "cpu") -> None:
 
 
 def _begin_training(act: Beginning, ranks: Ranks, device: str) -> Training:
-    corpus = prepare(act.spec.data)
+    corpus = prepare_corpus(act.spec.data)
     if act.how == "start":
         return Training.start(act.spec, corpus, device=device, base=act.checkpoint, ranks=ranks)
     assert act.checkpoint is not None

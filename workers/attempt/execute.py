@@ -97,7 +97,7 @@ class _Attempt:
             CancelledError: the run was cancelled during the wait.
         """
         try:
-            corpus = prepare.prepare(lease.spec.data)
+            corpus = prepare.prepare_corpus(lease.spec.data)
             start = TrainingStart(lease=lease, corpus=corpus, options=options)
             training = start.begin_training(before_wait=reporter.end_if_cancelled)
         except ValueError as error:

@@ -38,7 +38,7 @@ class Connection:
 
 def warm_up(*, device: str | None = None) -> int:
     """Import everything, train two tiny steps, and return the process id."""
-    from warmcore.corpus.prepare import prepare
+    from warmcore.corpus.prepare import prepare_corpus
     from warmcore.specs import DataSpec, ModelSpec, RunSpec, TrainSpec
     from warmcore.training.training import Training
     from workers.attempt import execute as run
@@ -52,7 +52,7 @@ def warm_up(*, device: str | None = None) -> int:
             data=DataSpec(source=folder, context=16, val_fraction=0.5),
             train=TrainSpec(batch_size=2, num_tokens=64, evaluations=1, eval_tokens=32),
         )
-        corpus = prepare(spec.data, Path(folder) / "cache")
+        corpus = prepare_corpus(spec.data, Path(folder) / "cache")
         for _ in Training.start(spec, corpus, device=device or device_of(0)).train_to_end():
             pass
     return os.getpid()

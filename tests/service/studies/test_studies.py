@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from service.client import ServiceError
-from warmcore.corpus.tokenizer import byte_json
+from warmcore.corpus.tokenizer import make_byte_json
 
 
 def problem(call, *args, **kwargs):
@@ -408,12 +408,12 @@ def test_a_study_is_pinned_to_its_tokenizer_and_its_vocabulary_follows(
     api, study_spec, worker, tmp_path
 ):
     path = tmp_path / "tokenizer.json"
-    path.write_bytes(byte_json())
+    path.write_bytes(make_byte_json())
     data = study_spec()["data"] | {"tokenizer": str(path)}
     api.client.post("/v1/studies", study_spec(data=data))
     run = worker.one().spec
     assert (run.data.vocab_size, run.model.vocab_size) == (256, 256)
-    assert run.data.tokenizer_hash == hashlib.sha256(byte_json()).hexdigest()
+    assert run.data.tokenizer_hash == hashlib.sha256(make_byte_json()).hexdigest()
     assert len(run.data.hash) == 64
 
 

@@ -11,7 +11,7 @@ from service.studies import submission
 from service.studies.submission import list_source, submit_study
 from tests.by_hand import EVERYWHERE
 from warmcore.corpus import inspection
-from warmcore.corpus.inspection import inspect
+from warmcore.corpus.inspection import inspect_corpus
 from warmcore.specs.data import DataSpec
 
 
@@ -45,10 +45,10 @@ def test_the_process_that_inspects_reads_the_files_that_were_checked(corpus):
     # `bpe:300` needs a library: the corpus is inspected in a process of its own.
     data = DataSpec(source=str(corpus), context=32, tokenizer="bpe:300")
     files = list_source(data, (corpus,))
-    before = inspect(data)
+    before = inspect_corpus(data)
     (corpus / "late.txt").write_text("not checked\n" * 40)
-    assert inspect(data, files) == before
-    assert inspect(data) != before
+    assert inspect_corpus(data, files) == before
+    assert inspect_corpus(data) != before
 
 
 def test_a_data_set_by_name_is_not_listed_here(listings):

@@ -291,7 +291,7 @@ def test_the_runs_of_a_study_are_pinned_to_the_corpus_as_it_was(api, submit, wor
     assert lease.spec.data.hash == study["spec"]["data"]["hash"] is not None
     (corpus / "more.txt").write_text("one more document\n" * 40)
     with pytest.raises(ValueError, match="has changed"):
-        prepare.prepare(lease.spec.data)
+        prepare.prepare_corpus(lease.spec.data)
 
 
 def test_a_study_may_name_the_corpus_it_expects(api, study_spec, corpus):

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from warmcore.corpus import documents as corpus_module
 from warmcore.corpus.documents import split_corpus
-from warmcore.corpus.inspection import inspect
-from warmcore.corpus.sources import list_files
+from warmcore.corpus.inspection import inspect_corpus
+from warmcore.corpus.source_files import list_files
 from warmcore.specs import DataSpec
 
 CONTEXT = 16
@@ -134,7 +134,7 @@ def test_the_standard_library_is_a_corpus_without_tests_or_installed_packages():
 
 def test_facts_of_a_small_corpus_are_those_of_its_split(tmp_path):
     (tmp_path / "a").write_bytes(words(0, 4000))
-    facts = inspect(DataSpec(source=str(tmp_path), context=CONTEXT))
+    facts = inspect_corpus(DataSpec(source=str(tmp_path), context=CONTEXT))
     split = split_of(tmp_path)
     assert facts.num_bytes == 4000
     assert facts.num_documents == len(split.train) + len(split.val)
@@ -146,13 +146,13 @@ def test_a_large_corpus_is_measured_but_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "MAX_INSPECTED_BYTES", 3999)
     monkeypatch.setattr(corpus_module, "split_corpus", None)
     (tmp_path / "a").write_bytes(words(0, 4000))
-    facts = inspect(DataSpec(source=str(tmp_path)))
+    facts = inspect_corpus(DataSpec(source=str(tmp_path)))
     assert (facts.num_documents, facts.num_bytes, facts.data_hash) == (1, 4000, None)
 
 
 def message_of(source, context=128):
     with pytest.raises(ValueError) as caught:
-        inspect(DataSpec(source=str(source), context=context))
+        inspect_corpus(DataSpec(source=str(source), context=context))
     return str(caught.value)
 
 
@@ -196,7 +196,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
     def refuse(self):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(corpus_module, "_whole", refuse)  # root may read everything
+    monkeypatch.setattr(corpus_module, "_hash_file", refuse)  # root may read everything
     assert f"cannot be read: [Errno 13] Permission denied: '{path}'" in message_of(tmp_path)
 
 

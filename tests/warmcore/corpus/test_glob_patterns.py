@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warmcore.corpus import glob_patterns
-from warmcore.corpus.glob_patterns import matching
-from warmcore.corpus.sources import list_files
+from warmcore.corpus.glob_patterns import find_matches
+from warmcore.corpus.source_files import list_files
 
 names = st.sampled_from(["a", "b.txt", ".c", "ab"])
 trees = st.lists(st.lists(names, min_size=1, max_size=3).map("/".join), max_size=8)
@@ -33,7 +33,7 @@ def test_the_files_found_are_those_that_glob_finds(tmp_path_factory, tree, patte
         (root / path).mkdir(parents=True, exist_ok=True)
         (root / path / "text.txt").touch()
     expected = {Path(p) for p in glob.glob(f"{root}/{pattern}", recursive=True)}  # noqa: PTH207
-    found = list(matching(root / pattern))
+    found = list(find_matches(root / pattern))
     assert {p for p in found if p.is_file()} == {p for p in expected if p.is_file()}
     assert len(found) == len(set(found))
     shutil.rmtree(root)
@@ -91,5 +91,5 @@ def test_a_walk_that_doubles_at_every_level_is_refused_by_its_pattern(tmp_path, 
 
 def test_a_link_to_itself_leads_nowhere(tmp_path):
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert list(matching(tmp_path / "loop" / "*.txt")) == []
-    assert list(matching(tmp_path / "*" / "*.txt")) == []
+    assert list(find_matches(tmp_path / "loop" / "*.txt")) == []
+    assert list(find_matches(tmp_path / "*" / "*.txt")) == []

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from warmcore.corpus import inspection
-from warmcore.corpus.inspection import BAD_SPEC, inspect, look
-from warmcore.corpus.tokenizer import byte_json
+from warmcore.corpus.inspection import BAD_SPEC, inspect_corpus, inspect_here
+from warmcore.corpus.tokenizer import make_byte_json
 from warmcore.specs import DataSpec, FieldError
 
 TEXT = "some words of a text\n" * 400
@@ -31,7 +31,7 @@ def write_large_id(folder):
 
 def write_id_beyond_a_tokenizer(folder):
     write_large_id(folder)
-    (folder / ".tokenizer.json").write_bytes(byte_json())  # 256 ids
+    (folder / ".tokenizer.json").write_bytes(make_byte_json())  # 256 ids
     return {"tokenizer": str(folder / ".tokenizer.json")}
 
 
@@ -71,9 +71,9 @@ def write_other_tokenizer(folder):
 def test_a_bad_field_crosses_the_process_with_its_value_and_message(tmp_path, write, path):
     spec = DataSpec(source=str(tmp_path), context=16, **write(tmp_path))
     with pytest.raises(FieldError) as here:
-        look(spec)
+        inspect_here(spec)
     with pytest.raises(FieldError) as there:
-        inspect(spec)
+        inspect_corpus(spec)
     for refused in (here.value, there.value):
         assert (refused.path, refused.value) == (path, getattr(spec, path))
     assert str(here.value) == str(there.value)
@@ -83,14 +83,14 @@ def test_another_error_of_the_corpus_is_of_its_source(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n")
     spec = DataSpec(source=str(tmp_path), context=16)
     with pytest.raises(FieldError, match="is no JSON") as refused:
-        inspect(spec)
+        inspect_corpus(spec)
     assert (refused.value.path, refused.value.value) == ("source", str(tmp_path))
 
 
 def test_facts_cross_the_process_unchanged(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"{n} words of a text\n" for n in range(4000)))
     spec = DataSpec(source=str(tmp_path), context=16, tokenizer="bpe:300")
-    assert inspect(spec) == look(spec)
+    assert inspect_corpus(spec) == inspect_here(spec)
 
 
 def test_the_process_answers_one_object_and_says_by_its_code_what_it_is(tmp_path):
@@ -113,4 +113,4 @@ def test_a_crash_is_no_fault_of_the_spec(tmp_path, monkeypatch):
 
     monkeypatch.setattr(inspection, "run_module", crash)
     with pytest.raises(RuntimeError, match=f"inspection of {tmp_path} failed: Killed"):
-        inspect(DataSpec(source=str(tmp_path), tokenizer="bpe:300"))
+        inspect_corpus(DataSpec(source=str(tmp_path), tokenizer="bpe:300"))

@@ -7,13 +7,13 @@ import pytest
 
 from warmcore.corpus import prepare as data_module
 from warmcore.corpus.documents import split_corpus
-from warmcore.corpus.prepare import prepare
-from warmcore.corpus.sources import list_files
+from warmcore.corpus.prepare import prepare_corpus
+from warmcore.corpus.source_files import list_files
 from warmcore.specs import DataSpec
 
 
 def test_tokens_are_the_documents_bytes_each_ended_by_zero(data_spec, cache):
-    corpus = prepare(data_spec, cache)
+    corpus = prepare_corpus(data_spec, cache)
     split = split_corpus(list_files(data_spec.source), data_spec)
     for tokens, documents in ((corpus.train, split.train), (corpus.val, split.val)):
         assert bytes(tokens.astype(np.uint8)) == b"".join(d.read() + b"\0" for d in documents)
@@ -22,20 +22,20 @@ def test_tokens_are_the_documents_bytes_each_ended_by_zero(data_spec, cache):
 
 
 def test_an_unchanged_listing_is_not_read_again(data_spec, cache, monkeypatch):
-    before = prepare(data_spec, cache)
+    before = prepare_corpus(data_spec, cache)
     monkeypatch.setattr(data_module, "split_corpus", None)
-    assert prepare(data_spec, cache) is before
+    assert prepare_corpus(data_spec, cache) is before
 
 
 def test_a_touched_file_is_read_again_and_its_content_found(tmp_path, cache):
     path = tmp_path / "a.txt"
     path.write_bytes(os.urandom(4000))
     spec = DataSpec(source=str(path), context=16)
-    before = prepare(spec, cache)
+    before = prepare_corpus(spec, cache)
     os.utime(path, ns=(1, 1))
-    assert prepare(spec, cache) is before
+    assert prepare_corpus(spec, cache) is before
     path.write_bytes(os.urandom(4000))
-    assert prepare(spec, cache).data_hash != before.data_hash
+    assert prepare_corpus(spec, cache).data_hash != before.data_hash
 
 
 def test_a_preparer_killed_half_way_leaves_nothing_that_is_taken_for_a_corpus(
@@ -48,9 +48,9 @@ def test_a_preparer_killed_half_way_leaves_nothing_that_is_taken_for_a_corpus(
     with monkeypatch.context() as patch:
         patch.setattr(data_module, "_write_tokens", killed)
         with pytest.raises(KeyboardInterrupt):
-            prepare(data_spec, tmp_path)
+            prepare_corpus(data_spec, tmp_path)
     (tmp_path / f".{'0' * 64}-left").mkdir()  # what kill -9 leaves
-    assert prepare(data_spec, tmp_path).num_train_tokens > 10_000
+    assert prepare_corpus(data_spec, tmp_path).num_train_tokens > 10_000
 
 
 PREPARE = """
@@ -76,13 +76,13 @@ def test_concurrent_preparers_agree(data_spec, tmp_path, tokenizer):
         process.stdin.flush()
     answers = {process.communicate(timeout=60)[0] for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
-    corpus = prepare(data_spec.model_copy(update={"tokenizer": tokenizer}), tmp_path)
+    corpus = prepare_corpus(data_spec.model_copy(update={"tokenizer": tokenizer}), tmp_path)
     assert answers == {f"{corpus.data_hash} {int(corpus.train.sum())}\n"}
     assert not list(tmp_path.glob(".*"))
 
 
 def test_losing_the_race_to_publish_is_no_error(data_spec, tmp_path, monkeypatch):
-    first = prepare(data_spec, tmp_path)
+    first = prepare_corpus(data_spec, tmp_path)
     split = split_corpus(list_files(data_spec.source), data_spec)
     real = data_module._write_tokens
 

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore.corpus import hub, records, sources
-from warmcore.corpus.documents import inspect, split_corpus
-from warmcore.corpus.prepare import prepare
-from warmcore.corpus.sources import list_files
+from warmcore.corpus import hub, records, source_files
+from warmcore.corpus.documents import inspect_documents, split_corpus
+from warmcore.corpus.prepare import prepare_corpus
+from warmcore.corpus.source_files import list_files
 from warmcore.specs import DataSpec
 
 CONTEXT = 8
@@ -101,7 +101,7 @@ def test_no_validation_document_is_in_training_and_none_is_lost(
 def test_prepared_records_are_their_texts(tmp_path):
     write_parquet(tmp_path / "a.parquet", DOCUMENTS)
     spec = DataSpec(source=str(tmp_path / "a.parquet"), context=CONTEXT)
-    corpus = prepare(spec, tmp_path / "cache")
+    corpus = prepare_corpus(spec, tmp_path / "cache")
     tokens = bytes([*corpus.train.tolist(), *corpus.val.tolist()])
     assert sorted(tokens.split(b"\0")[:-1]) == sorted(text.encode() for text in DOCUMENTS)
     assert not list((tmp_path / "cache").glob(".*"))
@@ -122,7 +122,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [f"{number} {text}" for number in range(4000)])
     (file,) = list_files(str(tmp_path / "a.jsonl"))
     tracemalloc.start()
-    total = sum(len(content) for _, content in records.unpack([file], "text", tmp_path / "s"))
+    total = sum(
+        len(content) for _, content in records.unpack_records([file], "text", tmp_path / "s")
+    )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert total > 8_000_000
@@ -132,7 +134,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def problem(path, **fields):
     spec = DataSpec(source=str(path), context=CONTEXT, **fields)
     with pytest.raises(ValueError) as caught:
-        inspect(spec, list_files(spec.source))
+        inspect_documents(spec, list_files(spec.source))
     return str(caught.value)
 
 
@@ -196,7 +198,7 @@ def test_a_cached_data_set_is_found_by_name_and_no_other_is_looked_for(tmp_path,
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    hub._cached.cache_clear()
+    hub._look_up.cache_clear()
     split = split_of("hf:acme/tiny", tmp_path)
     assert len(split.train) + len(split.val) == len(DOCUMENTS)
     with pytest.raises(ValueError, match=r"hf:acme/tiny:other is not in .*load_dataset\('acme"):
@@ -214,7 +216,7 @@ def test_what_is_no_name_is_refused_before_anything_runs(name, monkeypatch):
 def test_a_name_never_means_a_folder_of_this_machine(tmp_path, monkeypatch):
     """`datasets` takes an existing folder before a name, and `hf:json` whatever lies around it."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    hub._cached.cache_clear()
+    hub._look_up.cache_clear()
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder, "secret.jsonl").write_text('{"text": "secret"}\n')
         with pytest.raises(ValueError, match="not in this machine's cache"):
@@ -225,7 +227,7 @@ def test_a_pattern_goes_down_any_number_of_folders_once(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "x.txt").write_text("text")
     assert [file.path.name for file in list_files(f"{tmp_path}/**/*.txt")] == ["x.txt"]
-    monkeypatch.setattr(sources, "matching", None)
+    monkeypatch.setattr(source_files, "matching", None)
     source = f"{tmp_path}/**/**/*.txt"
     with pytest.raises(ValueError, match=r"has 2 \*\*, and 1 would work"):
         list_files(source)

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmcore.corpus import prepare as data_module
-from warmcore.corpus.inspection import look
-from warmcore.corpus.prepare import prepare
-from warmcore.corpus.tokenizer import byte_json
+from warmcore.corpus.inspection import inspect_here
+from warmcore.corpus.prepare import prepare_corpus
+from warmcore.corpus.tokenizer import make_byte_json
 from warmcore.specs import DataSpec
 from warmcore.training.batches import read_windows
 
@@ -49,7 +49,7 @@ def test_each_token_is_on_one_side_in_blocks_of_its_file(
     for number, shard in enumerate(shards):
         save(folder / f"{number}{suffix}", shard)
     spec = spec_of(folder, val_fraction=fraction, token_dtype=dtype)
-    corpus = prepare(spec, folder.parent / f"{folder.name}-cache")
+    corpus = prepare_corpus(spec, folder.parent / f"{folder.name}-cache")
     places = [
         (block.path.stem, (block.offset + k * np.dtype(dtype).itemsize))
         for side in (corpus.train, corpus.val)
@@ -70,7 +70,7 @@ def test_a_block_that_occurs_twice_is_on_one_side(tmp_path):
     tokens = ids(0, 900)
     for name in ("a.npy", "b.npy"):
         save(tmp_path / name, tokens)
-    corpus = prepare(spec_of(tmp_path), tmp_path / "cache")
+    corpus = prepare_corpus(spec_of(tmp_path), tmp_path / "cache")
     train, val = ({block.hash for block in side.blocks} for side in sides(corpus))
     assert not train & val
     assert corpus.num_train_tokens + corpus.num_val_tokens == 900
@@ -78,7 +78,7 @@ def test_a_block_that_occurs_twice_is_on_one_side(tmp_path):
 
 def test_windows_across_blocks_are_those_of_the_tokens_laid_end_to_end(tmp_path):
     save(tmp_path / "a.npy", ids(0, 5000))
-    corpus = prepare(spec_of(tmp_path / "a.npy"), tmp_path / "cache")
+    corpus = prepare_corpus(spec_of(tmp_path / "a.npy"), tmp_path / "cache")
     laid = np.concatenate([block.ids for block in corpus.train.blocks])
     windows = np.array([0, 3, (len(laid) - 1) // CONTEXT - 1])
     assert len(corpus.train.blocks) > 10
@@ -89,30 +89,30 @@ def test_windows_across_blocks_are_those_of_the_tokens_laid_end_to_end(tmp_path)
 def test_shards_are_mapped_and_neither_copied_nor_read_twice(tmp_path, monkeypatch):
     save(tmp_path / "a.bin", ids(0, 100_000))
     spec, cache = spec_of(tmp_path / "a.bin", token_dtype="uint16"), tmp_path / "cache"  # noqa: S106
-    before = prepare(spec, cache)
+    before = prepare_corpus(spec, cache)
     assert sum(file.stat().st_size for file in cache.iterdir()) < 100_000  # of 200 000
     assert not before.train.blocks[0].ids.flags.owndata
-    assert look(spec).data_hash == before.data_hash
-    data_module._open_shards.cache_clear()
+    assert inspect_here(spec).data_hash == before.data_hash
+    data_module._open_token_files.cache_clear()
     monkeypatch.setattr(data_module.token_files, "split_shards", None)
-    again = prepare(spec, cache)
+    again = prepare_corpus(spec, cache)
     assert again.data_hash == before.data_hash
     assert np.array_equal(again.train.blocks, before.train.blocks)
 
 
 def test_the_tokenizer_that_made_the_shards_says_the_vocabulary(tmp_path):
-    (tmp_path / "tokenizer.json").write_bytes(byte_json())
+    (tmp_path / "tokenizer.json").write_bytes(make_byte_json())
     save(tmp_path / "a.npy", ids(0, 5000) % 256)
     named = spec_of(tmp_path / "a.npy", tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=None)
-    corpus = prepare(named, tmp_path / "cache")
-    assert (corpus.vocab_size, corpus.tokenizer_json) == (256, byte_json())
-    nobody = prepare(spec_of(tmp_path / "a.npy"), tmp_path / "cache")
+    corpus = prepare_corpus(named, tmp_path / "cache")
+    assert (corpus.vocab_size, corpus.tokenizer_json) == (256, make_byte_json())
+    nobody = prepare_corpus(spec_of(tmp_path / "a.npy"), tmp_path / "cache")
     assert (nobody.tokenizer, nobody.vocab_size) == (None, VOCAB)
 
 
 def problem(source, **fields):
     with pytest.raises(ValueError) as caught:
-        look(spec_of(source, **fields))
+        inspect_here(spec_of(source, **fields))
     return str(caught.value)
 
 

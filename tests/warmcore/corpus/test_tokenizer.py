@@ -13,10 +13,10 @@ from pydantic import ValidationError
 
 from warmcore.checkpoint.checkpoint import read_manifest
 from warmcore.corpus.documents import split_corpus
-from warmcore.corpus.inspection import inspect
-from warmcore.corpus.prepare import prepare, tokenizer_json
-from warmcore.corpus.sources import list_files
-from warmcore.corpus.tokenizer import END_OF_TEXT, TextTokenizer, byte_json, train_bpe
+from warmcore.corpus.inspection import inspect_corpus
+from warmcore.corpus.prepare import make_tokenizer_json, prepare_corpus
+from warmcore.corpus.source_files import list_files
+from warmcore.corpus.tokenizer import END_OF_TEXT, TextTokenizer, make_byte_json, train_bpe
 from warmcore.huggingface.export import export_hf
 from warmcore.huggingface.importer import import_hf
 from warmcore.specs import DataSpec, ModelSpec, RunSpec
@@ -65,7 +65,7 @@ def test_only_the_end_of_a_document_is_an_end_of_text(bpe, text):
 
 @given(any_text)
 def test_the_exported_byte_tokenizer_is_the_bytes(text):
-    byte = TextTokenizer.load(byte_json(), "byte")
+    byte = TextTokenizer.load(make_byte_json(), "byte")
     assert next(byte.encode([text])) == list(text.encode())
     assert byte.vocab_size == 256
 
@@ -102,15 +102,15 @@ def test_bpe_is_trained_on_the_training_side_alone(tmp_path):
         (tmp_path / str(number)).write_text(f" {word}" * 30)
     spec = DataSpec(source=str(tmp_path), context=16, tokenizer="bpe:2000", val_fraction=0.3)
     split = split_corpus(list_files(spec.source), spec)
-    tokens = set(json.loads(tokenizer_json(spec, tmp_path / "cache"))["model"]["vocab"])
+    tokens = set(json.loads(make_tokenizer_json(spec, tmp_path / "cache"))["model"]["vocab"])
     for documents, learned in ((split.train, True), (split.val, False)):
         assert {f"\u0120{d.text().split()[0]}" in tokens for d in documents} == {learned}
 
 
 def test_tokens_are_the_documents_encoded_each_ended(bpe_spec, cache):
-    corpus = prepare(bpe_spec, cache)
+    corpus = prepare_corpus(bpe_spec, cache)
     split = split_corpus(list_files(bpe_spec.source), bpe_spec)
-    loaded = TextTokenizer.load(tokenizer_json(bpe_spec, cache), "bpe:400")
+    loaded = TextTokenizer.load(make_tokenizer_json(bpe_spec, cache), "bpe:400")
     for tokens, documents in ((corpus.train, split.train), (corpus.val, split.val)):
         text = loaded.library.decode(tokens.tolist(), skip_special_tokens=False)
         assert text == "".join(d.text() + END_OF_TEXT for d in documents)
@@ -118,18 +118,18 @@ def test_tokens_are_the_documents_encoded_each_ended(bpe_spec, cache):
 
 
 def test_a_tokenizer_file_gives_the_tokens_of_the_bpe_it_came_from(bpe_spec, cache, tmp_path):
-    trained = prepare(bpe_spec, cache)
+    trained = prepare_corpus(bpe_spec, cache)
     path = tmp_path / "tokenizer.json"
-    path.write_bytes(tokenizer_json(bpe_spec, cache))
+    path.write_bytes(make_tokenizer_json(bpe_spec, cache))
     spec = file_spec(bpe_spec, path)
-    corpus = prepare(spec, cache)
+    corpus = prepare_corpus(spec, cache)
     assert corpus.tokenizer == trained.tokenizer == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (np.array_equal(corpus.train, trained.train), corpus.vocab_size) == (True, 400)
-    assert tokenizer_json(spec, cache) == path.read_bytes()
+    assert make_tokenizer_json(spec, cache) == path.read_bytes()
 
 
 def test_ids_beyond_16_bits_are_stored_in_32(data_spec, cache, tmp_path):
-    content = json.loads(byte_json())
+    content = json.loads(make_byte_json())
     content["added_tokens"] = [
         {"id": 70_000, "content": END_OF_TEXT, "special": True}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -137,7 +137,7 @@ def test_ids_beyond_16_bits_are_stored_in_32(data_spec, cache, tmp_path):
     content["model"]["vocab"][END_OF_TEXT] = 70_000
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
-    corpus = prepare(file_spec(data_spec, path), cache)
+    corpus = prepare_corpus(file_spec(data_spec, path), cache)
     assert (corpus.vocab_size, corpus.train.dtype, int(corpus.train.max())) == (
         70_001,
         np.uint32,
@@ -147,23 +147,23 @@ def test_ids_beyond_16_bits_are_stored_in_32(data_spec, cache, tmp_path):
 
 def test_every_tokenizer_has_a_data_hash_of_its_own(data_spec, bpe_spec, cache):
     specs = (data_spec, bpe_spec, bpe_spec.model_copy(update={"tokenizer": "bpe:401"}))
-    assert len({prepare(spec, cache).data_hash for spec in specs}) == 3
+    assert len({prepare_corpus(spec, cache).data_hash for spec in specs}) == 3
 
 
 def test_a_changed_tokenizer_file_is_refused_where_it_was_pinned(data_spec, bpe, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(bpe.json)
     spec = file_spec(data_spec, path)
-    facts = inspect(spec)
+    facts = inspect_corpus(spec)
     pinned = facts.pinned(spec)
     assert (pinned.vocab_size, pinned.tokenizer_hash) == (
         max(json.loads(bpe.json)["model"]["vocab"].values()) + 1,
         hashlib.sha256(bpe.json).hexdigest(),
     )
-    assert prepare(pinned, tmp_path / "cache").data_hash == facts.data_hash
-    path.write_bytes(byte_json())
+    assert prepare_corpus(pinned, tmp_path / "cache").data_hash == facts.data_hash
+    path.write_bytes(make_byte_json())
     with pytest.raises(ValueError, match=r"tokenizer.json has changed: its hash is \w{64}, not"):
-        prepare(pinned, tmp_path / "cache")
+        prepare_corpus(pinned, tmp_path / "cache")
 
 
 def test_text_that_is_no_utf8_is_named_with_its_place(tmp_path):
@@ -171,9 +171,9 @@ def test_text_that_is_no_utf8_is_named_with_its_place(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"good " * 400 + b"\xe9t\xe9")
     spec = DataSpec(source=str(tmp_path), tokenizer="bpe:300", context=16)
     with pytest.raises(ValueError, match=r"latin\.txt is no UTF-8 at byte 2000; .*tokenizer byte"):
-        inspect(spec)
+        inspect_corpus(spec)
     byte = spec.model_copy(update={"tokenizer": "byte"})
-    assert inspect(byte).data_hash
+    assert inspect_corpus(byte).data_hash
 
 
 def test_pieces_never_end_within_a_character(tmp_path):
@@ -200,7 +200,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(data_spec, tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^tokenizer {path} is no tokenizer.json"):
-        inspect(file_spec(data_spec, path))
+        inspect_corpus(file_spec(data_spec, path))
 
 
 def test_the_model_has_the_vocabulary_of_its_tokenizer(data_spec, bpe_spec):
@@ -223,7 +223,7 @@ def test_a_vocabulary_may_be_padded_and_not_cut(bpe_spec):
 
 def test_growth_keeps_the_tokenizer(bpe_spec, run_spec, cache, tmp_path):
     """Tokens of equal number but of another text: only the hash tells them apart."""
-    corpus = prepare(bpe_spec, cache)
+    corpus = prepare_corpus(bpe_spec, cache)
     base = RunSpec(**(run_spec(steps=1).model_dump() | {"data": bpe_spec, "model": MODEL}))
     saved = Training.start(base, corpus).save(tmp_path / "base")
     growth = {"base": {"uri": str(saved.path), "hash": saved.hash}}
@@ -236,27 +236,27 @@ def test_growth_keeps_the_tokenizer(bpe_spec, run_spec, cache, tmp_path):
         (tmp_path / "text" / str(number)).write_text(f"other text {number}\n" * 30)
     other = bpe_spec.model_copy(update={"source": str(tmp_path / "text")})
     elsewhere = grown.with_data(other)
-    found = prepare(other, tmp_path / "cache")
+    found = prepare_corpus(other, tmp_path / "cache")
     with pytest.raises(ValueError, match=f"growth.base .*{corpus.tokenizer}.*{found.tokenizer}"):
         Training.start(elsewhere, found, base=saved.path)
     byte = RunSpec.model_validate(base.model_dump() | wide | {"data": run_spec().data})
     with pytest.raises(ValueError, match=f"growth.base .*{corpus.tokenizer}.* are of byte"):
-        Training.start(byte, prepare(byte.data, cache), base=saved.path)
+        Training.start(byte, prepare_corpus(byte.data, cache), base=saved.path)
 
     path = tmp_path / "tokenizer.json"
-    path.write_bytes(tokenizer_json(bpe_spec, cache))
+    path.write_bytes(make_tokenizer_json(bpe_spec, cache))
     kept = file_spec(other, path)
-    Training.start(grown.with_data(kept), prepare(kept, tmp_path / "cache"), base=saved.path)
+    Training.start(grown.with_data(kept), prepare_corpus(kept, tmp_path / "cache"), base=saved.path)
 
 
 def test_a_checkpoint_and_its_export_carry_the_tokenizer(bpe_spec, run_spec, cache, tmp_path):
-    corpus = prepare(bpe_spec, cache)
+    corpus = prepare_corpus(bpe_spec, cache)
     run = RunSpec(**(run_spec(steps=1).model_dump() | {"data": bpe_spec, "model": MODEL}))
     saved = Training.start(run, corpus).save(tmp_path / "ours")
     export_hf(saved.path, tmp_path / "theirs")
     for folder in ("ours", "theirs"):
         content = (tmp_path / folder / "tokenizer.json").read_bytes()
-        assert content == tokenizer_json(bpe_spec, cache)
+        assert content == make_tokenizer_json(bpe_spec, cache)
     config = json.loads((tmp_path / "theirs" / "config.json").read_text())
     assert (config["eos_token_id"], config["vocab_size"]) == (0, 400)
     again = import_hf(tmp_path / "theirs", tmp_path / "again")

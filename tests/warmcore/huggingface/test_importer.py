@@ -20,8 +20,8 @@ from tests.warmcore.huggingface.llamas import (
     theirs,
 )
 from warmcore.checkpoint.checkpoint import load_checkpoint, read_manifest
-from warmcore.corpus.prepare import prepare
-from warmcore.corpus.tokenizer import byte_json, train_bpe
+from warmcore.corpus.prepare import prepare_corpus
+from warmcore.corpus.tokenizer import make_byte_json, train_bpe
 from warmcore.growth.from_checkpoint import grow_checkpoint
 from warmcore.huggingface.export import INDEX, WEIGHTS, export_hf
 from warmcore.huggingface.importer import import_hf
@@ -35,7 +35,7 @@ def original(tmp_path_factory):
     """A folder of transformers, with the tokenizer that an exported model has."""
     folder = tmp_path_factory.mktemp("original")
     theirs().save_pretrained(folder)
-    (folder / "tokenizer.json").write_bytes(byte_json())
+    (folder / "tokenizer.json").write_bytes(make_byte_json())
     return folder
 
 
@@ -184,7 +184,7 @@ def test_a_target_is_trained_on_the_tokens_of_its_imported_base_and_exported_wit
         Training.start(run, corpus, base=base.path)
     tokenizer = {"tokenizer": str(base.path / "tokenizer.json")}
     run = run.with_data(DataSpec.model_validate(data_spec.model_dump() | tokenizer))
-    tokens = prepare(run.data, cache)
+    tokens = prepare_corpus(run.data, cache)
     training = Training.start(run, tokens, base=base.path)
     list(training.train_to_end())
     export_hf(training.save(tmp_path / "trained").path, tmp_path / "exported")

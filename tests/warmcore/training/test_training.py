@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError, load_checkpoint
-from warmcore.corpus.prepare import prepare
+from warmcore.corpus.prepare import prepare_corpus
 from warmcore.growth.growth import Growth
 from warmcore.specs import CheckpointRef, GrowthSpec
 from warmcore.specs.schedule import evaluation_steps
@@ -198,6 +198,6 @@ def test_a_checkpoint_of_another_spec_is_refused_naming_the_field(run_spec, corp
 
 def test_a_checkpoint_of_other_data_is_refused(run_spec, corpus, data_spec, cache, tmp_path):
     path = Training.start(run_spec(), corpus).save(tmp_path / "a").path
-    other = prepare(data_spec.model_copy(update={"val_fraction": 0.3}), cache)
+    other = prepare_corpus(data_spec.model_copy(update={"val_fraction": 0.3}), cache)
     with pytest.raises(ValueError, match=f"{corpus.data_hash}, not {other.data_hash}"):
         Training.resume(run_spec(), other, path)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from warmcore.corpus.prepare import prepare
+from warmcore.corpus.prepare import prepare_corpus
 from warmcore.specs import RunSpec
 from warmcore.training import optimizer
 from warmcore.training.follow import follow_rank_0
@@ -40,7 +40,7 @@ def main(rank, plan):
 
 def lead(planned, ranks):
     spec = RunSpec.model_validate(planned["spec"])
-    corpus, out = prepare(spec.data), Path(planned["out"])
+    corpus, out = prepare_corpus(spec.data), Path(planned["out"])
     path = Path(planned["checkpoint"]) if planned["checkpoint"] else None
     if planned["how"] == "start":
         training = LeadingTraining.start(spec, corpus, base=path, ranks=ranks)

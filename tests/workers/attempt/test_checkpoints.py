@@ -4,7 +4,7 @@ import fsspec
 import pytest
 
 from warmcore.checkpoint.checkpoint import MANIFEST, CheckpointCorruptError, load_checkpoint
-from warmcore.corpus.prepare import prepare
+from warmcore.corpus.prepare import prepare_corpus
 from warmcore.specs import CheckpointRef
 from warmcore.storage import locations
 from warmcore.training.training import Training
@@ -22,7 +22,7 @@ def uri(request, tmp_path: Path) -> str:
 @pytest.fixture
 def training(make_spec) -> Training:
     spec = make_spec()
-    return Training.start(spec, prepare(spec.data))
+    return Training.start(spec, prepare_corpus(spec.data))
 
 
 def test_what_is_saved_is_what_is_loaded(training: Training, uri: str) -> None:

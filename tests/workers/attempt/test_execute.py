@@ -291,7 +291,7 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
         _, resumed = run(worker.one(study=trial.study_id))
         whole = Training.start(
             make_branch(trunk.spec, budget, None),
-            data.prepare(trunk.spec.data),
+            data.prepare_corpus(trunk.spec.data),
             base=_path(trunk.spec.growth.base.uri),
         )
         expected = [e.val_loss_nats for e in whole.train_to_end() if isinstance(e, EvaluationEvent)]
@@ -305,7 +305,7 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
 
 def test_an_attempt_keeps_what_it_is_given_and_prepares_nothing(fake, client, make_spec):
     spec = make_spec()
-    training = Training.start(spec, data.prepare(spec.data))
+    training = Training.start(spec, data.prepare_corpus(spec.data))
     missing = spec.data.model_copy(update={"source": "/nothing/is/here"})
     leased = fake.leased(spec.model_copy(update={"data": missing})).lease
     given = CheckpointRef(uri="file:///nothing/is/here", hash="0" * 64)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from warmcore.checkpoint.checkpoint import MANIFEST, load_checkpoint
-from warmcore.corpus.prepare import prepare
+from warmcore.corpus.prepare import prepare_corpus
 from warmcore.specs import CheckpointRef
 from warmcore.storage import locations
 from warmcore.storage.backoff import every
@@ -20,7 +20,7 @@ def stored(request, tmp_path: Path, make_spec):
     """Two checkpoints, the newer first, on disk and in an object store."""
     root = (tmp_path / "run").as_uri() if request.param == "file" else f"memory://{tmp_path.name}"
     spec = make_spec()
-    training = Training.start(spec, prepare(spec.data))
+    training = Training.start(spec, prepare_corpus(spec.data))
     refs = []
     for name in ("older", "newer"):
         saved = checkpoints.save_training(training, f"{root}/{name}")

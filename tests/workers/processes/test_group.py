@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from warmcore.corpus.prepare import prepare
+from warmcore.corpus.prepare import prepare_corpus
 from warmcore.training.events import StepEvent
 from warmcore.training.training import Training
 
@@ -52,7 +52,7 @@ def _kill_a_rank(fleet) -> None:
 
 def _assert_curve_of_one(run, *, num_steps) -> None:
     torch.set_num_threads(1)
-    training = Training.start(run.spec, prepare(run.spec.data))
+    training = Training.start(run.spec, prepare_corpus(run.spec.data))
     expected = {}
     for event in training.train_to_end():
         if isinstance(event, StepEvent):

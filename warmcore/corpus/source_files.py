@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from warmcore.corpus import hub
-from warmcore.corpus.glob_patterns import matching
+from warmcore.corpus.glob_patterns import find_matches
 from warmcore.specs.sources import Files, HubDataset, SavedDataset, StandardLibrary, parse_source
 
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -49,7 +49,7 @@ class SourceFile:
 def list_files(source: str) -> list[SourceFile]:
     """Non-empty files at `source`: the standard library, a file, a folder, a glob or a data set."""
     try:
-        facts = [(path, path.stat()) for path in sorted(_paths(source)) if path.is_file()]
+        facts = [(path, path.stat()) for path in sorted(_find_paths(source)) if path.is_file()]
     except OSError as error:
         raise ValueError(f"source {source} cannot be read: {error}") from error
     files = [
@@ -79,11 +79,11 @@ def holds_tokens(files: Iterable[SourceFile], source: str) -> bool:
     return bool(tokens)
 
 
-def _paths(source: str) -> Iterator[Path]:
+def _find_paths(source: str) -> Iterator[Path]:
     match parse_source(source):
         case StandardLibrary():
             root = Path(sysconfig.get_paths()["stdlib"])
-            yield from (path for path in _walk(root, STDLIB_SKIPPED) if path.suffix == ".py")
+            yield from (path for path in _walk_folder(root, STDLIB_SKIPPED) if path.suffix == ".py")
         case HubDataset(name):
             yield from hub.find_cached_files(name)
         case SavedDataset(path):
@@ -103,12 +103,12 @@ def _expand_home(path: Path, source: str) -> Path:
 def _find_files(path: Path, source: str) -> Iterator[Path]:
     """Yield the file at `path`, the files below it, or the matches of a pattern."""
     if path.is_dir():
-        yield from _walk(path, frozenset())
+        yield from _walk_folder(path, frozenset())
     elif path.exists():
         yield path
     elif glob.has_magic(source):
         _check_pattern(source)
-        matches = list(matching(path))
+        matches = list(find_matches(path))
         if not matches:
             raise ValueError(f"source {source} matches no files in {Path.cwd()}")
         yield from matches
@@ -125,11 +125,11 @@ def _check_pattern(source: str) -> None:
         raise ValueError(f"source {source} has {times} **, and 1 would work: folder/**/*.txt")
 
 
-def _walk(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root, onerror=_raise):
+def _walk_folder(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
+    for folder, subfolders, names in os.walk(root, onerror=_raise_error):
         subfolders[:] = [s for s in subfolders if s not in skipped and not s.startswith(".")]
         yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
-def _raise(error: OSError) -> None:
+def _raise_error(error: OSError) -> None:
     raise error
