@@ -63,7 +63,7 @@ def fail(code: Exit, message: str) -> NoReturn:
     raise typer.Exit(code)
 
 
-def checked_project(project: str | None) -> str | None:
+def check_project(project: str | None) -> str | None:
     """A project's name that is to be written, if it may be one."""
     if project is not None and not re.fullmatch(PROJECT_PATTERN, project):
         fail(Exit.USAGE, f"--project: must match {PROJECT_PATTERN} (got {project!r})")
@@ -75,7 +75,7 @@ def print_json(items: "Iterable[BaseModel]") -> None:
     typer.echo(json.dumps([item.model_dump(mode="json") for item in items]))
 
 
-def access(home: Path, *, url: str | None = None) -> homes.Access:
+def find_access(home: Path, *, url: str | None = None) -> homes.Access:
     """Where the service is and the key to it: as given, from the environment, or from the home.
 
     The home's key is for the home's own service: another URL needs its key beside it.
@@ -97,7 +97,7 @@ def access(home: Path, *, url: str | None = None) -> homes.Access:
 
 
 @contextmanager
-def connected(
+def connect_client(
     home: Path, project: str | None = None, patience_seconds: float = PATIENCE_SECONDS
 ) -> Generator["Client"]:
     """A client of the service; whatever it answers badly ends the command with a short message."""
@@ -105,14 +105,14 @@ def connected(
 
     from service.client import BadAnswerError, Client, ServiceError
 
-    found, project = access(home), project or os.environ.get("WARMSCALE_PROJECT")
+    found, project = find_access(home), project or os.environ.get("WARMSCALE_PROJECT")
     try:
         with Client(
             found.url, found.key, project=project, patience_seconds=patience_seconds
         ) as client:
             yield client
     except ServiceError as error:
-        fail(exit_code(error.status), described(error))
+        fail(choose_exit_code(error.status), describe_problem(error))
     except BadAnswerError as error:
         fail(Exit.UNREACHABLE, f"{error}; is {found.url} a warmscale of this version?")
     except (TransportError, InvalidURL) as error:
@@ -120,7 +120,7 @@ def connected(
         fail(Exit.UNREACHABLE, f"cannot reach {found.url} ({error}); {works}")
 
 
-def exit_code(status: int) -> Exit:
+def choose_exit_code(status: int) -> Exit:
     """The exit code for a problem's HTTP status."""
     match status:
         case 401 | 403:
@@ -133,26 +133,26 @@ def exit_code(status: int) -> Exit:
             return Exit.USAGE
 
 
-def described(error: "ServiceError") -> str:
+def describe_problem(error: "ServiceError") -> str:
     """A problem as lines: each bad field with its value and what works, else the detail."""
-    fields = [_field(field) for field in error.problem.get("errors") or []]
+    fields = [_describe_field(field) for field in error.problem.get("errors") or []]
     return "\n".join(fields) or str(error.problem.get("detail") or error)
 
 
-def _field(field: dict[str, Any]) -> str:
+def _describe_field(field: dict[str, Any]) -> str:
     value = field.get("value")
     got = "" if value is None else f" (got {value!r})"
     return f"{field.get('path') or 'spec'}: {field.get('message')}{got}"
 
 
-def quoted(name: str) -> str:
+def quote_name(name: str) -> str:
     """A name as one segment of a path."""
     from urllib.parse import quote
 
     return quote(name, safe="")
 
 
-def settings(home: Path, **given: Any) -> "Settings":
+def load_settings(home: Path, **given: Any) -> "Settings":
     """Settings from the environment, with what the command line gave in front."""
     from pydantic import ValidationError
 

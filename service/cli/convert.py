@@ -5,36 +5,36 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from service.cli.common import Exit, connected, fail
+from service.cli.common import Exit, connect_client, fail
 
 if TYPE_CHECKING:
     from service.runs.schemas import CheckpointView
 
 
-def export(run: str, home: Path, options: list[str], *, as_json: bool) -> NoReturn:
+def export_checkpoint(run: str, home: Path, options: list[str], *, as_json: bool) -> NoReturn:
     """Export a folder's checkpoint, or the final one of a run that the service knows."""
     if Path(run).exists():
         source = [run]
     elif run.startswith("run_"):
-        checkpoint = _newest(run, home)
+        checkpoint = _find_checkpoint(run, home)
         source = [checkpoint.uri, "--hash", checkpoint.hash]
     else:
         fail(Exit.USAGE, f"{run} is neither a folder here nor the id of a run, run_…")
-    _become("export", [*source, *options], as_json=as_json)
+    _run_converter("export", [*source, *options], as_json=as_json)
 
 
-def import_(folder: Path, options: list[str], *, as_json: bool) -> NoReturn:
+def import_folder(folder: Path, options: list[str], *, as_json: bool) -> NoReturn:
     """Import a Hugging Face folder."""
-    _become("import", [str(folder), *options], as_json=as_json)
+    _run_converter("import", [str(folder), *options], as_json=as_json)
 
 
-def _newest(run_id: str, home: Path) -> "CheckpointView":
+def _find_checkpoint(run_id: str, home: Path) -> "CheckpointView":
     """The final checkpoint, or the newest of a run that has not ended well."""
     from urllib.parse import quote
 
     from service.runs.schemas import CheckpointList
 
-    with connected(home) as client:
+    with connect_client(home) as client:
         answer = client.get(f"/v1/runs/{quote(run_id, safe='')}/checkpoints")
     checkpoints = CheckpointList.model_validate(answer).items
     if not checkpoints:
@@ -42,6 +42,6 @@ def _newest(run_id: str, home: Path) -> "CheckpointView":
     return max(checkpoints, key=lambda checkpoint: (checkpoint.final, checkpoint.step))
 
 
-def _become(command: str, arguments: list[str], *, as_json: bool) -> NoReturn:
+def _run_converter(command: str, arguments: list[str], *, as_json: bool) -> NoReturn:
     program = [sys.executable, "-m", "workers.convert", *(["--json"] if as_json else []), command]
     os.execv(program[0], [*program, *arguments])  # noqa: S606 - it takes this process over

@@ -12,7 +12,7 @@ from service.cli.common import Exit
 DATA, PAGE = "slopes.json", "coord-check.html"
 
 
-def check(arguments: list[str]) -> None:
+def run_check(arguments: list[str]) -> None:
     """Run `python -m warmcore coord-check`, draw what it wrote, and end with its exit code."""
     parser = argparse.ArgumentParser("warmscale coord-check", add_help=False, allow_abbrev=False)
     parser.add_argument("--out", type=Path, default=Path("coord-check"))
@@ -21,11 +21,11 @@ def check(arguments: list[str]) -> None:
     code = subprocess.run(command, check=False).returncode  # noqa: S603 - our own command
     asked_for_help = {"--help", "-h"} & set(arguments)
     if code in (Exit.OK, Exit.FAILED) and not asked_for_help:
-        typer.echo(f"{draw(out)} has the plots, {out / DATA} the slopes", err=True)
+        typer.echo(f"{write_page(out)} has the plots, {out / DATA} the slopes", err=True)
     raise typer.Exit(code)
 
 
-def draw(out: Path) -> Path:
+def write_page(out: Path) -> Path:
     """Write the page of the check in the folder `out`."""
     from service.results.report.coord_check import render_coord_check
     from warmcore.specs.coord_check import CoordCheck

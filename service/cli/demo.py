@@ -9,12 +9,12 @@ from typing import Any
 
 import typer
 
-from service.cli.common import Exit, connected, fail, settings
+from service.cli.common import Exit, connect_client, fail, load_settings
 from service.cli.output import tables
-from service.cli.output.watch import style, watch
-from service.cli.spec_file import SpecError, load
-from service.cli.study import submit
-from service.cli.up import say
+from service.cli.output.watch import choose_style, watch_study
+from service.cli.spec_file import SpecError, load_spec
+from service.cli.study import submit_study
+from service.cli.up import print_message
 from service.client import Client
 from service.local_stack.child_process import ChildError
 from service.local_stack.home import HomeInUseError
@@ -24,7 +24,7 @@ from service.runs.schemas import RunView
 from service.studies.schemas import TrialView
 
 
-def run(folder: Path, *, cpus: int, as_json: bool) -> None:
+def run_demo(folder: Path, *, cpus: int, as_json: bool) -> None:
     """Start a stack, run the study of `folder`/spec.yaml, print and save what it found, stop.
 
     With `as_json`, lines as of `study watch --json`, and the content of results.json as the last.
@@ -32,18 +32,22 @@ def run(folder: Path, *, cpus: int, as_json: bool) -> None:
     began_at = time.monotonic()
     home = folder / ".warmscale"
     try:
-        spec = load(folder / "spec.yaml", Path.cwd())
+        spec = load_spec(folder / "spec.yaml", Path.cwd())
         spec["name"] = f"{spec['name']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-        with stack(settings(home, port=0), fleet=["--cpus", str(cpus)], say=say) as running:
+        with stack(
+            load_settings(home, port=0), fleet=["--cpus", str(cpus)], say=print_message
+        ) as running:
             seconds = running.wait_until_ready()
-            say(f"{running.access.url} is ready after {seconds:.1f} s; the fleet follows")
-            with connected(home) as client:
-                say(f"study {spec['name']}")
-                submit(client, spec)
-                ended = watch(client, spec["name"], style(as_json=as_json), running.check)
+            print_message(f"{running.access.url} is ready after {seconds:.1f} s; the fleet follows")
+            with connect_client(home) as client:
+                print_message(f"study {spec['name']}")
+                submit_study(client, spec)
+                ended = watch_study(
+                    client, spec["name"], choose_style(as_json=as_json), running.check
+                )
                 completed = ended.state == "completed"
-                found = _saved(client, spec["name"], folder, cpus)
-                _show(found, as_json=as_json)
+                found = _save_results(client, spec["name"], folder, cpus)
+                _print_results(found, as_json=as_json)
     except SpecError as error:
         fail(Exit.USAGE, str(error))
     except (HomeInUseError, PortTakenError) as error:
@@ -52,12 +56,12 @@ def run(folder: Path, *, cpus: int, as_json: bool) -> None:
         fail(Exit.FAILED, str(error))
     except Interrupted:
         fail(Exit.FAILED, "interrupted; the stack is stopped")
-    say(f"demo: {time.monotonic() - began_at:.0f} s from start to stop")
+    print_message(f"demo: {time.monotonic() - began_at:.0f} s from start to stop")
     if not completed:
         fail(Exit.FAILED, f"the study is {ended.state}: {ended.reason}")
 
 
-def _saved(client: Client, name: str, folder: Path, slots: int) -> dict[str, Any]:
+def _save_results(client: Client, name: str, folder: Path, slots: int) -> dict[str, Any]:
     """Write the two files; give what is in results.json."""
     found = client.get(f"/v1/studies/{name}/results")
     trials = client.list_items(f"/v1/studies/{name}/trials")
@@ -65,25 +69,25 @@ def _saved(client: Client, name: str, folder: Path, slots: int) -> dict[str, Any
     runs = [RunView.model_validate(item) for item in items]
     report = client.request("GET", f"/v1/studies/{name}/report").text
     (folder / "report.html").write_text(report, encoding="utf-8")
-    saved = found | {"trial_list": trials, "fleet": fleet_figures(runs, slots)}
+    saved = found | {"trial_list": trials, "fleet": measure_fleet(runs, slots)}
     (folder / "results.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-    say(f"written: {folder / 'results.json'}, {folder / 'report.html'}")
+    print_message(f"written: {folder / 'results.json'}, {folder / 'report.html'}")
     return saved
 
 
-def _show(found: dict[str, Any], *, as_json: bool) -> None:
+def _print_results(found: dict[str, Any], *, as_json: bool) -> None:
     """Print the tables, the verdict and the fleet's figures."""
     if as_json:
         typer.echo(json.dumps(found))
         return
     views = [TrialView.model_validate(trial) for trial in found["trial_list"]]
     known = {name: found[name] for name in StudyResults.model_fields}
-    results = tables.results(StudyResults.model_validate(known))
-    tables.show("", tables.trials(views), "", *results, "")
-    _say_figures(found["fleet"])
+    results = tables.make_results_parts(StudyResults.model_validate(known))
+    tables.print_parts("", tables.make_trials_table(views), "", *results, "")
+    _print_fleet_figures(found["fleet"])
 
 
-def _say_figures(figures: dict[str, Any]) -> None:
+def _print_fleet_figures(figures: dict[str, Any]) -> None:
     share, start = figures["utilization"], figures["slowest_warm_start_seconds"]
     if share is not None:
         typer.echo(f"fleet: {share:.1%} of its wall time between first and last step inside steps")
@@ -91,7 +95,7 @@ def _say_figures(figures: dict[str, Any]) -> None:
         typer.echo(f"slowest start of a trial on a warm worker: {start:.2f} s from lease to step")
 
 
-def fleet_figures(runs: Sequence[RunView], slots: int) -> dict[str, float | None]:
+def measure_fleet(runs: Sequence[RunView], slots: int) -> dict[str, float | None]:
     """How much of the fleet's time was training, and how slowly a trial started.
 
     Utilization is the seconds inside train steps over `slots` times the wall seconds between the

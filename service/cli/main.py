@@ -10,7 +10,7 @@ import typer
 
 from service.cli import study
 from service.cli.admin import audit_log, checkpoints, database, keys, webhooks
-from service.cli.common import EXIT_CODES, Exit, Home, Json, access, settings
+from service.cli.common import EXIT_CODES, Exit, Home, Json, find_access, load_settings
 from service.local_stack.home import DEFAULT
 
 app = typer.Typer(
@@ -75,7 +75,7 @@ def up(
     from service.cli import up as cli_up
 
     fleet_options = [*(["--cpus", str(cpus)] if cpus else [])] if fleet else None
-    cli_up.up(settings(home, port=port), fleet_options, as_json=as_json)
+    cli_up.run_stack_until_stopped(load_settings(home, port=port), fleet_options, as_json=as_json)
 
 
 @app.command()
@@ -89,7 +89,7 @@ def serve(
     """Start the API alone, on a database that `warmscale db upgrade` has prepared."""
     from service.cli import serve
 
-    serve.serve(settings(home, host=host, port=port), supervised=supervised)
+    serve.run_api(load_settings(home, host=host, port=port), supervised=supervised)
 
 
 @app.command(
@@ -107,7 +107,7 @@ def fleet(context: typer.Context, *, home: Home = DEFAULT, supervised: Supervise
         parser = argparse.ArgumentParser("warmscale fleet", add_help=False, allow_abbrev=False)
         parser.add_argument("--url")
         given, others = parser.parse_known_args(arguments)
-        found = access(home, url=given.url)
+        found = find_access(home, url=given.url)
         environment["WARMSCALE_API_KEY"] = found.key
         arguments = ["--url", found.url, *others]
     if supervised:
@@ -130,11 +130,11 @@ def demo(
     """Run a small study on real text from nothing to its verdict, in minutes."""
     from service.cli import demo as demonstration
 
-    demonstration.run(folder, cpus=cpus, as_json=as_json)
+    demonstration.run_demo(folder, cpus=cpus, as_json=as_json)
 
 
 @app.command(name="export")
-def export_(
+def export_model(
     *,
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="A run's id, or a folder: a checkpoint, a run.")
@@ -161,11 +161,11 @@ def export_(
     assert output_format == "hf"
     options = ["--out", str(out), "--weights", weights, "--dtype", dtype]
     options += ["--max-shard-bytes", str(max_shard_bytes)] if max_shard_bytes else []
-    convert.export(run, home, options, as_json=as_json)
+    convert.export_checkpoint(run, home, options, as_json=as_json)
 
 
 @app.command(name="import")
-def import_(
+def import_model(
     *,
     folder: Annotated[Path, typer.Argument(metavar="PATH", help="A Hugging Face folder.")],
     out: Annotated[str, typer.Option(help="The checkpoint to write: a folder, or a URI.")],
@@ -174,7 +174,7 @@ def import_(
     """Make a Llama, Mistral or Qwen2 a base checkpoint to grow; print what a spec takes."""
     from service.cli import convert
 
-    convert.import_(folder, ["--out", out], as_json=as_json)
+    convert.import_folder(folder, ["--out", out], as_json=as_json)
 
 
 @app.command(
@@ -189,7 +189,7 @@ def coord_check(context: typer.Context) -> None:
     """Check that activations depend on neither width nor depth: slopes and a page of plots."""
     from service.cli import coord_check as cli_coord
 
-    cli_coord.check(list(context.args))
+    cli_coord.run_check(list(context.args))
 
 
 def main() -> None:

@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 _GRACEFUL_SECONDS = 10  # the supervisor kills after 15, Kubernetes after 30
 
 
-def serve(settings: Settings, *, supervised: bool) -> None:
+def run_api(settings: Settings, *, supervised: bool) -> None:
     """Run the API in this process. A supervised or embedded one prepares its database itself."""
     end_on_sigterm()
     use_utc()
@@ -51,8 +51,8 @@ def serve(settings: Settings, *, supervised: bool) -> None:
         )
     if supervised:
         die_with_parent()
-    with traced(), open_database(settings) as url:
-        app = _application(settings, url, supervised=supervised)
+    with send_traces(), open_database(settings) as url:
+        app = _make_application(settings, url, supervised=supervised)
         config = uvicorn.Config(
             app,
             host=settings.host,
@@ -65,7 +65,7 @@ def serve(settings: Settings, *, supervised: bool) -> None:
         Server(config, find_service(app, Shutdown)).run()
 
 
-def _application(settings: Settings, url: URL, *, supervised: bool) -> "FastAPI":
+def _make_application(settings: Settings, url: URL, *, supervised: bool) -> "FastAPI":
     """The API on its database; where that goes away in between, it is waited for again."""
     try:
         from service.app import create_app  # a second of imports
@@ -76,29 +76,29 @@ def _application(settings: Settings, url: URL, *, supervised: bool) -> "FastAPI"
     deadline = time.monotonic() + _DATABASE_PATIENCE_SECONDS
 
     def start() -> "FastAPI":
-        _prepare(url, upgraded=supervised or settings.database_url is None)
+        _prepare_database(url, upgraded=supervised or settings.database_url is None)
         if supervised:
-            admit(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
+            admit_keys(url, os.environ["WARMSCALE_API_KEY"], os.environ["WARMSCALE_FLEET_KEY"])
         return create_app(settings, url)
 
     def log_failure(error: Exception) -> None:
-        _log.warning("the database went away at the start", extra={"error": _reason(error)})
+        _log.warning("the database went away at the start", extra={"error": _describe_error(error)})
 
     try:
         return retry(
             start, _START_PAUSES, on=TRANSIENT, deadline=deadline, before_pause=log_failure
         )
     except TRANSIENT as error:
-        fail(Exit.UNREACHABLE, f"cannot reach the database: {_reason(error)}")
+        fail(Exit.UNREACHABLE, f"cannot reach the database: {_describe_error(error)}")
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """Return the driver's message where SQLAlchemy wrapped it."""
     return str(getattr(error, "orig", None) or error).strip()
 
 
 @contextmanager
-def traced() -> Generator[None]:
+def send_traces() -> Generator[None]:
     """Send traces while inside, if the environment asks for them; exit where that cannot be."""
     try:
         with tracing.export_traces(os.environ):
@@ -107,7 +107,7 @@ def traced() -> Generator[None]:
         fail(Exit.USAGE, str(error))
 
 
-def _prepare(url: URL, *, upgraded: bool) -> None:
+def _prepare_database(url: URL, *, upgraded: bool) -> None:
     """Upgrade the database, or only see that somebody has: one that is not would fail at random."""
     try:
         wait_until_reachable(url, _DATABASE_PATIENCE_SECONDS)
@@ -124,7 +124,7 @@ def _prepare(url: URL, *, upgraded: bool) -> None:
         fail(Exit.CONFLICT, wrong)
 
 
-def admit(url: URL, key: str, fleet_key: str) -> None:
+def admit_keys(url: URL, key: str, fleet_key: str) -> None:
     """Let the supervisor's own key in, and its fleet's.
 
     Raises:

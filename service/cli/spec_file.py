@@ -19,7 +19,7 @@ class SpecError(ValueError):
     """The file is no spec; the message says where and what works."""
 
 
-def load(path: Path, folder: Path) -> dict[str, Any]:
+def load_spec(path: Path, folder: Path) -> dict[str, Any]:
     """The spec in `path`, its relative data.source below `folder`.
 
     Raises:
@@ -36,38 +36,38 @@ def load(path: Path, folder: Path) -> dict[str, Any]:
     if not isinstance(spec, dict):
         kind = type(spec).__name__
         raise SpecError(f"{path}: a spec is a mapping of name, data, proxy, …, not a {kind}")
-    return anchored(spec, folder)
+    return anchor_paths(spec, folder)
 
 
-def anchored(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The spec with relative paths below `folder`; a name such as `stdlib` or `byte` stays."""
     data = spec.get("data")
     if not isinstance(data, dict):
         return spec
-    paths = {"source": _source, "tokenizer": _tokenizer}
+    paths = {"source": _anchor_source, "tokenizer": _anchor_tokenizer}
     given = {name: data[name] for name in paths if isinstance(data.get(name), str)}
     return spec | {"data": data | {name: paths[name](v, folder) for name, v in given.items()}}
 
 
-def _source(source: str, folder: Path) -> str:
+def _anchor_source(source: str, folder: Path) -> str:
     match parse_source(source):
         case SavedDataset(path):
-            return HUB_PREFIX + _below(str(path), folder)
+            return HUB_PREFIX + _join_path(str(path), folder)
         case Files(pattern) if not _is_elsewhere(pattern):
-            return _below(pattern, folder)
+            return _join_path(pattern, folder)
         case _:
             return source
 
 
-def _tokenizer(name: str, folder: Path) -> str:
+def _anchor_tokenizer(name: str, folder: Path) -> str:
     try:
         tokenizer = parse_tokenizer(name)
     except ValueError:
         return name  # the service refuses it and says what would work
-    return _below(str(tokenizer.path), folder) if isinstance(tokenizer, TokenizerFile) else name
+    return _join_path(str(tokenizer.path), folder) if isinstance(tokenizer, TokenizerFile) else name
 
 
-def _below(path: str, folder: Path) -> str:
+def _join_path(path: str, folder: Path) -> str:
     try:
         return str(folder / Path(path).expanduser())
     except RuntimeError:

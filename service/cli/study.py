@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli import study_start
-from service.cli.common import Exit, Home, Json, Project, StudyName, connected, fail, quoted
+from service.cli.common import (
+    Exit,
+    Home,
+    Json,
+    Project,
+    StudyName,
+    connect_client,
+    fail,
+    quote_name,
+)
 from service.local_stack.home import DEFAULT
 
 if TYPE_CHECKING:
@@ -31,20 +40,20 @@ def create(
     as_json: Json = False,
 ) -> None:
     """Submit a study. A relative data.source is taken from the working directory."""
-    from service.cli.spec_file import SpecError, load  # reads YAML
+    from service.cli.spec_file import SpecError, load_spec  # reads YAML
 
     try:
-        body = load(spec, Path.cwd())
+        body = load_spec(spec, Path.cwd())
     except SpecError as error:
         fail(Exit.USAGE, str(error))
-    with connected(home, project) as client:
-        created = submit(client, body | ({"name": name} if name else {}))
+    with connect_client(home, project) as client:
+        created = submit_study(client, body | ({"name": name} if name else {}))
     for warning in created["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(json.dumps(created) if as_json else f"{created['name']} ({created['id']})")
 
 
-def submit(client: "Client", spec: dict[str, Any]) -> dict[str, Any]:
+def submit_study(client: "Client", spec: dict[str, Any]) -> dict[str, Any]:
     """Submit a study under a key of its own, so that a retry cannot make a second one."""
     return client.post("/v1/studies", spec, idempotency_key=str(uuid.uuid4()))
 
@@ -61,12 +70,14 @@ def list_studies(
     from service.cli.output import tables
     from service.studies.schemas import StudyView
 
-    with connected(home, project) as client:
+    with connect_client(home, project) as client:
         studies = client.list_items("/v1/studies", first=limit, limit=min(limit, _PAGE))
     if as_json:
         typer.echo(json.dumps(studies))
     else:
-        tables.show(tables.studies([StudyView.model_validate(s) for s in studies]))
+        tables.print_parts(
+            tables.make_studies_table([StudyView.model_validate(s) for s in studies])
+        )
 
 
 @study.command()
@@ -77,14 +88,16 @@ def show(
     from service.cli.output import tables
     from service.studies.schemas import StudyView, TrialView
 
-    with connected(home, project) as client:
-        found = client.get(f"/v1/studies/{quoted(name)}")
-        trials = client.list_items(f"/v1/studies/{quoted(name)}/trials")
+    with connect_client(home, project) as client:
+        found = client.get(f"/v1/studies/{quote_name(name)}")
+        trials = client.list_items(f"/v1/studies/{quote_name(name)}/trials")
     if as_json:
         typer.echo(json.dumps(found | {"trial_list": trials}))
         return
     views = [TrialView.model_validate(trial) for trial in trials]
-    tables.show(tables.study(StudyView.model_validate(found)), tables.trials(views))
+    tables.print_parts(
+        tables.make_study_grid(StudyView.model_validate(found)), tables.make_trials_table(views)
+    )
 
 
 @study.command()
@@ -95,9 +108,9 @@ def watch(
     from service.cli.output import watch as watching
 
     try:
-        with connected(home, project, patience_seconds=0) as client:
-            style = watching.style(as_json=as_json)
-            ended = watching.watch(client, quoted(name), style)
+        with connect_client(home, project, patience_seconds=0) as client:
+            style = watching.choose_style(as_json=as_json)
+            ended = watching.watch_study(client, quote_name(name), style)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if ended.state != "completed":
@@ -117,20 +130,20 @@ def results(
     from service.cli.output import tables
     from service.results.schemas import StudyResults
 
-    with connected(home, project) as client:
-        found = client.get(f"/v1/studies/{quoted(name)}/results")
-        page = client.request("GET", f"/v1/studies/{quoted(name)}/report").text if html else ""
+    with connect_client(home, project) as client:
+        found = client.get(f"/v1/studies/{quote_name(name)}/results")
+        page = client.request("GET", f"/v1/studies/{quote_name(name)}/report").text if html else ""
     if html:
-        _save(html, page)
+        _save_report(html, page)
     if as_json:
         typer.echo(json.dumps(found))
     else:
-        tables.show(*tables.results(StudyResults.model_validate(found)))
+        tables.print_parts(*tables.make_results_parts(StudyResults.model_validate(found)))
     if found["verdict"] is None:
         raise typer.Exit(Exit.FAILED)
 
 
-def _save(path: Path, text: str) -> None:
+def _save_report(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -141,24 +154,24 @@ def _save(path: Path, text: str) -> None:
 @study.command()
 def pause(name: StudyName, *, project: Project = None, home: Home = DEFAULT) -> None:
     """Lease nothing more of a study; what runs goes on to its end."""
-    _steer(home, project, name, "pause")
+    _change_state(home, project, name, "pause")
 
 
 @study.command()
 def resume(name: StudyName, *, project: Project = None, home: Home = DEFAULT) -> None:
     """Lease again."""
-    _steer(home, project, name, "resume")
+    _change_state(home, project, name, "resume")
 
 
 @study.command()
 def cancel(name: StudyName, *, project: Project = None, home: Home = DEFAULT) -> None:
     """End a study; a running worker hears it at its next report."""
-    _steer(home, project, name, "cancel")
+    _change_state(home, project, name, "cancel")
 
 
-def _steer(home: Path, project: str | None, name: str, verb: str) -> None:
-    with connected(home, project) as client:
-        changed = client.post(f"/v1/studies/{quoted(name)}/{verb}", retry=True)
+def _change_state(home: Path, project: str | None, name: str, verb: str) -> None:
+    with connect_client(home, project) as client:
+        changed = client.post(f"/v1/studies/{quote_name(name)}/{verb}", retry=True)
     typer.echo(f"{changed['name']} is {changed['state']}")
 
 
@@ -174,11 +187,11 @@ def show_run(
     from service.cli.output import tables
     from service.runs.schemas import CheckpointView, RunView
 
-    with connected(home, project) as client:
-        found = client.get(f"/v1/runs/{quoted(run_id)}")
-        checkpoints = client.get(f"/v1/runs/{quoted(run_id)}/checkpoints")["items"]
+    with connect_client(home, project) as client:
+        found = client.get(f"/v1/runs/{quote_name(run_id)}")
+        checkpoints = client.get(f"/v1/runs/{quote_name(run_id)}/checkpoints")["items"]
     if as_json:
         typer.echo(json.dumps(found | {"checkpoints": checkpoints}))
         return
     views = [CheckpointView.model_validate(checkpoint) for checkpoint in checkpoints]
-    tables.show(*tables.run(RunView.model_validate(found), views))
+    tables.print_parts(*tables.make_run_parts(RunView.model_validate(found), views))

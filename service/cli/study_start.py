@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from service.cli.common import Exit, Home, Json, Project, StudyName, connected, fail, quoted
+from service.cli.common import (
+    Exit,
+    Home,
+    Json,
+    Project,
+    StudyName,
+    connect_client,
+    fail,
+    quote_name,
+)
 from service.local_stack.home import DEFAULT
 
 Key = Annotated[
@@ -31,8 +40,8 @@ def enqueue(
     as_json: Json = False,
 ) -> None:
     """Try given parameters next: `warmscale study enqueue my-study lr=0.003 beta2=0.95`."""
-    body = {"params": _params(params)}
-    trial = _posted(home, project, f"/v1/studies/{quoted(study)}/trials", body, key)
+    body = {"params": _parse_params(params)}
+    trial = _post_once(home, project, f"/v1/studies/{quote_name(study)}/trials", body, key)
     if as_json:
         typer.echo(json.dumps(trial))
     else:
@@ -62,14 +71,18 @@ def targets(
     as_json: Json = False,
 ) -> None:
     """Start a warmstart by hand, warm runs and cold ones, beside the one that ends the study."""
-    body = _mapping(request) if request else {}
-    given = {"trial": trial, "checkpoint": checkpoint, "base": _mapping(base) if base else None}
+    body = _load_mapping(request) if request else {}
+    given = {
+        "trial": trial,
+        "checkpoint": checkpoint,
+        "base": _load_mapping(base) if base else None,
+    }
     body |= {name: value for name, value in given.items() if value is not None}
     sizes = {"width": width, "depth": depth}
     target = body.get("target", {})
     if isinstance(target, dict):  # else the service says what it should be
         body["target"] = target | {name: size for name, size in sizes.items() if size is not None}
-    runs = _posted(home, project, f"/v1/studies/{quoted(study)}/targets", body, key)
+    runs = _post_once(home, project, f"/v1/studies/{quote_name(study)}/targets", body, key)
     if as_json:
         typer.echo(json.dumps(runs))
         return
@@ -77,7 +90,7 @@ def targets(
         typer.echo(f"{run['id']}  {run['arm']}  seed {run['seed']}  {run['state']}")
 
 
-def _params(given: list[str]) -> dict[str, Any]:
+def _parse_params(given: list[str]) -> dict[str, Any]:
     params: dict[str, Any] = {}
     for text in given:
         name, is_pair, value = text.partition("=")
@@ -85,11 +98,11 @@ def _params(given: list[str]) -> dict[str, Any]:
             fail(Exit.USAGE, f"params: NAME=VALUE, such as lr=0.003 (got {text!r})")
         if name in params:
             fail(Exit.USAGE, f"params.{name}: give it once (got {params[name]!r} and {value!r})")
-        params[name] = _value(name, value)
+        params[name] = _parse_value(name, value)
     return params
 
 
-def _value(name: str, text: str) -> Any:
+def _parse_value(name: str, text: str) -> Any:
     """A number, true or false; else the text itself, which may be a choice."""
 
     def refused(constant: str) -> Any:
@@ -101,22 +114,22 @@ def _value(name: str, text: str) -> Any:
         return text
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    from service.cli.spec_file import SpecError, load  # reads YAML
+def _load_mapping(path: Path) -> dict[str, Any]:
+    from service.cli.spec_file import SpecError, load_spec  # reads YAML
 
     try:
-        return load(path, Path.cwd())
+        return load_spec(path, Path.cwd())
     except SpecError as error:
         fail(Exit.USAGE, str(error))
 
 
-def _posted(
+def _post_once(
     home: Path, project: str | None, path: str, body: dict[str, Any], key: str | None
 ) -> dict[str, Any]:
     """The answer; where none came, how to ask again without starting it twice."""
     chosen = key or str(uuid.uuid4())
     try:
-        with connected(home, project) as client:
+        with connect_client(home, project) as client:
             return client.post(path, body, idempotency_key=chosen)
     except typer.Exit as end:
         if end.exit_code == Exit.UNREACHABLE:

@@ -13,27 +13,27 @@ from service.local_stack.supervisor import Interrupted, PortTakenError, Stack, l
 from service.settings import Settings
 
 
-def up(settings: Settings, fleet: list[str] | None, *, as_json: bool) -> None:
+def run_stack_until_stopped(settings: Settings, fleet: list[str] | None, *, as_json: bool) -> None:
     """Hold a stack up until told to stop."""
     try:
-        with stack(settings, fleet=fleet, say=say) as running:
+        with stack(settings, fleet=fleet, say=print_message) as running:
             seconds = running.wait_until_ready()
-            _announce(settings, running, seconds, as_json=as_json)
+            _print_ready(settings, running, seconds, as_json=as_json)
             running.run()
     except Interrupted:
-        say("stopped; everything resumes at the next `warmscale up`")
+        print_message("stopped; everything resumes at the next `warmscale up`")
     except (HomeInUseError, PortTakenError) as error:
         fail(Exit.CONFLICT, str(error))
     except (ChildError, ValueError) as error:
         fail(Exit.FAILED, str(error))
 
 
-def say(message: str) -> None:
+def print_message(message: str) -> None:
     """Tell the person at the terminal; standard output stays for results."""
     typer.echo(message, err=True)
 
 
-def _announce(settings: Settings, running: Stack, seconds: float, *, as_json: bool) -> None:
+def _print_ready(settings: Settings, running: Stack, seconds: float, *, as_json: bool) -> None:
     url = running.access.url
     if as_json:
         typer.echo(json.dumps({"url": url, "ready_seconds": round(seconds, 3), "pid": os.getpid()}))

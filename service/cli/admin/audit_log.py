@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.admin.session import on_database
+from service.cli.admin.session import begin_transaction
 from service.cli.common import Exit, Home, Json, fail
 from service.local_stack.home import DEFAULT
 
@@ -33,14 +33,14 @@ def events(
     home: Home = DEFAULT,
 ) -> None:
     """Print the audit log, oldest first: when, who, what, and of which run."""
-    with on_database(home) as session:
-        of = None if study is None else _study_id(session, study)
-        rows = session.scalars(_query(of, actor, type_).limit(limit)).all()[::-1]
-        told = [_told(row) for row in rows]
-    typer.echo(json.dumps(told) if as_json else "\n".join(map(_line, told)))
+    with begin_transaction(home) as session:
+        of = None if study is None else _find_study_id(session, study)
+        rows = session.scalars(_select_events(of, actor, type_).limit(limit)).all()[::-1]
+        told = [_make_record(row) for row in rows]
+    typer.echo(json.dumps(told) if as_json else "\n".join(map(_format_record, told)))
 
 
-def _study_id(session: "Session", study: str) -> str:
+def _find_study_id(session: "Session", study: str) -> str:
     from sqlalchemy import or_, select
 
     from service.database.tables import Study
@@ -53,7 +53,7 @@ def _study_id(session: "Session", study: str) -> str:
     return found
 
 
-def _query(study_id: str | None, actor: str | None, type_: str | None) -> "Select[Event]":
+def _select_events(study_id: str | None, actor: str | None, type_: str | None) -> "Select[Event]":
     from sqlalchemy import select
 
     from service.database.tables import Event
@@ -69,7 +69,7 @@ def _query(study_id: str | None, actor: str | None, type_: str | None) -> "Selec
     return query
 
 
-def _told(row: "Event") -> dict[str, Any]:
+def _make_record(row: "Event") -> dict[str, Any]:
     return {
         "id": row.id,
         "at": row.created_at.astimezone(UTC).isoformat(),
@@ -82,7 +82,7 @@ def _told(row: "Event") -> dict[str, Any]:
     }
 
 
-def _line(one: dict[str, Any]) -> str:
+def _format_record(one: dict[str, Any]) -> str:
     who, about = one["actor"] or "unknown", one["run_id"] or one["study_id"] or ""
     at, what = one["at"][:19].replace("T", " "), json.dumps(one["payload"])
     return f"{one['id']}  {at}  {who}  {one['type']}  {about}  {what}"

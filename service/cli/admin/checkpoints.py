@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.admin.session import reached
-from service.cli.common import Exit, Home, Json, fail, settings
+from service.cli.admin.session import exit_on_database_errors
+from service.cli.common import Exit, Home, Json, fail, load_settings
 from service.local_stack.home import DEFAULT
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ checkpoints = typer.Typer(help="Checkpoints.", no_args_is_help=True)
 
 
 @checkpoints.callback()
-def _group() -> None:
+def _keep_group() -> None:
     """Checkpoints."""
 
 
@@ -48,16 +48,16 @@ def gc(
         orphans_older_than_hours=orphans_older_than_hours,
         delete=delete,
     )
-    found = _collect(home, study, project, options)
+    found = _collect_checkpoints(home, study, project, options)
     if as_json:
-        typer.echo(json.dumps([_view(one) for one in found]))
+        typer.echo(json.dumps([_make_record(one) for one in found]))
     else:
-        _print(found, options)
+        _print_results(found, options)
     if any(one.skipped for one in found):
         raise typer.Exit(Exit.FAILED)
 
 
-def _collect(
+def _collect_checkpoints(
     home: Path, study: str | None, project: str | None, options: "CleanupOptions"
 ) -> "list[CleanupResult]":
     from sqlalchemy import NullPool, create_engine
@@ -66,15 +66,15 @@ def _collect(
     from service.database import engine
     from service.operations.checkpoint_cleanup.collect import collect_checkpoints
 
-    chosen = settings(home)
-    with reached(), engine.open_database(chosen) as url:
+    chosen = load_settings(home)
+    with exit_on_database_errors(), engine.open_database(chosen) as url:
         sessions = sessionmaker(create_engine(url, poolclass=NullPool), expire_on_commit=False)
         with sessions() as session:
-            ids = _chosen(session, study, project)
+            ids = _choose_studies(session, study, project)
         return [collect_checkpoints(sessions, one, chosen.artifact_root, options) for one in ids]
 
 
-def _chosen(session: "Session", study: str | None, project: str | None) -> list[str]:
+def _choose_studies(session: "Session", study: str | None, project: str | None) -> list[str]:
     """Ids of the studies to look at: a name says one of them, or nothing is done."""
     from sqlalchemy import select
 
@@ -93,7 +93,7 @@ def _chosen(session: "Session", study: str | None, project: str | None) -> list[
         fail(Exit.CONFLICT, problem.detail.replace("?project=", "--project"))
 
 
-def _view(one: "CleanupResult") -> dict[str, Any]:
+def _make_record(one: "CleanupResult") -> dict[str, Any]:
     rows = [
         {"uri": d.fact.uri, "bytes": d.fact.num_bytes, "keep": d.keep, "reason": d.reason}
         for d in one.decisions
@@ -110,10 +110,10 @@ def _view(one: "CleanupResult") -> dict[str, Any]:
     return {"study": one.study_id, "bytes": one.num_bytes, "folders": rows, "left": one.skipped}
 
 
-def _print(found: "list[CleanupResult]", options: "CleanupOptions") -> None:
+def _print_results(found: "list[CleanupResult]", options: "CleanupOptions") -> None:
     verb = "deleted" if options.delete else "would delete"
     for one in found:
-        for row in _view(one)["folders"]:
+        for row in _make_record(one)["folders"]:
             did = "keep" if row["keep"] else verb
             typer.echo(f"{did:12}  {row['bytes']:>14,}  {row['uri']}  ({row['reason']})")
         for line in one.skipped:

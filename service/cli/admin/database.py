@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.cli.admin.session import reached
-from service.cli.common import Exit, Home, Json, fail, settings
+from service.cli.admin.session import exit_on_database_errors
+from service.cli.common import Exit, Home, Json, fail, load_settings
 from service.local_stack.home import DEFAULT
 
 if TYPE_CHECKING:
@@ -23,13 +23,13 @@ BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup's o
 
 
 @contextmanager
-def _database(home: Path) -> Generator["URL"]:
+def _open_database(home: Path) -> Generator["URL"]:
     from service.database import engine as db
     from service.operations.backup.archive import BackupError
     from service.operations.backup.load import InUseError, NotEmptyError
 
     try:
-        with reached(), db.open_database(settings(home)) as url:
+        with exit_on_database_errors(), db.open_database(load_settings(home)) as url:
             db.use_utc()
             yield url
     except (BackupError, InUseError, NotEmptyError) as error:
@@ -44,7 +44,7 @@ def current(*, home: Home = DEFAULT, as_json: Json = False) -> None:
     from service.operations.migrations import read_revisions
     from service.operations.revisions import describe_mismatch
 
-    with _database(home) as url:
+    with _open_database(home) as url:
         engine = create_engine(url, poolclass=NullPool)
         with engine.connect() as connection:
             found = read_revisions(connection)
@@ -82,7 +82,7 @@ def downgrade(
     from service.operations import migrations
     from service.operations.revisions import read_revision
 
-    with _database(home) as url:
+    with _open_database(home) as url:
         engine = create_engine(url, poolclass=NullPool)
         with engine.connect() as connection:
             steps = migrations.list_lost_data(read_revision(connection, SCHEMA), to)
@@ -101,9 +101,9 @@ def backup(path: BackupFile, *, home: Home = DEFAULT, as_json: Json = False) -> 
     """
     from service.operations.backup.dump import write_backup as write
 
-    with _database(home) as url, _progress(as_json=as_json) as progress:
+    with _open_database(home) as url, _show_progress(as_json=as_json) as progress:
         manifest = write(url, path, progress)
-    _say("backed up to", path, manifest, as_json=as_json)
+    _print_manifest("backed up to", path, manifest, as_json=as_json)
 
 
 def restore(
@@ -121,16 +121,16 @@ def restore(
     """
     from service.operations.backup.load import restore_backup as read
 
-    with _database(home) as url, _progress(as_json=as_json) as progress:
+    with _open_database(home) as url, _show_progress(as_json=as_json) as progress:
         manifest = read(url, path, progress, replace=replace)
-    _say("restored from", path, manifest, as_json=as_json)
+    _print_manifest("restored from", path, manifest, as_json=as_json)
     typer.echo(
         "keys that were revoked since the backup are good again: see `warmscale key list`", err=True
     )
 
 
 @contextmanager
-def _progress(*, as_json: bool) -> Generator[Callable[[str, int], None]]:
+def _show_progress(*, as_json: bool) -> Generator[Callable[[str, int], None]]:
     """How many bytes of which table have gone through, on the terminal."""
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -147,7 +147,7 @@ def _progress(*, as_json: bool) -> Generator[Callable[[str, int], None]]:
         yield heard
 
 
-def _say(done: str, path: Path, manifest: "BackupManifest", *, as_json: bool) -> None:
+def _print_manifest(done: str, path: Path, manifest: "BackupManifest", *, as_json: bool) -> None:
     fields: dict[str, Any] = {
         "file": str(path),
         "made_at": manifest.made_at.isoformat(),
@@ -175,7 +175,7 @@ def upgrade(home: Home = DEFAULT) -> None:
     from service.operations import migrations
 
     logging.basicConfig(level=logging.WARNING)
-    with reached(), engine.open_database(settings(home)) as url:
+    with exit_on_database_errors(), engine.open_database(load_settings(home)) as url:
         engine.use_utc()
         migrations.upgrade_database(url)
         typer.echo(f"{url.render_as_string(hide_password=True)} is up to date")
@@ -199,7 +199,7 @@ def check(
     from service.database.engine import open_database
     from service.operations import invariants
 
-    with reached(), open_database(settings(home)) as url:
+    with exit_on_database_errors(), open_database(load_settings(home)) as url:
         engine = create_engine(url, poolclass=NullPool)
         with invariants.open_snapshot(engine) as session:
             report = invariants.check_database(session, at_rest=at_rest, with_files=files)

@@ -5,8 +5,8 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from service.cli.admin.session import on_database
-from service.cli.common import Exit, Home, Json, checked_project, fail, print_json
+from service.cli.admin.session import begin_transaction
+from service.cli.common import Exit, Home, Json, check_project, fail, print_json
 from service.local_stack.home import DEFAULT
 from service.protocol import Scope
 
@@ -35,10 +35,10 @@ def create(
     """Make a key and print it: this is the only time that it is shown."""
     from service.access import keys  # imports SQLAlchemy
 
-    scopes = _scopes(scope)
-    project = checked_project(project)
+    scopes = _check_scopes(scope)
+    project = check_project(project)
     expires_at = datetime.now(UTC) + timedelta(days=expires_days) if expires_days else None
-    with on_database(home) as session:
+    with begin_transaction(home) as session:
         key_id, text = keys.create_key(
             session, name, scopes, project=project, expires_at=expires_at
         )
@@ -47,23 +47,25 @@ def create(
 
 
 @key.command(name="list")
-def list_(home: Home = DEFAULT, *, as_json: Json = False) -> None:
+def list_keys(home: Home = DEFAULT, *, as_json: Json = False) -> None:
     """List the keys, newest first: what each may do and where, and when it was last used."""
     from service.access import keys
 
-    with on_database(home) as session:
+    with begin_transaction(home) as session:
         views = keys.list_keys(session)
     if as_json:
         print_json(views)
         return
     for view in views:
         project = view.project or "every project"
-        used = f"last used {_minute(view.last_used_at)}" if view.last_used_at else "never used"
+        used = (
+            f"last used {_format_minute(view.last_used_at)}" if view.last_used_at else "never used"
+        )
         scopes = ", ".join(view.scopes)
         typer.echo(f"{view.id}  {view.name}  {scopes}  {project}  {view.state}  {used}")
 
 
-def _minute(when: datetime) -> str:
+def _format_minute(when: datetime) -> str:
     return f"{when.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
@@ -74,14 +76,14 @@ def revoke(
     """Revoke a key for good."""
     from service.access import keys  # imports FastAPI
 
-    with on_database(home) as session:
+    with begin_transaction(home) as session:
         revoked = keys.revoke_key(session, key_id)
     if not revoked:
         fail(Exit.CONFLICT, f"there is no key {key_id!r} that is still good")
     typer.echo(f"{key_id} is revoked")
 
 
-def _scopes(given: list[str]) -> list[Scope]:
+def _check_scopes(given: list[str]) -> list[Scope]:
     for scope in given:
         if scope not in SCOPES:
             fail(Exit.USAGE, f"--scope: choose from {', '.join(SCOPES)} (got {scope!r})")

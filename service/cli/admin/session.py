@@ -5,28 +5,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from service.cli.common import Exit, fail, settings
+from service.cli.common import Exit, fail, load_settings
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 
 @contextmanager
-def on_database(home: Path) -> Generator["Session"]:
+def begin_transaction(home: Path) -> Generator["Session"]:
     """One transaction on the database, embedded or not."""
     from sqlalchemy import NullPool, create_engine
     from sqlalchemy.orm import Session
 
     from service.database.engine import open_database
 
-    with reached(), open_database(settings(home)) as url:
+    with exit_on_database_errors(), open_database(load_settings(home)) as url:
         engine = create_engine(url, poolclass=NullPool)
         with Session(engine) as session, session.begin():
             yield session
 
 
 @contextmanager
-def reached() -> Generator[None]:
+def exit_on_database_errors() -> Generator[None]:
     """Say shortly that a database cannot be reached, or is not as this version needs it."""
     from sqlalchemy.exc import OperationalError, ProgrammingError
 

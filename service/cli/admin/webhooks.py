@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from service.cli.admin.session import on_database
-from service.cli.common import Exit, Home, Json, checked_project, fail, print_json, settings
+from service.cli.admin.session import begin_transaction
+from service.cli.common import Exit, Home, Json, check_project, fail, load_settings, print_json
 from service.local_stack.home import DEFAULT
 
 webhook = typer.Typer(
@@ -34,12 +34,12 @@ def add(
     types = [name.strip() for name in events.split(",") if name.strip()] or sorted(NOTIFIED)
     if unknown := [name for name in types if name not in NOTIFIED]:
         fail(Exit.USAGE, f"--events: no {unknown[0]!r}; there are {', '.join(sorted(NOTIFIED))}")
-    project = checked_project(project)
+    project = check_project(project)
     try:
         addresses.parse_url(url)
     except addresses.ForbiddenURLError as error:
         fail(Exit.USAGE, str(error))
-    with on_database(home) as session:
+    with begin_transaction(home) as session:
         row, secret = store.add_webhook(session, url, types, project)
         webhook_id = row.id
     typer.echo(f"{webhook_id}  {url}  {', '.join(types)}", err=True)
@@ -47,11 +47,11 @@ def add(
 
 
 @webhook.command(name="list")
-def list_(home: Home = DEFAULT, *, as_json: Json = False) -> None:
+def list_webhooks(home: Home = DEFAULT, *, as_json: Json = False) -> None:
     """List webhooks: what waits, what was delivered in the last week, what was given up."""
     from service.webhooks import store
 
-    with on_database(home) as session:
+    with begin_transaction(home) as session:
         found = store.list_webhooks(session)
     if as_json:
         print_json(found)
@@ -69,7 +69,7 @@ def remove(webhook_id: Id, home: Home = DEFAULT) -> None:
     """Remove a webhook, and what waits for it."""
     from service.webhooks import store
 
-    with on_database(home) as session:
+    with begin_transaction(home) as session:
         removed = store.remove_webhook(session, webhook_id)
     if not removed:
         fail(Exit.CONFLICT, f"there is no webhook {webhook_id!r}")
@@ -81,28 +81,30 @@ def retry(webhook_id: Id, home: Home = DEFAULT) -> None:
     """Try anew what was given up."""
     from service.webhooks import store
 
-    with on_database(home) as session:
+    with begin_transaction(home) as session:
         revived = store.revive_deliveries(session, webhook_id)
     typer.echo(f"{revived} deliveries wait again")
 
 
 @webhook.command(name="test")
-def try_(webhook_id: Id, home: Home = DEFAULT) -> None:
+def send_test_event(webhook_id: Id, home: Home = DEFAULT) -> None:
     """Send a signed message of type `webhook.test` from here, now, once."""
     from service.database.tables import Webhook
 
-    with on_database(home) as session:
+    with begin_transaction(home) as session:
         row = session.get(Webhook, webhook_id)
         if row is None:
             fail(Exit.CONFLICT, f"there is no webhook {webhook_id!r}")
         url, secret = row.url, row.secret
-    error = asyncio.run(_ping(url, secret, allow_private=settings(home).webhook_allow_private))
+    error = asyncio.run(
+        _send_test(url, secret, allow_private=load_settings(home).webhook_allow_private)
+    )
     if error is not None:
         fail(Exit.FAILED, f"{url}: {error}")
     typer.echo(f"{url} took it")
 
 
-async def _ping(url: str, secret: str, *, allow_private: bool) -> str | None:
+async def _send_test(url: str, secret: str, *, allow_private: bool) -> str | None:
     from datetime import UTC, datetime
     from secrets import token_hex
 

@@ -38,24 +38,26 @@ class Pace:
     def eta_seconds(self, study: StudyView, running: Iterable[RunView]) -> float | None:
         """Seconds to the end if no further trial is pruned; None while nobody can tell."""
         speed = self.flops_per_second
-        return None if speed is None else remaining_flops(study, running) / speed
+        return None if speed is None else count_remaining_flops(study, running) / speed
 
 
-def remaining_flops(study: StudyView, running: Iterable[RunView]) -> float:
+def count_remaining_flops(study: StudyView, running: Iterable[RunView]) -> float:
     """What the trials and targets that have not ended are still to cost, were none pruned."""
     spec, runs = study.spec, list(running)
-    trials = spec.hpo.trials - _ended(study.trials)
+    trials = spec.hpo.trials - _count_ended_runs(study.trials)
     flops = max(0, trials) * spec.trial_run(0).train_flops
     if spec.rungs:
-        flops += max(0.0, 1 - _ended(study.targets) / spec.num_target_runs) * _target_flops(spec)
+        flops += max(
+            0.0, 1 - _count_ended_runs(study.targets) / spec.num_target_runs
+        ) * _count_target_flops(spec)
     return max(0.0, flops - sum(run.cost_flops for run in runs))
 
 
-def _ended(counts: RunCounts) -> int:
+def _count_ended_runs(counts: RunCounts) -> int:
     return sum(getattr(counts, state) for state in FINAL_RUN_STATES)
 
 
-def _target_flops(spec: StudySpec) -> float:
+def _count_target_flops(spec: StudySpec) -> float:
     rungs = [count_flops_with_branches(spec.rung_run(rung, 0)) for rung in range(len(spec.rungs))]
     cold = rungs[-1] if spec.warmstart.control else 0.0
     return (sum(rungs) + cold) * spec.warmstart.seeds

@@ -29,7 +29,7 @@ _FILE_WIDTH = 200  # not a terminal: nobody's screen is to be fitted
 _MAX_TRIALS = 50
 
 
-def console() -> Console:
+def make_console() -> Console:
     """Standard output."""
     plain = Console(markup=False, highlight=False, emoji=False)
     if not plain.is_terminal:
@@ -37,14 +37,14 @@ def console() -> Console:
     return plain
 
 
-def show(*parts: RenderableType) -> None:
+def print_parts(*parts: RenderableType) -> None:
     """Print the parts one below another."""
-    out = console()
+    out = make_console()
     for part in parts:
         out.print(part, soft_wrap=isinstance(part, str))
 
 
-def _table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> Table:
+def _make_table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> Table:
     """A table; a column whose title begins with `<` is text, any other is a number."""
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for column in columns.split("|"):
@@ -55,7 +55,7 @@ def _table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def _facts(rows: Iterable[tuple[str, str]]) -> Table:
+def _make_facts_grid(rows: Iterable[tuple[str, str]]) -> Table:
     grid = Table.grid(padding=(0, 2))
     for name, value in rows:
         if value:
@@ -63,99 +63,100 @@ def _facts(rows: Iterable[tuple[str, str]]) -> Table:
     return grid
 
 
-def counts(runs: RunCounts) -> str:
+def format_counts(runs: RunCounts) -> str:
     """Runs by state, the states that there are."""
     return ", ".join(f"{n} {state}" for state, n in runs.model_dump().items() if n) or "none yet"
 
 
-def _params(params: dict[str, Any]) -> str:
+def _format_params(params: dict[str, Any]) -> str:
     return "  ".join(f"{name} {format_parameter(value)}" for name, value in sorted(params.items()))
 
 
-def studies(views: Iterable[StudyView]) -> Table:
+def make_studies_table(views: Iterable[StudyView]) -> Table:
     """One row a study."""
     rows = [
         (
             view.name,
             view.state,
             f"{view.progress:.0%}",
-            counts(view.trials),
+            format_counts(view.trials),
             format_nats(view.best_trial.val_loss_nats if view.best_trial else None),
             format_flops(view.cost_flops),
             f"{view.created_at:%Y-%m-%d %H:%M}",
         )
         for view in views
     ]
-    return _table("", "<study|<state|done|<trials|best loss|FLOPs|<created (UTC)", rows)
+    return _make_table("", "<study|<state|done|<trials|best loss|FLOPs|<created (UTC)", rows)
 
 
-def study(view: StudyView) -> Table:
+def make_study_grid(view: StudyView) -> Table:
     """A study's facts."""
-    return _facts(
+    return _make_facts_grid(
         [
             ("study", f"{view.name} ({view.id})"),
             ("state", view.state + (f": {view.reason}" if view.reason else "")),
             ("progress", f"{view.progress:.0%}"),
-            ("trials", f"{counts(view.trials)}, of {view.trials_budget}"),
-            ("targets", counts(view.targets) if view.spec.rungs else "none asked for"),
-            ("best", _best(view)),
+            ("trials", f"{format_counts(view.trials)}, of {view.trials_budget}"),
+            ("targets", format_counts(view.targets) if view.spec.rungs else "none asked for"),
+            ("best", _format_best_trial(view)),
             ("cost", f"{format_flops(view.cost_flops)} FLOPs"),
             *(("warning", warning) for warning in view.warnings),
         ]
     )
 
 
-def _best(view: StudyView) -> str:
+def _format_best_trial(view: StudyView) -> str:
     best = view.best_trial
     if best is None:
         return ""
-    return f"trial {best.number}: loss {format_nats(best.val_loss_nats)}, {_params(best.params)}"
+    loss, params = format_nats(best.val_loss_nats), _format_params(best.params)
+    return f"trial {best.number}: loss {loss}, {params}"
 
 
-def trials(views: Sequence[TrialView]) -> Table:
+def make_trials_table(views: Sequence[TrialView]) -> Table:
     """The best trials first, then the ones without a result."""
-    ordered = sorted(views, key=_rank)[:_MAX_TRIALS]
+    ordered = sorted(views, key=_rank_trial)[:_MAX_TRIALS]
     rows = [
         (
             str(trial.number),
             "diverged" if trial.diverged else trial.state,
             format_nats(trial.val_loss_nats),
             f"{trial.step}/{trial.num_steps}",
-            _params(trial.params),
-            _last_line(trial.error),
+            _format_params(trial.params),
+            _find_error_line(trial.error),
         )
         for trial in ordered
     ]
     title = "trials" if len(ordered) == len(views) else f"the best {len(ordered)} trials"
-    return _table(title, "trial|<state|loss|step|<parameters|<error", rows)
+    return _make_table(title, "trial|<state|loss|step|<parameters|<error", rows)
 
 
-def _last_line(error: str | None) -> str:
+def _find_error_line(error: str | None) -> str:
     """Of a trace, the line that names the error."""
     lines = (error or "").strip().splitlines()
     return lines[-1] if lines else ""
 
 
-def _rank(trial: TrialView) -> tuple[bool, float, int]:
+def _rank_trial(trial: TrialView) -> tuple[bool, float, int]:
     loss = trial.val_loss_nats
     return trial.state != "succeeded", float("inf") if loss is None else loss, trial.number
 
 
-def results(found: StudyResults) -> list[RenderableType]:
+def make_results_parts(found: StudyResults) -> list[RenderableType]:
     """The verdict and what it rests on."""
     verdict = found.verdict
     said = verdict.sentence if verdict else f"{write_headline(None)}: {found.pending}."
     parts: list[RenderableType] = [write_budget_prefix(found) + said]
     if found.budgets:
-        parts += ["", _budgets(found.budgets)]
+        parts += ["", _make_budgets_table(found.budgets)]
     if verdict is not None:
-        parts += ["", _pairs(verdict)]
+        parts += ["", _make_pairs_table(verdict)]
     if found.targets:
-        parts += ["", _targets(found.targets), "", _costs(found.costs)]
+        parts += ["", _make_targets_table(found.targets), "", _make_costs_table(found.costs)]
     return parts
 
 
-def _budgets(budgets: Iterable[BudgetResult]) -> Table:
+def _make_budgets_table(budgets: Iterable[BudgetResult]) -> Table:
     rows = [
         (
             f"{budget.tokens_per_param:g}",
@@ -170,10 +171,10 @@ def _budgets(budgets: Iterable[BudgetResult]) -> Table:
         for budget in budgets
     ]
     columns = "tpp|tokens|warm - cold|95 % interval|speedup|warm FLOPs|cold FLOPs|<verdict"
-    return _table("by budget (tokens per parameter; a run on its own)", columns, rows)
+    return _make_table("by budget (tokens per parameter; a run on its own)", columns, rows)
 
 
-def _pairs(verdict: Verdict) -> Table:
+def _make_pairs_table(verdict: Verdict) -> Table:
     rows = [
         (
             str(pair.seed_number),
@@ -186,10 +187,10 @@ def _pairs(verdict: Verdict) -> Table:
         for pair in verdict.pairs
     ]
     columns = "seed|warm loss|cold loss|<warm is|tokens to cold's loss|speedup"
-    return _table("warm against cold (nats/token)", columns, rows)
+    return _make_table("warm against cold (nats/token)", columns, rows)
 
 
-def _targets(runs: Iterable[TargetRun]) -> Table:
+def _make_targets_table(runs: Iterable[TargetRun]) -> Table:
     rows = [
         (
             run.run_id,
@@ -205,10 +206,10 @@ def _targets(runs: Iterable[TargetRun]) -> Table:
         for run in runs
     ]
     columns = "<run|<arm|rung|seed|<state|loss|tokens|FLOPs|<grown from"
-    return _table("target runs", columns, rows)
+    return _make_table("target runs", columns, rows)
 
 
-def _costs(costs: Costs) -> Table:
+def _make_costs_table(costs: Costs) -> Table:
     """Both accountings, side by side."""
     rows = [
         ("one warm run, the base sunk", format_flops(costs.warm_flops)),
@@ -219,13 +220,13 @@ def _costs(costs: Costs) -> Table:
         *((what, format_flops(cost)) for what, cost in shared_costs(costs)),
         ("everything", format_flops(costs.total_flops)),
     ]
-    return _table("costs", "<what|FLOPs", rows)
+    return _make_table("costs", "<what|FLOPs", rows)
 
 
-def run(view: RunView, checkpoints: Sequence[CheckpointView]) -> list[RenderableType]:
+def make_run_parts(view: RunView, checkpoints: Sequence[CheckpointView]) -> list[RenderableType]:
     """A run's facts and the checkpoints that are kept."""
     what = label_run(view)
-    facts = _facts(
+    facts = _make_facts_grid(
         [
             ("run", f"{view.id}, {what}, of {view.study_name}"),
             ("state", view.state),
@@ -233,7 +234,7 @@ def run(view: RunView, checkpoints: Sequence[CheckpointView]) -> list[Renderable
             ("validation", f"{format_nats(view.val_loss_nats)} nats/token"),
             ("training", f"{format_nats(view.loss_nats)} nats/token"),
             ("speed", f"{format_tokens(view.tokens_per_second)} tokens/s"),
-            ("parameters", _params(view.params)),
+            ("parameters", _format_params(view.params)),
             ("attempt", f"{view.attempt}, {view.failures} failed of {view.max_attempts}"),
             ("worker", view.worker or ""),
             ("grown from", view.base_hash or ""),
@@ -243,5 +244,5 @@ def run(view: RunView, checkpoints: Sequence[CheckpointView]) -> list[Renderable
         ]
     )
     rows = [(str(c.step), c.hash[:12], f"{c.num_bytes:,}", c.uri) for c in checkpoints]
-    table = _table("checkpoints", "step|<hash|bytes|<place", rows)
+    table = _make_table("checkpoints", "step|<hash|bytes|<place", rows)
     return [facts, "", table] if rows else [facts]

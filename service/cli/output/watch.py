@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service.cli.output.eta import Pace
-from service.cli.output.tables import console, counts
+from service.cli.output.tables import format_counts, make_console
 from service.client import Client, ServiceError
 from service.lifecycle import FINAL_STUDY_STATES
 from service.results.wording import format_nats, format_parameter, format_tokens, label_run
@@ -54,24 +54,24 @@ class Snapshot:
     away: bool = False
 
 
-def style(*, as_json: bool) -> Style:
+def choose_style(*, as_json: bool) -> Style:
     """How to show progress on this standard output."""
     if as_json:
         return "json"
     return "live" if sys.stdout.isatty() else "plain"
 
 
-def watch(client: Client, name: str, how: Style, tick: Tick = lambda: None) -> StudyView:
+def watch_study(client: Client, name: str, how: Style, tick: Tick = lambda: None) -> StudyView:
     """Show a study's progress until it ends; `tick` is called several times a second."""
     last: Snapshot | None = None
-    with {"live": _live, "plain": _plain, "json": _json}[how]() as show:
-        for last in snapshots(client, name, tick):
+    with {"live": _draw_screen, "plain": _print_lines, "json": _print_json_lines}[how]() as show:
+        for last in follow_study(client, name, tick):
             show(last)
     assert last is not None
     return last.study
 
 
-def snapshots(client: Client, name: str, tick: Tick) -> Iterator[Snapshot]:
+def follow_study(client: Client, name: str, tick: Tick) -> Iterator[Snapshot]:
     """The study every half second until it has ended, through restarts of the service.
 
     Raises:
@@ -82,28 +82,28 @@ def snapshots(client: Client, name: str, tick: Tick) -> Iterator[Snapshot]:
     give_up_at = time.monotonic() + _GIVE_UP_SECONDS
     while last is None or last.away or last.study.state not in FINAL_STUDY_STATES:
         try:
-            last = _read(client, name, last)
+            last = _read_snapshot(client, name, last)
             give_up_at = time.monotonic() + _GIVE_UP_SECONDS
         except (httpx.TransportError, ServiceError) as error:
-            if last is None or not _passes(error) or time.monotonic() > give_up_at:
+            if last is None or not _is_temporary(error) or time.monotonic() > give_up_at:
                 raise
             last = Snapshot(study=last.study, running=last.running, away=True)
         yield last
-        _wait(tick)
+        _wait_for_next_poll(tick)
 
 
-def _passes(error: httpx.TransportError | ServiceError) -> bool:
+def _is_temporary(error: httpx.TransportError | ServiceError) -> bool:
     return not isinstance(error, ServiceError) or error.status >= _SERVER_FAULT
 
 
-def _wait(tick: Tick) -> None:
+def _wait_for_next_poll(tick: Tick) -> None:
     until = time.monotonic() + _POLL_SECONDS
     while time.monotonic() < until:
         tick()
         time.sleep(_TICK_SECONDS)
 
 
-def _read(client: Client, name: str, last: Snapshot | None) -> Snapshot:
+def _read_snapshot(client: Client, name: str, last: Snapshot | None) -> Snapshot:
     study = StudyView.model_validate(client.get(f"/v1/studies/{name}"))
     items = client.list_items("/v1/runs", study=study.id, state="leased")
     running = tuple(RunView.model_validate(item) for item in reversed(items))
@@ -114,15 +114,15 @@ def _read(client: Client, name: str, last: Snapshot | None) -> Snapshot:
 
 
 @contextmanager
-def _plain() -> Generator[Show]:
+def _print_lines() -> Generator[Show]:
     """A line for each run that ended, and one whenever the counts have changed."""
     said = ""
 
     def show(now: Snapshot) -> None:
         nonlocal said
         for run in now.ended:
-            typer.echo(ended_line(run))
-        line = "the service is away; waiting" if now.away else summary(now.study)
+            typer.echo(format_ended_run(run))
+        line = "the service is away; waiting" if now.away else format_summary(now.study)
         if line != said:
             typer.echo(line)
             said = line
@@ -131,13 +131,13 @@ def _plain() -> Generator[Show]:
 
 
 @contextmanager
-def _json() -> Generator[Show]:
+def _print_json_lines() -> Generator[Show]:
     """A line whenever something has changed."""
     said: dict[str, Any] = {}
 
     def show(now: Snapshot) -> None:
         nonlocal said
-        line = as_json(now)
+        line = make_record(now)
         if line != said and not now.away:
             typer.echo(json.dumps(line))
             said = line
@@ -146,20 +146,20 @@ def _json() -> Generator[Show]:
 
 
 @contextmanager
-def _live() -> Generator[Show]:
+def _draw_screen() -> Generator[Show]:
     """One screen, kept up to date."""
     pace = Pace()
-    with Live(console=console(), refresh_per_second=4) as screen:
+    with Live(console=make_console(), refresh_per_second=4) as screen:
 
         def show(now: Snapshot) -> None:
             if not now.away:
                 pace.see(time.monotonic(), now.study.cost_flops)
-            screen.update(picture(now, pace.eta_seconds(now.study, now.running)))
+            screen.update(make_screen(now, pace.eta_seconds(now.study, now.running)))
 
         yield show
 
 
-def ended_line(run: RunView) -> str:
+def format_ended_run(run: RunView) -> str:
     """How a run that is no longer running ended, or that it waits for another attempt."""
     params = ", ".join(
         f"{name} {format_parameter(value)}" for name, value in sorted(run.params.items())
@@ -168,23 +168,23 @@ def ended_line(run: RunView) -> str:
     return f"  {label_run(run)} {run.state}: {where} ({params})"
 
 
-def summary(study: StudyView) -> str:
+def format_summary(study: StudyView) -> str:
     """The study in a line."""
-    return " | ".join([study.state, *standing(study)])
+    return " | ".join([study.state, *list_progress(study)])
 
 
-def standing(study: StudyView) -> list[str]:
+def list_progress(study: StudyView) -> list[str]:
     """How the search and the targets stand."""
-    parts = [f"trials: {counts(study.trials)}"]
+    parts = [f"trials: {format_counts(study.trials)}"]
     if study.best_trial is not None:
         best = study.best_trial
         parts.append(f"best {format_nats(best.val_loss_nats)} (trial {best.number})")
     if study.spec.rungs:
-        parts.append(f"targets: {counts(study.targets)}")
+        parts.append(f"targets: {format_counts(study.targets)}")
     return parts
 
 
-def as_json(now: Snapshot) -> dict[str, Any]:
+def make_record(now: Snapshot) -> dict[str, Any]:
     """What changes of a study, for programs."""
     fields = {"name", "state", "reason", "trials", "targets", "best_trial", "progress"}
     loss = {"loss_nats", "val_loss_nats"}
@@ -192,17 +192,21 @@ def as_json(now: Snapshot) -> dict[str, Any]:
     return now.study.model_dump(mode="json", include=fields | {"cost_flops"}) | {"running": running}
 
 
-def picture(now: Snapshot, eta_seconds: float | None) -> Group:
+def make_screen(now: Snapshot, eta_seconds: float | None) -> Group:
     """The live screen: how the study stands, then a bar for each running run."""
     head = f"{now.study.name} {now.study.state}, {now.study.progress:.0%}"
     if eta_seconds is not None and now.running:
-        head += f", about {clock(eta_seconds)} left"
-    lines = [head, *standing(now.study), *(["the service is away; waiting"] if now.away else [])]
+        head += f", about {format_clock(eta_seconds)} left"
+    lines = [
+        head,
+        *list_progress(now.study),
+        *(["the service is away; waiting"] if now.away else []),
+    ]
     bars = Table.grid(padding=(0, 2))
     for run in now.running:
         bars.add_row(
             label_run(run),
-            _bar(run),
+            _make_bar(run),
             f"{run.step}/{run.num_steps}",
             f"loss {format_nats(run.loss_nats)}",
             f"val {format_nats(run.val_loss_nats)}",
@@ -211,7 +215,7 @@ def picture(now: Snapshot, eta_seconds: float | None) -> Group:
     return Group(*(Text(line) for line in lines), bars)
 
 
-def _bar(run: RunView) -> ProgressBar:
+def _make_bar(run: RunView) -> ProgressBar:
     return ProgressBar(
         total=run.num_steps,
         completed=run.step,
@@ -221,7 +225,7 @@ def _bar(run: RunView) -> ProgressBar:
     )
 
 
-def clock(seconds: float) -> str:
+def format_clock(seconds: float) -> str:
     """`1:02:03`, or `2:03` below an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

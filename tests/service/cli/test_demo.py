@@ -1,6 +1,6 @@
 import pytest
 
-from service.cli.demo import fleet_figures
+from service.cli.demo import measure_fleet
 from service.protocol import Timing
 from service.runs.schemas import RunView
 
@@ -46,21 +46,21 @@ def run(first, last, inside, *, startup=0.5, kind="trial", number=0):
 
 def test_two_slots_that_always_train_are_used_wholly():
     runs = [run(0, 10, 10), run(0, 10, 10)]
-    assert fleet_figures(runs, 2)["utilization"] == 1.0
+    assert measure_fleet(runs, 2)["utilization"] == 1.0
 
 
 def test_a_slot_that_stands_idle_counts_against_the_fleet():
     runs = [run(100, 110, 10), run(110, 120, 10)]
-    assert fleet_figures(runs, 2)["utilization"] == 0.5
+    assert measure_fleet(runs, 2)["utilization"] == 0.5
 
 
 def test_only_trials_tell_how_quickly_a_trial_starts():
     runs = [run(0, 1, 1, startup=0.7), run(0, 1, 1, startup=9.0, kind="target")]
-    assert fleet_figures(runs, 1)["slowest_warm_start_seconds"] == 0.7
+    assert measure_fleet(runs, 1)["slowest_warm_start_seconds"] == 0.7
 
 
 @pytest.mark.parametrize("runs", [[], [run(None, None, 0, startup=None)]])
 def test_without_a_step_there_is_nothing_to_tell(runs):
-    figures = fleet_figures(runs, 2)
+    figures = measure_fleet(runs, 2)
     assert figures["utilization"] is None
     assert figures["slowest_warm_start_seconds"] is None

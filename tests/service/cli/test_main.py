@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import service
 from service.cli.main import app
-from service.cli.spec_file import SpecError, anchored, load
+from service.cli.spec_file import SpecError, anchor_paths, load_spec
 from service.local_stack import home as homes
 from service.local_stack.home import Access, HomeInUseError
 
@@ -317,12 +317,12 @@ def test_a_file_that_is_no_spec_says_why(tmp_path, text, said):
     path = tmp_path / "spec.yaml"
     path.write_text(text)
     with pytest.raises(SpecError, match=said):
-        load(path, tmp_path)
+        load_spec(path, tmp_path)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SpecError, match=r"nowhere\.yaml cannot be read: No such file"):
-        load(tmp_path / "nowhere.yaml", tmp_path)
+        load_spec(tmp_path / "nowhere.yaml", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     ],
 )
 def test_only_relative_paths_are_anchored(tmp_path, source, expected):
-    spec = anchored({"data": {"source": source}}, tmp_path.__class__("/here"))
+    spec = anchor_paths({"data": {"source": source}}, tmp_path.__class__("/here"))
     assert spec["data"]["source"] == expected
 
 
@@ -349,13 +349,13 @@ def test_only_relative_paths_are_anchored(tmp_path, source, expected):
     [("byte", "byte"), ("bpe:512", "bpe:512"), ("t/tokenizer.json", "/here/t/tokenizer.json")],
 )
 def test_the_path_of_a_tokenizer_is_anchored_and_its_name_is_not(tmp_path, tokenizer, expected):
-    spec = anchored({"data": {"tokenizer": tokenizer}}, tmp_path.__class__("/here"))
+    spec = anchor_paths({"data": {"tokenizer": tokenizer}}, tmp_path.__class__("/here"))
     assert spec["data"] == {"tokenizer": expected}
 
 
 @pytest.mark.parametrize("spec", [{}, {"data": None}, {"data": "x"}, {"data": {"source": 3}}])
 def test_a_spec_without_a_source_is_left_to_the_service(spec, tmp_path):
-    assert anchored(spec, tmp_path) == spec
+    assert anchor_paths(spec, tmp_path) == spec
 
 
 def test_access_is_for_this_user_alone(tmp_path):

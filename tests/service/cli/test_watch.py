@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from service.cli.output.eta import Pace, remaining_flops
-from service.cli.output.watch import clock, picture, snapshots, watch
+from service.cli.output.eta import Pace, count_remaining_flops
+from service.cli.output.watch import follow_study, format_clock, make_screen, watch_study
 from service.client import Client, ServiceError
 from service.specs.study import StudySpec
 from service.studies.schemas import RunCounts, StudyView
@@ -38,7 +38,7 @@ def finishing(worker, loss):
 def test_plain_lines_tell_a_study_from_beginning_to_end(api, submit, worker, script, capsys):
     name = submit(hpo=HPO, target=None)["name"]
     tick = script(finishing(worker, 2.5), finishing(worker, 2.25))
-    ended = watch(api.client, name, "plain", tick)
+    ended = watch_study(api.client, name, "plain", tick)
     lines = capsys.readouterr().out.splitlines()
     assert ended.state == "completed"
     assert lines[0] == "active | trials: none yet"
@@ -48,7 +48,7 @@ def test_plain_lines_tell_a_study_from_beginning_to_end(api, submit, worker, scr
 def test_a_run_that_was_seen_running_is_told_to_have_ended(api, submit, worker, capsys):
     name = submit(hpo=HPO, target=None)["name"]
     leases = list(worker.lease(2))
-    moments = snapshots(api.client, name, lambda: None)
+    moments = follow_study(api.client, name, lambda: None)
     assert {run.id for run in next(moments).running} == {lease.run_id for lease in leases}
     worker.complete(leases[0], loss=2.5)
     now = next(moments)
@@ -60,7 +60,7 @@ def test_json_lines_are_printed_only_on_change(api, submit, worker, script, caps
     name = submit(hpo=HPO, target=None)["name"]
     nothing = [lambda: None] * 12
     tick = script(*nothing, finishing(worker, 2.5), *nothing, finishing(worker, 2.25))
-    watch(api.client, name, "json", tick)
+    watch_study(api.client, name, "json", tick)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(lines) == 3
     assert [line["trials"]["succeeded"] for line in lines] == [0, 1, 2]
@@ -81,7 +81,7 @@ class Flaky(Client):
 def test_a_watch_outlives_a_restart_of_the_service(api, submit, worker, capsys):
     name = submit(hpo=HPO, target=None)["name"]
     with Flaky(api.url, api.key, patience_seconds=0) as client:
-        moments = snapshots(client, name, lambda: None)
+        moments = follow_study(client, name, lambda: None)
         assert not next(moments).away
         client.failures = 2
         assert [next(moments).away for _ in range(3)] == [True, True, False]
@@ -89,7 +89,7 @@ def test_a_watch_outlives_a_restart_of_the_service(api, submit, worker, capsys):
 
 def test_a_study_that_is_not_there_is_no_restart(api):
     with pytest.raises(ServiceError):
-        next(snapshots(api.client, "nope", lambda: None))
+        next(follow_study(api.client, "nope", lambda: None))
 
 
 def test_a_tick_that_raises_ends_the_watch(api, submit):
@@ -97,17 +97,17 @@ def test_a_tick_that_raises_ends_the_watch(api, submit):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        watch(api.client, submit()["name"], "plain", stop)
+        watch_study(api.client, submit()["name"], "plain", stop)
 
 
 def test_the_live_picture_has_a_bar_for_each_running_run(api, submit, worker):
     name = submit(hpo=HPO, target=None)["name"]
     for lease in worker.lease(2):
         worker.evaluate(lease, 1, 2.5)
-    now = next(snapshots(api.client, name, lambda: None))
+    now = next(follow_study(api.client, name, lambda: None))
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(picture(now, eta_seconds=75.0))
+        console.print(make_screen(now, eta_seconds=75.0))
     shown = capture.get()
     assert shown.count("5/20") == 2
     assert "about 1:15 left" in shown
@@ -146,17 +146,20 @@ def view(trials=None, targets=None, cost=0.0, **changes):
 def test_a_fresh_study_has_all_of_its_flops_to_spend():
     study = view()
     trial, target = study.spec.trial_run(0).train_flops, study.spec.rung_run(0, 0).train_flops
-    assert remaining_flops(study, []) == pytest.approx(4 * trial + 4 * target)
+    assert count_remaining_flops(study, []) == pytest.approx(4 * trial + 4 * target)
 
 
 def test_a_finished_study_has_none():
-    assert remaining_flops(view(RunCounts(succeeded=3, pruned=1), RunCounts(succeeded=4)), []) == 0
+    assert (
+        count_remaining_flops(view(RunCounts(succeeded=3, pruned=1), RunCounts(succeeded=4)), [])
+        == 0
+    )
 
 
 def test_a_ladder_counts_every_rung_and_one_cold_run_a_seed():
     study = view(RunCounts(succeeded=4), target=None, ladder=[{"width": 48}, {"width": 64}])
     low, high = (study.spec.rung_run(rung, 0).train_flops for rung in (0, 1))
-    assert remaining_flops(study, []) == pytest.approx(2 * (low + 2 * high))
+    assert count_remaining_flops(study, []) == pytest.approx(2 * (low + 2 * high))
 
 
 @given(st.floats(1e-3, 1e12), st.integers(6, 50))
@@ -180,4 +183,4 @@ def test_a_pace_needs_time_and_progress():
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (75, "1:15"), (3723.4, "1:02:03")])
 def test_a_clock_reads_as_people_read_it(seconds, shown):
-    assert clock(seconds) == shown
+    assert format_clock(seconds) == shown

@@ -19,8 +19,8 @@ def test_a_fleet_gets_a_key_that_may_work_and_nothing_else(
     held = api.environment["WARMSCALE_API_KEY"], api.environment["WARMSCALE_FLEET_KEY"]
     assert fleet.environment["WARMSCALE_API_KEY"] == held[1]
     assert not {"ws_all", "postgresql://secret"} & set(fleet.environment.values())
-    serve.admit(database_url, *held)
-    serve.admit(database_url, *held)
+    serve.admit_keys(database_url, *held)
+    serve.admit_keys(database_url, *held)
     engine = create_engine(database_url)
     with Session(engine) as session:
         assert keys.find_caller(session, held[0]).scopes == {"admin"}

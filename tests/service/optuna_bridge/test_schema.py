@@ -101,6 +101,6 @@ def test_serving_with_an_unknown_optuna_is_refused_before_it_listens(
     unknown_optuna, database_url, upgraded, capsys
 ):
     with pytest.raises(typer.Exit) as refused:
-        serve._prepare(database_url, upgraded=upgraded)
+        serve._prepare_database(database_url, upgraded=upgraded)
     assert refused.value.exit_code == 4
     assert "pip install 'optuna==5.0.*'" in capsys.readouterr().err

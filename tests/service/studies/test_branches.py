@@ -8,7 +8,7 @@ import threading
 import pytest
 from sqlalchemy import text
 
-from service.cli.output.tables import results, show
+from service.cli.output.tables import make_results_parts, print_parts
 from service.client import ServiceError
 from service.leases import attempts, checkpoints
 from service.protocol import CheckpointReport
@@ -368,7 +368,7 @@ def test_the_report_and_the_tables_show_the_gain_by_budget(found, api, capsys):
     assert means["x"] == BUDGETS
     assert means["y"] == pytest.approx([-0.3, 0])
     assert len(seeds["x"]) == 4
-    show(*results(found))
+    print_parts(*make_results_parts(found))
     printed = " ".join(capsys.readouterr().out.split())
     assert "2 172,544 -0.3000 -0.3000 to -0.3000" in printed
     assert "warm at 2 tpp" in printed

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.cli.spec_file import SpecError, load
+from service.cli.spec_file import SpecError, load_spec
 from service.specs.study import StudySpec
 from warmcore import __main__ as command
 from warmcore.run_file import read_spec
@@ -54,7 +54,7 @@ HOSTILE = {
 
 def attempts(path):
     """Both readers on one file: what each made of it, a refusal as its text."""
-    for read, refusal in ((read_spec, ValueError), (lambda p: load(p, p.parent), SpecError)):
+    for read, refusal in ((read_spec, ValueError), (lambda p: load_spec(p, p.parent), SpecError)):
         try:
             yield read(path)
         except refusal as error:
