@@ -27,6 +27,7 @@ class Proxy:
         self.num_cut = 0
         self.port = 0
         self._loop = asyncio.new_event_loop()
+        self._serving: set[asyncio.Task[None]] = set()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
 
@@ -60,6 +61,11 @@ class Proxy:
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # asyncio refers to tasks and to streams by weak references only. Once the client has
+        # closed, a garbage collection would destroy a task that still waits for the backend.
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         try:
             await self._relay(reader, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
@@ -67,6 +73,7 @@ class Proxy:
         except asyncio.CancelledError:
             pass
         finally:
+            self._serving.discard(task)
             writer.transport.abort()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -1,5 +1,7 @@
 """Chaos, as `make chaos` runs it, for half a minute; and its parts, each of which must bite."""
 
+import asyncio
+import gc
 import json
 import os
 import subprocess
@@ -84,16 +86,21 @@ def backends():
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(body)
+            assert self.server.may_end.wait(60)
 
         def log_message(self, *_):
             pass
 
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+    for server in servers:
+        server.may_end = threading.Event()
+        server.may_end.set()
     threads = [threading.Thread(target=s.serve_forever, args=(0.02,)) for s in servers]
     for thread in threads:
         thread.start()
     yield servers
     for server, thread in zip(servers, threads, strict=True):
+        server.may_end.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -132,6 +139,22 @@ def test_the_proxy_goes_to_the_other_replica_where_one_is_gone(post, backends):
     backends[0].shutdown()
     backends[0].server_close()
     assert {int(post().text) for _ in range(4)} == {backends[1].server_port}
+
+
+def test_the_proxy_keeps_a_request_whose_client_ended_before_the_backend(
+    post, proxy, backends, flow, caplog
+):
+    """asyncio itself holds a task by a weak reference: a garbage collection may destroy it."""
+    for server in backends:
+        server.may_end.clear()
+    assert post().status_code == 200
+    flow.wait_for(lambda: len(asyncio.all_tasks(proxy._loop)) == 1)  # the upload has ended
+    gc.collect()
+    assert len(asyncio.all_tasks(proxy._loop)) == 1
+    for server in backends:
+        server.may_end.set()
+    flow.wait_for(lambda: not asyncio.all_tasks(proxy._loop))
+    assert "destroyed" not in caplog.text
 
 
 def test_the_proxy_counts_what_was_refused(post, proxy):
