@@ -54,10 +54,10 @@ class Proxy:
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
         self._loop.run_forever()
+        # A server that is closed first would leave open what it has only just accepted.
+        self._loop.remove_reader(server.sockets[0].fileno())
+        self._loop.run_until_complete(_end_tasks())
         server.close()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0.1))
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -117,6 +117,16 @@ class Proxy:
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         self._next = (self._next + 1) % len(self._backends)
         return await asyncio.open_connection("127.0.0.1", self._backends[self._next])
+
+
+async def _end_tasks() -> None:
+    """End every other task of this loop, so that each closes its sockets."""
+    while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.sleep(0)  # a task that is cancelled before it begins runs no `finally`
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    await asyncio.sleep(0)  # an aborted transport closes its socket in the next turn of the loop
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

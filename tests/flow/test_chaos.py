@@ -1,9 +1,11 @@
 """Chaos, as `make chaos` runs it, for half a minute; and its parts, each of which must bite."""
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -111,7 +113,8 @@ def proxy(backends):
     proxy = Proxy([server.server_port for server in backends])
     proxy.start()
     yield proxy
-    proxy.stop()
+    if proxy._thread.is_alive():
+        proxy.stop()
 
 
 @pytest.fixture
@@ -155,6 +158,18 @@ def test_the_proxy_keeps_a_request_whose_client_ended_before_the_backend(
         server.may_end.set()
     flow.wait_for(lambda: not asyncio.all_tasks(proxy._loop))
     assert "destroyed" not in caplog.text
+
+
+def test_the_proxy_closes_every_connection_when_it_stops(proxy):
+    """Those that it has only just accepted, too: an unclosed socket is a warning, and an error."""
+    address = ("127.0.0.1", proxy.port)
+    clients = [socket.create_connection(address, timeout=60) for _ in range(50)]
+    proxy.stop()
+    assert not proxy._thread.is_alive()
+    for client in clients:
+        with client, contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+    gc.collect()
 
 
 def test_the_proxy_counts_what_was_refused(post, proxy):
