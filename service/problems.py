@@ -49,5 +49,6 @@ def conflict(kind: str, detail: str) -> Problem:
 
 def bad_field(path: str, value: object, message: str) -> Problem:
     """Make the 422 for a single invalid field."""
+    # The detail repeats the path: clients that show only the detail still name the field.
     field = FieldProblem(path=path, message=message, value=value)
     return Problem(422, "invalid", f"{path}: {message}", (field,))

@@ -1,7 +1,6 @@
 """The wire messages between workers and the service (v1); no FastAPI, no SQLAlchemy."""
 
 import hashlib
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -11,9 +10,11 @@ from warmcore.specs import CheckpointRef, RunSpec, Strategy
 RunKind = Literal["trial", "target"]
 Arm = Literal["warm", "cold"]
 Decision = Literal["continue", "prune", "cancel"]
+# `diverged`: the loss was not finite, or stayed above its start. `released`: the fleet was drained.
 Outcome = Literal["succeeded", "pruned", "diverged", "failed", "released"]
 RunState = Literal["queued", "leased", "succeeded", "pruned", "failed", "cancelled"]
 StudyState = Literal["active", "paused", "completed", "cancelled", "failed"]
+# `work` is for fleets, `metrics` for Prometheus; `admin` includes every other scope.
 Scope = Literal["read", "write", "work", "metrics", "admin"]
 
 LEASE_TOKEN_HEADER = "Lease-Token"  # noqa: S105 - a header's name
@@ -93,6 +94,7 @@ class LeaseRequest(Message):
     worker: str = Field(min_length=1, max_length=200, pattern=_STORABLE)
     resources: Resources = Resources()
     max_runs: Annotated[int, Field(ge=1, le=64), Number] = 1
+    # An external worker asks for a single study, a fleet for any. Both use the same call.
     study: str | None = Field(
         default=None, pattern=_STORABLE, description="name or id; None: runs of any study"
     )
@@ -116,6 +118,7 @@ class Lease(Message):
     params: dict[str, Any]
     resources: Resources
     artifact_uri: str = Field(description="the folder of this attempt's checkpoints")
+    # A list, because the furthest checkpoint may be damaged: the worker then takes the next.
     resume_from: tuple[CheckpointRef, ...] = Field(
         description="complete checkpoints, the furthest first"
     )
@@ -159,6 +162,7 @@ class Measurement(Message):
 class MeasurementBatch(Message):
     """Points to add; an empty batch only renews the lease."""
 
+    # A longer batch is a 422. A worker that was offline for hours sends several batches.
     measurements: Annotated[tuple[Measurement, ...], Field(max_length=1000)] = ()
 
 

@@ -61,6 +61,7 @@ class Settings(BaseSettings):
         default=15.0,
         description="pause between comments on a stream, which keep proxies from closing it",
     )
+    # Connections of each of the two engines, ours and Optuna's, in each replica.
     pool_size: Annotated[int, Field(ge=1, le=100)] = 10
 
     @field_validator("data_roots", mode="before")

@@ -11,6 +11,8 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Create the tables."""
+    # The key itself is never stored, only its SHA-256.
     op.create_table(
         "api_keys",
         sa.Column("id", sa.Text(), nullable=False),
@@ -29,6 +31,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("hash", name=op.f("uq_api_keys_hash")),
         schema="warmscale",
     )
+    # `spec` is the study's spec as submitted. The same idempotency key returns the same study.
     op.create_table(
         "studies",
         sa.Column("id", sa.Text(), nullable=False),
@@ -53,6 +56,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("name", name=op.f("uq_studies_name")),
         schema="warmscale",
     )
+    # A run has both its place in the study (trial number, or rung, arm and seed) and its lease.
     op.create_table(
         "runs",
         sa.Column("id", sa.Text(), nullable=False),
@@ -127,6 +131,7 @@ def upgrade() -> None:
         sa.UniqueConstraint("study_id", "trial_number", name=op.f("uq_runs_study_id_trial_number")),
         schema="warmscale",
     )
+    # Partial indexes: a lease request reads only queued, leased or untold rows, of all runs ever.
     op.create_index(
         "ix_runs_expiry",
         "runs",
@@ -154,6 +159,7 @@ def upgrade() -> None:
         schema="warmscale",
         postgresql_where=sa.text("NOT told AND kind = 'trial'"),
     )
+    # Of two requests that enqueue the same target at once, the second fails here.
     op.create_index(
         "uq_runs_target",
         "runs",
@@ -162,6 +168,7 @@ def upgrade() -> None:
         schema="warmscale",
         postgresql_where=sa.text("kind = 'target'"),
     )
+    # The row publishes the files: a checkpoint without a row does not exist for readers.
     op.create_table(
         "checkpoints",
         sa.Column("id", sa.BigInteger(), autoincrement=True, nullable=False),
@@ -193,7 +200,7 @@ def upgrade() -> None:
         ),
         schema="warmscale",
     )
-    # Runs and checkpoints point at each other: the second direction comes when both are there.
+    # Runs and checkpoints refer to each other: this constraint needs both tables.
     op.create_foreign_key(
         "fk_runs_base_checkpoint_id",
         "runs",
@@ -203,6 +210,7 @@ def upgrade() -> None:
         source_schema="warmscale",
         referent_schema="warmscale",
     )
+    # `xid` is the writing transaction: event streams read by (xid, id), see event_stream.py.
     op.create_table(
         "events",
         sa.Column("id", sa.BigInteger(), autoincrement=True, nullable=False),
@@ -249,6 +257,7 @@ def upgrade() -> None:
         unique=False,
         schema="warmscale",
     )
+    # The key (run, step) makes a repeated report change nothing.
     op.create_table(
         "measurements",
         sa.Column("run_id", sa.Text(), nullable=False),
@@ -280,7 +289,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Everything goes."""
+    """Drop every table."""
     op.drop_table("measurements", schema="warmscale")
     op.drop_index("ix_events_study_id_xid_id", table_name="events", schema="warmscale")
     op.drop_index("ix_events_run_id_xid_id", table_name="events", schema="warmscale")

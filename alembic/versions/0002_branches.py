@@ -1,4 +1,4 @@
-"""Branches: runs that go on from a trunk's checkpoint.
+"""Branches: runs that continue from the checkpoint of a trunk.
 
 Revision ID: 0002
 Revises: 0001
@@ -16,7 +16,7 @@ _TARGET = ("study_id", "launch", "rung", "arm", "seed")
 
 
 def upgrade() -> None:
-    """Every run that there is is whole."""
+    """Add the columns of branches; every existing run is a whole run (branch 0)."""
     zero = sa.text("0")
     columns = (
         sa.Column("branch", sa.Integer(), server_default=zero, nullable=False),
@@ -25,6 +25,7 @@ def upgrade() -> None:
     )
     for column in columns:
         op.add_column("runs", column, schema="warmscale")
+    # A trunk is a run as well, and is deleted with its branches.
     op.create_foreign_key(
         op.f("fk_runs_trunk_id"),
         "runs",
@@ -38,18 +39,18 @@ def upgrade() -> None:
     op.create_check_constraint(
         op.f("ck_runs_branch"), "runs", "(branch > 0) = (trunk_id IS NOT NULL)", schema="warmscale"
     )
-    _index((*_TARGET, "branch"))
+    _recreate_index((*_TARGET, "branch"))
 
 
 def downgrade() -> None:
-    """Branches go: without their trunk they are nothing."""
+    """Delete branches: without `trunk_id` no program could continue them."""
     op.execute("DELETE FROM warmscale.runs WHERE branch > 0")
-    _index(_TARGET)
+    _recreate_index(_TARGET)
     for column in ("trunk_tokens", "trunk_id", "branch"):
         op.drop_column("runs", column, schema="warmscale")
 
 
-def _index(columns: tuple[str, ...]) -> None:
+def _recreate_index(columns: tuple[str, ...]) -> None:
     op.drop_index("uq_runs_target", table_name="runs", schema="warmscale")
     op.create_index(
         "uq_runs_target",

@@ -1,4 +1,4 @@
-"""Measurements of averaged weights."""
+"""Losses of averaged weights beside those of the raw weights."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,6 +12,7 @@ _COLUMNS = ("ema_val_loss_nats", "swa_val_loss_nats")
 
 
 def upgrade() -> None:
+    """Add a column for each kind of average; earlier measurements have none."""
     for name in _COLUMNS:
         op.add_column(
             "measurements", sa.Column(name, sa.Double(), nullable=True), schema="warmscale"
@@ -19,6 +20,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Losses of averaged weights are lost; the weights' own stay."""
+    """Drop the losses of averaged weights; those of the raw weights stay."""
     for name in reversed(_COLUMNS):
         op.drop_column("measurements", name, schema="warmscale")

@@ -1,4 +1,4 @@
-"""Projects: names and idempotency keys are a project's own, and a key sees one project."""
+"""Projects: names and idempotency keys are unique per project, and a key sees its project only."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -15,7 +15,7 @@ _PATTERN = "project ~ '^[a-z0-9][a-z0-9._-]{0,62}$'"
 
 
 def upgrade() -> None:
-    """What there is belongs to project `default`; a fleet's key and an admin's see it all."""
+    """Put every study and key into project `default`; admins and fleets see all projects."""
     project = sa.Column("project", sa.Text(), server_default="default", nullable=False)
     op.add_column("studies", project, schema="warmscale")
     op.create_check_constraint(op.f("ck_studies_project"), "studies", _PATTERN, schema="warmscale")
@@ -25,6 +25,7 @@ def upgrade() -> None:
         op.create_unique_constraint(
             op.f(f"uq_studies_{name}_project"), "studies", both, schema="warmscale"
         )
+    # Optuna's names are unique over all projects: other projects prefix theirs, "team/lr".
     computed = sa.Computed(_OPTUNA_NAME, persisted=True)
     column = sa.Column("optuna_name", sa.Text(), computed, nullable=False)
     op.add_column("studies", column, schema="warmscale")
@@ -36,6 +37,7 @@ def upgrade() -> None:
         sa.Column("last_used_at", sa.TIMESTAMP(timezone=True), nullable=True),
     ):
         op.add_column("api_keys", column, schema="warmscale")
+    # Only these keys may be without a project; the constraint below enforces it.
     bound = f"WHERE NOT ({_EVERYWHERE})"
     op.execute("UPDATE warmscale.api_keys SET project = 'default' " + bound)  # noqa: S608 - ours
     op.create_check_constraint(
@@ -47,7 +49,10 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Only where there is but the one project: names would collide, and keys would see too much."""
+    """Remove projects, if `default` is the only project.
+
+    Otherwise names would collide, and a key would see studies of other projects.
+    """
     op.execute("""
         DO $$ BEGIN
             IF EXISTS (SELECT FROM warmscale.studies WHERE project <> 'default')

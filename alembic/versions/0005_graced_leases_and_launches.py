@@ -1,4 +1,4 @@
-"""A lease is given time again once; a launch of targets is found again by its idempotency key."""
+"""Leases that are extended once after an outage, and launches of targets by idempotency key."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -11,8 +11,11 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Add `runs.graced` and the table of launches."""
+    # A lease that expired while the service was down is extended, once: `graced` records that.
     graced = sa.Column("graced", sa.Boolean(), server_default=sa.text("false"), nullable=False)
     op.add_column("runs", graced, schema="warmscale")
+    # A repeated request with the same key returns the targets of the first.
     op.create_table(
         "launches",
         sa.Column("study_id", sa.Text(), nullable=False),
@@ -40,6 +43,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """The idempotency keys of targets started by hand go, and which leases had time again."""
+    """Drop the idempotency keys of launches, and the record of extended leases."""
     op.drop_table("launches", schema="warmscale")
     op.drop_column("runs", "graced", schema="warmscale")

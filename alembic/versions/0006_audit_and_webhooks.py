@@ -1,7 +1,7 @@
-"""Events say who, are append-only, and leave through webhooks.
+"""Events name their actor and are append-only, and webhooks send them.
 
-An event of a study or run that is deleted goes with it; no other is ever changed or removed. The
-trigger keeps our own code honest: who owns the database can drop it.
+An event is deleted with its study or run. A trigger refuses every other change. It guards against
+errors in our own code: the owner of the database can drop it.
 """
 
 import sqlalchemy as sa
@@ -13,6 +13,7 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
+# A cascade deletes the study (or run) first: its events may go once that row no longer exists.
 _FUNCTION = """
 CREATE FUNCTION warmscale.refuse_change_of_event() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -41,6 +42,8 @@ def _created_at() -> sa.Column[object]:
 
 
 def upgrade() -> None:
+    """Add actors, the trigger, and the tables of webhooks and their deliveries."""
+    # Events of keys and webhooks belong to no study.
     op.add_column("events", sa.Column("actor", sa.Text(), nullable=True), schema="warmscale")
     op.alter_column("events", "study_id", nullable=True, schema="warmscale")
     op.execute(_FUNCTION)
@@ -56,6 +59,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhooks")),
         schema="warmscale",
     )
+    # The outbox: a row is written in the transaction of its event, and sent after the commit.
     op.create_table(
         "deliveries",
         sa.Column("event_id", sa.BigInteger(), nullable=False),
@@ -88,6 +92,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("event_id", "webhook_id", name=op.f("pk_deliveries")),
         schema="warmscale",
     )
+    # Partial: delivered rows stay for a week, and the outbox must not read them in every round.
     op.create_index(
         "ix_deliveries_waiting",
         "deliveries",
@@ -99,7 +104,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Webhooks go with what waits for them, who did what goes, and the events of no study."""
+    """Drop webhooks, deliveries and actors, and delete the events of no study."""
     op.drop_table("deliveries", schema="warmscale")
     op.drop_table("webhooks", schema="warmscale")
     op.execute("DROP TRIGGER append_only ON warmscale.events")

@@ -152,11 +152,11 @@ def split_shards(shards: list[Shard], spec: DataSpec, vocab_size: int) -> Split:
     share = spec.val_fraction * sum(shard.num_tokens for shard in shards)
     size = min(MAX_BLOCK_TOKENS, max(round(share / BLOCKS_PER_SHARE), spec.context + 1))
     identity = f"{shards[0].dtype} of {tokenizer.identity(spec)}"
-    blocks = (block for shard in shards for block in _blocks(shard, size, vocab_size))
+    blocks = (block for shard in shards for block in _blocks(shard, size, vocab_size, spec))
     return divide(distinct(blocks), spec, identity)
 
 
-def _blocks(shard: Shard, size: int, vocab_size: int) -> Iterator[TokenBlock]:
+def _blocks(shard: Shard, size: int, vocab_size: int, spec: DataSpec) -> Iterator[TokenBlock]:
     itemsize = np.dtype(shard.dtype).itemsize
     ids = np.memmap(shard.path, dtype=shard.dtype, mode="r", offset=shard.offset)
     for start in range(0, shard.num_tokens, size):
@@ -165,7 +165,7 @@ def _blocks(shard: Shard, size: int, vocab_size: int) -> Iterator[TokenBlock]:
             place = start + int(block.argmax())
             raise FieldError(
                 "vocab_size",
-                vocab_size,
+                spec.vocab_size,  # as given: None where a tokenizer.json has the number
                 f"{shard.path} holds id {largest} at token {place}, beyond vocab_size "
                 f"{vocab_size}; at least {largest + 1} would work",
             )

@@ -8,6 +8,7 @@ import pytest
 
 from warmcore.corpus import inspection
 from warmcore.corpus.inspection import BAD_SPEC, inspect, look
+from warmcore.corpus.tokenizer import byte_json
 from warmcore.specs import DataSpec, FieldError
 
 TEXT = "some words of a text\n" * 400
@@ -26,6 +27,12 @@ def write_tokens(folder):
 def write_large_id(folder):
     np.save(folder / "a.npy", np.arange(4000, dtype=np.uint16) % 300)
     return {"tokenizer": "none", "vocab_size": 299}
+
+
+def write_id_beyond_a_tokenizer(folder):
+    write_large_id(folder)
+    (folder / ".tokenizer.json").write_bytes(byte_json())  # 256 ids
+    return {"tokenizer": str(folder / ".tokenizer.json")}
 
 
 def write_bin(folder):
@@ -54,6 +61,7 @@ def write_other_tokenizer(folder):
         (write_text, "tokenizer"),
         (write_tokens, "tokenizer"),
         (write_large_id, "vocab_size"),
+        (write_id_beyond_a_tokenizer, "vocab_size"),
         (write_bin, "token_dtype"),
         (write_records, "text_field"),
         (write_bad_tokenizer, "tokenizer"),
