@@ -30,7 +30,7 @@ from service.studies.routes import router as studies
 from service.web import docs_page, error_handlers, openapi
 from service.web.protection import ProtectionMiddleware
 from service.web.request_log import RequestLogMiddleware
-from service.web.services import Database, provide_services
+from service.web.services import Database, find_service, provide_services
 from service.web.shutdown import Shutdown
 from service.webhooks.outbox import Outbox
 
@@ -51,6 +51,7 @@ def create_app(settings: Settings, url: URL) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         async with wakeups.keep_listening(), outbox.keep_delivering(wakeups):
             yield
+        await find_service(app, LeaseQueue).close()
         sampler.close()
         database.engine.dispose()
 

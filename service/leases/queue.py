@@ -29,6 +29,7 @@ from service.web.shutdown import Shutdown
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 5.0  # a notification can be lost while the listener reconnects
 _MARGIN_SECONDS = 0.01  # wake slightly after the due time: a timer that fires early finds nothing
+_CLOSE_SECONDS = 2.0  # uvicorn may have taken 10 s already; the supervisor kills after 15 s
 _MAX_PER_ROUND = 256  # the next round takes the requests behind them
 
 
@@ -93,7 +94,6 @@ class LeaseQueue:
         self._notification.notify()
         if self._rounds is None or self._rounds.done():
             self._rounds = asyncio.create_task(self._run_rounds())
-            self._rounds.add_done_callback(self._fail_waiting)
         try:
             return await entry.answer
         except asyncio.CancelledError:
@@ -129,6 +129,11 @@ class LeaseQueue:
         except Exception:  # noqa: BLE001 - the queue must go on
             _log.exception("%d leases of a client that left are not queued again", len(leases))
 
+    async def close(self) -> None:
+        """Wait for runs that are being queued again: an expired lease counts as a failure."""
+        if self._releases:
+            await asyncio.wait(self._releases, timeout=_CLOSE_SECONDS)
+
     async def _run_rounds(self) -> None:
         """Run rounds until no request waits."""
         # Repairs are logged as done by `service`, not by the caller whose request started this
@@ -137,23 +142,29 @@ class LeaseQueue:
             request_context.act_as("service"),
             self._wakeups.subscribe_to(WORK) as self._notification,
         ):
-            while self._waiting:
-                entries = tuple(self._waiting)
-                firsts = range(0, len(entries), _MAX_PER_ROUND)
-                pauses = [await self._run_round(entries[n : n + _MAX_PER_ROUND]) for n in firsts]
-                self._waiting = [entry for entry in self._waiting if not entry.answer.done()]
-                if self._waiting:
-                    await self._pause(min(pauses))
+            try:
+                while self._waiting:
+                    await self._serve_all()
+            except Exception as error:  # noqa: BLE001 - nothing else looks at this task's error
+                _log.exception("the rounds of leases failed")
+                self._fail_all(error)
 
-    def _fail_waiting(self, rounds_task: asyncio.Task[None]) -> None:
-        """Log an error that ended the rounds, and answer the waiting requests with it."""
-        if rounds_task.cancelled() or (error := rounds_task.exception()) is None:
-            return
-        _log.error("the lease queue's rounds ended with an error", exc_info=error)
-        for entry in self._waiting:
+    async def _serve_all(self) -> None:
+        """Serve all waiting requests, then wait until one of them has reason for a new round."""
+        entries = tuple(self._waiting)
+        firsts = range(0, len(entries), _MAX_PER_ROUND)
+        pauses = [await self._run_round(entries[n : n + _MAX_PER_ROUND]) for n in firsts]
+        self._waiting = [entry for entry in self._waiting if not entry.answer.done()]
+        if self._waiting:
+            await self._pause(min(pauses))
+
+    def _fail_all(self, error: Exception) -> None:
+        """Answer all waiting requests with the error; the next request starts new rounds."""
+        entries, self._waiting = self._waiting, []
+        for entry in entries:
             if not entry.answer.done():
+                entry.pending.is_closed = True
                 entry.answer.set_exception(error)
-        self._waiting = []
 
     async def _run_round(self, entries: tuple[_Waiting, ...]) -> float:
         """Serve these requests; return the seconds until they have a reason for another round."""

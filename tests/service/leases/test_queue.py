@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import InternalError
 
+from service.app import create_app
 from service.database.tables import Event, Run
 from service.leases import new_trials
 from service.leases import queue as lease_queue
@@ -316,6 +317,49 @@ def test_who_stays_is_answered_before_what_others_left_is_given_back(api, submit
     one, again = run_with_queue(api, scene)
     assert (one.trial_number, one.attempt) == (1, 1)
     assert again.run_id != one.run_id
+
+
+def test_the_end_of_a_replica_waits_for_what_it_gives_back(
+    settings, api, submit, worker, monkeypatch
+):
+    """Otherwise a lease without a worker expires, which counts as a failure."""
+    submit(hpo=OPEN | {"trials": 1})
+    lease, release_leases = worker.one(), lease_queue.release_leases
+    app = create_app(settings, api.engine.url)
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        release_leases(*arguments)
+
+    monkeypatch.setattr(lease_queue, "release_leases", slowly)
+
+    async def live_and_end():
+        async with app.router.lifespan_context(app):
+            find_service(app, LeaseQueue)._start_release(EVERYWHERE, (lease,))
+        with api.sessions() as session:
+            return session.get(Run, lease.run_id).state
+
+    assert asyncio.run(live_and_end()) == "queued"
+
+
+def test_who_stands_in_line_hears_of_a_failure_between_rounds(api, monkeypatch, caplog):
+    pause = LeaseQueue._pause
+
+    async def broken(*_):
+        monkeypatch.setattr(LeaseQueue, "_pause", pause)
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(LeaseQueue, "_pause", broken)
+
+    async def scene(queue):
+        asked = (queue.lease_runs(EVERYWHERE, request(wait_seconds=LONG)) for _ in range(2))
+        failed = await asyncio.gather(*asked, return_exceptions=True)
+        return failed, await queue.lease_runs(EVERYWHERE, request())
+
+    failed, after = run_with_queue(api, scene)
+    assert [type(error) for error in failed] == [KeyError] * 2
+    assert after == ()
+    assert "rounds" in caplog.text
 
 
 @pytest.mark.parametrize("first", ["queued", "trial"])
