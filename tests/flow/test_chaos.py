@@ -119,7 +119,7 @@ def proxy(backends):
 
 @pytest.fixture
 def post(proxy):
-    with httpx.Client(base_url=f"http://127.0.0.1:{proxy.port}") as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{proxy.port}", timeout=60) as client:
         yield lambda path="/": client.post(path, content=b"x" * 100)
 
 
