@@ -185,7 +185,7 @@ def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit
         # study would deadlock; an event only refers to it.
         assert cancel.is_alive()
         record_event(session, "run.noted", study_id=run.study_id, run_id=run.id)
-    cancel.join(5)
+    cancel.join(30)
     assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "cancelled"
 
 

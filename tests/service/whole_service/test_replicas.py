@@ -46,9 +46,11 @@ def watched(engine):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    yield most
-    over.set()
-    thread.join()
+    try:
+        yield most
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.fixture
