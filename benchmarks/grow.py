@@ -1,11 +1,12 @@
 """Growth of a checkpoint from disk to disk, against a plain copy of the target's bytes.
 
-Makes a random base checkpoint and grows it x2 in width in a child process, whose seconds begin
-after the imports and end when the folder is synced and renamed; the base is verified in them.
-The copy is `shutil.copytree` of what was grown (sendfile in the kernel) and an fsync of each file.
-The two take turns. Each reads what was just written, so from the page cache, if that has room.
-CPU seconds, user and system, tell a busy machine from slow code. Peak memory is the child's
-ru_maxrss, imports and all, against 0.2 x the target's bytes + 2 x its largest tensor + 300 MB.
+A child process makes a random base checkpoint. Another child grows it x2 in width. Its time begins
+after the imports, includes the check of the base's hashes, and ends when the folder is synced and
+renamed. The copy is `shutil.copytree` of the grown folder (sendfile in the kernel) and an fsync of
+each file. Growth and copy take turns. Each reads files that were just written, hence from the page
+cache if they fit. CPU seconds (user, system) distinguish a busy machine from slow code. Peak memory
+is the child's ru_maxrss, imports included. It is compared with a limit: 0.2 x the target's bytes +
+2 x its largest tensor + 300 MB.
 
     python benchmarks/grow.py [--size 0.3B] [--operator shrink_perturb] [--rounds 3]
 """
@@ -42,14 +43,14 @@ MB = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Clock:
-    """Seconds of the wall and of this process's CPU."""
+    """Seconds on the wall clock and of this process's CPU."""
 
     wall: float
     user: float
     system: float
 
     @classmethod
-    def now(cls) -> Self:
+    def read_now(cls) -> Self:
         used = resource.getrusage(resource.RUSAGE_SELF)
         return cls(wall=time.perf_counter(), user=used.ru_utime, system=used.ru_stime)
 
@@ -61,14 +62,14 @@ class Clock:
         )
 
 
-def model_of(size: str) -> ModelSpec:
+def make_model_spec(size: str) -> ModelSpec:
     width, depth, vocab_size = SIZES[size]
     return ModelSpec(width=width, depth=depth, head_dim=64, vocab_size=vocab_size)
 
 
 def make_base(size: str, path: Path, *, optimizer: bool) -> SavedCheckpoint:
-    """Random weights; Adam's state after one step on random gradients, where it is wanted."""
-    spec = model_of(size)
+    """Save random weights and, if `optimizer`, the state of Adam after a step on gradients of 1."""
+    spec = make_model_spec(size)
     model = init_(Decoder(spec, context=1), spec, torch.Generator().manual_seed(0))
     run = RunSpec(model=spec, data=DataSpec(source="stdlib"))
     adam = build_optimizer(model.named_parameters(), spec, run.train)
@@ -88,8 +89,8 @@ def make_base(size: str, path: Path, *, optimizer: bool) -> SavedCheckpoint:
     )
 
 
-def grown_run(size: str, base_hash: str, operator: str, rule: str) -> RunSpec:
-    base = model_of(size)
+def make_run_spec(size: str, base_hash: str, operator: str, rule: str) -> RunSpec:
+    base = make_model_spec(size)
     target = base.model_copy(
         update={"width": 2 * base.width, "base_width": base.width, "base_depth": base.depth}
     )
@@ -100,59 +101,64 @@ def grown_run(size: str, base_hash: str, operator: str, rule: str) -> RunSpec:
     return RunSpec(model=target, data=DataSpec(source="stdlib"), growth=growth)
 
 
-def make_here(arguments: argparse.Namespace) -> None:
-    """What the first child does: the base, and the spec of the run that grows it."""
+def run_make_child(arguments: argparse.Namespace) -> None:
+    """Write the base, and the spec of the run that grows it; runs in the first child."""
     rule = arguments.optimizer_state
     base = make_base(arguments.size, arguments.folder / "base", optimizer=rule != "reset")
-    run = grown_run(arguments.size, base.hash, arguments.operator, rule)
+    run = make_run_spec(arguments.size, base.hash, arguments.operator, rule)
     (arguments.folder / "run.json").write_text(run.model_dump_json())
     print("{}")
 
 
-def grow_here(arguments: argparse.Namespace) -> None:
-    """What the others do: grow, and say how long it took and how much memory it had."""
+def run_grow_child(arguments: argparse.Namespace) -> None:
+    """Grow the base and print seconds and peak memory as JSON; runs in a child for each round."""
     run = RunSpec.model_validate_json((arguments.folder / "run.json").read_text())
-    start = Clock.now()
+    start = Clock.read_now()
     grow_checkpoint(arguments.folder / "base", arguments.folder / "grown", run=run)
-    taken = Clock.now() - start
+    taken = Clock.read_now() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(json.dumps(asdict(taken) | {"peak": peak}))
 
 
-def in_child(what: str, folder: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, *sys.argv[1:], "--child", what, "--folder", str(folder)]
+def run_child(task: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", task, "--folder", str(folder)]
     child = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(child.stdout)
 
 
-def copy(source: Path, target: Path) -> Clock:
-    """Seconds to copy a folder's files and sync them."""
-    start = Clock.now()
+def copy_folder(source: Path, target: Path) -> Clock:
+    """Copy a folder's files, sync them, delete the copy, and return the time."""
+    start = Clock.read_now()
     shutil.copytree(source, target)
     for path in target.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    taken = Clock.now() - start
+    taken = Clock.read_now() - start
     shutil.rmtree(target)
     return taken
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> None:
-    in_child("make", folder)  # a process's ru_maxrss begins at its parent's memory
+def measure_growth(arguments: argparse.Namespace, folder: Path) -> None:
+    run_child(
+        "make", folder
+    )  # in a child: ru_maxrss of later children begins at this process's memory
     run = RunSpec.model_validate_json((folder / "run.json").read_text())
-    what = f"{arguments.operator}, {arguments.optimizer_state}, {arguments.threads} torch thread(s)"
-    print(f"{what}: {count_params(run.model).total / MB:,.0f} M parameters")
+    setting = (
+        f"{arguments.operator}, {arguments.optimizer_state}, {arguments.threads} torch thread(s)"
+    )
+    print(f"{setting}: {count_params(run.model).total / MB:,.0f} M parameters")
     print("         wall  user   sys |   copy  user   sys | ratio | load")
     peaks, ratios, grown, copied = [], [], [], []
     for _ in range(arguments.rounds):
-        child = in_child("grow", folder)
+        child = run_child("grow", folder)
         peaks.append(child.pop("peak"))
-        pair = Clock(**child), copy(folder / "grown", folder / "copy")
+        pair = Clock(**child), copy_folder(folder / "grown", folder / "copy")
         ratios.append(pair[0].wall / pair[1].wall)
         grown.append(pair[0].wall)
         copied.append(pair[1].wall)
         a, b = (f"{c.wall:6.2f} {c.user:5.2f} {c.system:5.2f}" for c in pair)
         print(f"       {a} | {b} | {ratios[-1]:5.2f} | {os.getloadavg()[0]:.1f}", flush=True)
+    # Medians of each column, and the median of the paired ratios: load changes between rounds.
     columns = (("grown, s", grown), ("copied, s", copied), ("ratio", ratios))
     for label, values in columns:
         spread = f"{min(values):.2f}..{max(values):.2f}"
@@ -177,12 +183,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     match arguments.child:
         case "make":
-            make_here(arguments)
+            run_make_child(arguments)
         case "grow":
-            grow_here(arguments)
+            run_grow_child(arguments)
         case _:
             with tempfile.TemporaryDirectory() as folder:
-                measure(arguments, Path(folder))
+                measure_growth(arguments, Path(folder))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from throughput import machine
-from throughput.stack import Stack, stack
+from throughput.stack import Stack, run_stack
 
 WAIT_SECONDS = 20.0
 SETTLE_SECONDS = 3.0
@@ -156,7 +156,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="warmscale-", ignore_cleanup_errors=True) as folder,
-        stack(Path(folder), replicas=1) as running,
+        run_stack(Path(folder), replicas=1) as running,
     ):
         for line in asyncio.run(measure(running, arguments)):
             print(line)

@@ -1,32 +1,32 @@
-"""Ports to serve on, for tests and benchmarks."""
+"""Free ports for the servers of tests and benchmarks."""
 
 import contextlib
 import random
 import socket
 
-# Below those that the kernel gives to outgoing connections (from 32768 on Linux): one of those
-# could go to somebody's connection before the server that it is meant for has it. Ray's workers
-# have 10002 to 19999, and a Ray refuses to start that is given one of these for another part.
+# Linux gives ports from 32768 on to outgoing connections. Between this choice and the start of the
+# server, a connection could take a port of that range. Ray's workers use 10002 to 19999, and Ray
+# refuses to start if another part of it is given a port of that range. Avoid both ranges.
 _PORTS = range(20_000, 32_000)
-_chance = random.SystemRandom()  # Hypothesis seeds the other, in every process alike
+_chance = random.SystemRandom()  # Hypothesis seeds `random` alike in every process
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """Return a port on which no process listens."""
     (port,) = free_ports(1)
     return port
 
 
 def free_ports(n: int) -> list[int]:
-    """Different ones: each is held until all are known."""
-    found: list[int] = []
-    with contextlib.ExitStack() as held:
-        while len(found) < n:
+    """Return `n` different ports: each stays bound until all are chosen."""
+    ports: list[int] = []
+    with contextlib.ExitStack() as held:  # keeps every chosen port bound until the return
+        while len(ports) < n:
             with contextlib.suppress(OSError):
-                found.append(_held(held, _chance.choice(_PORTS)))
-    return found
+                ports.append(_bind_port(held, _chance.choice(_PORTS)))
+    return ports
 
 
-def _held(held: contextlib.ExitStack, port: int) -> int:
+def _bind_port(held: contextlib.ExitStack, port: int) -> int:
     held.enter_context(socket.socket()).bind(("127.0.0.1", port))
     return port

@@ -1,26 +1,26 @@
-"""Trials per second over HTTP against raw Optuna, on one PostgreSQL, in the same run.
+"""Trials per second over HTTP against raw Optuna, on the same PostgreSQL, in the same run.
 
-A cycle of ours is lease + 3 reports + finish, by HTTP to a real `warmscale serve`. A cycle of
-Optuna's is ask + suggest of 5 parameters + 3 x trial.report + tell on an RDBStorage of its own, in
-as many processes as there are clients, as its users run it (`--threads`: in one process). Both have
-the same distributions, finished trials, values and sampler (TPE, constant_liar), and one server
-with fsync on. The sides take turns, and the order of a pair changes from round to round.
+Our cycle is lease + 3 reports + finish, by HTTP to a real `warmscale serve`. Optuna's cycle is
+ask + suggest of 5 parameters + 3 x trial.report + tell on a separate RDBStorage. Optuna runs in a
+process for each client, as users run it (`--threads`: all clients in the same process). Both sides
+have the same distributions, finished trials, values and sampler (TPE, constant_liar), and share a
+server with fsync on. The sides take turns, and the order of a pair changes from round to round.
 
     python benchmarks/service_throughput.py [--quick] [--finished 100 10000] [--clients 1 16]
         [--rounds 5] [--pruners none median] [--json FILE] [--markdown FILE]
 
-Everything shares this machine's cores: the clients of both sides, the API and PostgreSQL. The
-closed loop has no training in it: what it measures is the most that a study can be served.
+The clients of both sides, the API and PostgreSQL share the cores of this machine. The loop contains
+no training: it measures the highest rate at which a study can be served.
 
-The whole matrix, on one core and on two, by one API process and by two, in about 13 minutes:
+The whole matrix, on 1 core and on 2, with 1 API process and with 2, takes about 13 minutes:
 
     for cores in 1 0,1; do for replicas in 1 2; do
         taskset -c $cores python benchmarks/service_throughput.py --replicas $replicas \\
             --finished 100 10000 --clients 1 16 --rounds 3 --cycles 40
     done; done
 
-Each prints its cores, load, fdatasync and rounds, then tables with ratios, percentiles of each
-call, CPU of a trial and resident memory. Where other work runs, `chrt -f 10` before `taskset`.
+Each run prints cores, load, fdatasync and rounds. Tables follow with ratios, percentiles of each
+call, CPU per trial and resident memory. On a busy machine put `chrt -f 10` before `taskset`.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from pathlib import Path
 from throughput import machine, report
 from throughput.measuring import Measured, measure
 from throughput.sides import Optuna, Service
-from throughput.stack import stack
+from throughput.stack import run_stack
 from throughput.workload import Scenario
 
 
 def main() -> None:
-    arguments = parse()
-    # The embedded server is another user where root runs this, and must reach its folder.
+    arguments = parse_arguments()
+    # Under root the embedded server runs as another user and must be able to read its folder.
     with tempfile.TemporaryDirectory(prefix="warmscale-", ignore_cleanup_errors=True) as folder:
-        measured, conditions = run(arguments, Path(folder))
-    text = report.markdown(conditions, measured)
+        measured, conditions = run_scenarios(arguments, Path(folder))
+    text = report.format_markdown(conditions, measured)
     print(text)
     if arguments.markdown is not None:
         arguments.markdown.write_text(text)
@@ -50,16 +50,18 @@ def main() -> None:
         arguments.json.write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1))
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--finished", type=int, nargs="+", default=[100, 10_000])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--pruners", nargs="+", default=["none"], choices=report.PRUNERS)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cycles", type=int, help="a round; when not given 60, 5 a client if more")
+    parser.add_argument(
+        "--cycles", type=int, help="cycles a round; by default 60, or 5 a client if that is more"
+    )
     parser.add_argument("--replicas", type=int, default=1, help="API processes")
     parser.add_argument("--threads", action="store_true", help="Optuna's clients in one process")
-    parser.add_argument("--typed", action="store_true", help="ours through service.client")
+    parser.add_argument("--typed", action="store_true", help="our clients use service.client")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--quick", action="store_true", help="a smoke test, in seconds")
@@ -69,10 +71,12 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def run(arguments: argparse.Namespace, folder: Path) -> tuple[list[Measured], dict[str, object]]:
+def run_scenarios(
+    arguments: argparse.Namespace, folder: Path
+) -> tuple[list[Measured], dict[str, object]]:
     measured: list[Measured] = []
-    with stack(folder, replicas=arguments.replicas) as running:
-        conditions = machine.conditions(running, arguments)
+    with run_stack(folder, replicas=arguments.replicas) as running:
+        conditions = machine.describe_conditions(running, arguments)
         for clients in arguments.clients:
             with (
                 Service(running, clients, typed=arguments.typed) as ours,

@@ -1,15 +1,15 @@
 """Training throughput and memory against transformers' LlamaForCausalLM, in the same run.
 
-Same shapes, batch, optimizer (fused AdamW), clipping, threads, precision (float32) and eager mode.
-Each side is a process of its own, so that its peak memory is its own; they take turns, a few steps
-each, so that all see the same machine. `ours, shipped` has the allocator settings that a fleet
-gives its worker processes; `ours` has glibc's, as `transformers` has.
+Shapes, batch, optimizer (fused AdamW), clipping, threads, precision (float32) and eager mode are
+equal. Each side is a process of its own, for a separate peak memory. The sides take turns of a few
+steps, to meet the same load. `ours, shipped` has the allocator settings that a fleet gives its
+worker processes; `ours` and `transformers` have the defaults of glibc.
 
     python benchmarks/train_throughput.py [--threads 1] [--rounds 15] [--sizes 32x2 64x4]
 
-Prints medians, ratios of paired turns, peak memory above that of the imports, and where a step of
-ours goes: its matrix products timed alone in the same run, which is the arithmetic limit, and the
-rest.
+The program prints medians, ratios of paired turns, and peak memory above that of the imports. It
+also splits our step into matrix products, timed alone in the same run, and the remaining time. The
+products are the arithmetic limit.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SIDES = ("ours, shipped", "ours", "transformers")
 
 
 class Side:
-    """A process that trains when it is asked to."""
+    """A process that trains on request."""
 
     def __init__(self, side: str, size: str, threads: int) -> None:
         program = Path(__file__).parent / "llama" / "side.py"
@@ -39,30 +39,33 @@ class Side:
             text=True,
         )
 
-    def ask(self, what: str) -> dict[str, float]:
+    def send_request(self, request: str) -> dict[str, float]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        print(what, file=self.process.stdin, flush=True)
+        print(request, file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
 
-def compare(size: str, *, threads: int, rounds: int) -> None:
-    """Let the sides take turns at one size; print the rows of the table."""
+def compare_sides(size: str, *, threads: int, rounds: int) -> None:
+    """Let the sides take turns at a size, and print the rows of the table."""
     sides = {name: Side(name, size, threads) for name in SIDES}
-    turns = [{name: side.ask("turn") for name, side in sides.items()} for _ in range(rounds)]
-    parts = sides["ours"].ask("parts")
+    # All sides train in each round: a burst of load hits all of them alike.
+    turns = [
+        {name: side.send_request("turn") for name, side in sides.items()} for _ in range(rounds)
+    ]
+    parts = sides["ours"].send_request("parts")
     print(f"\n{size:16} {'tok/s':>9} {'ratio (min..max)':>18} {'CPU-time ratio':>15} {'peak':>8}")
     for name, side in sides.items():
         speed = statistics.median(turn[name]["wall"] for turn in turns)
-        wall, cpu = ratios(turns, name, "wall"), ratios(turns, name, "cpu")
+        wall, cpu = compute_ratios(turns, name, "wall"), compute_ratios(turns, name, "cpu")
         spread = f"{statistics.median(wall):.2f} ({min(wall):.2f}..{max(wall):.2f})"
-        peak = side.ask("end")["peak_mb"]
+        peak = side.send_request("end")["peak_mb"]
         row = f"{name:16} {speed:9,.0f} {spread:>18} {statistics.median(cpu):15.2f} {peak:5.0f} MB"
         print(row)
     print("  ms of `ours`: " + "; ".join(f"{name} {value:.1f}" for name, value in parts.items()))
 
 
-def ratios(turns: list[dict[str, Any]], name: str, clock: str) -> list[float]:
+def compute_ratios(turns: list[dict[str, Any]], name: str, clock: str) -> list[float]:
     return [turn[name][clock] / turn["transformers"][clock] for turn in turns]
 
 
@@ -74,7 +77,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{arguments.threads} thread(s), 16 x 128 tokens per step, {arguments.rounds} rounds")
     for size in arguments.sizes:
-        compare(size, threads=arguments.threads, rounds=arguments.rounds)
+        compare_sides(size, threads=arguments.threads, rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own, whose every process can be killed, to be started again."""
+"""A PostgreSQL server that the faults can kill and start again."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ from service.operations import migrations
 
 
 class Database:
-    """Upgraded and running once made."""
+    """A PostgreSQL server with the newest schema; the constructor starts it."""
 
     def __init__(self, folder: Path, port: int, *, fsync: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -27,6 +27,7 @@ class Database:
             self._user = server.system_user
             self._data = server.pgdata
             binary = server.bin_path / "postgres"
+        # The embedded server only creates the cluster. The faults need a server with this parent.
         self._command = [
             *(str(binary), "-D", str(self._data), "-k", str(self._data)),
             *("-h", "127.0.0.1", "-p", str(port), "-c", f"fsync={'on' if fsync else 'off'}"),
@@ -41,10 +42,10 @@ class Database:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        self._spawn()
+        self._spawn_server()
         self.wait_ready()
 
-    def _spawn(self) -> None:
+    def _spawn_server(self) -> None:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -52,19 +53,19 @@ class Database:
                 stderr=log,
                 user=self._user,
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - one C call
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - a single C call
             )
 
     def wait_ready(self, seconds: float = 60.0) -> None:
-        """A server that ends meanwhile is started again, as systemd and compose do.
+        """Wait until the server answers; start it again if it exits, as systemd and compose do.
 
-        It refuses to start while a process of the one before has not found out yet.
+        A new server exits as long as a process of the old server still runs.
         """
         engine = create_engine(self.url, connect_args={"connect_timeout": 2})
         deadline = time.monotonic() + seconds
         while True:
             if not self.is_running:
-                self._spawn()
+                self._spawn_server()
             try:
                 with engine.connect() as connection:
                     connection.execute(text("SELECT 1"))
@@ -76,11 +77,11 @@ class Database:
         engine.dispose()
 
     def kill(self) -> None:
-        """Every process at once, as a power cut would but for the disk."""
+        """Kill every process at once, like a power cut that leaves the disk intact."""
         assert self._process is not None
         with contextlib.suppress(psutil.NoSuchProcess):
             postmaster = psutil.Process(self._process.pid)
-            postmaster.suspend()  # so that it makes no more of them
+            postmaster.suspend()  # it must not start processes between the list and the kill
             family = postmaster.children(recursive=True)
             for process in [postmaster, *family]:
                 with contextlib.suppress(psutil.NoSuchProcess):

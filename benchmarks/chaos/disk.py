@@ -1,16 +1,16 @@
-"""Where checkpoints go: a disk of its own that can be full, where root may mount one."""
+"""A disk for checkpoints that the faults can fill; it needs root to mount a tmpfs."""
 
 import os
 import shutil
 import subprocess
 from pathlib import Path
 
-_SIZE = "1g"  # of memory, and only what is used of it
+_SIZE = "1g"  # a tmpfs takes memory only for the files on it
 _TRIES = 50
 
 
 class Disk:
-    """A tmpfs at `path`; for others than root a plain folder, which cannot be filled."""
+    """A tmpfs at `path`; without root a plain folder, which cannot be filled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -19,24 +19,24 @@ class Disk:
         is_root = os.geteuid() == 0
         self.can_fill = is_root and subprocess.run(mount, check=False).returncode == 0
 
-    def fill(self) -> None:
-        """Leave no room at all, by making the disk as large as what is on it."""
+    def fill_up(self) -> None:
+        """Leave no free space: shrink the disk to the size of its files."""
         for _ in range(_TRIES):
             used = shutil.disk_usage(self.path).used
-            if self._remount(str(max(used, 4096))):
+            if self._try_remount(str(max(used, 4096))):
                 return
-        raise OSError(f"{self.path} cannot be filled: it grows faster than it is measured")
+        raise OSError(f"{self.path} cannot be filled: its files grow faster than the disk shrinks")
 
-    def free(self) -> None:
-        if not self._remount(_SIZE):
-            raise OSError(f"{self.path} cannot be given its size again")
+    def restore_size(self) -> None:
+        if not self._try_remount(_SIZE):
+            raise OSError(f"{self.path} cannot be restored to {_SIZE}")
 
-    def close(self) -> None:
+    def unmount(self) -> None:
         if self.can_fill:
             subprocess.run(["umount", "-l", str(self.path)], check=False, timeout=20)
 
-    def _remount(self, size: str) -> bool:
-        """Whether the disk is of this size now: none may be smaller than what is on it."""
+    def _try_remount(self, size: str) -> bool:
+        """Set the size and return whether it worked; a tmpfs cannot be smaller than its files."""
         command = ["mount", "-o", f"remount,size={size}", str(self.path)]
-        found = subprocess.run(command, check=False, capture_output=True, timeout=20)
-        return found.returncode == 0
+        done = subprocess.run(command, check=False, capture_output=True, timeout=20)
+        return done.returncode == 0

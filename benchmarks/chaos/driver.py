@@ -1,4 +1,4 @@
-"""Studies one after another under faults, until the time is up; then what must always hold."""
+"""The loop of chaos: studies under faults, in turn, with a check after each study."""
 
 import contextlib
 import time
@@ -26,12 +26,17 @@ _VICTIM_SECONDS = 20.0
 _TICK_SECONDS = 0.2
 _GONE = "processes of a parent that was killed"
 
-_Repair = tuple[float, float, Callable[[], None], str, Check | None]  # due, struck, …
+_Repair = tuple[
+    float, float, Callable[[], None], str, Check | None
+]  # due, struck at, repair, kind, check
 
 
 @dataclass(kw_only=True)
 class Driver:
-    """The loop. The schedule's clock stands still while a study is checked or a victim awaited."""
+    """Runner of studies and faults.
+
+    The clock of the schedule stops during the check of a study and the wait for a victim.
+    """
 
     stack: Stack
     schedule: list[Fault]
@@ -56,36 +61,38 @@ class Driver:
         self._last = time.monotonic()
         with Client(self.stack.url, self.stack.key, patience_seconds=120) as client:
             while self._elapsed < self.seconds and not self.errors:
-                self._study(client)
+                self._run_study(client)
 
-    def _study(self, client: Client) -> None:
+    def _run_study(self, client: Client) -> None:
         name = f"chaos-{len(self.studies)}"
         client.post("/v1/studies", self.spec | {"name": name}, idempotency_key=name)
         self.studies.append(name)
         self._wait_for_work()
         self._last = time.monotonic()
         started = self._elapsed
-        while (state := self._state(name)) in (None, "active"):
+        while (state := self._read_state(name)) in (None, "active"):
             if self._elapsed - started > STUDY_SECONDS:
                 raise ChaosError(f"study {name} did not end in {STUDY_SECONDS} s")
-            self._tick()
+            self._run_tick()
         if state != "completed":
             self.errors.append(f"study {name} is {state}")
-        self._settle(client, name)
+        self._settle_study(client, name)
 
     def _wait_for_work(self) -> None:
-        """The time counts from when a fleet trains: on a busy machine that takes a while."""
+        """Wait until a fleet trains; on a busy machine that takes time, which does not count."""
         query = text("SELECT count(*) FROM warmscale.runs WHERE attempt > 0")
         deadline = time.monotonic() + _SETTLE_SECONDS
         while time.monotonic() < deadline:
             with self.stack.engine.connect() as connection:
                 if connection.execute(query).scalar_one():
                     return
-            self.stack.must_stand()
+            self.stack.check_running()
             time.sleep(_TICK_SECONDS)
         raise ChaosError(f"no fleet trains after {_SETTLE_SECONDS} s")
 
-    def _tick(self) -> None:
+    def _run_tick(self) -> None:
+        # Two clocks: `_elapsed` ends the program, and `_clock` drives the schedule. A fault without
+        # a victim stops `_clock`, so that the later faults keep their distances.
         now = time.monotonic()
         self._elapsed += now - self._last
         if self._waits_since is None:
@@ -94,22 +101,24 @@ class Driver:
         if self._elapsed > self.seconds:
             self._due.clear()
         while self._due and self._due[0].at_seconds <= self._clock:
-            if not self._strike(self._due[0]):
-                break  # no victim just now
+            if not self._try_strike(self._due[0]):
+                break  # no victim at the moment
             self._due.pop(0)
             self._waits_since = None
         for repair in [r for r in self._repairs if r[0] <= now]:
-            self._repair(repair)
-        self._look_for_recoveries()
-        self.stack.must_stand()
+            self._run_repair(repair)
+        self._note_recoveries()
+        self.stack.check_running()
         time.sleep(_TICK_SECONDS)
 
-    def _strike(self, fault: Fault) -> bool:
-        """False: try again, until it has had its time."""
+    def _try_strike(self, fault: Fault) -> bool:
+        """Strike and return True; return False to try again later, up to a time limit."""
         try:
-            struck = self._faults.strike(fault)
+            struck = self._faults.strike_fault(fault)
         except DBAPIError:
             struck = None
+        # Example: "kill-worker" on fleet 0 waits until fleet 0 trains a run again. After 20 s
+        # without a victim the fault counts as missed.
         if struck is None:
             self._waits_since = self._waits_since or self._last
             if self._last - self._waits_since < _VICTIM_SECONDS:
@@ -127,44 +136,45 @@ class Driver:
             self._awaited.append((now, fault.kind, struck.is_over))
         return True
 
-    def _repair(self, repair: _Repair) -> None:
+    def _run_repair(self, repair: _Repair) -> None:
         self._repairs.remove(repair)
         _, since, mend, kind, is_over = repair
         mend()
         if is_over is not None:
             self._awaited.append((since, kind, is_over))
 
-    def _look_for_recoveries(self) -> None:
-        for one in list(self._awaited):
-            since, kind, is_over = one
+    def _note_recoveries(self) -> None:
+        for awaited in list(self._awaited):
+            since, kind, is_over = awaited
             if time.monotonic() - since > _RECOVERY_SECONDS:
-                raise ChaosError(f"{kind}: not over {_RECOVERY_SECONDS} s later")
+                raise ChaosError(f"{kind}: no recovery within {_RECOVERY_SECONDS} s")
             with contextlib.suppress(DBAPIError):
                 if is_over():
-                    self._awaited.remove(one)
+                    self._awaited.remove(awaited)
                     if kind != _GONE:
                         self.recoveries.append((kind, time.monotonic() - since))
 
-    def _state(self, name: str) -> str | None:
-        """None: the database is away."""
+    def _read_state(self, name: str) -> str | None:
+        """Return the state of a study; None while the database is away."""
         query = text("SELECT state FROM warmscale.studies WHERE name = :name")
         with contextlib.suppress(DBAPIError), self.stack.engine.connect() as connection:
             return connection.execute(query, {"name": name}).scalar_one()
         return None
 
-    def _settle(self, client: Client, name: str) -> None:
-        """Undo what is broken, wait until nothing is on its way, and count."""
+    def _settle_study(self, client: Client, name: str) -> None:
+        """Repair everything, wait until all ends reached Optuna, check and count."""
         for repair in list(self._repairs):
-            self._repair(repair)
+            self._run_repair(repair)
         for i in range(NUM_APIS):
             self.stack.wait_api(i)
         deadline = time.monotonic() + _SETTLE_SECONDS
-        while self._untold():
+        while self._count_untold():
             if time.monotonic() > deadline:
-                break  # the check says of which
+                break  # the check below names the runs
             time.sleep(_TICK_SECONDS)
-        self._look_for_recoveries()
+        self._note_recoveries()
         with invariants.open_snapshot(self.stack.engine) as session:
+            # The checker reads every checkpoint, also those that `corrupt-checkpoint` damaged.
             report = invariants.check_database(session, at_rest=True, with_files=True)
         hidden = self._corrupted_uris()
         self.violations = [
@@ -172,33 +182,33 @@ class Driver:
             for v in report.violations
             if not (v.invariant == "files-whole" and any(f"{uri}: " in v.seen for uri in hidden))
         ]
-        self._count(client, name)
+        self._count_trials(client, name)
         if self.violations or self.lost or self.doubled:
             self.errors.append(f"study {name}: {self.violations[:3]}")
 
-    def _untold(self) -> int:
+    def _count_untold(self) -> int:
         query = text("SELECT count(*) FROM warmscale.runs WHERE kind = 'trial' AND NOT told")
         with self.stack.engine.connect() as connection:
             return connection.execute(query).scalar_one()
 
     def _corrupted_uris(self) -> list[str]:
-        """What this program has broken itself, and nobody had to read again."""
+        """Return the URIs of checkpoints that this program damaged and that no run read since."""
         query = text("SELECT uri FROM warmscale.checkpoints WHERE hash = ANY(:hashes)")
         with self.stack.engine.connect() as connection:
             rows = connection.execute(query, {"hashes": list(self._faults.corrupted)})
             return list(rows.scalars())
 
-    def _count(self, client: Client, name: str) -> None:
-        """By way of the API and of Optuna, not of the checker."""
+    def _count_trials(self, client: Client, name: str) -> None:
+        """Count trials through the API and through Optuna, independently of `db check`."""
         trials = client.list_items(f"/v1/studies/{name}/trials")
         sampler = Sampler(optuna_url(self.stack.database.url), pool_size=1)
-        heard = sampler.states(name)
+        in_optuna = sampler.states(name)
         sampler.close()
-        lost, doubled = counted(self.spec["hpo"]["trials"], trials, heard)
+        lost, doubled = count_lost_and_doubled(self.spec["hpo"]["trials"], trials, in_optuna)
         self.lost, self.doubled = self.lost + lost, self.doubled + doubled
 
-    def dump(self) -> str:
-        """What there is to see when it went wrong."""
+    def format_evidence(self) -> str:
+        """Return the errors, the states of all runs and the ends of all logs."""
         lines = [*self.errors, *self.violations[:20]]
         with contextlib.suppress(DBAPIError), self.stack.engine.connect() as connection:
             query = """SELECT kind, state, count(*), max(attempt) AS attempts,
@@ -207,17 +217,23 @@ class Driver:
             lines += [str(tuple(row)) for row in connection.execute(text(query))]
         logs = sorted(Path(self.stack.folder).glob("*.log"))
         return "\n".join(
-            [*lines, *(f"--- {log.name}\n{self.stack.tail(log.stem)}" for log in logs)]
+            [*lines, *(f"--- {log.name}\n{self.stack.read_tail(log.stem)}" for log in logs)]
         )
 
 
-def counted(
-    budget: int, trials: list[dict[str, Any]], heard: dict[int, tuple[str, float | None]]
+def count_lost_and_doubled(
+    budget: int, trials: list[dict[str, Any]], in_optuna: dict[int, tuple[str, float | None]]
 ) -> tuple[int, int]:
-    """Trials of the budget that came to no end, here or in Optuna, and ends too many."""
+    """Return the numbers of lost and doubled trials.
+
+    A trial is lost if it has no end in the API or no end in Optuna. A trial is doubled if it ended
+    twice, or is not part of the budget.
+    """
     ended = [t["number"] for t in trials if t["state"] in ("succeeded", "pruned")]
-    told = [number for number, (state, _) in heard.items() if state in ("COMPLETE", "PRUNED")]
+    optuna_ended = [
+        number for number, (state, _) in in_optuna.items() if state in ("COMPLETE", "PRUNED")
+    ]
     wanted = set(range(budget))
-    lost = len(wanted - (set(ended) & set(told)))
-    doubled = len(ended) - len(set(ended)) + len((set(ended) | set(told)) - wanted)
+    lost = len(wanted - (set(ended) & set(optuna_ended)))
+    doubled = len(ended) - len(set(ended)) + len((set(ended) | set(optuna_ended)) - wanted)
     return lost, doubled

@@ -11,8 +11,9 @@ from benchmarks.chaos.driver import Driver
 END_OF_ROWS = "<!-- rows end here -->"
 
 
-def summary(driver: Driver, *, seed: int, minutes: float) -> dict[str, Any]:
-    counts = _counts(driver)
+def summarize_run(driver: Driver, *, seed: int, minutes: float) -> dict[str, Any]:
+    counts = _count_rows(driver)
+    # A recovery counts from the fault, and includes the time before the repair.
     seconds = sorted(seconds for _, seconds in driver.recoveries)
     kinds = sorted({kind for kind, _ in driver.recoveries})
     return {
@@ -25,7 +26,7 @@ def summary(driver: Driver, *, seed: int, minutes: float) -> dict[str, Any]:
         "lost": driver.lost,
         "doubled": driver.doubled,
         "violations": driver.violations,
-        "fleets_fallen": driver.stack.fallen,
+        "fleets_fallen": driver.stack.restarts,
         "refused_409": driver.stack.proxy.refused,
         "cut": driver.stack.proxy.num_cut,
         "recovery_seconds": {
@@ -39,7 +40,7 @@ def summary(driver: Driver, *, seed: int, minutes: float) -> dict[str, Any]:
     }
 
 
-def _counts(driver: Driver) -> dict[str, int]:
+def _count_rows(driver: Driver) -> dict[str, int]:
     query = """SELECT count(*) FILTER (WHERE kind = 'trial') AS trials,
         count(*) FILTER (WHERE kind = 'target') AS targets, sum(attempt) AS attempts,
         sum(failures) AS failures, max(failures) AS most_failures FROM warmscale.runs"""
@@ -47,19 +48,25 @@ def _counts(driver: Driver) -> dict[str, int]:
         return {k: int(v or 0) for k, v in connection.execute(text(query)).one()._mapping.items()}  # noqa: SLF001
 
 
-def row(found: dict[str, Any]) -> str:
-    recovery = found["recovery_seconds"]
-    faults = ", ".join(f"{kind} {n}" for kind, n in found["faults"].items())
+def format_row(summary: dict[str, Any]) -> str:
+    recovery = summary["recovery_seconds"]
+    faults = ", ".join(f"{kind} {n}" for kind, n in summary["faults"].items())
     cells = [
-        *(found["seed"], found["minutes"], sum(found["faults"].values()), found["studies"]),
-        *(found["trials"], found["targets"], found["attempts"], found["lost"], found["doubled"]),
-        *(len(found["violations"]), found["refused_409"]),
+        *(summary["seed"], summary["minutes"], sum(summary["faults"].values()), summary["studies"]),
+        *(
+            summary["trials"],
+            summary["targets"],
+            summary["attempts"],
+            summary["lost"],
+            summary["doubled"],
+        ),
+        *(len(summary["violations"]), summary["refused_409"]),
         f"{recovery['p50']} / {recovery['max']}",
         faults,
     ]
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
-def append(path: Path, line: str) -> None:
+def append_row(path: Path, line: str) -> None:
     page = path.read_text()
     path.write_text(page.replace(END_OF_ROWS, f"{line}\n{END_OF_ROWS}"))

@@ -1,26 +1,26 @@
-"""Which fault strikes when: a pure function of the seed."""
+"""The schedule of faults, a pure function of the seed."""
 
 import random
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 Kind = Literal[
-    "kill-api",  # -9; started again
-    "kill-fleet",  # -9, and its Ray must die with it; started again
-    "kill-worker",  # -9 of a Ray worker process in the middle of a run
-    "kill-database",  # -9 of every process of the server; started again
-    "pause-worker",  # stopped past its lease, then continued: what it writes late must be refused
-    "cut-connections",  # the next answers break off in the middle
-    "delay-connections",  # every answer is late for a while
-    "fill-disk",  # not a byte more for checkpoints, for a while
-    "corrupt-checkpoint",  # one bit of the newest, and the run's process is killed
+    "kill-api",  # SIGKILL; started again
+    "kill-fleet",  # SIGKILL; its Ray must end by itself; started again
+    "kill-worker",  # SIGKILL of a Ray worker process in the middle of a run
+    "kill-database",  # SIGKILL of every process of the server; started again
+    "pause-worker",  # stopped past its lease, then continued: late writes must be refused
+    "cut-connections",  # the next answers end in the middle
+    "delay-connections",  # every answer is late for 4 s
+    "fill-disk",  # no space for checkpoints, for 2 to 6 s
+    "corrupt-checkpoint",  # a flipped bit in the newest, and SIGKILL of the run's process
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`share` in [0, 1) says how much of it: how long, after how many bytes."""
+    """A fault at a time on a victim; `share` in [0, 1) scales its length or its number of bytes."""
 
     at_seconds: float
     kind: Kind
@@ -28,12 +28,13 @@ class Fault:
     share: float
 
 
-def plan(
+def plan_faults(
     seed: int, *, seconds: float, gap_seconds: float, kinds: tuple[Kind, ...] = KINDS
 ) -> list[Fault]:
-    """Every kind once in each round, in random order, `gap_seconds` apart on average."""
+    """Return every kind once a round, in random order, on average `gap_seconds` apart."""
     draw = random.Random(seed)  # noqa: S311 - a schedule, no secret
     faults: list[Fault] = []
+    # Every kind draws its numbers, even a kind that is left out: `kinds` only filters the schedule.
     at = 0.0
     while True:
         for kind in draw.sample(KINDS, len(KINDS)):

@@ -23,18 +23,18 @@ from service.local_stack.child_process import die_with_parent
 
 NUM_APIS = 2
 NUM_FLEETS = 2
-_MOST_FALLEN = 10
+_MOST_RESTARTS = 10
 LEASE_SECONDS = 3.0
 _GONE_SECONDS = 20.0
 
 
 class ChaosError(Exception):
-    """Something did not end, or did not come back, within its time."""
+    """A process or a study did not end or recover within its time."""
 
 
 @dataclass(kw_only=True)
 class Stack:
-    """Everything that runs. Each process is known by its id, and none outlives `close`."""
+    """All processes of the installation; `close` ends each by its id."""
 
     folder: Path
     fsync: bool
@@ -43,7 +43,7 @@ class Stack:
         default_factory=lambda: [None] * NUM_FLEETS
     )
     starts: int = 0
-    fallen: int = 0
+    restarts: int = 0
     seen: list[psutil.Process] = field(default_factory=list)
 
     def open(self) -> None:
@@ -66,13 +66,17 @@ class Stack:
             self.start_fleet(i)
 
     def close(self) -> None:
-        """End every process that was started, and the processes of those."""
+        """End every process that was started, and all processes below them."""
+        # Fleets before APIs, and everything by SIGKILL: a graceful end would wait for dead peers.
         roots = [p for p in (*self.fleets, *self.apis) if p is not None]
-        families = [*alive(self.seen), *(one for root in roots for one in family(root.pid))]
+        families = [
+            *filter_running(self.seen),
+            *(process for root in roots for process in list_family(root.pid)),
+        ]
         for process in families:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        with contextlib.suppress(OSError):  # of a process that is gone by now
+        with contextlib.suppress(OSError):  # the process has ended by now
             psutil.wait_procs(families, timeout=_GONE_SECONDS)
         for root in roots:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -83,18 +87,20 @@ class Stack:
         if hasattr(self, "engine"):
             self.engine.dispose()
         if hasattr(self, "disk"):
-            self.disk.close()
+            self.disk.unmount()
 
     def start_api(self, i: int) -> None:
-        self.apis[i] = self._start(f"api-{i}", "service.cli", "serve", "--port", str(self.ports[i]))
+        self.apis[i] = self._start_process(
+            f"api-{i}", "service.cli", "serve", "--port", str(self.ports[i])
+        )
 
     def wait_api(self, i: int, seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not self.is_ready(i):
-            self.must_stand()
+            self.check_running()
             if time.monotonic() > deadline:
                 raise ChaosError(
-                    f"replica {i} is not ready within {seconds} s\n{self.tail(f'api-{i}')}"
+                    f"replica {i} is not ready within {seconds} s\n{self.read_tail(f'api-{i}')}"
                 )
             time.sleep(0.1)
 
@@ -105,29 +111,29 @@ class Stack:
 
     def start_fleet(self, i: int) -> None:
         self.starts += 1
-        self.fleets[i] = self._start(
+        self.fleets[i] = self._start_process(
             f"fleet-{i}", "service.cli", "fleet", "--url", self.url,
             "--cpus", "1", "--checkpoint-seconds", "0.2", "--name", f"fleet-{i}.{self.starts}",
         )  # fmt: skip
 
-    def workers(self, i: int) -> list[psutil.Process]:
-        """Processes of a fleet that are in the middle of a run: Ray names them after their task."""
+    def find_workers(self, i: int) -> list[psutil.Process]:
+        """Return the processes of a fleet that run a task; Ray names a process after its task."""
         root = self.fleets[i]
-        found = [] if root is None else family(root.pid)
-        return [p for p in found if "ray::run_lease" in _command(p)]
+        processes = [] if root is None else list_family(root.pid)
+        return [p for p in processes if "ray::run_lease" in _read_command(p)]
 
-    def _start(self, name: str, *module: str) -> subprocess.Popen[bytes]:
+    def _start_process(self, name: str, *module: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-m", *module],
-                env=self._environment(),
+                env=self._make_environment(),
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - one C call
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - a single C call
             )
 
-    def _environment(self) -> dict[str, str]:
+    def _make_environment(self) -> dict[str, str]:
         ours = {k: v for k, v in os.environ.items() if not k.startswith(("WARMSCALE_", "RAY_"))}
         return ours | {
             "TZ": "UTC",
@@ -141,47 +147,49 @@ class Stack:
             "RAY_TMPDIR": str(self.folder),
         }
 
-    def must_stand(self) -> None:
-        """No API ends by itself. A fleet may, whose Ray does not start or answer: as `warmscale up`
-        and compose do, it is started again; the report counts it.
+    def check_running(self) -> None:
+        """Raise `ChaosError` if an API has exited, and start a fleet that has exited again.
+
+        A fleet may exit if its Ray does not start or answer. `warmscale up` and compose restart it
+        too. The report counts the restarts.
         """
         for i, process in enumerate(self.apis):
             if process is not None and process.poll() is not None:
-                raise ChaosError(f"api-{i} ended by itself with {process.returncode}")
+                raise ChaosError(f"api-{i} exited by itself with {process.returncode}")
         for i, process in enumerate(self.fleets):
             if process is not None and process.poll() is not None:
-                self.fallen += 1
-                if self.fallen > _MOST_FALLEN:
-                    raise ChaosError(f"fleet-{i} ended by itself with {process.returncode}, again")
+                self.restarts += 1
+                if self.restarts > _MOST_RESTARTS:
+                    raise ChaosError(f"fleet-{i} exited by itself with {process.returncode}, again")
                 self.start_fleet(i)
 
-    def tail(self, name: str, chars: int = 2000) -> str:
+    def read_tail(self, name: str, chars: int = 2000) -> str:
         path = self.folder / f"{name}.log"
         return path.read_text(errors="replace")[-chars:] if path.exists() else ""
 
 
-def family(pid: int) -> list[psutil.Process]:
-    """A process and everything below it that is still there."""
+def list_family(pid: int) -> list[psutil.Process]:
+    """Return a process and all processes below it that still exist."""
     with contextlib.suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         return [root, *root.children(recursive=True)]
     return []
 
 
-def kill_alone(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """-9 of the process itself; give those below it, which are to die by themselves."""
-    below = family(process.pid)[1:]
+def kill_parent(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Send SIGKILL to the process alone; return the processes below, which must end themselves."""
+    below = list_family(process.pid)[1:]
     os.kill(process.pid, signal.SIGKILL)
     process.wait(10)
     return below
 
 
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run; a zombie has no command."""
-    return [p for p in processes if _command(p)]
+def filter_running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Return the processes that still run; a zombie has no command line."""
+    return [p for p in processes if _read_command(p)]
 
 
-def _command(process: psutil.Process) -> str:
+def _read_command(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
         return " ".join(process.cmdline())
     return ""

@@ -1,4 +1,4 @@
-"""Where a train step's time goes: against its matrix products alone, timed in the same process."""
+"""Parts of a train step's time: matrix products alone, attention, and everything remaining."""
 
 import statistics
 import time
@@ -10,12 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 from warmcore.specs import ModelSpec
 
 
-def parts(step: Callable[[], float], spec: ModelSpec, *, rows: int) -> dict[str, float]:
-    """CPU milliseconds of a step: all of it, its products alone, attention, what remains."""
-    whole = cpu_ms(step)
-    products = sum(count * ms for count, ms in products_ms(spec, rows))
-    attention = attention_ms(step)
-    size = sum(count * num_in * num_out for count, num_in, num_out in matrices(spec))
+def measure_parts(step: Callable[[], float], spec: ModelSpec, *, rows: int) -> dict[str, float]:
+    """Return CPU milliseconds: the step, its products alone, attention, and the remaining time."""
+    whole = time_cpu(step)
+    products = sum(count * ms for count, ms in time_products(spec, rows))
+    attention = time_attention(step)
+    size = sum(count * num_in * num_out for count, num_in, num_out in list_matrices(spec))
     return {
         "whole step": whole,
         "its matrix products alone": products,
@@ -25,8 +25,8 @@ def parts(step: Callable[[], float], spec: ModelSpec, *, rows: int) -> dict[str,
     }
 
 
-def matrices(spec: ModelSpec) -> Iterator[tuple[int, int, int]]:
-    """How often, inputs, outputs: of every matrix that multiplies activations."""
+def list_matrices(spec: ModelSpec) -> Iterator[tuple[int, int, int]]:
+    """Yield (count, inputs, outputs) of every matrix that multiplies activations."""
     yield 2 * spec.depth, spec.width, spec.width
     yield 2 * spec.depth, spec.width, spec.kv_width
     yield 2 * spec.depth, spec.width, spec.ffn_width
@@ -34,29 +34,31 @@ def matrices(spec: ModelSpec) -> Iterator[tuple[int, int, int]]:
     yield 1, spec.width, spec.vocab_size
 
 
-def products_ms(spec: ModelSpec, rows: int) -> Iterator[tuple[int, float]]:
-    """y = x W^T, dx = dy W and dW = dy^T x of every matrix, in memory that is warm."""
-    for count, num_in, num_out in matrices(spec):
+def time_products(spec: ModelSpec, rows: int) -> Iterator[tuple[int, float]]:
+    """Yield (count, milliseconds) of y = x W^T, dx = dy W and dW = dy^T x for every matrix."""
+    for count, num_in, num_out in list_matrices(spec):
         x, w, dy = (
             torch.randn(rows, num_in),
             torch.randn(num_out, num_in),
             torch.randn(rows, num_out),
         )
+        # The forward product, the gradient of the input, and the gradient of the weight.
         for a, b in ((x, w.t()), (dy, w), (dy.t(), x)):
             out = torch.empty(len(a), b.shape[1])
-            yield count, cpu_ms(torch.mm, a, b, out=out)
+            yield count, time_cpu(torch.mm, a, b, out=out)
 
 
-def attention_ms(step: Callable[[], float]) -> float:
-    """Self time of the attention kernels, forwards and backwards."""
+def time_attention(step: Callable[[], float]) -> float:
+    """Return milliseconds of self time in the attention kernels, forward and backward."""
     with profile(activities=[ProfilerActivity.CPU]) as measured:
         step()
     events = measured.key_averages()
     return sum(e.self_cpu_time_total for e in events if "scaled_dot_product" in e.key) / 1e3
 
 
-def cpu_ms(call: Callable[..., object], *args: object, **options: object) -> float:
-    """Median CPU time: what other processes take away does not count."""
+def time_cpu(call: Callable[..., object], *args: object, **options: object) -> float:
+    """Return the median CPU milliseconds of a call, independent of other processes."""
+    # The first call warms the caches and is not counted.
     call(*args, **options)
     times: list[float] = []
     for _ in range(15):

@@ -1,7 +1,7 @@
-"""One side of `benchmarks/train_throughput.py`: trains when asked to, and says how fast.
+"""A side of `benchmarks/train_throughput.py`: trains on request and reports its speed.
 
 `python side.py ours 64x4 1`: a size is width x depth, the last argument the number of threads.
-Reads `turn`, `parts` or `end` from stdin, answers each with a line of JSON.
+The program reads `turn`, `parts` or `end` from stdin, and answers each with a line of JSON.
 """
 
 import json
@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from parts import parts
+from parts import measure_parts
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - its name everywhere
-from transformers import LlamaConfig, LlamaForCausalLM  # in both: the same imports
+from torch.nn import functional as F  # noqa: N812 - the usual name
+from transformers import LlamaConfig, LlamaForCausalLM  # imported on both sides, for equal memory
 
 from warmcore.model.decoder import Decoder, init_, loss_nats
 from warmcore.specs import ModelSpec, TrainSpec
@@ -31,8 +31,9 @@ def main(side: str, size: str, threads: str) -> None:
     width, depth = map(int, size.split("x"))
     spec = ModelSpec(width=width, depth=depth, head_dim=min(64, width // 4))
     window = torch.randint(0, spec.vocab_size, (BATCH, CONTEXT + 1))
-    build = {"ours": ours, "transformers": transformers}[side]
-    build(ModelSpec(width=16, depth=1, head_dim=16), window)()  # loads what is loaded lazily
+    build = {"ours": make_our_step, "transformers": make_transformers_step}[side]
+    # A small step first: it loads libraries that torch loads lazily, before memory is measured.
+    build(ModelSpec(width=16, depth=1, head_dim=16), window)()
     before = peak_mb()
     step = build(spec, window)
     for _ in range(3):
@@ -40,9 +41,9 @@ def main(side: str, size: str, threads: str) -> None:
     for line in sys.stdin:
         match line.strip():
             case "turn":
-                answer = turn(step)
+                answer = run_turn(step)
             case "parts":
-                answer = parts(step, spec, rows=BATCH * CONTEXT)
+                answer = measure_parts(step, spec, rows=BATCH * CONTEXT)
             case _:
                 answer = {"peak_mb": peak_mb() - before}
         print(json.dumps(answer), flush=True)
@@ -54,8 +55,8 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def turn(step: Step) -> dict[str, float]:
-    """Tokens per second of wall time and of CPU time."""
+def run_turn(step: Step) -> dict[str, float]:
+    """Train for `TURN_SECONDS` and return tokens per second of wall time and of CPU time."""
     wall, cpu, steps = time.perf_counter(), time.process_time(), 0
     while steps < 2 or time.perf_counter() - wall < TURN_SECONDS:
         step()
@@ -67,12 +68,12 @@ def turn(step: Step) -> dict[str, float]:
     }
 
 
-def ours(spec: ModelSpec, window: Tensor) -> Step:
-    """A step as `warmcore.training.training` takes it."""
+def make_our_step(spec: ModelSpec, window: Tensor) -> Step:
+    """Return a train step as in `warmcore.training.training`."""
     model = init_(Decoder(spec, context=CONTEXT), spec, torch.Generator().manual_seed(0))
     optimizer = build_optimizer(model.named_parameters(), spec, TrainSpec())
 
-    def step() -> float:
+    def run_step() -> float:
         optimizer.zero_grad()
         loss = loss_nats(model, window)
         loss.backward()
@@ -80,11 +81,11 @@ def ours(spec: ModelSpec, window: Tensor) -> Step:
         optimizer.step()
         return loss.item()
 
-    return step
+    return run_step
 
 
-def transformers(spec: ModelSpec, window: Tensor) -> Step:
-    """The same with LlamaForCausalLM, PyTorch's clipping and AdamW."""
+def make_transformers_step(spec: ModelSpec, window: Tensor) -> Step:
+    """Return the same step with LlamaForCausalLM, PyTorch's clipping and AdamW."""
     config = LlamaConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.width,
@@ -101,7 +102,7 @@ def transformers(spec: ModelSpec, window: Tensor) -> Step:
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
 
-    def step() -> float:
+    def run_step() -> float:
         optimizer.zero_grad()
         logits = model(input_ids=window[:, :-1]).logits
         loss = F.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
@@ -110,7 +111,7 @@ def transformers(spec: ModelSpec, window: Tensor) -> Step:
         optimizer.step()
         return loss.item()
 
-    return step
+    return run_step
 
 
 if __name__ == "__main__":

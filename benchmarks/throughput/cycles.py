@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import optuna
-from throughput.workload import REPORTS, SPACE, curve, loss
+from throughput.workload import REPORTS, SPACE, compute_loss, make_curve
 
 from service.client import Client
 from service.protocol import FinishRequest, LeaseRequest, Measurement, MeasurementBatch
@@ -59,12 +59,12 @@ class OptunaCycle:
         with Clock(note, "ask"):
             trial = self.study.ask()
             params = {name: _suggest(trial, name, d) for name, d in SPACE.items()}
-        for step, value in enumerate(curve(params), 1):
+        for step, value in enumerate(make_curve(params), 1):
             with Clock(note, "trial.report"):
                 trial.report(value, step)
                 _ = self.prunes and trial.should_prune()  # asked, not obeyed: a cycle is a cycle
         with Clock(note, "tell"):
-            self.study.tell(trial, loss(params))
+            self.study.tell(trial, compute_loss(params))
 
 
 def _suggest(trial: optuna.Trial, name: str, d: dict[str, Any]) -> float:
@@ -119,11 +119,11 @@ class ServiceCycle:
         with Clock(note, "lease"):
             lease = self.lease()
         path, token = f"/v1/runs/{lease['run_id']}", lease["lease_token"]
-        for step, value in enumerate(curve(lease["params"]), 1):
+        for step, value in enumerate(make_curve(lease["params"]), 1):
             point = _point(step, value)
             with Clock(note, "report"):
                 self.post(f"{path}/measurements", {"measurements": [point]}, token)
-        end = {"outcome": "succeeded", "val_loss_nats": loss(lease["params"])}
+        end = {"outcome": "succeeded", "val_loss_nats": compute_loss(lease["params"])}
         with Clock(note, "finish"):
             self.post(f"{path}/finish", end, token)
 
@@ -148,12 +148,12 @@ class TypedServiceCycle:
             while not (leases := self.client.lease(self.request)):
                 pass
         (lease,) = leases
-        for step, value in enumerate(curve(lease.params), 1):
+        for step, value in enumerate(make_curve(lease.params), 1):
             batch = MeasurementBatch(measurements=(Measurement(**_point(step, value)),))
             with Clock(note, "report"):
                 self.client.report(lease, batch)
         with Clock(note, "finish"):
-            end = FinishRequest(outcome="succeeded", val_loss_nats=loss(lease.params))
+            end = FinishRequest(outcome="succeeded", val_loss_nats=compute_loss(lease.params))
             self.client.finish(lease, end)
 
 

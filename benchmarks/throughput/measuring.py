@@ -1,4 +1,4 @@
-"""Both sides measured by turns."""
+"""The measurement of both sides in turns."""
 
 import itertools
 import statistics
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from throughput.sides import Side
     from throughput.stack import Stack
 
-_FRESH_BELOW = 1000  # a round of a larger study does not change its size
+_FRESH_BELOW = 1000  # a round adds too few trials to change a larger study
 _names = itertools.count()
 
 
 @dataclass
 class Measured:
-    """One row: both sides, round by round."""
+    """A row of the table: both sides, round by round."""
 
     scenario: Scenario
     ours: Spent
@@ -27,7 +27,7 @@ class Measured:
 
     @property
     def ratios(self) -> list[float]:
-        """Ours over theirs, by pairs of rounds."""
+        """Our trials per second over Optuna's, for each pair of rounds."""
         return [o / t for o, t in zip(self.ours.per_second, self.theirs.per_second, strict=True)]
 
     @property
@@ -37,7 +37,7 @@ class Measured:
 
 
 def measure(scenario: Scenario, ours: "Side", theirs: "Side", running: "Stack") -> Measured:
-    """Let the sides take turns."""
+    """Measure a scenario with both sides in turns."""
     before = machine.rss_mb(running.api_pids)
     spent: dict[str, Spent] = {"service": Spent(), "optuna": Spent()}
     study = ""
@@ -46,6 +46,7 @@ def measure(scenario: Scenario, ours: "Side", theirs: "Side", running: "Stack") 
             study = f"study-{next(_names)}"
             for side in (ours, theirs):
                 side.create(study, scenario)
+        # Ours first in even rounds, Optuna first in odd rounds: a trend of the load cancels out.
         for side in (ours, theirs) if number % 2 == 0 else (theirs, ours):
             side.round(scenario, spent[side.name])
     after = machine.rss_mb(running.api_pids)

@@ -1,4 +1,4 @@
-"""Finished trials, written straight into the tables: Optuna's `add_trials` does 65 a second."""
+"""Finished trials, inserted directly into the tables: `add_trials` of Optuna adds 65 a second."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ from throughput.workload import REPORTS, SPACE
 if TYPE_CHECKING:
     from throughput.stack import Stack
 
-# A unit draw of each dimension from the trial's number: any fixed hash will do.
+# A number in [0, 1) for each dimension, from a hash of the trial's number; any hash would do.
 _DRAWN = """
     CREATE TEMPORARY TABLE drawn AS
     SELECT n, k, name, json, u,
@@ -45,7 +45,7 @@ _TRIALS = """
     SELECT trial_id, 0, loss, 'FINITE' FROM bowl JOIN trial ON number = n
 """
 
-# Every column that is not named here is the template's: a trial that went through the API.
+# Columns that are not named here are copied from the template, a trial that ran through the API.
 _RUNS = """
     WITH run AS (
         INSERT INTO warmscale.runs
@@ -63,8 +63,10 @@ _RUNS = """
 """
 
 
-def fill(running: "Stack", side: str, study: str, last: int, template: str | None = None) -> None:
-    """Write finished trials 1 to `last` straight into the tables; ours also get their runs."""
+def fill_trials(
+    running: "Stack", side: str, study: str, last: int, template: str | None = None
+) -> None:
+    """Insert finished trials 1 to `last`; with a template run, insert the service's runs too."""
     values = {
         "first": 1 if template else 0,
         "last": last,
@@ -72,7 +74,7 @@ def fill(running: "Stack", side: str, study: str, last: int, template: str | Non
         "template": template,
         "reports": REPORTS,
         "names": list(SPACE),
-        "jsons": [_json(dimension) for dimension in SPACE.values()],
+        "jsons": [_format_distribution(dimension) for dimension in SPACE.values()],
         "lows": [d["low"] for d in SPACE.values()],
         "highs": [d["high"] for d in SPACE.values()],
         "logs": [bool(d.get("log")) for d in SPACE.values()],
@@ -85,6 +87,6 @@ def fill(running: "Stack", side: str, study: str, last: int, template: str | Non
         connection.execute("ANALYZE")
 
 
-def _json(dimension: dict[str, Any]) -> str:
+def _format_distribution(dimension: dict[str, Any]) -> str:
     low, high = dimension["low"], dimension["high"]
     return distribution_to_json(FloatDistribution(low, high, log=dimension.get("log", False)))

@@ -1,4 +1,4 @@
-"""The table, in Markdown."""
+"""The tables of the benchmark in Markdown."""
 
 import statistics
 from collections.abc import Iterable
@@ -12,23 +12,25 @@ _CALLS = {"ours": ("lease", "report", "finish"), "Optuna": ("ask", "trial.report
 _COSTS = ("side", "API", "PostgreSQL", "clients", "commits", "WAL, kB", "RSS")
 
 
-def markdown(conditions: dict[str, Any], rows: list[Measured]) -> str:
-    """Conditions, ratios, latencies and where the time went."""
+def format_markdown(conditions: dict[str, Any], rows: list[Measured]) -> str:
+    """Return conditions, ratios, latencies and costs as Markdown."""
     lines = [
-        _conditions(conditions),
+        _format_conditions(conditions),
         "",
-        *_table(("ours, trials/s", "Optuna, trials/s", "ratio (min..max)"), map(_ratio, rows)),
+        *_format_table(
+            ("ours, trials/s", "Optuna, trials/s", "ratio (min..max)"), map(_format_ratio, rows)
+        ),
         "Milliseconds a call, p50 / p95 / p99:",
         "",
-        *_table((*_CALLS["ours"], *_CALLS["Optuna"]), map(_latency, rows)),
-        "What a trial costs: CPU milliseconds, commits, WAL; and the API's resident memory:",
+        *_format_table((*_CALLS["ours"], *_CALLS["Optuna"]), map(_format_latency, rows)),
+        "Costs of a trial: CPU milliseconds, commits, WAL; and the API's resident memory:",
         "",
-        *_table(_COSTS, (line for row in rows for line in _costs(row))),
+        *_format_table(_COSTS, (line for row in rows for line in _format_costs(row))),
     ]
     return "\n".join(lines)
 
 
-def _conditions(conditions: dict[str, Any]) -> str:
+def _format_conditions(conditions: dict[str, Any]) -> str:
     sync = conditions["fdatasync_ms"]
     return (
         f"{conditions['cores']} core(s) at load {conditions['load']:.1f}, shared by clients, API "
@@ -40,38 +42,41 @@ def _conditions(conditions: dict[str, Any]) -> str:
     )
 
 
-def _table(columns: Iterable[str], rows: Iterable[str]) -> list[str]:
+def _format_table(columns: Iterable[str], rows: Iterable[str]) -> list[str]:
     names = ["finished", "clients", "pruner", *columns]
     return [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}", *rows, ""]
 
 
-def _ratio(row: Measured) -> str:
+def _format_ratio(row: Measured) -> str:
     ratio = f"**{row.ratio:.2f}** ({min(row.ratios):.2f}..{max(row.ratios):.2f})"
     ours, theirs = (statistics.median(side.per_second) for side in (row.ours, row.theirs))
-    return f"| {_scenario(row)} | {ours:.1f} | {theirs:.1f} | {ratio} |"
+    return f"| {_format_scenario(row)} | {ours:.1f} | {theirs:.1f} | {ratio} |"
 
 
-def _scenario(row: Measured) -> str:
+def _format_scenario(row: Measured) -> str:
     return f"{row.scenario.finished:,} | {row.scenario.clients} | {row.scenario.pruner}"
 
 
-def _latency(row: Measured) -> str:
-    ours = [_percentiles(row.ours, call) for call in _CALLS["ours"]]
-    theirs = [_percentiles(row.theirs, call) for call in _CALLS["Optuna"]]
-    return f"| {_scenario(row)} | {' | '.join(ours + theirs)} |"
+def _format_latency(row: Measured) -> str:
+    ours = [_format_percentiles(row.ours, call) for call in _CALLS["ours"]]
+    theirs = [_format_percentiles(row.theirs, call) for call in _CALLS["Optuna"]]
+    return f"| {_format_scenario(row)} | {' | '.join(ours + theirs)} |"
 
 
-def _percentiles(side: Spent, call: str) -> str:
+def _format_percentiles(side: Spent, call: str) -> str:
     cuts = statistics.quantiles(side.calls[call], n=100, method="inclusive")
     return " / ".join(f"{1000 * cuts[p - 1]:.1f}" for p in (50, 95, 99))
 
 
-def _costs(row: Measured) -> list[str]:
+def _format_costs(row: Measured) -> list[str]:
     memory = f"{row.api_rss_mb[0]:.0f} to {row.api_rss_mb[1]:.0f} MB"
-    return [_cost(row, "ours", row.ours, memory), _cost(row, "Optuna", row.theirs, "")]
+    return [
+        _format_cost(row, "ours", row.ours, memory),
+        _format_cost(row, "Optuna", row.theirs, ""),
+    ]
 
 
-def _cost(row: Measured, name: str, side: Spent, memory: str) -> str:
-    cpu = [f"{statistics.median(side.cpu_ms[who]):.1f}" for who in ("api", "postgres", "clients")]
-    rest = [f"{statistics.median(values):.1f}" for values in (side.commits, side.wal_kb)]
-    return f"| {_scenario(row)} | {name} | {' | '.join(cpu + rest)} | {memory} |"
+def _format_cost(row: Measured, name: str, side: Spent, memory: str) -> str:
+    cpu = [f"{statistics.median(side.cpu_ms[part]):.1f}" for part in ("api", "postgres", "clients")]
+    writes = [f"{statistics.median(values):.1f}" for values in (side.commits, side.wal_kb)]
+    return f"| {_format_scenario(row)} | {name} | {' | '.join(cpu + writes)} | {memory} |"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import optuna
 from throughput import machine
 from throughput.cycles import TOKENS, Cycle, OptunaCycle, ServiceCycle, TypedServiceCycle
-from throughput.prefill import fill
+from throughput.prefill import fill_trials
 from throughput.stack import Stack
 from throughput.workload import REPORTS, SPACE, Scenario, Spent
 
@@ -143,7 +143,7 @@ class Optuna(Side):
     def make(self, study: str, scenario: Scenario) -> None:
         storage = optuna.storages.RDBStorage(self.running.optuna_url)
         optuna.create_study(study_name=study, storage=storage)
-        fill(self.running, "optuna", study, scenario.finished - 1)
+        fill_trials(self.running, "optuna", study, scenario.finished - 1)
         assert len(optuna.load_study(study_name=study, storage=storage).trials) == scenario.finished
         storage.engine.dispose()
 
@@ -164,7 +164,7 @@ class Service(Side):
         api.prepare(study, scenario.pruner)
         api({})
         (template,) = api.get(f"/v1/runs?study={study}")["items"]
-        fill(self.running, "service", study, scenario.finished - 1, template["id"])
+        fill_trials(self.running, "service", study, scenario.finished - 1, template["id"])
         assert api.get(f"/v1/studies/{study}")["trials"]["succeeded"] == scenario.finished
 
     def _spec(self, study: str, pruner: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One PostgreSQL with fsync on, a database for each side, and the service as a real process."""
+"""A PostgreSQL with fsync on, a database for each side, and the service as a real process."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ _START_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """What is running: where the two databases are, the server's and the API's processes."""
+    """A running stack: both databases, and the processes of the server and the API."""
 
     service_url: URL
     optuna_url: str
@@ -35,7 +35,7 @@ class Stack:
     data_folder: Path
 
     def connect(self, side: str) -> psycopg.Connection:
-        """A connection to a side's database, which sees that side's tables of Optuna's first."""
+        """Return a connection to the database of a side, with Optuna's schema first in its path."""
         url = self.service_url if side == "service" else engine.normalize_url(self.optuna_url)
         text = url.set(drivername="postgresql").render_as_string(hide_password=False)
         path = "-c search_path=optuna,warmscale,public"
@@ -43,20 +43,20 @@ class Stack:
 
 
 @contextmanager
-def stack(folder: Path, *, replicas: int) -> Generator[Stack]:
-    """Start everything below `folder`; stop it on the way out."""
+def run_stack(folder: Path, *, replicas: int) -> Generator[Stack]:
+    """Start a stack below `folder`, and stop it when the context ends."""
     engine.use_utc()
     with ExitStack() as stop:
         server = stop.enter_context(engine.start_embedded(folder))
         ours = engine.normalize_url(server.get_uri())
-        theirs = _second_database(ours)
+        theirs = _create_second_database(ours)
         migrations.upgrade_database(ours)
         RDBStorage(theirs).engine.dispose()
-        environment = _environment(folder, ours)
-        key = _cli(environment, "key", "create", "benchmark", "--scope", "admin")
+        environment = _make_environment(folder, ours)
+        key = _run_command(environment, "key", "create", "benchmark", "--scope", "admin")
         ports = tuple(free_ports(replicas))
         log = stop.enter_context((folder / "api.log").open("wb"))
-        apis = [stop.enter_context(_api(environment, port, log.fileno())) for port in ports]
+        apis = [stop.enter_context(_run_api(environment, port, log.fileno())) for port in ports]
         yield Stack(
             service_url=ours,
             optuna_url=theirs,
@@ -64,12 +64,12 @@ def stack(folder: Path, *, replicas: int) -> Generator[Stack]:
             api_pids=tuple(api.pid for api in apis),
             ports=ports,
             key=key,
-            corpus=_corpus(folder),
+            corpus=_write_corpus(folder),
             data_folder=folder,
         )
 
 
-def _second_database(url: URL) -> str:
+def _create_second_database(url: URL) -> str:
     with psycopg.connect(
         url.set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True
     ) as connection:
@@ -77,7 +77,7 @@ def _second_database(url: URL) -> str:
     return url.set(database="raw").render_as_string(hide_password=False)
 
 
-def _environment(folder: Path, url: URL) -> dict[str, str]:
+def _make_environment(folder: Path, url: URL) -> dict[str, str]:
     here = Path(__file__).resolve().parents[2]
     return os.environ | {
         "TZ": "UTC",
@@ -88,14 +88,16 @@ def _environment(folder: Path, url: URL) -> dict[str, str]:
     }
 
 
-def _cli(environment: dict[str, str], *arguments: str) -> str:
+def _run_command(environment: dict[str, str], *arguments: str) -> str:
     command = [sys.executable, "-m", "service.cli", *arguments]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.strip()
 
 
 @contextmanager
-def _api(environment: dict[str, str], port: int, log: int) -> Generator[subprocess.Popen[bytes]]:
+def _run_api(
+    environment: dict[str, str], port: int, log: int
+) -> Generator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
@@ -117,7 +119,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int) -> None:
     raise RuntimeError(f"the API did not get ready on port {port}; see api.log")
 
 
-def _corpus(folder: Path) -> Path:
+def _write_corpus(folder: Path) -> Path:
     corpus = folder / "corpus"
     corpus.mkdir()
     for i in range(40):

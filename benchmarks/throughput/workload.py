@@ -1,4 +1,4 @@
-"""The search that both sides serve, and its finished trials."""
+"""The search space and the losses of the benchmark, equal on both sides."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ SPACE: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Scenario:
-    """What one row of the table is about."""
+    """The settings of a row of the table."""
 
     finished: int
     clients: int
@@ -27,7 +27,7 @@ class Scenario:
 
 @dataclass
 class Spent:
-    """What the rounds of one side took."""
+    """Times and costs of the rounds of a side."""
 
     per_second: list[float] = field(default_factory=list)
     calls: dict[str, list[float]] = field(default_factory=dict)
@@ -36,18 +36,21 @@ class Spent:
     wal_kb: list[float] = field(default_factory=list)
 
 
-def loss(params: dict[str, float]) -> float:
-    """A bowl: 2 at 0.3 of the way along each dimension. `prefill` has the same."""
-    return 2.0 + sum((_unit(SPACE[name], value) - 0.3) ** 2 for name, value in params.items())
+def compute_loss(params: dict[str, float]) -> float:
+    """Return a bowl's value: 2 at 0.3 of each dimension. The SQL of `prefill` has the same bowl."""
+    return 2.0 + sum(
+        (_scale_to_unit(SPACE[name], value) - 0.3) ** 2 for name, value in params.items()
+    )
 
 
-def _unit(dimension: dict[str, Any], value: float) -> float:
+def _scale_to_unit(dimension: dict[str, Any], value: float) -> float:
+    # With low 1e-4, high 1e-2 and a log scale: 1e-3 is 0.5.
     low, high = dimension["low"], dimension["high"]
     if dimension.get("log"):
         return math.log(value / low) / math.log(high / low)
     return (value - low) / (high - low)
 
 
-def curve(params: dict[str, float]) -> list[float]:
-    """What a trial reports: its loss, from above."""
-    return [loss(params) + 1.0 / step for step in range(1, REPORTS + 1)]
+def make_curve(params: dict[str, float]) -> list[float]:
+    """Return the losses that a trial reports: they fall to `compute_loss` plus 1/3."""
+    return [compute_loss(params) + 1.0 / step for step in range(1, REPORTS + 1)]

@@ -17,11 +17,11 @@ import httpx
 import psutil
 import pytest
 
-from benchmarks.chaos.driver import counted
+from benchmarks.chaos.driver import count_lost_and_doubled
 from benchmarks.chaos.faults import flip_bit
 from benchmarks.chaos.proxy import Proxy
-from benchmarks.chaos.report import END_OF_ROWS, append
-from benchmarks.chaos.schedule import KINDS, plan
+from benchmarks.chaos.report import END_OF_ROWS, append_row
+from benchmarks.chaos.schedule import KINDS, plan_faults
 
 
 def test_a_study_under_faults_loses_no_trial_and_counts_none_twice():
@@ -48,9 +48,9 @@ def test_a_study_under_faults_loses_no_trial_and_counts_none_twice():
 
 
 def test_a_seed_gives_one_schedule_with_every_kind_in_each_round():
-    one = plan(1, seconds=600, gap_seconds=5)
-    assert one == plan(1, seconds=600, gap_seconds=5)
-    assert one != plan(2, seconds=600, gap_seconds=5)
+    one = plan_faults(1, seconds=600, gap_seconds=5)
+    assert one == plan_faults(1, seconds=600, gap_seconds=5)
+    assert one != plan_faults(2, seconds=600, gap_seconds=5)
     times = [fault.at_seconds for fault in one]
     assert times == sorted(times)
     whole = len(one) // len(KINDS) * len(KINDS)
@@ -59,8 +59,8 @@ def test_a_seed_gives_one_schedule_with_every_kind_in_each_round():
 
 
 def test_a_longer_run_begins_as_a_shorter_one():
-    short = plan(3, seconds=60, gap_seconds=5)
-    assert plan(3, seconds=600, gap_seconds=5)[: len(short)] == short
+    short = plan_faults(3, seconds=60, gap_seconds=5)
+    assert plan_faults(3, seconds=600, gap_seconds=5)[: len(short)] == short
 
 
 def test_what_is_lost_or_doubled_is_counted():
@@ -68,12 +68,12 @@ def test_what_is_lost_or_doubled_is_counted():
         return [{"number": number, "state": state} for number in numbers]
 
     heard = {0: ("COMPLETE", 1.0), 1: ("PRUNED", None)}
-    assert counted(2, trials(0, 1), heard) == (0, 0)
-    assert counted(3, trials(0, 1), heard) == (1, 0)
-    assert counted(2, trials(0, 1, 1), heard) == (0, 1)
-    assert counted(2, trials(0) + trials(1, state="failed"), heard) == (1, 0)
-    assert counted(2, trials(0, 1), heard | {1: ("RUNNING", None)}) == (1, 0)
-    assert counted(2, trials(0, 1), heard | {2: ("COMPLETE", 1.0)}) == (0, 1)
+    assert count_lost_and_doubled(2, trials(0, 1), heard) == (0, 0)
+    assert count_lost_and_doubled(3, trials(0, 1), heard) == (1, 0)
+    assert count_lost_and_doubled(2, trials(0, 1, 1), heard) == (0, 1)
+    assert count_lost_and_doubled(2, trials(0) + trials(1, state="failed"), heard) == (1, 0)
+    assert count_lost_and_doubled(2, trials(0, 1), heard | {1: ("RUNNING", None)}) == (1, 0)
+    assert count_lost_and_doubled(2, trials(0, 1), heard | {2: ("COMPLETE", 1.0)}) == (0, 1)
 
 
 @pytest.fixture
@@ -188,6 +188,6 @@ def test_a_flipped_bit_is_one_bit(tmp_path):
 def test_a_row_is_put_at_the_end_of_the_table(tmp_path):
     page = tmp_path / "chaos.md"
     page.write_text(f"|a|\n{END_OF_ROWS}\nafter\n")
-    append(page, "|b|")
-    append(page, "|c|")
+    append_row(page, "|b|")
+    append_row(page, "|c|")
     assert page.read_text() == f"|a|\n|b|\n|c|\n{END_OF_ROWS}\nafter\n"

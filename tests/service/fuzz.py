@@ -1,4 +1,4 @@
-"""schemathesis on a live service: what it is started with, and what came of every call."""
+"""A run of schemathesis on a live service, and the statuses of its calls."""
 
 import collections
 import json
@@ -12,20 +12,20 @@ CONFIG = Path(__file__).with_name("schemathesis.toml")
 ROOT = CONFIG.parents[2]
 
 
-def run(api, spec, folder, *options):
-    """Its exit code, what it said, and how often each call had each status."""
+def run_fuzzer(api, spec, folder, *options):
+    """Run schemathesis; return its exit code, its output, and the statuses of each call."""
     log = folder / "calls.ndjson"
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", CONFIG, "--no-color"]
     command += ["run", f"{api.url}/openapi.json", "--header", f"Authorization: Bearer {api.key}"]
     command += ["--report", "ndjson", "--report-ndjson-path", log, *options]
     env = os.environ | {"WARMSCALE_FUZZ_SPEC": json.dumps(spec), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
-    said = done.stdout + done.stderr
-    return SimpleNamespace(code=done.returncode, said=said, statuses=statuses(log))
+    output = done.stdout + done.stderr
+    return SimpleNamespace(code=done.returncode, output=output, statuses=count_statuses(log))
 
 
-def statuses(log):
-    """{call: Counter of its statuses}."""
+def count_statuses(log):
+    """Return {call: Counter of its statuses}; status None is a call without an answer."""
     found = collections.defaultdict(collections.Counter)
     with log.open() as lines:
         for line in lines:
@@ -37,17 +37,18 @@ def statuses(log):
     return found
 
 
-def table(statuses):
-    """A line for each call: how many were sent, and what they had for an answer; then the sum."""
+def format_lines(statuses):
+    """Yield a line for each call with its number and its statuses, then a line with the sums."""
     for call, counts in sorted(statuses.items()):
         answers = " ".join(f"{status}:{n}" for status, n in sorted(counts.items(), key=str))
         yield f"{counts.total():7d}  {call:50s} {answers}"
     everything = sum(statuses.values(), collections.Counter())
-    said = f"in all, to {len(statuses)} calls; {faults(statuses)} with 5xx or without an answer"
-    yield f"{everything.total():7d}  {said}"
+    failed = count_faults(statuses)
+    text = f"in all, to {len(statuses)} calls; {failed} with 5xx or without an answer"
+    yield f"{everything.total():7d}  {text}"
 
 
-def faults(statuses):
-    """How many were answered with 5xx, or not at all."""
+def count_faults(statuses):
+    """Count the calls that were answered with 5xx, or not at all."""
     found = (item for counts in statuses.values() for item in counts.items())
     return sum(n for status, n in found if status is None or status >= 500)

@@ -1,6 +1,7 @@
-"""What schemathesis cannot know: a spec that is accepted, what is ours to make, where to publish.
+"""Hooks for schemathesis: a valid spec, ids and lease tokens of the service, a checkpoint's folder.
 
-Without these nearly every generated study would be refused and nothing behind it be reached.
+Without them the service would refuse nearly every generated study, and no call behind it would be
+reached.
 """
 
 import itertools
@@ -16,12 +17,15 @@ _leases = {}
 
 @schemathesis.hook
 def before_call(context, case, kwargs):
-    _wait_shortly(case)
+    _shorten_wait(case)
+    # Cases that are invalid on purpose stay as they are.
     if case.meta is None or not case.meta.generation.mode.is_positive:
         return
-    for made_by_the_service in ("cursor", "Last-Event-ID"):
-        case.query.pop(made_by_the_service, None)
-        case.headers.pop(made_by_the_service, None)
+    # Only the service makes these two: any generated text is a 422.
+    for name in ("cursor", "Last-Event-ID"):
+        case.query.pop(name, None)
+        case.headers.pop(name, None)
+    # Three of four calls get a real run and its token; the fourth tests the refusal.
     if "{run_id}" in case.path and _leases and next(_numbers) % 4:
         lease = _leases.get(case.path_parameters["run_id"]) or [*_leases.values()][-1]
         case.path_parameters["run_id"] = lease["run_id"]
@@ -37,8 +41,8 @@ def before_call(context, case, kwargs):
             case.body |= {"wait_seconds": 0} | (any_study if next(_numbers) % 4 else {})
 
 
-def _wait_shortly(case):
-    """A long-poll that is asked for waits: not for as long as schemathesis does for an answer."""
+def _shorten_wait(case):
+    """Shorten long-polls to 0.1 s: schemathesis gives up before a longer wait ends."""
     body = case.body if case.operation.label == "POST /v1/leases" else None
     seconds = body.get("wait_seconds") if isinstance(body, dict) else None
     if isinstance(seconds, float) and 0 < seconds <= 60:
@@ -51,4 +55,5 @@ def after_call(context, case, response):
         _leases.update((lease["run_id"], lease) for lease in response.json()["leases"])
     is_write = case.method == "POST" and "{run_id}" in case.path
     if is_write and (response.status_code == 409 or case.path.endswith("/finish")):
-        _leases.pop(case.path_parameters["run_id"], None)  # it has ended: what comes takes another
+        # The lease has ended: later calls use another.
+        _leases.pop(case.path_parameters["run_id"], None)

@@ -16,17 +16,17 @@ SNAPSHOT = Path(__file__).with_name("openapi.json")
 OPEN = {"/healthz", "/readyz"}
 
 
-def key_of(api, scopes, **more):
+def make_key(api, scopes, **more):
     with api.sessions.begin() as session:
         return keys.create_key(session, "test", scopes, **more)
 
 
-def get(api, path, key=None):
+def send_get(api, path, key=None):
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     return httpx.get(f"{api.url}{path}", headers=headers)
 
 
-def calls(api):
+def list_calls(api):
     for path, methods in api.app.openapi()["paths"].items():
         for method in methods:
             yield method.upper(), path.replace("{", "").replace("}", "")
@@ -34,7 +34,7 @@ def calls(api):
 
 def test_every_call_but_the_probes_needs_a_key(api):
     checked = 0
-    for method, path in calls(api):
+    for method, path in list_calls(api):
         response = httpx.request(method, f"{api.url}{path}", json={})
         assert (response.status_code == 401) == (path not in OPEN), (method, path)
         checked += 1
@@ -42,8 +42,8 @@ def test_every_call_but_the_probes_needs_a_key(api):
 
 
 def test_every_call_refuses_a_key_of_another_scope(api):
-    keys = {scope: key_of(api, [scope])[1] for scope in ("read", "write", "work", "metrics")}
-    for method, path in calls(api):
+    keys = {scope: make_key(api, [scope])[1] for scope in ("read", "write", "work", "metrics")}
+    for method, path in list_calls(api):
         if path in OPEN:
             continue
         answers = [
@@ -59,35 +59,37 @@ def test_every_call_refuses_a_key_of_another_scope(api):
 
 
 def test_a_key_is_stored_as_its_hash_and_ends_when_revoked_or_expired(api):
-    key_id, key = key_of(api, ["read"])
+    key_id, key = make_key(api, ["read"])
     with api.sessions() as session:
         row = session.get(ApiKey, key_id)
         assert key not in (row.hash, row.name)
-    assert get(api, "/v1/studies", key).status_code == 200
+    assert send_get(api, "/v1/studies", key).status_code == 200
     with api.sessions.begin() as session:
         assert keys.revoke_key(session, key_id)
         assert not keys.revoke_key(session, key_id)
-    assert get(api, "/v1/studies", key).status_code == 401
-    _, old = key_of(api, ["read"], expires_at=datetime.now(UTC) - timedelta(seconds=1))
-    assert get(api, "/v1/studies", old).status_code == 401
-    assert get(api, "/v1/studies", "ws_wrong").headers["WWW-Authenticate"] == "Bearer"
+    assert send_get(api, "/v1/studies", key).status_code == 401
+    _, old = make_key(api, ["read"], expires_at=datetime.now(UTC) - timedelta(seconds=1))
+    assert send_get(api, "/v1/studies", old).status_code == 401
+    assert send_get(api, "/v1/studies", "ws_wrong").headers["WWW-Authenticate"] == "Bearer"
 
 
 def test_probes_answer_without_a_key(api):
-    assert get(api, "/healthz").json() == {"status": "ok"}
-    assert get(api, "/readyz").json() == {"status": "ready"}
+    assert send_get(api, "/healthz").json() == {"status": "ok"}
+    assert send_get(api, "/readyz").json() == {"status": "ready"}
 
 
 def test_metrics_answer_a_key_of_their_own_scope(api):
-    _, key = key_of(api, ["metrics"])
-    get(api, "/healthz")
-    assert "warmscale_request_seconds_bucket" in get(api, "/metrics", key).text
+    _, key = make_key(api, ["metrics"])
+    send_get(api, "/healthz")
+    assert "warmscale_request_seconds_bucket" in send_get(api, "/metrics", key).text
 
 
 def test_metrics_count_runs_by_state(api, submit, worker):
     submit()
     worker.lease(2)
-    assert 'warmscale_runs{kind="trial",state="leased"} 2.0' in get(api, "/metrics", api.key).text
+    assert (
+        'warmscale_runs{kind="trial",state="leased"} 2.0' in send_get(api, "/metrics", api.key).text
+    )
 
 
 @pytest.mark.parametrize("auth_of", [lambda k: ("any", k), None])
@@ -129,15 +131,15 @@ def test_a_database_that_is_away_is_a_503_problem_and_the_process_stays_healthy(
             {"n": name},
         )
         try:
-            assert get(api, "/healthz").status_code == 200
-            away = get(api, "/readyz")
+            assert send_get(api, "/healthz").status_code == 200
+            away = send_get(api, "/readyz")
             assert (away.status_code, away.json()["type"]) == (
                 503,
                 "urn:warmscale:database-unavailable",
             )
         finally:
             connection.execute(text(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true"))
-    assert get(api, "/readyz").status_code == 200
+    assert send_get(api, "/readyz").status_code == 200
 
 
 def test_the_openapi_document_is_the_one_on_record(api):

@@ -1,4 +1,4 @@
-"""What the client sends again, and what it must not."""
+"""The retries of the client: requests that it sends again, and writes that it must not."""
 
 import time
 
@@ -24,17 +24,17 @@ def client(monkeypatch):
 
 @pytest.fixture
 def answering(client):
-    """Have the service answer so, one after the other; what it was sent is the result."""
+    """A function that sets the service's answers, and returns the list of requests to come."""
 
     def answer(*answers):
-        left, sent = list(answers), []
+        remaining, sent = list(answers), []
 
         def handle(request):
             sent.append(request)
-            now = left.pop(0)
-            if isinstance(now, Exception):
-                raise now
-            return now
+            answer = remaining.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
 
         client.close()
         client._http = httpx.Client(base_url="http://s", transport=httpx.MockTransport(handle))
@@ -66,6 +66,7 @@ def test_what_counts_once_is_sent_until_it_is_answered(client, answering, lost):
     assert client.get("/v1/studies") == {"done": True}
 
 
+# "soon" is neither seconds nor a date, and is ignored.
 @pytest.mark.parametrize(("asked", "least"), [("0", 0.0), ("1", 1.0), ("soon", 0.0)])
 def test_what_retry_after_asks_for_is_waited_for_first(client, answering, asked, least):
     answering(httpx.Response(503, headers={"Retry-After": asked}), DONE)

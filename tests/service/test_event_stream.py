@@ -1,4 +1,4 @@
-"""Event streams: nothing lost or repeated over reconnects, no queries while nothing happens."""
+"""Event streams: reconnects lose and repeat no event; without events there are no queries."""
 
 import contextlib
 import itertools
@@ -30,7 +30,7 @@ def settings(settings):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """When the database was looked at for a stream; a look that nothing caused comes late."""
+    """The times of the reads of all streams. Polls are too rare to be among them."""
     times, read = [], event_stream._read_batch
 
     def counted(*arguments):
@@ -43,8 +43,8 @@ def reads(monkeypatch):
 
 
 @contextlib.contextmanager
-def following(api, study, after=None):
-    """Lines of a study's stream."""
+def open_stream(api, study, after=None):
+    """Open a study's stream; yield its lines, or the response if it is an error."""
     headers = {"Authorization": f"Bearer {api.key}"}
     if after is not None:
         headers["Last-Event-ID"] = after
@@ -54,18 +54,18 @@ def following(api, study, after=None):
 
 
 def field(lines, name):
-    """The next value of a field; None at the stream's end."""
+    """Return the next value of a field; None at the stream's end."""
     return next((line.partition(": ")[2] for line in lines if line.startswith(f"{name}: ")), None)
 
 
-def say(api, study, type_, *, pause=0.0, commit=True):
+def write_event(api, study, type_, *, pause=0.0, commit=True):
     with api.sessions() as session:
         audit_log.record_event(session, type_, study_id=study["id"])
         time.sleep(pause)
         (session.commit if commit else session.rollback)()
 
 
-def written(api, study):
+def sorted_ids(api, study):
     with api.sessions() as session:
         query = select(Event.xid, Event.id).where(Event.study_id == study["id"])
         return sorted(f"{xid}-{id_}" for xid, id_ in session.execute(query))
@@ -73,23 +73,23 @@ def written(api, study):
 
 @contextlib.contextmanager
 def writing(api, study, seeds):
-    """Writers whose transactions take a while, and of which some are rolled back."""
+    """Run writers with transactions of up to 50 ms; a fifth of them is rolled back."""
 
     def write(seed):
-        rng = random.Random(seed)  # noqa: S311 - a test's
+        rng = random.Random(seed)  # noqa: S311 - for a test
         for _ in range(12):
-            say(api, study, "test", pause=rng.uniform(0, 0.05), commit=rng.random() < 0.8)
+            write_event(api, study, "test", pause=rng.uniform(0, 0.05), commit=rng.random() < 0.8)
 
     with ThreadPoolExecutor(len(seeds)) as pool:
-        done = [pool.submit(write, seed) for seed in seeds]
+        writers = [pool.submit(write, seed) for seed in seeds]
         yield
-        for one in done:
-            one.result()
+        for writer in writers:
+            writer.result()
 
 
-def take(api, study, seen, n):
-    """Connect, read at most `n` ids and leave; whether the stream ended instead."""
-    with following(api, study, seen[-1] if seen else None) as lines:
+def read_ids(api, study, seen, n):
+    """Connect, read at most `n` ids and disconnect; return whether the stream ended before."""
+    with open_stream(api, study, seen[-1] if seen else None) as lines:
         for _ in range(n):
             given = field(lines, "id")
             if given is None:
@@ -102,32 +102,34 @@ def take(api, study, seen, n):
 def test_nothing_is_lost_or_repeated_while_others_write_and_the_stream_reconnects(
     api, submit, monkeypatch, is_settled
 ):
-    """The control reads what is committed without waiting for what may still be."""
+    """Control: a stream that reads committed events at once loses the late ones."""
     if not is_settled:
         monkeypatch.setattr(event_stream, "_SETTLED", text("9223372036854775807"))
     study, seen, n = submit(), [], itertools.cycle([1, 4, 2, 6, 3])
-    with api.sessions() as early:  # begins first, ends after others were read
+    # This transaction gets its id first and commits after later events were read.
+    with api.sessions() as early:
         audit_log.record_event(early, "test.early", study_id=study["id"])
         with writing(api, study, [1, 2, 3]):
-            take(api, study, seen, 1 if is_settled else 5)
+            read_ids(api, study, seen, 1 if is_settled else 5)
         early.commit()
     with writing(api, study, [4, 5, 6]):
         for _ in range(6):
-            take(api, study, seen, next(n))
+            read_ids(api, study, seen, next(n))
     api.client.post(f"/v1/studies/{study['id']}/cancel")
-    while not take(api, study, seen, next(n)):
+    while not read_ids(api, study, seen, next(n)):
         pass
     assert len(set(seen)) == len(seen) > 40
-    assert (sorted(seen) == written(api, study)) == is_settled
+    assert (sorted(seen) == sorted_ids(api, study)) == is_settled
 
 
 def test_a_stream_begins_with_when_to_come_back_and_shows_that_it_lives(api, submit):
     study = submit()
-    with following(api, study) as lines:
+    with open_stream(api, study) as lines:
         assert next(lines) == ": warmscale"
         assert 1000 <= int(field(lines, "retry")) <= 5000
         assert field(lines, "event") == "study.created"
-        assert field(lines, "") is not None  # comments: nothing else happens
+        # Comments keep the connection alive while nothing happens.
+        assert field(lines, "") is not None
         assert field(lines, "") is not None
 
 
@@ -135,14 +137,14 @@ def test_nothing_is_asked_of_the_database_while_nothing_happens_and_then_at_once
     api, submit, reads
 ):
     study = submit()
-    with following(api, study) as lines:
+    with open_stream(api, study) as lines:
         assert field(lines, "event") == "study.created"
         for _ in range(8):
-            assert field(lines, "")  # 1.6 s of heartbeats
+            assert field(lines, "")  # 8 heartbeats, 1.6 s
         before = len(reads)
-        assert before <= 2  # when it was opened, and for what came since
-        say(api, study, "test.rolled-back", commit=False)
-        say(api, study, "test.done")
+        assert before <= 2  # when the stream opened, and once more after it subscribed
+        write_event(api, study, "test.rolled-back", commit=False)
+        write_event(api, study, "test.done")
         begun = time.monotonic()
         assert field(lines, "event") == "test.done"
     assert time.monotonic() - begun < LONG / 2
@@ -153,11 +155,12 @@ def test_what_waits_for_another_transaction_comes_when_that_ends_without_a_notic
     api, submit, reads
 ):
     study = submit()
-    with following(api, study) as lines:
+    with open_stream(api, study) as lines:
         assert field(lines, "event") == "study.created"
         with api.sessions() as other:
             other.execute(select(func.pg_current_xact_id()))
-            say(api, study, "test.done")
+            write_event(api, study, "test.done")
+            # The older transaction holds the event back. Its end sends no notification.
             for _ in range(4):
                 assert field(lines, "")
             other.rollback()
@@ -169,8 +172,9 @@ def test_what_waits_for_another_transaction_comes_when_that_ends_without_a_notic
 def test_an_event_is_not_missed_when_the_older_transaction_ends_during_a_read(api, submit):
     study, other = submit(), api.sessions()
     other.execute(select(func.pg_current_xact_id()))
-    say(api, study, "test.done")
+    write_event(api, study, "test.done")
 
+    # The first statement about events is followed by the end of the older transaction.
     def end_other(connection, cursor, statement, *_):
         if "FROM warmscale.events" in statement:
             other.rollback()
@@ -187,7 +191,7 @@ def test_an_event_is_not_missed_when_the_older_transaction_ends_during_a_read(ap
     assert batch.has_unsettled or "test.done" in {event.type for _, event in batch.rows}
 
 
-def streams():
+def count_streams():
     return metrics.streams._value.get()
 
 
@@ -196,9 +200,9 @@ def test_a_stream_ends_with_its_key_and_only_then(api, submit, monkeypatch, end)
     monkeypatch.setattr(event_stream, "_KEY_CHECK_SECONDS", 0.1)
     monkeypatch.setattr(event_stream, "_POLL_SECONDS", 0.1)
     study = submit()
-    with following(api, study) as lines:
+    with open_stream(api, study) as lines:
         assert field(lines, "event") == "study.created"
-        say(api, study, "test.done")
+        write_event(api, study, "test.done")
         assert field(lines, "event") == "test.done"
         with api.sessions.begin() as session:
             session.execute(update(ApiKey).values({end: func.now()}))
@@ -222,31 +226,32 @@ def test_a_replica_s_streams_are_shared_by_keys():
 
 
 def test_a_key_has_so_many_streams_and_is_refused_one_more_until_one_is_gone(api, submit):
-    study, before = submit(), streams()
-    with following(api, study) as first, following(api, study) as second:
+    study, before = submit(), count_streams()
+    with open_stream(api, study) as first, open_stream(api, study) as second:
         assert [field(lines, "event") for lines in (first, second)] == ["study.created"] * 2
-        assert streams() == before + 2
-        with following(api, study) as refused:
+        assert count_streams() == before + 2
+        with open_stream(api, study) as refused:
             refused.read()
         problem = refused.json()
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "5")
         assert problem["type"] == "urn:warmscale:too-many-streams"
         assert "2 event streams" in problem["detail"]
     deadline = time.monotonic() + LONG
-    while streams() > before:  # both clients left without a word
+    # The server sees the disconnects when it sends the next heartbeats.
+    while count_streams() > before:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    with following(api, study) as lines:
+    with open_stream(api, study) as lines:
         assert field(lines, "event") == "study.created"
 
 
 def test_a_stream_goes_on_at_another_replica(api, submit, settings, database_url):
     study = submit()
     other = settings.model_copy(update={"port": free_port()})
-    with following(api, study) as lines:
+    with open_stream(api, study) as lines:
         last = field(lines, "id")
-    with serving(other, database_url) as replica, following(replica, study, last) as lines:
-        say(api, study, "test.done")
+    with serving(other, database_url) as replica, open_stream(replica, study, last) as lines:
+        write_event(api, study, "test.done")
         assert field(lines, "event") == "test.done"
 
 
@@ -270,16 +275,16 @@ def test_ten_thousand_events_are_replayed_once_in_order_by_reads_of_a_bounded_si
 
     monkeypatch.setattr(event_stream, "_read_batch", counted)
     monkeypatch.setattr(event_stream, "_SPACING_SECONDS", 0.0)
-    with following(api, study) as lines:
+    with open_stream(api, study) as lines:
         seen = [line.partition(": ")[2] for line in lines if line.startswith("id: ")]
-    assert seen == [f"{xid}-{id_}" for xid, id_ in in_order(api, study)]
+    assert seen == [f"{xid}-{id_}" for xid, id_ in ids_in_order(api, study)]
     assert len(seen) > 10_000
     assert max(sizes) <= 500
-    with following(api, study, seen[-2]) as lines:
+    with open_stream(api, study, seen[-2]) as lines:
         assert field(lines, "id") == seen[-1]
 
 
-def in_order(api, study):
+def ids_in_order(api, study):
     with api.sessions() as session:
         query = select(Event.xid, Event.id).where(Event.study_id == study["id"])
         return [tuple(row) for row in session.execute(query.order_by(Event.xid, Event.id))]

@@ -1,4 +1,4 @@
-"""The state tables and the plan, as laws."""
+"""The states of studies and runs, their transitions, and the plan of a study: laws."""
 
 from dataclasses import replace
 from typing import get_args

@@ -1,4 +1,4 @@
-"""The OpenAPI document is whole, and the live service answers nothing that is not in it."""
+"""The OpenAPI document is complete: it has every answer that the live service gives."""
 
 import os
 from collections import Counter
@@ -10,13 +10,14 @@ from tests.conftest import fresh_database, scratch, serving, settings_below
 
 from . import fuzz
 
-LONG = os.environ.get("WARMSCALE_FUZZ_EXAMPLES")  # `make fuzz`
-# Four finished trials; a checkpoint; parameters of the search space; a study nobody has ended.
+LONG = os.environ.get("WARMSCALE_FUZZ_EXAMPLES")  # set by `make fuzz`
+# These calls succeed only with four finished trials, a checkpoint, parameters of the search space,
+# or a study that has not ended. Random calls rarely make those.
 NEED_A_HISTORY = {
     f"{call.replace(' ', ' /v1/studies/{study}/')}"
     for call in ("GET importance", "POST targets", "POST trials", "POST pause", "POST resume")
 }
-NEED_A_HISTORY.add("POST /v1/runs/{run_id}/checkpoints")  # a lease that nothing has ended
+NEED_A_HISTORY.add("POST /v1/runs/{run_id}/checkpoints")  # needs a lease that has not ended
 QUICK = ("--phases", "fuzzing,stateful", "--max-examples", "6", "--no-shrink")
 
 
@@ -34,7 +35,7 @@ def document(api):
     return httpx.get(f"{api.url}/openapi.json").json()
 
 
-def operations(document):
+def list_operations(document):
     return [
         (path, method, operation)
         for path, methods in document["paths"].items()
@@ -47,18 +48,18 @@ def test_no_call_answers_what_the_document_does_not_say(api, document, study_spe
     for _ in range(3):
         api.client.post("/v1/studies", study_spec(hpo={"trials": 1000, "parallel": 100}))
     size = ("--max-examples", LONG) if LONG else QUICK
-    done = fuzz.run(api, study_spec(), tmp_path, "--generation-deterministic", *size)
-    print(*fuzz.table(done.statuses), sep="\n")  # noqa: T201 - what `make fuzz` is read for
-    assert done.code == 0, done.said[-20_000:]
-    assert not fuzz.faults(done.statuses)
-    ours = {f"{method.upper()} {path}" for path, method, _ in operations(document)}
+    done = fuzz.run_fuzzer(api, study_spec(), tmp_path, "--generation-deterministic", *size)
+    print(*fuzz.format_lines(done.statuses), sep="\n")  # noqa: T201 - the result of `make fuzz`
+    assert done.code == 0, done.output[-20_000:]
+    assert not fuzz.count_faults(done.statuses)
+    ours = {f"{method.upper()} {path}" for path, method, _ in list_operations(document)}
     unreached = {call for call in ours if not {200, 201} & set(done.statuses[call])}
     assert unreached <= NEED_A_HISTORY
 
 
 def test_the_sum_of_calls_says_how_many_had_no_good_answer():
     statuses = {"GET /a": Counter({200: 3, 503: 2}), "POST /b": Counter({None: 1, 422: 4})}
-    *_, last = fuzz.table(statuses)
+    *_, last = fuzz.format_lines(statuses)
     assert last == "     10  in all, to 2 calls; 3 with 5xx or without an answer"
 
 
@@ -68,14 +69,15 @@ def test_a_document_that_lies_is_found_out(api, study_spec, tmp_path, monkeypatc
     answer = {"content": {"application/json": {"schema": {"required": ["total"]}}}}
     lie["paths"]["/v1/runs"]["get"]["responses"] = {"200": {"description": "", **answer}}
     monkeypatch.setattr(api.app, "openapi", lambda: lie)
-    done = fuzz.run(api, study_spec(), tmp_path, *QUICK, "--generation-deterministic")
+    # The document now requires a field `total` that the service does not send.
+    done = fuzz.run_fuzzer(api, study_spec(), tmp_path, *QUICK, "--generation-deterministic")
     assert done.code == 1
-    assert "Response violates schema" in done.said
-    assert "Undocumented status code" in done.said
+    assert "Response violates schema" in done.output
+    assert "Undocumented status code" in done.output
 
 
 def test_every_refusal_is_documented_as_a_problem(document):
-    for path, method, operation in operations(document):
+    for path, method, operation in list_operations(document):
         refusals = {s: r for s, r in operation["responses"].items() if int(s) >= 400}
         assert "500" in refusals, (path, method)
         assert ("401" in refusals) == ("security" in operation), (path, method)
@@ -92,7 +94,7 @@ def test_a_created_study_and_a_lease_lead_to_every_call_about_them(document):
         ("/v1/leases", "200", "{run_id}"),
     ):
         links = paths[source]["post"]["responses"][status]["links"]
-        about = {o["operationId"] for p, _, o in operations(document) if subject in p}
+        about = {o["operationId"] for p, _, o in list_operations(document) if subject in p}
         assert about <= set(links)
 
 

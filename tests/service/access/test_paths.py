@@ -1,4 +1,4 @@
-"""What users name is confined: corpora to the data roots, checkpoints to their run and project."""
+"""Paths that users name: corpora stay in the data roots, checkpoints in their run and project."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ from warmcore.specs.data import DataSpec
 
 @pytest.fixture
 def tree(tmp_path):
-    """A root with a corpus, a secret beside it, and links that lead out."""
+    """A root with a corpus, a secret folder beside it, and links from the root to the secret."""
     root, secret = tmp_path / "root", tmp_path / "secret"
     for folder in (root / "corpus", root / "mixed", secret):
         folder.mkdir(parents=True)
@@ -30,7 +30,7 @@ def tree(tmp_path):
     return SimpleNamespace(root=root, secret=secret)
 
 
-def refused(roots, **data):
+def refuse_source(roots, **data):
     with pytest.raises(Problem) as problem:
         list_source(DataSpec.model_validate(data), roots)
     return problem.value
@@ -39,6 +39,7 @@ def refused(roots, **data):
 @pytest.mark.parametrize("inside", ["corpus", "corpus/a.txt", "corpus/*.txt", "c*/a.txt", "in",
                                     "corpus/../corpus", "*/a.tx[t]"])  # fmt: skip
 def test_what_lies_in_a_root_is_read(tree, inside):
+    # This pattern also matches the link `out`, which leads to the secret.
     if inside == "*/a.tx[t]":
         (tree.root / "out").unlink()
     list_source(DataSpec(source=f"{tree.root}/{inside}"), (tree.root,))
@@ -52,7 +53,7 @@ def test_what_lies_in_a_root_is_read(tree, inside):
 )  # fmt: skip
 def test_what_leads_out_of_the_roots_is_refused_by_field_value_and_root(tree, outside):
     source = f"{tree.root}/{outside}"
-    problem = refused((tree.root,), source=source)
+    problem = refuse_source((tree.root,), source=source)
     assert problem.status == 422
     (field,) = problem.errors
     assert (field.path, field.value) == ("data.source", source)
@@ -63,13 +64,13 @@ def test_what_leads_out_of_the_roots_is_refused_by_field_value_and_root(tree, ou
                                     "hf:/etc", "http://10.0.0.1/x", "s3://b/k",
                                     "/proc/1/environ"])  # fmt: skip
 def test_a_place_elsewhere_is_refused_alike_whether_or_not_it_is_there(tree, source):
-    problem = refused((tree.root,), source=source)
-    assert problem.detail == refused((tree.root,), source="/nowhere").detail
+    problem = refuse_source((tree.root,), source=source)
+    assert problem.detail == refuse_source((tree.root,), source="/nowhere").detail
 
 
 def test_a_tokenizer_is_confined_as_a_corpus_is(tree):
     outside = f"{tree.root}/out/tokenizer.json"
-    problem = refused((tree.root,), source="stdlib", tokenizer=outside)
+    problem = refuse_source((tree.root,), source="stdlib", tokenizer=outside)
     assert problem.errors[0].path == "data.tokenizer"
 
 
@@ -124,6 +125,8 @@ def test_a_service_with_roots_takes_no_study_from_outside(api, study_spec, tmp_p
 
 
 PLACES = ("file:///root/st_1/run_1/attempt-001", "s3://bucket/root/st_1/run_1/attempt-001")
+# Each of these leads elsewhere for some store: `..` in several encodings, an empty or hidden name,
+# a query, a fragment, a backslash, a space, a line break.
 ESCAPES = ["", "/", "/../x", "/a/../../x", "/%2e%2e/x", "/..%2fx", "//x", "/a//b", "/.hidden",
            "/a?b", "/a#b", "/a\\b", "/a b", "/\u2025/x", "x", "/a\n"]  # fmt: skip
 
@@ -152,7 +155,7 @@ def test_a_link_in_an_attempts_place_leads_nowhere(tmp_path):
         )
 
 
-def everybody(project):
+def make_caller(project):
     return Caller(key_id="key", scopes=frozenset(), project=project)
 
 
@@ -178,10 +181,10 @@ def test_a_checkpoint_of_another_projects_run_is_no_base_however_it_is_spelled(
     link.symlink_to(path / study)
     uri = spelled.format(root=settings.artifact_root, path=path, study=study)
     with shared_api.sessions() as session:
-        check_base_uri(session, everybody("b"), settings, uri)
-        check_base_uri(session, everybody(None), settings, uri)
+        check_base_uri(session, make_caller("b"), settings, uri)
+        check_base_uri(session, make_caller(None), settings, uri)
         with pytest.raises(Problem) as refusal:
-            check_base_uri(session, everybody("a"), settings, uri)
+            check_base_uri(session, make_caller("a"), settings, uri)
     assert (refusal.value.status, "no checkpoint" in refusal.value.detail) == (404, True)
 
 
@@ -195,7 +198,7 @@ def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path)
             (local, f"file://{tmp_path}/llama"),
             (cloud, "s3://bucket/root/imported/llama"),
         ):
-            check_base_uri(session, everybody("a"), settings, good)
+            check_base_uri(session, make_caller("a"), settings, good)
         for settings, bad in (
             (local, "/etc"),
             (local, f"{tmp_path}/../x"),
@@ -207,7 +210,7 @@ def test_an_imported_base_stands_in_the_store_or_in_a_root(shared_api, tmp_path)
             (cloud, "ftp://host/x"),
         ):
             with pytest.raises(Problem) as refusal:
-                check_base_uri(session, everybody("a"), settings, bad)
+                check_base_uri(session, make_caller("a"), settings, bad)
             assert refusal.value.errors[0].path == "base.uri", bad
 
 

@@ -1,4 +1,4 @@
-"""Projects: for a key of one project nothing else exists, on any route; ids give nothing away."""
+"""Projects: on every route, a key sees its own project only, and no id reveals another."""
 
 import httpx
 import pytest
@@ -15,7 +15,7 @@ from service.protocol import PROJECT_PATTERN
 from tests.by_hand import Worker
 
 SCOPES = ("read", "write", "work")
-# Open on purpose, each for its reason: probes are for load balancers, the document is no secret.
+# Load balancers call the probes without a key.
 EXEMPT = {"/healthz", "/readyz"}
 
 
@@ -23,7 +23,7 @@ def bearer(key):
     return {"Authorization": f"Bearer {key}"}
 
 
-def key_of(api, scopes=SCOPES, project="a"):
+def make_key(api, scopes=SCOPES, project="a"):
     with api.sessions.begin() as session:
         return keys.create_key(session, "test", list(scopes), project=project)[1]
 
@@ -33,7 +33,7 @@ def client_of(api):
     opened = []
 
     def make(scopes=SCOPES, project="a"):
-        opened.append(Client(api.url, key_of(api, scopes, project), patience_seconds=2))
+        opened.append(Client(api.url, make_key(api, scopes, project), patience_seconds=2))
         return opened[-1]
 
     yield make
@@ -43,7 +43,7 @@ def client_of(api):
 
 @pytest.fixture
 def filled(api, client_of, study_spec):
-    """Project b with a study, a finished trial, a leased one, a checkpoint, events, a curve."""
+    """Project b with a study: a finished and a leased trial, a checkpoint, events, a curve."""
     b = client_of(project="b")
     hpo = {"trials": 9, "parallel": 9, "sampler": "random", "pruner": "none"}
     spec = study_spec(name="ours", hpo=hpo)
@@ -64,31 +64,31 @@ BODIES = {
 }  # fmt: skip
 
 
-def calls(api):
+def list_calls(api):
     for path, methods in api.app.openapi()["paths"].items():
         for method in methods:
             yield method.upper(), path
 
 
-def about_one_thing(api):
-    return [(method, path) for method, path in calls(api) if "{" in path]
+def calls_with_ids(api):
+    return [(method, path) for method, path in list_calls(api) if "{" in path]
 
 
 def send(api, method, path, key, filled, study=None):
-    """Call a route about project b's things, with all that it takes to succeed."""
+    """Call a route about an object of project b, with valid ids, lease token and body."""
     names = {"study": study or filled["study"]["id"], "run_id": filled["leased"].run_id}
     headers = bearer(key) | {"Lease-Token": filled["leased"].lease_token}
     url = f"{api.url}{path.format(**names)}"
     return httpx.request(method, url, json=BODIES.get(path, {}), headers=headers)
 
 
-def told(answer):
-    """What an answer says, but for the id that it has of its own."""
+def text_without_id(answer):
+    """The text of an answer without the id of its request."""
     return answer.text.replace(answer.headers["X-Request-ID"], "")
 
 
 def snapshot(api):
-    """All that a foreigner could have changed."""
+    """The rows that a caller of another project must not change."""
     with api.sessions() as session:
         studies = session.execute(select(Study.id, Study.state, Study.project)).all()
         runs = session.execute(select(Run.id, Run.state, Run.step, Run.lease_expires_at)).all()
@@ -96,9 +96,9 @@ def snapshot(api):
 
 
 def test_no_route_shows_or_changes_a_thing_of_another_project(api, filled):
-    foreign = key_of(api, project="a")
+    foreign = make_key(api, project="a")
     before = snapshot(api)
-    routes = about_one_thing(api)
+    routes = calls_with_ids(api)
     assert len(routes) > 15
     for method, path in routes:
         for study in (filled["study"]["id"], filled["study"]["name"]):
@@ -108,20 +108,22 @@ def test_no_route_shows_or_changes_a_thing_of_another_project(api, filled):
 
 
 def test_the_walk_reaches_what_is_there_with_a_key_of_its_own_project(api, filled):
-    """The control: the same calls with the right key are no 404."""
-    own = key_of(api, project="b")
-    routes = [(m, p) for m, p in about_one_thing(api) if not p.endswith("/events")]
+    """Control: the same calls with a key of project b are not answered with 404."""
+    own = make_key(api, project="b")
+    routes = [(m, p) for m, p in calls_with_ids(api) if not p.endswith("/events")]
+    # The calls that end the study or the run come last.
     for method, path in sorted(routes, key=lambda route: route[1].endswith(("cancel", "finish"))):
         answer = send(api, method, path, own, filled)
         assert answer.status_code != 404, (method, path, answer.text)
 
 
 def test_every_route_has_a_scope_or_is_on_the_list_of_exceptions(api):
-    for method, path in calls(api):
+    for method, path in list_calls(api):
         answer = httpx.request(method, f"{api.url}{path.format(study='x', run_id='x')}", json={})
         assert (answer.status_code == 401) == (path not in EXEMPT), (method, path)
     unlisted = {getattr(route, "path", None) for route in api.app.routes} - {None}
-    assert unlisted == {"/docs", "/openapi.json", "", "/v1/{path:path}"}  # the last is no call
+    # The last of these answers unknown calls.
+    assert unlisted == {"/docs", "/openapi.json", "", "/v1/{path:path}"}
 
 
 def test_lists_hold_the_projects_own_things_and_cursors_lead_nowhere_else(
@@ -185,10 +187,11 @@ def test_a_lease_token_is_worth_nothing_with_a_key_of_another_project(api, clien
 
 
 def test_a_fleet_key_reads_nothing_at_all(api, filled):
-    key = key_of(api, ["work"], "b")
-    for method, path in calls(api):
+    key = make_key(api, ["work"], "b")
+    for method, path in list_calls(api):
         if path in EXEMPT or path == "/v1/leases":
             continue
+        # The calls under a lease are a fleet's work.
         writes = path.endswith(("/measurements", "/checkpoints", "/finish")) and method == "POST"
         answer = send(api, method, path, key, filled)
         assert (answer.status_code == 403) != writes, (method, path, answer.text)
@@ -209,19 +212,19 @@ def test_an_admin_names_the_project_to_work_in_and_sees_all_without(api, client_
 
 
 def test_a_project_that_exists_and_one_that_does_not_are_refused_alike(api, filled):
-    key = key_of(api, project="a")
+    key = make_key(api, project="a")
     there, nowhere = (
         httpx.get(f"{api.url}/v1/studies?project={name}", headers=bearer(key)) for name in "bc"
     )
     assert (there.status_code, nowhere.status_code) == (404, 404)
-    assert told(there).replace("'b'", "'c'") == told(nowhere)
+    assert text_without_id(there).replace("'b'", "'c'") == text_without_id(nowhere)
 
 
 def test_what_is_foreign_and_what_is_not_there_are_refused_in_the_same_words(api, filled):
-    key = key_of(api, project="a")
+    key = make_key(api, project="a")
     for path, there in (("/v1/studies", "ours"), ("/v1/runs", filled["done"].run_id)):
         answers = [
-            told(httpx.get(f"{api.url}{path}/{name}", headers=bearer(key)))
+            text_without_id(httpx.get(f"{api.url}{path}/{name}", headers=bearer(key)))
             for name in (there, "nowhere")
         ]
         assert answers[0].replace(there, "nowhere") == answers[1]
@@ -229,7 +232,7 @@ def test_what_is_foreign_and_what_is_not_there_are_refused_in_the_same_words(api
 
 @pytest.mark.parametrize("scopes", [["read"], ["write"], ["work", "read"], ["work", "metrics"]])
 def test_only_admins_fleets_and_scrapers_have_keys_for_every_project(api, scopes):
-    key = key_of(api, scopes, None)
+    key = make_key(api, scopes, None)
     with api.sessions.begin() as session:
         caller = keys.find_caller(session, key)
         assert caller.project == "default"
@@ -238,7 +241,7 @@ def test_only_admins_fleets_and_scrapers_have_keys_for_every_project(api, scopes
 
 
 def test_keys_are_listed_with_their_last_use_and_without_themselves(api):
-    key = key_of(api, ["read"], "a")
+    key = make_key(api, ["read"], "a")
     with api.sessions() as session:
         (unused,) = [k for k in keys.list_keys(session) if k.project == "a"]
     assert (unused.last_used_at, unused.state) == (None, "good")

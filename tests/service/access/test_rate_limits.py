@@ -1,4 +1,4 @@
-"""Limits on bodies and on how often; the headers of every answer."""
+"""Limits of bodies and of request rates, and the security headers of every answer."""
 
 import socket
 
@@ -17,7 +17,7 @@ from service.web.protection import SAFE_HEADERS
 
 @pytest.fixture
 def settings(home):
-    # A request a second: on a machine with busy cores, too, a loop of requests is faster than that.
+    # A request a second: even on a machine with busy cores, a loop sends requests faster.
     return Settings(
         home=home, port=free_port(), max_body_bytes=4096, body_seconds=3.0, requests_per_second=1.0
     )
@@ -86,7 +86,7 @@ def test_headers_beyond_all_reason_are_refused(api):
     try:
         answer = httpx.get(f"{api.url}/healthz", headers={"X-Long": "x" * 200_000})
     except httpx.TransportError:
-        return  # cut off: as good
+        return  # the server closed the connection: a refusal as well
     assert 400 <= answer.status_code < 500
 
 
@@ -141,6 +141,7 @@ def test_wrong_keys_from_an_address_are_refused_before_the_database_is_asked(api
 
 
 def test_a_guesser_shuts_out_strangers_of_its_network_and_nobody_else(limits, now):
+    # 60 wrong keys pass at once, and another each second.
     for _ in range(61):
         limits.count_wrong_key("2001:db8::1")
     with pytest.raises(Problem, match="wrong API keys"):

@@ -1,4 +1,4 @@
-"""A service that starts before its database waits for it."""
+"""The start of a service before its database: it waits until the database is reachable."""
 
 import threading
 
@@ -16,7 +16,7 @@ from service.database import engine
 
 @pytest.fixture
 def absent(postgres, home):
-    """The URL of a server that is not there until `link` is called."""
+    """The URL of a server that cannot be reached until `link` is called."""
     link = home / "socket"
     url = postgres.url.set(query={"host": str(link)})
     return url, lambda: link.symlink_to(postgres.url.query["host"])
@@ -41,16 +41,16 @@ def test_serve_says_shortly_that_it_cannot_reach_its_database(monkeypatch, home)
     monkeypatch.setattr(serve, "_DATABASE_PATIENCE_SECONDS", 0)
     monkeypatch.setattr(serve, "end_on_sigterm", lambda: None)
     monkeypatch.setattr(serve.logs, "configure_logging", lambda _: None)
-    said = CliRunner().invoke(app, ["serve", "--home", str(home)])
-    assert said.exit_code == 3
-    assert "error: cannot reach the database: " in said.output
+    result = CliRunner().invoke(app, ["serve", "--home", str(home)])
+    assert result.exit_code == 3
+    assert "error: cannot reach the database: " in result.output
 
 
 @pytest.mark.parametrize("error", [StorageInternalError("gone"), OperationalError("", {}, None)])
 def test_a_database_that_goes_away_at_the_start_is_waited_for_again(
     monkeypatch, home, database_url, error
 ):
-    """Its replica did not come back by itself where nobody starts it again."""
+    """Without this, a replica stayed away if nothing restarted its process."""
     create, served, tries = service.app.create_app, [], iter([error, None])
 
     def created(*arguments):
@@ -64,5 +64,5 @@ def test_a_database_that_goes_away_at_the_start_is_waited_for_again(
     monkeypatch.setattr(serve.Server, "run", lambda _: served.append("once"))
     monkeypatch.setattr(serve, "end_on_sigterm", lambda: None)
     monkeypatch.setattr(serve.logs, "configure_logging", lambda _: None)
-    said = CliRunner().invoke(app, ["serve", "--home", str(home)])
-    assert (said.exit_code, len(served)) == (0, 1), said.output
+    result = CliRunner().invoke(app, ["serve", "--home", str(home)])
+    assert (result.exit_code, len(served)) == (0, 1), result.output

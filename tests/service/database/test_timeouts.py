@@ -1,4 +1,4 @@
-"""Nothing hangs: every wait on the database has an end, and its end is a 503 that says when."""
+"""Timeouts: every wait on the database ends, with a 503 and the time of the next attempt."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +32,7 @@ def test_both_engines_have_the_same_limits(api):
         with engine.connect() as connection:
             found = {name: connection.scalar(text(f"SHOW {name}")) for name in LIMITS}
         assert found == LIMITS
-        assert len(engine.pool.dispatch.checkout) == 1  # an idle connection is tried first
+        assert len(engine.pool.dispatch.checkout) == 1  # the pool tests idle connections
         assert engine.pool._timeout == 5.0
 
 
@@ -47,7 +47,7 @@ def test_options_of_the_url_are_kept_beside_ours(database_url):
 
 @pytest.fixture
 def hasty(settings, database_url, monkeypatch):
-    """An API of two connections whose waits end soon."""
+    """An API with two connections and short timeouts."""
     quick = "-c lock_timeout=2s -c idle_in_transaction_session_timeout=1s"
     monkeypatch.setattr(db, "_SESSION_OPTIONS", quick)
     monkeypatch.setattr(db, "_POOL_TIMEOUT_SECONDS", 0.25)
@@ -56,13 +56,13 @@ def hasty(settings, database_url, monkeypatch):
         yield api
 
 
-def refused(call):
+def expect_refusal(call):
     with pytest.raises(ServiceError) as answer:
         call()
     assert (answer.value.status, answer.value.type) == (503, "urn:warmscale:database-unavailable")
 
 
-def impatient(api):
+def make_impatient_client(api):
     return Client(api.url, api.key, patience_seconds=0)
 
 
@@ -78,26 +78,28 @@ def test_a_request_that_gets_no_connection_is_a_503_that_says_when_to_come_back(
 def test_a_request_that_waits_for_a_lock_for_too_long_is_a_503(hasty, study_spec, database_url):
     study = hasty.client.post("/v1/studies", study_spec())
     patient = db.create_engine(database_url)
-    with db.Session(patient) as holder, impatient(hasty) as client:
+    with db.Session(patient) as holder, make_impatient_client(hasty) as client:
         lock_study(holder, study["id"])
-        refused(lambda: client.post(f"/v1/studies/{study['id']}/pause"))
+        expect_refusal(lambda: client.post(f"/v1/studies/{study['id']}/pause"))
     patient.dispose()
     assert hasty.client.post(f"/v1/studies/{study['id']}/pause")["state"] == "paused"
 
 
 def test_a_request_that_gets_no_turn_at_optuna_is_a_503(hasty, study_spec):
     study = hasty.client.post("/v1/studies", study_spec())
+    # Both turns of a sampler with two connections are taken.
     turns = hasty.sampler._turns
-    with turns, turns, impatient(hasty) as client:
-        refused(lambda: client.get(f"/v1/studies/{study['id']}/trials"))
-        refused(lambda: Worker(client).lease())
+    with turns, turns, make_impatient_client(hasty) as client:
+        expect_refusal(lambda: client.get(f"/v1/studies/{study['id']}/trials"))
+        expect_refusal(lambda: Worker(client).lease())
     assert len(Worker(hasty.client).lease(2)) == 2
     assert hasty.client.get(f"/v1/studies/{study['id']}")["state"] == "active"
 
 
 def test_a_process_that_stands_still_in_a_transaction_holds_nobody_up(hasty, study_spec):
     study = hasty.client.post("/v1/studies", study_spec())
-    stopped = hasty.sessions()  # of a replica that was stopped, or swapped out, right here
+    # As if a replica was stopped or swapped out in the middle of this transaction.
+    stopped = hasty.sessions()
     lock_study(stopped, study["id"])
     assert hasty.client.post(f"/v1/studies/{study['id']}/pause")["state"] == "paused"
     with pytest.raises(DBAPIError):

@@ -1,4 +1,4 @@
-"""Events as an audit log: each says who did it, and none is ever changed."""
+"""Events as an audit log: each names its actor, and no statement can change it."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
 @pytest.fixture
 def key_of(api):
-    """A client with a key of its own, and the key's id."""
+    """A function that makes a key and returns its id and a client."""
     clients = []
 
     def make(*scopes):
@@ -35,8 +35,8 @@ def key_of(api):
         client.close()
 
 
-def log(api, **of):
-    """Types and actors, in order."""
+def read_log(api, **of):
+    """Return the types and actors of the events of studies, in order."""
     with api.sessions() as session:
         query = select(Event.type, Event.actor).where(Event.study_id.is_not(None)).filter_by(**of)
         return [tuple(row) for row in session.execute(query.order_by(Event.id))]
@@ -53,7 +53,7 @@ def test_every_event_of_a_study_says_which_key_did_it(api, key_of, study_spec):
     worker = Worker(work)
     worker.complete(worker.one())
     other.post(f"/v1/studies/{study}/cancel")
-    assert log(api) == [
+    assert read_log(api) == [
         ("study.created", ana),
         ("study.paused", bob),
         ("study.active", ana),
@@ -71,11 +71,11 @@ def test_targets_are_of_the_key_whose_finish_or_request_started_them(api, key_of
     study = client.post("/v1/studies", study_spec(hpo=ONE))["id"]
     worker = Worker(work)
     worker.complete(worker.one())
-    own = log(api, type="run.queued")[1:]
+    own = read_log(api, type="run.queued")[1:]
     assert own
     assert {actor for _, actor in own} == {fleet}
     client.post(f"/v1/studies/{study}/targets", {"target": {"width": 96}}, idempotency_key="1")
-    assert {actor for _, actor in log(api, type="run.queued")[1 + len(own) :]} == {ana}
+    assert {actor for _, actor in read_log(api, type="run.queued")[1 + len(own) :]} == {ana}
 
 
 def test_who_is_served_in_one_round_is_told_apart(api, submit):
@@ -90,7 +90,9 @@ def test_who_is_served_in_one_round_is_told_apart(api, submit):
         await asyncio.gather(*(queue.lease_runs(caller, request) for caller in callers))
 
     run_with_queue(api, scene)
-    assert {actor for _, actor in log(api, type="run.leased")} == {f"key_{n}" for n in range(6)}
+    assert {actor for _, actor in read_log(api, type="run.leased")} == {
+        f"key_{n}" for n in range(6)
+    }
     with api.sessions() as session:
         assert len(set(session.scalars(select(Event.xid).where(Event.type == "run.leased")))) == 1
 
@@ -101,12 +103,12 @@ def test_what_a_round_mends_is_the_services_own_doing(api, submit, worker):
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=func.now() - text("interval '1 s'")))
     worker.lease(1)
-    assert log(api)[-2:] == [("lease.expired", "service"), ("run.queued", "service")]
+    assert read_log(api)[-2:] == [("lease.expired", "service"), ("run.queued", "service")]
 
 
 @pytest.fixture
 def run(api, database_url, settings, monkeypatch):
-    """A command on the database itself: what it printed."""
+    """A function that runs a command on the database and returns its output."""
     url = database_url.render_as_string(hide_password=False)
     monkeypatch.setenv("WARMSCALE_DATABASE_URL", url)
 
@@ -123,20 +125,20 @@ def test_the_audit_log_is_read_by_a_command(api, run, key_of, study_spec):
     study = client.post("/v1/studies", study_spec(hpo=ONE))
     other = client.post("/v1/studies", study_spec(hpo=ONE))
     client.post(f"/v1/studies/{other['id']}/cancel")
-    told = json.loads(run("db", "events", "--json"))
-    assert [one["id"] for one in told] == sorted(one["id"] for one in told)
-    assert len(told) >= 5
-    of_one = json.loads(run("db", "events", "--json", "--study", study["name"]))
-    assert [(one["type"], one["actor"], one["study_id"]) for one in of_one] == [
+    events = json.loads(run("db", "events", "--json"))
+    assert [event["id"] for event in events] == sorted(event["id"] for event in events)
+    assert len(events) >= 5
+    of_study = json.loads(run("db", "events", "--json", "--study", study["name"]))
+    assert [(event["type"], event["actor"], event["study_id"]) for event in of_study] == [
         ("study.created", ana, study["id"])
     ]
-    assert of_one == json.loads(run("db", "events", "--json", "--study", study["id"]))
-    assert [one in of_one for one in told].count(True) == 1
+    assert of_study == json.loads(run("db", "events", "--json", "--study", study["id"]))
+    assert [event in of_study for event in events].count(True) == 1
     keys = json.loads(run("db", "events", "--json", "--type", "key."))
-    assert {one["type"] for one in keys} == {"key.created"}
+    assert {event["type"] for event in keys} == {"key.created"}
     assert (
         json.loads(run("db", "events", "--json", "--actor", ana, "--limit", "1"))
-        == [one for one in told if one["actor"] == ana][-1:]
+        == [event for event in events if event["actor"] == ana][-1:]
     )
     line = run("db", "events", "--type", "study.cancelled")
     assert f"{ana}  study.cancelled  {other['id']}" in line
@@ -184,10 +186,10 @@ def test_a_stream_shows_who(api, submit):
 def test_an_event_is_never_changed_or_deleted(api, submit, worker, change):
     submit(hpo=ONE)
     worker.one()
-    before = log(api)
+    before = read_log(api)
     with pytest.raises(DBAPIError, match="append-only"), api.engine.begin() as connection:
         connection.execute(text(change))
-    assert log(api) == before
+    assert read_log(api) == before
 
 
 @pytest.mark.tampers
@@ -197,10 +199,10 @@ def test_the_events_of_a_study_or_run_go_with_it_and_no_others(api, submit, work
     run = worker.one(study=stays["id"])
     with api.sessions.begin() as session:
         session.execute(text("DELETE FROM warmscale.studies WHERE id = :id"), {"id": gone["id"]})
-    assert log(api, study_id=gone["id"]) == []
-    assert len(log(api, study_id=stays["id"])) == 3
+    assert read_log(api, study_id=gone["id"]) == []
+    assert len(read_log(api, study_id=stays["id"])) == 3
     with api.sessions.begin() as session:
         session.execute(text("DELETE FROM warmscale.runs WHERE id = :id"), {"id": run.run_id})
-    assert [type_ for type_, _ in log(api)] == ["study.created"]
+    assert [type_ for type_, _ in read_log(api)] == ["study.created"]
     with api.sessions() as session:
         assert session.scalar(select(func.count()).where(Event.type == "key.created")) >= 1

@@ -1,4 +1,4 @@
-"""Wake-ups: a commit is heard by every replica, a rollback by none, and a lost listener returns."""
+"""Wake-ups: a commit notifies every replica, a rollback none, and a listener reconnects."""
 
 import asyncio
 import contextlib
@@ -13,13 +13,13 @@ from service.events.audit_log import record_event
 from service.events.wakeups import WEBHOOKS, WORK, Wakeups
 from service.webhooks import store
 
-LONG = 20.0  # never waited for in full by what passes
+LONG = 20.0  # a test that passes never waits this long
 SHORT = 0.3
 
 
 @pytest.fixture
-def say(database_url):
-    """Write an event of a study that is there, and commit it or not."""
+def write_event(database_url):
+    """A function that writes an event of study st_1, and commits it or rolls it back."""
     engine = create_engine(database_url)
     with Session(engine) as session, session.begin():
         session.add(Study(id="st_1", name="one", spec={}))
@@ -35,78 +35,80 @@ def say(database_url):
 
 @contextlib.asynccontextmanager
 async def replica(url, *topics):
-    """A replica that listens; a bell for each topic."""
-    heard = Wakeups(url)
+    """Run a replica's listener; yield a subscription for each topic."""
+    wakeups = Wakeups(url)
     with contextlib.ExitStack() as stack:
-        bells = [stack.enter_context(heard.subscribe_to(topic)) for topic in topics]
-        async with heard.keep_listening():
-            for bell in bells:
-                assert await bell.wait(LONG)  # rung once when the listener is there
-            yield bells
+        notifications = [stack.enter_context(wakeups.subscribe_to(topic)) for topic in topics]
+        async with wakeups.keep_listening():
+            # Each subscriber is notified once when the listener is connected.
+            for notification in notifications:
+                assert await notification.wait(LONG)
+            yield notifications
 
 
-def test_a_commit_that_makes_work_is_heard_by_every_replica(database_url, say):
+def test_a_commit_that_makes_work_is_heard_by_every_replica(database_url, write_event):
     async def scene():
-        async with replica(database_url, WORK) as [one], replica(database_url, WORK) as [other]:
-            await asyncio.to_thread(say, "study.active")
-            assert await one.wait(LONG)
+        async with replica(database_url, WORK) as [first], replica(database_url, WORK) as [other]:
+            await asyncio.to_thread(write_event, "study.active")
+            assert await first.wait(LONG)
             assert await other.wait(LONG)
 
     asyncio.run(scene())
 
 
-def test_what_is_rolled_back_or_makes_no_work_wakes_nobody(database_url, say):
+def test_what_is_rolled_back_or_makes_no_work_wakes_nobody(database_url, write_event):
     async def scene():
         async with replica(database_url, WORK) as [work]:
-            await asyncio.to_thread(say, "study.active", commit=False)
-            await asyncio.to_thread(say, "study.paused")
-            await asyncio.to_thread(say, "run.queued", trial=3)  # by the lease that takes it
+            await asyncio.to_thread(write_event, "study.active", commit=False)
+            await asyncio.to_thread(write_event, "study.paused")
+            # The transaction that queues a new trial also leases it.
+            await asyncio.to_thread(write_event, "run.queued", trial=3)
             assert not await work.wait(SHORT)
-            await asyncio.to_thread(say, "run.queued")
+            await asyncio.to_thread(write_event, "run.queued")
             assert await work.wait(LONG)
 
     asyncio.run(scene())
 
 
-def test_the_outbox_is_woken_only_for_what_a_webhook_wants(database_url, say):
+def test_the_outbox_is_woken_only_for_what_a_webhook_wants(database_url, write_event):
     async def scene():
         async with replica(database_url, WEBHOOKS) as [outbox]:
-            await asyncio.to_thread(say, "study.completed")
+            await asyncio.to_thread(write_event, "study.completed")
             assert not await outbox.wait(SHORT)
             engine = create_engine(database_url)
             with Session(engine) as session, session.begin():
                 store.add_webhook(session, "http://127.0.0.1/", ["study.failed"], project=None)
             engine.dispose()
-            await asyncio.to_thread(say, "study.completed")
+            await asyncio.to_thread(write_event, "study.completed")
             assert not await outbox.wait(SHORT)
-            await asyncio.to_thread(say, "study.failed")
+            await asyncio.to_thread(write_event, "study.failed")
             assert await outbox.wait(LONG)
 
     asyncio.run(scene())
 
 
-def test_every_event_is_heard_by_who_follows_its_study(database_url, say):
+def test_every_event_is_heard_by_who_follows_its_study(database_url, write_event):
     async def scene():
         async with replica(database_url, "st_1", "st_2") as [mine, other]:
-            await asyncio.to_thread(say, "study.paused")
+            await asyncio.to_thread(write_event, "study.paused")
             assert await mine.wait(LONG)
             assert not await other.wait(SHORT)
 
     asyncio.run(scene())
 
 
-def test_a_ring_before_the_wait_is_kept(database_url, say):
+def test_a_ring_before_the_wait_is_kept(database_url, write_event):
     async def scene():
-        bell = wakeups.Notification()
-        bell.notify()
-        assert await bell.wait(0)
-        assert not await bell.wait(0)
+        notification = wakeups.Notification()
+        notification.notify()
+        assert await notification.wait(0)
+        assert not await notification.wait(0)
 
     asyncio.run(scene())
 
 
 def test_a_listener_that_lost_its_connection_comes_back_and_says_so(
-    database_url, say, postgres, monkeypatch
+    database_url, write_event, postgres, monkeypatch
 ):
     monkeypatch.setattr(wakeups, "_RECONNECT_SECONDS", 0.01)
 
@@ -123,8 +125,9 @@ def test_a_listener_that_lost_its_connection_comes_back_and_says_so(
     async def scene():
         async with replica(database_url, WORK) as [work]:
             await asyncio.to_thread(cut)
-            assert await work.wait(LONG)  # it may have missed something, so all look
-            await asyncio.to_thread(say, "study.active")
+            # After a reconnection every subscriber is notified: notifications may be lost.
+            assert await work.wait(LONG)
+            await asyncio.to_thread(write_event, "study.active")
             assert await work.wait(LONG)
 
     asyncio.run(scene())

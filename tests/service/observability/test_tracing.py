@@ -1,4 +1,4 @@
-"""Traces: off unless asked for; a run's life is one trace, over OTLP as a collector gets it."""
+"""Traces: off by default; the life of a run is a single trace, sent to a collector by OTLP."""
 
 import gzip
 import os
@@ -17,7 +17,7 @@ ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
 @pytest.fixture
 def collector(monkeypatch):
-    """Spans that were sent to an OTLP receiver."""
+    """The spans that an OTLP collector receives."""
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     spans = []
@@ -34,7 +34,7 @@ def collector(monkeypatch):
             self.end_headers()
 
         def log_message(self, *_):
-            """It is quiet."""
+            """Print nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -79,7 +79,7 @@ def test_traces_are_on_when_the_environment_asks(environment, is_wanted):
 
 
 def test_nothing_of_opentelemetry_is_imported_unless_asked_for():
-    # FastAPI itself imports the API, where it is installed; what records and sends is the SDK.
+    # FastAPI itself imports OpenTelemetry's API if it is installed. Only the SDK records and sends.
     heavy = "('opentelemetry.sdk', 'opentelemetry.exporter')"
     code = f"import service.app, sys; assert not [m for m in sys.modules if m.startswith({heavy})]"
     subprocess.run([sys.executable, "-c", code], check=True)

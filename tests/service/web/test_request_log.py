@@ -1,4 +1,4 @@
-"""Around every request: its id, its time, what is counted."""
+"""The id of every request, its time, and the counters that it adds to."""
 
 import asyncio
 import re
@@ -22,8 +22,8 @@ def get(api, path, **headers):
     return httpx.get(f"{api.url}{path}", headers=bearer | headers)
 
 
-def answers(api, **labels):
-    """How many answers were timed under these labels."""
+def count_answers(api, **labels):
+    """Count the answers that were timed under these labels."""
     families = text_string_to_metric_families(get(api, "/metrics").text)
     return sum(
         sample.value
@@ -62,25 +62,26 @@ def test_a_fault_of_ours_says_its_id_too(api, monkeypatch):
         raise RuntimeError("broken")
 
     monkeypatch.setattr("service.access.lookup.find_run", broken)
-    before = answers(api, status="500")
+    before = count_answers(api, status="500")
     answer = get(api, "/v1/runs/any", **{"X-Request-ID": "find-me"})
     assert (answer.status_code, answer.json()["request_id"]) == (500, "find-me")
     assert answer.headers.get_list("X-Request-ID") == ["find-me"]
-    assert answers(api, status="500") == before + 1
+    assert count_answers(api, status="500") == before + 1
 
 
 def test_an_answer_is_counted_under_the_whole_template_of_its_path(api):
     labels = {"method": "GET", "route": "/v1/runs/{run_id}/measurements", "status": "404"}
-    before = answers(api, **labels)
+    before = count_answers(api, **labels)
     get(api, "/v1/runs/none/measurements")
-    assert answers(api, **labels) == before + 1
+    assert count_answers(api, **labels) == before + 1
 
 
 def test_invented_paths_and_methods_make_no_new_label(api):
     for path in ("/v2/a", "/v2/b"):
         httpx.request("BREW", f"{api.url}{path}", auth=("any", api.key))
-    assert answers(api, method="BREW") == 0
-    assert answers(api, method="other", route="other") >= 2
+    assert count_answers(api, method="BREW") == 0
+    # Both requests count under the same labels.
+    assert count_answers(api, method="other", route="other") >= 2
 
 
 def test_a_stream_is_timed_at_its_first_byte_and_logged_at_its_end(caplog):
@@ -91,7 +92,7 @@ def test_a_stream_is_timed_at_its_first_byte_and_logged_at_its_end(caplog):
         assert not caplog.records
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    run(app)
+    run_app(app)
     (line,) = caplog.records
     assert (line.method, line.route, line.status) == ("GET", "other", 200)
 
@@ -100,13 +101,13 @@ def test_a_client_that_left_before_its_answer_is_a_499(caplog):
     caplog.set_level("INFO", "service.access")
 
     async def app(scope, receive, send):
-        """It gives up without a word."""
+        """Return without an answer."""
 
-    run(app)
+    run_app(app)
     assert [line.status for line in caplog.records] == [499]
 
 
-def run(app):
+def run_app(app):
     scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
 
     async def send(message):

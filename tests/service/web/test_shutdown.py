@@ -1,4 +1,4 @@
-"""The end of an API process: what is under way is finished, what waits is answered, exit code 0."""
+"""The end of an API process: it finishes requests, answers waiting calls, and exits with 0."""
 
 import asyncio
 import json
@@ -23,15 +23,15 @@ from service.web.shutdown import Shutdown
 from tests.by_hand import Worker
 from tests.service.whole_service.replicas import Serving
 
-LONG = 60.0  # what a poll may wait for
+LONG = 60.0  # the longest wait of a long-poll
 
 
 @pytest.fixture
 def serving(settings, database_url, tmp_path):
-    one = Serving(settings, database_url, tmp_path / "api.log")
-    yield one
-    one.process.kill()
-    one.process.wait()
+    served = Serving(settings, database_url, tmp_path / "api.log")
+    yield served
+    served.process.kill()
+    served.process.wait()
 
 
 @pytest.fixture
@@ -48,15 +48,15 @@ def wait_until(condition, seconds=LONG / 2):
         time.sleep(0.02)
 
 
-def blocked(engine):
-    """How many wait for a lock."""
+def count_blocked(engine):
+    """Count the connections that wait for a lock."""
     with engine.connect() as connection:
         query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
         return connection.scalar(text(query))
 
 
-def followed(http, study, begun):
-    """All of a study's stream; its first line is heard of."""
+def read_stream(http, study, begun):
+    """Return the lines of a study's stream; set `begun` after the first line."""
     with http.stream("GET", f"/v1/studies/{study['id']}/events") as response:
         lines = response.iter_lines()
         first = next(lines)
@@ -81,14 +81,15 @@ def test_sigterm_finishes_what_runs_answers_what_waits_and_exits_with_0(
         httpx.Client(base_url=serving.url, headers=headers, timeout=2 * LONG) as http,
     ):
         study = client.post("/v1/studies", study_spec())
-        assert len(Worker(client).lease(2)) == 2  # as many as may run at once: a poll waits
+        assert len(Worker(client).lease(2)) == 2  # as many as may run at once: further polls wait
         polls = [pool.submit(Worker(c).lease, 1, wait_seconds=LONG) for c in (one, other)]
-        wait_until(lambda: all_used(engine))
+        wait_until(lambda: are_all_used(engine))
         lock_study(holder, study["id"])
         pause = pool.submit(http.post, f"/v1/studies/{study['id']}/pause")
-        stream = pool.submit(followed, http, study, begun)
-        wait_until(lambda: blocked(engine) == 1 and begun.is_set())
-        time.sleep(0.5)  # polls are in line, and not only let in
+        stream = pool.submit(read_stream, http, study, begun)
+        wait_until(lambda: count_blocked(engine) == 1 and begun.is_set())
+        # A poll enters the queue some time after its key was checked.
+        time.sleep(0.5)
         assert not any(future.done() for future in (*polls, pause, stream))
         serving.process.send_signal(signal.SIGTERM)
         assert [poll.result(LONG / 2) for poll in polls] == [(), ()]
@@ -99,13 +100,13 @@ def test_sigterm_finishes_what_runs_answers_what_waits_and_exits_with_0(
         holder.commit()
         assert pause.result(LONG / 2).json()["state"] == "paused"
         assert serving.process.wait(LONG / 2) == 0, serving.log.read_text()
-    said = serving.log.read_text()
-    assert "Traceback" not in said
-    assert "graceful shutdown exceeded" not in said  # it waits for nothing that would last
+    log = serving.log.read_text()
+    assert "Traceback" not in log
+    assert "graceful shutdown exceeded" not in log  # no call held the exit up
 
 
-def all_used(engine):
-    """Whether every key was shown."""
+def are_all_used(engine):
+    """Return whether every key has been used."""
     with Session(engine) as session:
         return None not in session.scalars(select(ApiKey.last_used_at)).all()
 
@@ -114,10 +115,10 @@ def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker,
     submit()
     reached, gone, make_lease = threading.Event(), threading.Event(), new_trials.make_lease
 
-    def slow(*arguments, **more):  # too late to grant nothing
+    def slow(*arguments, **more):  # the disconnect comes after the grant
         reached.set()
         assert gone.wait(LONG / 2)
-        time.sleep(0.2)  # the server's loop hears of it
+        time.sleep(0.2)  # the server's event loop sees the disconnect
         return make_lease(*arguments, **more)
 
     monkeypatch.setattr(new_trials, "make_lease", slow)
@@ -126,16 +127,17 @@ def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker,
         f"POST /v1/leases HTTP/1.1\r\nHost: test\r\nAuthorization: Bearer {api.key}\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     )
+    # A raw socket, because httpx would wait for the answer before it closes.
     with socket.create_connection(("127.0.0.1", httpx.URL(api.url).port)) as client:
         client.sendall(request.encode())
         assert reached.wait(LONG / 2)
     gone.set()
 
-    def given_back():
+    def is_queued_again():
         runs = api.client.get("/v1/runs")["items"]
         return [(r["state"], r["attempt"], r["failures"]) for r in runs] == [("queued", 1, 0)]
 
-    wait_until(given_back)
+    wait_until(is_queued_again)
     monkeypatch.undo()
     assert worker.one().attempt == 2
 

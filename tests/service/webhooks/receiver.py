@@ -1,4 +1,4 @@
-"""A program that webhooks are sent to."""
+"""An HTTP server that receives webhooks."""
 
 import base64
 import contextlib
@@ -11,18 +11,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Receiver:
-    """Notes what arrives; answers with each of `answers` in turn, then with 204."""
+    """A server that keeps its requests in `seen` and answers with `answers` in turn, then 204."""
 
     def __init__(self):
         self.seen, self.answers, self.pause_seconds = [], [], 0.0
         self.may_answer = threading.Event()
         self.may_answer.set()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._make_handler())
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}/hook"
 
-    def _handler(self):
+    def _make_handler(self):
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -39,7 +39,7 @@ class Receiver:
                     self.end_headers()
 
             def log_message(self, *_):
-                """It is quiet."""
+                """Print nothing."""
 
         return Handler
 
@@ -58,7 +58,7 @@ class Receiver:
     def messages(self):
         return [json.loads(body) for _, body in self.seen]
 
-    def wait(self, n, seconds=30):
+    def wait_for(self, n, seconds=30):
         deadline = time.monotonic() + seconds
         while len(self.seen) < n:
             assert time.monotonic() < deadline, f"{len(self.seen)} of {n} arrived"
@@ -66,7 +66,8 @@ class Receiver:
 
 
 def is_signed(secret, headers, body):
-    """What a receiver checks, written from the convention and not from our code."""
+    """Check a signature and the age of its timestamp, as a receiver would."""
+    # Written from the specification, not with our own code.
     signed = f"{headers['webhook-id']}.{headers['webhook-timestamp']}.".encode() + body
     key = base64.b64decode(secret.removeprefix("whsec_"))
     mac = base64.b64encode(hmac.new(key, signed, hashlib.sha256).digest()).decode()
