@@ -23,11 +23,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_both_sides_of_the_service_benchmark_go_through_their_cycles(tmp_path):
     out = tmp_path / "rows.json"
-    command = [sys.executable, "benchmarks/service_throughput.py", "--quick", "--json", str(out)]
+    script = ["-W", "error::ResourceWarning", "benchmarks/service_throughput.py"]
+    command = [sys.executable, *script, "--quick", "--json", str(out)]
     done = subprocess.run(
         command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
+    assert "unclosed" not in done.stderr
     (row,) = json.loads(out.read_text())["rows"]
     calls = {name: len(times) for name, times in row["ours"]["calls"].items()}
     assert calls == {"lease": 4, "report": 12, "finish": 4}
