@@ -54,7 +54,7 @@ class Proxy:
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
         self._loop.run_forever()
-        # A server that is closed first would leave open what it has only just accepted.
+        # If the server were closed first, connections that it has just accepted would stay open.
         self._loop.remove_reader(server.sockets[0].fileno())
         self._loop.run_until_complete(_end_tasks())
         server.close()
@@ -120,7 +120,7 @@ class Proxy:
 
 
 async def _end_tasks() -> None:
-    """End every other task of this loop, so that each closes its sockets."""
+    """End every other task of this loop: each closes its sockets as it ends."""
     while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
         await asyncio.sleep(0)  # a task that is cancelled before it begins runs no `finally`
         for task in tasks:

@@ -147,7 +147,7 @@ def test_the_proxy_goes_to_the_other_replica_where_one_is_gone(post, backends):
 def test_the_proxy_keeps_a_request_whose_client_ended_before_the_backend(
     post, proxy, backends, flow, caplog
 ):
-    """asyncio itself holds a task by a weak reference: a garbage collection may destroy it."""
+    """asyncio refers to tasks weakly: a garbage collection may destroy a task that still runs."""
     for server in backends:
         server.may_end.clear()
     assert post().status_code == 200
@@ -161,7 +161,7 @@ def test_the_proxy_keeps_a_request_whose_client_ended_before_the_backend(
 
 
 def test_the_proxy_closes_every_connection_when_it_stops(proxy):
-    """Those that it has only just accepted, too: an unclosed socket is a warning, and an error."""
+    """Also connections that it has just accepted: an unclosed socket is a ResourceWarning."""
     address = ("127.0.0.1", proxy.port)
     clients = [socket.create_connection(address, timeout=60) for _ in range(50)]
     proxy.stop()
