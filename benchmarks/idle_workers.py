@@ -12,10 +12,12 @@ It ends by itself, within two minutes, and talks to 127.0.0.1 alone.
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import tempfile
 import time
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,15 +41,24 @@ class Crowd:
 
     async def worker(self, name: str) -> None:
         body = {"worker": name, "resources": {"cpus": 1}, "wait_seconds": WAIT_SECONDS}
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
+        async with open_link(self.port) as link:
             while True:
-                reply = await call(reader, writer, self.key, "/v1/leases", body)
+                reply = await call(*link, self.key, "/v1/leases", body)
                 self.polls += 1
                 for lease in reply["leases"]:
                     self.granted.put_nowait((time.perf_counter(), lease["study_name"]))
-        finally:
-            writer.close()
+
+
+@contextlib.asynccontextmanager
+async def open_link(port: int) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """Open a connection, and close it even if a request on it fails."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 async def call(
@@ -68,15 +79,31 @@ async def call(
 
 async def measure(running: Stack, arguments: argparse.Namespace) -> list[str]:
     crowd = Crowd(port=running.ports[0], key=running.key)
-    workers = [asyncio.create_task(crowd.worker(f"worker-{i}")) for i in range(arguments.workers)]
-    await asyncio.sleep(SETTLE_SECONDS)
-    lines = [await idle(running, arguments)]
-    reader, writer = await asyncio.open_connection("127.0.0.1", crowd.port)
+    async with asyncio.TaskGroup() as group:  # ends all if a worker fails
+        names = [f"worker-{i}" for i in range(arguments.workers)]
+        workers = [group.create_task(crowd.worker(name)) for name in names]
+        await asyncio.sleep(SETTLE_SECONDS)
+        lines = [await idle(running, arguments)]
+        async with open_link(crowd.port) as link:
+            lines += await measure_studies(running, arguments, crowd, *link)
+        for task in workers:
+            task.cancel()
+    return lines
+
+
+async def measure_studies(
+    running: Stack,
+    arguments: argparse.Namespace,
+    crowd: Crowd,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> list[str]:
+    """Measure how soon waiting workers get the trials of a new study."""
 
     async def post(path: str, body: Any) -> Any:
         return await call(reader, writer, crowd.key, path, body)
 
-    first = []
+    lines, first = [], []
     for i in range(arguments.studies):
         study = await post("/v1/studies", spec(running, f"one-{i}", 1))
         created = time.perf_counter()
@@ -90,15 +117,11 @@ async def measure(running: Stack, arguments: argparse.Namespace) -> list[str]:
     study = await post("/v1/studies", spec(running, "all", arguments.workers))
     created = time.perf_counter()
     took = []
-    for _ in workers:
+    for _ in range(arguments.workers):
         at, _ = await asyncio.wait_for(crowd.granted.get(), 60)
         took.append(at - created)
     await post(f"/v1/studies/{study['id']}/cancel", {})
     lines.append(f"a trial for each of them: {took[0]:.2f} s for the first, {took[-1]:.2f} for all")
-    for task in workers:
-        task.cancel()
-    await asyncio.gather(*workers, return_exceptions=True)
-    writer.close()
     return lines
 
 

@@ -126,18 +126,20 @@ def serving(settings, database_url):
     with database.sessions.begin() as session:
         _, key = keys.create_key(session, "tests", ["admin"])
     url = f"http://127.0.0.1:{settings.port}"
-    with Client(url, key, patience_seconds=2) as client:
-        yield SimpleNamespace(
-            url=url,
-            key=key,
-            client=client,
-            app=app,
-            sessions=database.sessions,
-            engine=database.engine,
-            sampler=find_service(app, Sampler),
-        )
-    server.should_exit = True
-    thread.join(30)
+    try:
+        with Client(url, key, patience_seconds=2) as client:
+            yield SimpleNamespace(
+                url=url,
+                key=key,
+                client=client,
+                app=app,
+                sessions=database.sessions,
+                engine=database.engine,
+                sampler=find_service(app, Sampler),
+            )
+    finally:
+        server.should_exit = True
+        thread.join(60)
     assert not thread.is_alive(), "the API did not stop"
 
 

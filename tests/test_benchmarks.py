@@ -1,12 +1,15 @@
 """The benchmarks run: what they print is in `benchmarks/README.md`."""
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -23,17 +26,58 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_both_sides_of_the_service_benchmark_go_through_their_cycles(tmp_path):
     out = tmp_path / "rows.json"
-    command = [sys.executable, "benchmarks/service_throughput.py", "--quick", "--json", str(out)]
+    script = ["-W", "error::ResourceWarning", "benchmarks/service_throughput.py"]
+    command = [sys.executable, *script, "--quick", "--json", str(out)]
     done = subprocess.run(
         command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
+    assert "unclosed" not in done.stderr
     (row,) = json.loads(out.read_text())["rows"]
     calls = {name: len(times) for name, times in row["ours"]["calls"].items()}
     assert calls == {"lease": 4, "report": 12, "finish": 4}
     calls = {name: len(times) for name, times in row["theirs"]["calls"].items()}
     assert calls == {"ask": 4, "trial.report": 12, "tell": 4}
     assert "| 20 | 2 | none |" in done.stdout
+
+
+@pytest.fixture
+def refusing():
+    """Yield the port of a service that creates studies and fails every request for a lease."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(500 if self.path == "/v1/leases" else 201)
+            self.send_header("Content-Length", "9")
+            self.end_headers()
+            self.wfile.write(b'{"id": 1}')
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_a_waiting_worker_that_fails_ends_the_measurement_with_its_reason(refusing, monkeypatch):
+    async def nothing(*_):
+        return ""
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import idle_workers
+
+    monkeypatch.setattr(idle_workers, "idle", nothing)
+    monkeypatch.setattr(idle_workers, "spec", lambda *_: {})
+    monkeypatch.setattr(idle_workers, "SETTLE_SECONDS", 0.0)
+    running = SimpleNamespace(ports=[refusing], key="key")
+    with pytest.raises(ExceptionGroup) as raised:
+        asyncio.run(idle_workers.measure(running, SimpleNamespace(workers=2, studies=1)))
+    assert raised.group_contains(AssertionError)
 
 
 @pytest.mark.parametrize("gone", [FileNotFoundError, ProcessLookupError])

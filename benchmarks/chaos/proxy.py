@@ -27,6 +27,7 @@ class Proxy:
         self.num_cut = 0
         self.port = 0
         self._loop = asyncio.new_event_loop()
+        self._serving: set[asyncio.Task[None]] = set()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="proxy", daemon=True)
 
@@ -53,13 +54,18 @@ class Proxy:
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
         self._loop.run_forever()
+        # If the server were closed first, connections that it has just accepted would stay open.
+        self._loop.remove_reader(server.sockets[0].fileno())
+        self._loop.run_until_complete(_end_tasks())
         server.close()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0.1))
         self._loop.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # asyncio refers to tasks and to streams by weak references only. Once the client has
+        # closed, a garbage collection would destroy a task that still waits for the backend.
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
         try:
             await self._relay(reader, writer)
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
@@ -67,6 +73,7 @@ class Proxy:
         except asyncio.CancelledError:
             pass
         finally:
+            self._serving.discard(task)
             writer.transport.abort()
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -110,6 +117,16 @@ class Proxy:
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         self._next = (self._next + 1) % len(self._backends)
         return await asyncio.open_connection("127.0.0.1", self._backends[self._next])
+
+
+async def _end_tasks() -> None:
+    """End every other task of this loop: each closes its sockets as it ends."""
+    while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.sleep(0)  # a task that is cancelled before it begins runs no `finally`
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    await asyncio.sleep(0)  # an aborted transport closes its socket in the next turn of the loop
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -24,6 +24,8 @@ class Cycle(Protocol):
 
     def __call__(self, note: dict[str, list[float]]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass
 class Clock:
@@ -65,6 +67,9 @@ class OptunaCycle:
                 _ = self.prunes and trial.should_prune()  # asked, not obeyed: a cycle is a cycle
         with Clock(note, "tell"):
             self.study.tell(trial, compute_loss(params))
+
+    def close(self) -> None:
+        self.storage.engine.dispose()
 
 
 def _suggest(trial: optuna.Trial, name: str, d: dict[str, Any]) -> float:
@@ -127,6 +132,9 @@ class ServiceCycle:
         with Clock(note, "finish"):
             self.post(f"{path}/finish", end, token)
 
+    def close(self) -> None:
+        self.http.close()
+
     def lease(self) -> dict[str, Any]:
         body = {"worker": "benchmark", "study": self.study, "wait_seconds": 30}
         while not (leases := self.post("/v1/leases", body)["leases"]):
@@ -155,6 +163,9 @@ class TypedServiceCycle:
         with Clock(note, "finish"):
             end = FinishRequest(outcome="succeeded", val_loss_nats=compute_loss(lease.params))
             self.client.finish(lease, end)
+
+    def close(self) -> None:
+        self.client.close()
 
 
 def _point(step: int, value: float) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def client(
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(_take, made, repeat(tickets), repeat(note)))
         pipe.send((time.monotonic(), time.process_time() - cpu, note))
+    made[0].close()
 
 
 def _take(cycle: Cycle, tickets: "Synchronized[int]", note: dict[str, list[float]]) -> None:
@@ -159,13 +160,14 @@ class Service(Side):
         super().__init__(running, clients, 1, *addresses)
 
     def make(self, study: str, scenario: Scenario) -> None:
-        api = ServiceCycle(self.running.ports[0], self.running.key)
-        api.post("/v1/studies", self._spec(study, scenario.pruner))
-        api.prepare(study, scenario.pruner)
-        api({})
-        (template,) = api.get(f"/v1/runs?study={study}")["items"]
-        fill_trials(self.running, "service", study, scenario.finished - 1, template["id"])
-        assert api.get(f"/v1/studies/{study}")["trials"]["succeeded"] == scenario.finished
+        cycle = ServiceCycle(self.running.ports[0], self.running.key)
+        with contextlib.closing(cycle) as api:
+            api.post("/v1/studies", self._spec(study, scenario.pruner))
+            api.prepare(study, scenario.pruner)
+            api({})
+            (template,) = api.get(f"/v1/runs?study={study}")["items"]
+            fill_trials(self.running, "service", study, scenario.finished - 1, template["id"])
+            assert api.get(f"/v1/studies/{study}")["trials"]["succeeded"] == scenario.finished
 
     def _spec(self, study: str, pruner: str) -> dict[str, Any]:
         return {

@@ -85,6 +85,8 @@ class Wakeups:
             except (psycopg.Error, OSError) as error:
                 kind = type(error).__name__
                 _log.warning("wake-ups come late: the listener is disconnected (%s)", kind)
+            except Exception:  # noqa: BLE001 - nothing would start this task again
+                _log.exception("wake-ups come late: the listener failed")
             await asyncio.sleep(_RECONNECT_SECONDS)
 
     async def _listen(self) -> None:

@@ -33,7 +33,10 @@ class Shutdown:
                 await self._begun.wait()
 
     async def cut_short(self, wait: Coroutine[Any, Any, object]) -> None:
-        """Wait for a coroutine, but at most until the shutdown begins; then cancel it."""
+        """Wait for a coroutine, but at most until the shutdown begins; then cancel it.
+
+        Raises the coroutine's exception. Returns after the coroutine has ended, cancelled or not.
+        """
         # `asyncio.wait` cancels nothing itself: cancel the wait that did not end.
         waits = [asyncio.create_task(wait), asyncio.create_task(self._begun.wait())]
         try:
@@ -41,6 +44,9 @@ class Shutdown:
         finally:
             for task in waits:
                 task.cancel()
+            await asyncio.wait(waits)
+        if not waits[0].cancelled():
+            waits[0].result()
 
 
 class Server(uvicorn.Server):

@@ -49,6 +49,16 @@ class Outbox:
                 await task
 
     async def _deliver_for_ever(self, wakeups: Wakeups) -> None:
+        while True:
+            try:
+                await self._deliver_rounds(wakeups)
+            except Exception:  # noqa: BLE001 - nothing would start this task again
+                # For example `make_client`, which reads the files of trusted certificates.
+                _log.exception("webhook deliveries are delayed")
+            await asyncio.sleep(_POLL_SECONDS)
+
+    async def _deliver_rounds(self, wakeups: Wakeups) -> None:
+        """Deliver with the same HTTP client, until it cannot be made or the task is cancelled."""
         async with make_client() as http:
             with wakeups.subscribe_to(WEBHOOKS) as notification:
                 while True:

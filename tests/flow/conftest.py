@@ -93,7 +93,15 @@ def kill(process):
 def training_processes(fleet):
     """Return the processes of a fleet that run a task; Ray names a process after its task."""
     children = psutil.Process(fleet.pid).children(recursive=True)
-    return [p for p in children if "ray::run_lease" in " ".join(p.cmdline())]
+    return [p for p in children if "ray::run_lease" in _read_command(p)]
+
+
+def _read_command(process):
+    """Return the command line; it is empty if the process has ended since it was listed."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 @pytest.fixture(scope="module")

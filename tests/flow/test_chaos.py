@@ -1,7 +1,11 @@
 """Chaos, as `make chaos` runs it, for half a minute; and its parts, each of which must bite."""
 
+import asyncio
+import contextlib
+import gc
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -84,16 +88,21 @@ def backends():
             self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(body)
+            assert self.server.may_end.wait(60)
 
         def log_message(self, *_):
             pass
 
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
+    for server in servers:
+        server.may_end = threading.Event()
+        server.may_end.set()
     threads = [threading.Thread(target=s.serve_forever, args=(0.02,)) for s in servers]
     for thread in threads:
         thread.start()
     yield servers
     for server, thread in zip(servers, threads, strict=True):
+        server.may_end.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -104,12 +113,13 @@ def proxy(backends):
     proxy = Proxy([server.server_port for server in backends])
     proxy.start()
     yield proxy
-    proxy.stop()
+    if proxy._thread.is_alive():
+        proxy.stop()
 
 
 @pytest.fixture
 def post(proxy):
-    with httpx.Client(base_url=f"http://127.0.0.1:{proxy.port}") as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{proxy.port}", timeout=60) as client:
         yield lambda path="/": client.post(path, content=b"x" * 100)
 
 
@@ -132,6 +142,34 @@ def test_the_proxy_goes_to_the_other_replica_where_one_is_gone(post, backends):
     backends[0].shutdown()
     backends[0].server_close()
     assert {int(post().text) for _ in range(4)} == {backends[1].server_port}
+
+
+def test_the_proxy_keeps_a_request_whose_client_ended_before_the_backend(
+    post, proxy, backends, flow, caplog
+):
+    """asyncio refers to tasks weakly: a garbage collection may destroy a task that still runs."""
+    for server in backends:
+        server.may_end.clear()
+    assert post().status_code == 200
+    flow.wait_for(lambda: len(asyncio.all_tasks(proxy._loop)) == 1)  # the upload has ended
+    gc.collect()
+    assert len(asyncio.all_tasks(proxy._loop)) == 1
+    for server in backends:
+        server.may_end.set()
+    flow.wait_for(lambda: not asyncio.all_tasks(proxy._loop))
+    assert "destroyed" not in caplog.text
+
+
+def test_the_proxy_closes_every_connection_when_it_stops(proxy):
+    """Also connections that it has just accepted: an unclosed socket is a ResourceWarning."""
+    address = ("127.0.0.1", proxy.port)
+    clients = [socket.create_connection(address, timeout=60) for _ in range(50)]
+    proxy.stop()
+    assert not proxy._thread.is_alive()
+    for client in clients:
+        with client, contextlib.suppress(ConnectionResetError):
+            assert client.recv(1) == b""
+    gc.collect()
 
 
 def test_the_proxy_counts_what_was_refused(post, proxy):

@@ -92,19 +92,28 @@ def connect(home):
         def open_client(ready):
             key = json.loads((home / "client.json").read_text())["key"]
             headers = {"Authorization": f"Bearer {key}"}
-            return opened.enter_context(httpx.Client(base_url=ready["url"], headers=headers))
+            client = httpx.Client(base_url=ready["url"], headers=headers, timeout=LONG)
+            return opened.enter_context(client)
 
         yield open_client
 
 
 def find_serve_process(stack):
-    (serving,) = [p for p in stack.family() if "serve" in p.cmdline()]
+    (serving,) = [p for p in stack.family() if "serve" in ask_process(p.cmdline, default=[])]
     return serving
+
+
+def ask_process(method, *, default):
+    """Call a method of a process; return `default` if the process has ended since it was listed."""
+    try:
+        return method()
+    except psutil.Error:
+        return default
 
 
 def wait_until_gone(processes, seconds=LONG):
     _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return [p.cmdline() for p in alive]
+    return [ask_process(p.cmdline, default=[]) for p in alive]
 
 
 def cpu_seconds(stack):
@@ -228,7 +237,7 @@ def test_a_fleet_that_lost_its_ray_is_started_again_and_the_study_completes(
     client = connect(stack.wait_ready())
     name = submit_one_trial(client, study_spec, num_steps=5000)
     wait_for_run(client, name, lambda run: run["step"] >= 100)
-    (raylet,) = [p for p in stack.family() if p.name() == "raylet"]
+    (raylet,) = [p for p in stack.family() if ask_process(p.name, default="") == "raylet"]
     raylet.kill()
     after = wait_for_run(client, name, lambda run: run["state"] == "succeeded")
     assert after["failures"] == 1

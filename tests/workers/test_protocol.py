@@ -24,6 +24,7 @@ WRITES = {
     "checkpoints": {"step": 5, "tokens": 1280, "uri": "", "hash": "0" * 64, "num_bytes": 1},
     "finish": {"outcome": "succeeded", "val_loss_nats": 1.0},
 }
+PROMPT_SECONDS = 4.5  # shorter than the interval of 5 s at which the service polls
 NO_MESSAGES = (b"", b"{", b"[]", b"null", b'{"colour": "red"}')
 
 
@@ -119,7 +120,7 @@ def test_where_nothing_fits_the_answer_is_empty_after_wait_seconds(service, work
     service.offer(cpus=100)
     start = time.monotonic()
     assert worker.lease(wait_seconds=0.5) == ()
-    assert 0.5 <= time.monotonic() - start < 2
+    assert 0.5 <= time.monotonic() - start < PROMPT_SECONDS
 
 
 def test_a_long_poll_answers_when_work_arrives(service, worker):
@@ -131,7 +132,7 @@ def test_a_long_poll_answers_when_work_arrives(service, worker):
     service.offer()
     thread.join()
     assert len(answers[0]) == 1
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < PROMPT_SECONDS
 
 
 def test_eight_threads_get_each_run_once(service, worker):
@@ -410,7 +411,7 @@ def test_a_failed_run_goes_on_after_a_second(service, worker):
     start = time.monotonic()
     assert worker.lease() == ()
     assert worker.one(wait_seconds=5).attempt == 2
-    assert 0.8 < time.monotonic() - start < 3
+    assert 0.8 < time.monotonic() - start < PROMPT_SECONDS
 
 
 def test_a_success_without_its_loss_is_refused(service, worker):

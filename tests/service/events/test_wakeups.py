@@ -131,3 +131,21 @@ def test_a_listener_that_lost_its_connection_comes_back_and_says_so(
             assert await work.wait(LONG)
 
     asyncio.run(scene())
+
+
+def test_a_listener_goes_on_after_any_exception_and_says_so(database_url, say, monkeypatch, caplog):
+    monkeypatch.setattr(wakeups, "_RECONNECT_SECONDS", 0.01)
+    listen = Wakeups._listen
+
+    async def broken(_):
+        monkeypatch.setattr(Wakeups, "_listen", listen)
+        raise KeyError("unforeseen")
+
+    async def scene():
+        monkeypatch.setattr(Wakeups, "_listen", broken)
+        async with replica(database_url, WORK) as [work]:
+            await asyncio.to_thread(say, "study.active")
+            assert await work.wait(LONG)
+
+    asyncio.run(scene())
+    assert "KeyError" in caplog.text

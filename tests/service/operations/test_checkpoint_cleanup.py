@@ -316,7 +316,7 @@ def test_a_target_of_another_study_never_points_to_what_is_collected(study, gc, 
         collecting.join(0.3)
         assert collecting.is_alive()
         api.client.post(f"/v1/studies/{other}/targets", request)
-    collecting.join(10)
+    collecting.join(60)
     assert [there(uri) for uri in uris] == [True, True, False]
     with pytest.raises(ServiceError, match="was deleted"):
         api.client.post(f"/v1/studies/{other}/targets", imported(api, uris[2]))
@@ -331,7 +331,7 @@ def test_a_collection_waits_for_who_moves_the_study_on(study, gc, api):
         collecting.join(0.3)
         assert collecting.is_alive()
         assert all(map(there, uris))
-    collecting.join(10)
+    collecting.join(60)
     assert [there(uri) for uri in uris] == [False, True, False]
 
 

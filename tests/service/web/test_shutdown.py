@@ -1,5 +1,6 @@
 """The end of an API process: it finishes requests, answers waiting calls, and exits with 0."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -145,3 +146,24 @@ def test_nothing_is_granted_once_the_end_has_begun(api, submit, worker):
     submit()
     find_service(api.app, Shutdown).begin()
     assert worker.lease(1, wait_seconds=5) == ()
+
+
+def test_what_fails_while_it_is_waited_for_is_raised():
+    async def fails():
+        raise KeyError("unforeseen")
+
+    async def wait():
+        with pytest.raises(KeyError):
+            await Shutdown().cut_short(fails())
+
+    asyncio.run(wait())
+
+
+def test_nothing_that_was_waited_for_goes_on_once_the_end_has_begun():
+    async def wait():
+        shutdown, before = Shutdown(), asyncio.all_tasks()
+        asyncio.get_running_loop().call_soon(shutdown.begin)
+        await shutdown.cut_short(asyncio.sleep(LONG))
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(wait())

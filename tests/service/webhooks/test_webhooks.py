@@ -293,6 +293,27 @@ def test_the_outbox_goes_on_after_any_exception(sessions, receiver, monkeypatch,
     assert "webhook deliveries are delayed" in caplog.text
 
 
+def test_the_outbox_begins_again_where_its_client_cannot_be_made(
+    sessions, receiver, monkeypatch, caplog
+):
+    """For example while the file of SSL_CERT_FILE does not exist yet."""
+    own, healthy = outbox.Outbox(sessions, allow_private=True), outbox.make_client
+    webhook_id = fill_outbox(sessions, 1, receiver.url)
+
+    def broken():
+        monkeypatch.setattr(outbox, "make_client", healthy)
+        raise FileNotFoundError("certificates")
+
+    async def until_delivered():
+        async with own.keep_delivering(Wakeups(sessions.kw["bind"].url)):
+            await asyncio.to_thread(wait_until, count_states(sessions, webhook_id), (0, 1, 0))
+
+    monkeypatch.setattr(outbox, "make_client", broken)
+    monkeypatch.setattr(outbox, "_POLL_SECONDS", 0.05)
+    asyncio.run(until_delivered())
+    assert "webhook deliveries are delayed" in caplog.text
+
+
 def count_states(sessions, webhook_id):
     def counts():
         view = read_view(sessions, webhook_id)

@@ -381,12 +381,15 @@ def test_a_run_that_is_cancelled_while_it_waits_for_the_store_ends(api, refused,
     cancel = threading.Timer(1.0, lambda: api.client.post(f"/v1/studies/{leased.study_id}/cancel"))
     cancel.start()
     assert run(leased)[0] == "cancelled"
+    cancel.join()
 
 
 def test_a_fleet_that_drains_gives_back_what_waits_for_the_store(api, refused, run):
     leased, _ = refused()
     started = threading.Event()
-    threading.Timer(1.0, started.set).start()
+    drain = threading.Timer(1.0, started.set)
+    drain.start()
     assert run(leased, draining=started.is_set)[0] == "released"
+    drain.join()
     after = api.client.get(f"/v1/runs/{leased.run_id}")
     assert (after["state"], after["failures"]) == ("queued", 0)

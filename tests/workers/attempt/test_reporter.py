@@ -15,7 +15,7 @@ def _point(step: int, evaluation: int | None = None) -> Measurement:
 
 def test_measurements_arrive_in_order_and_in_batches(fake, client, make_spec) -> None:
     run = fake.leased(make_spec())
-    with Reporter(client, run.lease, period_seconds=0.1) as reporter:
+    with Reporter(client, run.lease, period_seconds=30.0) as reporter:  # only `flush` sends
         for step in range(2_500):
             reporter.add_measurement(_point(step))
         reporter.flush()
@@ -25,22 +25,22 @@ def test_measurements_arrive_in_order_and_in_batches(fake, client, make_spec) ->
 
 
 def test_an_evaluation_leaves_at_once(fake, client, make_spec) -> None:
-    run = fake.leased(make_spec())
-    with Reporter(client, run.lease, period_seconds=30.0) as reporter:
+    run = fake.leased(make_spec(), lease_seconds=900.0)
+    with Reporter(client, run.lease, period_seconds=300.0) as reporter:
         reporter.add_measurement(_point(1))
         time.sleep(0.2)
         assert not run.batches
         reporter.add_measurement(_point(2, evaluation=1))
-        fake.wait_for(lambda: len(run.curve) == 2, seconds=1)
+        fake.wait_for(lambda: len(run.curve) == 2, seconds=60)
 
 
 def test_silence_renews_the_lease_every_third_of_it(fake, client, make_spec) -> None:
-    run = fake.leased(make_spec(), lease_seconds=0.6)
+    run = fake.leased(make_spec(), lease_seconds=3.0)
     with Reporter(client, run.lease):
-        fake.wait_for(lambda: len(run.batches) >= 4, seconds=3)
+        fake.wait_for(lambda: len(run.batches) >= 4)
     assert run.curve == []
     times = [batch.at for batch in run.batches]
-    assert all(b - a < 0.5 for a, b in itertools.pairwise(times))
+    assert all(b - a < 2.5 for a, b in itertools.pairwise(times))
 
 
 def test_a_decision_reaches_the_run_and_stands(fake, client, make_spec) -> None:
@@ -62,7 +62,7 @@ def test_an_outage_delays_measurements_and_never_the_run(fake, client, make_spec
         for step in range(50):
             reporter.add_measurement(_point(step, evaluation=step + 1))
             assert reporter.check_decision() == "continue"
-        assert time.monotonic() - started < 0.5
+        assert time.monotonic() - started < 10  # half of the time for which the client retries
         time.sleep(0.5)
         assert run.curve == []
         fake.away = False

@@ -46,7 +46,7 @@ def request_for_leases() -> LeaseRequest:
 def _request_leases(link: ServiceLink, request: LeaseRequest) -> object:
     answers: queue.SimpleQueue = queue.SimpleQueue()
     link.request_leases(request, answers.put)
-    return answers.get(timeout=5)
+    return answers.get(timeout=60)
 
 
 def test_an_answer_that_cannot_be_read_is_the_reason_for_no_leases(

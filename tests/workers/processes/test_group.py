@@ -27,7 +27,7 @@ def test_a_shared_run_outlives_a_rank_drains_and_has_the_curve_of_one_process(
     run = shared_fake.offer(make_spec(**_LONG), cpus=2, processes=2)
     shared_fake.wait_for(lambda: len(run.checkpoints) > 1, seconds=180)
     _kill_a_rank(fleet)
-    shared_fake.wait_for(lambda: run.finish, seconds=60)
+    shared_fake.wait_for(lambda: run.finish, seconds=180)
     assert (run.finish.outcome, run.finish.retryable) == ("failed", True)
     before = run.checkpoints[-1]
 
@@ -37,7 +37,7 @@ def test_a_shared_run_outlives_a_rank_drains_and_has_the_curve_of_one_process(
     shared_fake.wait_for(goes_on, seconds=180)
     assert run.batches[-1].measurements[0].step > before.step
     fleet.signal(signal.SIGTERM)
-    assert fleet.process.wait(timeout=60) == 0
+    assert fleet.process.wait(timeout=120) == 0
     assert (run.finish.outcome, run.state) == ("released", "queued")
     assert run.checkpoints[-1].step >= run.curve[-1].step
     assert (run.finish.provenance.processes, run.finish.provenance.strategy) == (2, "ddp")
