@@ -18,7 +18,7 @@ from service.cli.up import print_message
 from service.client import Client
 from service.local_stack.child_process import ChildError
 from service.local_stack.home import HomeInUseError
-from service.local_stack.supervisor import Interrupted, PortTakenError, stack
+from service.local_stack.supervisor import Interrupted, PortTakenError, run_stack
 from service.results.schemas import StudyResults
 from service.runs.schemas import RunView
 from service.studies.schemas import TrialView
@@ -34,8 +34,8 @@ def run_demo(folder: Path, *, cpus: int, as_json: bool) -> None:
     try:
         spec = load_spec(folder / "spec.yaml", Path.cwd())
         spec["name"] = f"{spec['name']}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
-        with stack(
-            load_settings(home, port=0), fleet=["--cpus", str(cpus)], say=print_message
+        with run_stack(
+            load_settings(home, port=0), fleet=["--cpus", str(cpus)], notify=print_message
         ) as running:
             seconds = running.wait_until_ready()
             print_message(f"{running.access.url} is ready after {seconds:.1f} s; the fleet follows")
@@ -43,7 +43,7 @@ def run_demo(folder: Path, *, cpus: int, as_json: bool) -> None:
                 print_message(f"study {spec['name']}")
                 submit_study(client, spec)
                 ended = watch_study(
-                    client, spec["name"], choose_style(as_json=as_json), running.check
+                    client, spec["name"], choose_style(as_json=as_json), running.check_children
                 )
                 completed = ended.state == "completed"
                 found = _save_results(client, spec["name"], folder, cpus)

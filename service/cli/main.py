@@ -11,7 +11,7 @@ import typer
 from service.cli import study
 from service.cli.admin import audit_log, checkpoints, database, keys, webhooks
 from service.cli.common import EXIT_CODES, Exit, Home, Json, find_access, load_settings
-from service.local_stack.home import DEFAULT
+from service.local_stack.home import DEFAULT_HOME
 
 app = typer.Typer(
     name="warmscale",
@@ -65,7 +65,7 @@ def options(
 @app.command()
 def up(
     *,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     port: Port = None,
     fleet: Annotated[bool, typer.Option(help="Start a fleet on this machine.")] = True,
     cpus: Cpus = None,
@@ -81,7 +81,7 @@ def up(
 @app.command()
 def serve(
     *,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Port = None,
     supervised: Supervised = False,
@@ -99,7 +99,9 @@ def serve(
         "help_option_names": [],
     }
 )
-def fleet(context: typer.Context, *, home: Home = DEFAULT, supervised: Supervised = False) -> None:
+def fleet(
+    context: typer.Context, *, home: Home = DEFAULT_HOME, supervised: Supervised = False
+) -> None:
     """Start a fleet, which trains what the service leases. `fleet --help` has its options."""
     arguments = list(context.args)
     environment = dict(os.environ)
@@ -152,7 +154,7 @@ def export_model(
     max_shard_bytes: Annotated[
         int | None, typer.Option(min=1, help="Of a file of weights; 5 GB when not given.")
     ] = None,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Write a trained model as a Hugging Face folder, its tokenizer included."""

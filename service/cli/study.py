@@ -18,7 +18,7 @@ from service.cli.common import (
     fail,
     quote_name,
 )
-from service.local_stack.home import DEFAULT
+from service.local_stack.home import DEFAULT_HOME
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -36,7 +36,7 @@ def create(
     spec: Annotated[Path, typer.Option("--file", "-f", help="The study's spec, YAML or JSON.")],
     name: Annotated[str | None, typer.Option(help="Instead of the name in the file.")] = None,
     project: Project = None,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Submit a study. A relative data.source is taken from the working directory."""
@@ -63,7 +63,7 @@ def list_studies(
     *,
     limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
     project: Project = None,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """List studies, newest first."""
@@ -82,7 +82,7 @@ def list_studies(
 
 @study.command()
 def show(
-    name: StudyName, *, project: Project = None, home: Home = DEFAULT, as_json: Json = False
+    name: StudyName, *, project: Project = None, home: Home = DEFAULT_HOME, as_json: Json = False
 ) -> None:
     """Show a study: state, counts, best trial, progress, cost so far."""
     from service.cli.output import tables
@@ -102,7 +102,7 @@ def show(
 
 @study.command()
 def watch(
-    name: StudyName, *, project: Project = None, home: Home = DEFAULT, as_json: Json = False
+    name: StudyName, *, project: Project = None, home: Home = DEFAULT_HOME, as_json: Json = False
 ) -> None:
     """Follow a study until it ends. Ctrl-C leaves the study as it is."""
     from service.cli.output import watch as watching
@@ -123,7 +123,7 @@ def results(
     name: StudyName,
     html: Annotated[Path | None, typer.Option(help="Save the report, one HTML page, here.")] = None,
     project: Project = None,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Show what a study found: the verdict, the runs behind it, what it cost."""
@@ -152,19 +152,19 @@ def _save_report(path: Path, text: str) -> None:
 
 
 @study.command()
-def pause(name: StudyName, *, project: Project = None, home: Home = DEFAULT) -> None:
+def pause(name: StudyName, *, project: Project = None, home: Home = DEFAULT_HOME) -> None:
     """Lease nothing more of a study; what runs goes on to its end."""
     _change_state(home, project, name, "pause")
 
 
 @study.command()
-def resume(name: StudyName, *, project: Project = None, home: Home = DEFAULT) -> None:
+def resume(name: StudyName, *, project: Project = None, home: Home = DEFAULT_HOME) -> None:
     """Lease again."""
     _change_state(home, project, name, "resume")
 
 
 @study.command()
-def cancel(name: StudyName, *, project: Project = None, home: Home = DEFAULT) -> None:
+def cancel(name: StudyName, *, project: Project = None, home: Home = DEFAULT_HOME) -> None:
     """End a study; a running worker hears it at its next report."""
     _change_state(home, project, name, "cancel")
 
@@ -180,7 +180,7 @@ def show_run(
     *,
     run_id: Annotated[str, typer.Argument(metavar="RUN", help="A run's id, run_….")],
     project: Project = None,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Show a run: state, progress, parameters, checkpoints, error."""

@@ -17,7 +17,7 @@ from service.cli.common import (
     fail,
     quote_name,
 )
-from service.local_stack.home import DEFAULT
+from service.local_stack.home import DEFAULT_HOME
 
 Key = Annotated[
     str | None,
@@ -36,7 +36,7 @@ def enqueue(
     *,
     key: Key = None,
     project: Project = None,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Try given parameters next: `warmscale study enqueue my-study lr=0.003 beta2=0.95`."""
@@ -67,7 +67,7 @@ def targets(
     ] = None,
     key: Key = None,
     project: Project = None,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Start a warmstart by hand, warm runs and cold ones, beside the one that ends the study."""

@@ -9,17 +9,17 @@ from service import __version__
 from service.cli.common import Exit, fail
 from service.local_stack.child_process import ChildError
 from service.local_stack.home import HomeInUseError, access_path
-from service.local_stack.supervisor import Interrupted, PortTakenError, Stack, log_folder, stack
+from service.local_stack.supervisor import Interrupted, PortTakenError, Stack, log_folder, run_stack
 from service.settings import Settings
 
 
 def run_stack_until_stopped(settings: Settings, fleet: list[str] | None, *, as_json: bool) -> None:
     """Hold a stack up until told to stop."""
     try:
-        with stack(settings, fleet=fleet, say=print_message) as running:
+        with run_stack(settings, fleet=fleet, notify=print_message) as running:
             seconds = running.wait_until_ready()
             _print_ready(settings, running, seconds, as_json=as_json)
-            running.run()
+            running.run_until_stopped()
     except Interrupted:
         print_message("stopped; everything resumes at the next `warmscale up`")
     except (HomeInUseError, PortTakenError) as error:

@@ -1,4 +1,4 @@
-"""The home folder of a local stack: who may use it, and how a client finds its service."""
+"""The home folder of a local stack: the lock of its supervisor, and the file that clients read."""
 
 import fcntl
 import os
@@ -10,15 +10,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from warmcore.storage.atomic_writes import ONLY_THIS_USER, write_file
 
-DEFAULT = Path(".warmscale")
+DEFAULT_HOME = Path(".warmscale")
 
 
 class HomeInUseError(Exception):
-    """Another supervisor holds this home."""
+    """A home folder that another supervisor has locked."""
 
 
 class Access(BaseModel):
-    """Where a service is, and the key to it."""
+    """The URL of a service and an API key for it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,10 +27,10 @@ class Access(BaseModel):
 
 
 def read_access(home: Path) -> Access | None:
-    """What the last `warmscale up` of this home left for clients; None when there is none.
+    """Return the URL and key that the last `warmscale up` wrote; None if this home has no file.
 
     Raises:
-        ValueError: the file is there but is not what `up` writes.
+        ValueError: the file exists, and `up` cannot have written its content.
     """
     path = access_path(home)
     try:
@@ -42,33 +42,35 @@ def read_access(home: Path) -> Access | None:
 
 
 def write_access(home: Path, access: Access) -> None:
-    """Leave it for clients: readable by this user alone, and never half written."""
+    """Write the URL and key for clients, readable by this user alone, in one atomic step."""
     with write_file(access_path(home), mode=ONLY_THIS_USER) as file:
         file.write(access.model_dump_json().encode())
 
 
 def access_path(home: Path) -> Path:
-    """Where the access of a home is kept."""
+    """Return the path of the home's access file."""
     return home / "client.json"
 
 
 @contextmanager
-def held(home: Path) -> Generator[None]:
-    """Hold the home while inside. The kernel lets go of it however this process ends.
+def hold_home(home: Path) -> Generator[None]:
+    """Lock the home for the duration of the `with` block.
 
     Raises:
-        HomeInUseError: another process holds it.
+        HomeInUseError: another process has locked it.
     """
     home.mkdir(parents=True, exist_ok=True)
     with (home / "up.lock").open("a+") as file:
         try:
+            # The kernel releases a flock when the process ends, even after kill -9: no stale lock
+            # can remain. The file's content, the process id, serves the error message alone.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise HomeInUseError(
                 f"{home} is in use by another `warmscale up` (process {holder}); "
-                "stop that one, or choose another --home"
+                "stop that process, or choose another --home"
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -8,7 +8,7 @@ import typer
 
 from service.cli.admin.session import begin_transaction
 from service.cli.common import Exit, Home, Json, fail
-from service.local_stack.home import DEFAULT
+from service.local_stack.home import DEFAULT_HOME
 
 if TYPE_CHECKING:
     from sqlalchemy import Select
@@ -30,7 +30,7 @@ def events(
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="The newest so many.")] = 100,
     as_json: Json = False,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
 ) -> None:
     """Print the audit log, oldest first: when, who, what, and of which run."""
     with begin_transaction(home) as session:

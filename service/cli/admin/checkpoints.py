@@ -8,7 +8,7 @@ import typer
 
 from service.cli.admin.session import exit_on_database_errors
 from service.cli.common import Exit, Home, Json, fail, load_settings
-from service.local_stack.home import DEFAULT
+from service.local_stack.home import DEFAULT_HOME
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -37,7 +37,7 @@ def gc(
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete; without it, only say what would be.")
     ] = False,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Say, or delete, which checkpoints no run can need any more, and why the others are kept."""

@@ -12,7 +12,7 @@ import typer
 
 from service.cli.admin.session import exit_on_database_errors
 from service.cli.common import Exit, Home, Json, fail, load_settings
-from service.local_stack.home import DEFAULT
+from service.local_stack.home import DEFAULT_HOME
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -36,7 +36,7 @@ def _open_database(home: Path) -> Generator["URL"]:
         fail(Exit.CONFLICT, str(error))
 
 
-def current(*, home: Home = DEFAULT, as_json: Json = False) -> None:
+def current(*, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """Print the revision of both schemas; exit code 4 when one is not this version's."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
@@ -72,7 +72,7 @@ def downgrade(
     *,
     to: Annotated[str, typer.Option(help="The earlier revision, as `db history` names it.")],
     yes: Annotated[bool, typer.Option("--yes", help="Lose what it says will be lost.")] = False,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
 ) -> None:
     """Take our tables to an earlier revision, for an earlier version of warmscale."""
     from sqlalchemy import create_engine
@@ -94,7 +94,7 @@ def downgrade(
     typer.echo(f"schema {SCHEMA} is at {to}")
 
 
-def backup(path: BackupFile, *, home: Home = DEFAULT, as_json: Json = False) -> None:
+def backup(path: BackupFile, *, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """Write both schemas, as of one moment, to one file that only you can read.
 
     The service goes on meanwhile. The hashes of API keys are in it; checkpoints' files are not.
@@ -112,7 +112,7 @@ def restore(
     replace: Annotated[
         bool, typer.Option("--replace", help="Delete everything that the database holds now.")
     ] = False,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Restore a backup into an empty database, in one transaction; stop the service first.
@@ -169,7 +169,7 @@ db = typer.Typer(help="The database.", no_args_is_help=True)
 
 
 @db.command()
-def upgrade(home: Home = DEFAULT) -> None:
+def upgrade(home: Home = DEFAULT_HOME) -> None:
     """Create the tables, or bring them to the newest version. Safe to repeat."""
     from service.database import engine  # a second of imports
     from service.operations import migrations
@@ -191,7 +191,7 @@ def check(
         bool, typer.Option("--at-rest", help="Nothing is under way: what is pending is wrong too.")
     ] = False,
     as_json: Json = False,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
 ) -> None:
     """Check what must always hold (docs/guarantees.md); 0: it does. Changes nothing."""
     from sqlalchemy import NullPool, create_engine

@@ -7,7 +7,7 @@ import typer
 
 from service.cli.admin.session import begin_transaction
 from service.cli.common import Exit, Home, Json, check_project, fail, print_json
-from service.local_stack.home import DEFAULT
+from service.local_stack.home import DEFAULT_HOME
 from service.protocol import Scope
 
 SCOPES: tuple[str, ...] = get_args(Scope)
@@ -30,7 +30,7 @@ def create(
         ),
     ] = None,
     expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires.")] = None,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
 ) -> None:
     """Make a key and print it: this is the only time that it is shown."""
     from service.access import keys  # imports SQLAlchemy
@@ -47,7 +47,7 @@ def create(
 
 
 @key.command(name="list")
-def list_keys(home: Home = DEFAULT, *, as_json: Json = False) -> None:
+def list_keys(home: Home = DEFAULT_HOME, *, as_json: Json = False) -> None:
     """List the keys, newest first: what each may do and where, and when it was last used."""
     from service.access import keys
 
@@ -71,7 +71,7 @@ def _format_minute(when: datetime) -> str:
 
 @key.command()
 def revoke(
-    key_id: Annotated[str, typer.Argument(help="The key's id, key_….")], home: Home = DEFAULT
+    key_id: Annotated[str, typer.Argument(help="The key's id, key_….")], home: Home = DEFAULT_HOME
 ) -> None:
     """Revoke a key for good."""
     from service.access import keys  # imports FastAPI

@@ -7,7 +7,7 @@ import typer
 
 from service.cli.admin.session import begin_transaction
 from service.cli.common import Exit, Home, Json, check_project, fail, load_settings, print_json
-from service.local_stack.home import DEFAULT
+from service.local_stack.home import DEFAULT_HOME
 
 webhook = typer.Typer(
     help="Tell other programs when a study or a run has ended.", no_args_is_help=True
@@ -25,7 +25,7 @@ def add(
     project: Annotated[
         str | None, typer.Option(help="Only its studies'; every project's when not given.")
     ] = None,
-    home: Home = DEFAULT,
+    home: Home = DEFAULT_HOME,
 ) -> None:
     """Add a webhook and print its secret: this is the only time that it is shown."""
     from service.events.audit_log import NOTIFIED
@@ -47,7 +47,7 @@ def add(
 
 
 @webhook.command(name="list")
-def list_webhooks(home: Home = DEFAULT, *, as_json: Json = False) -> None:
+def list_webhooks(home: Home = DEFAULT_HOME, *, as_json: Json = False) -> None:
     """List webhooks: what waits, what was delivered in the last week, what was given up."""
     from service.webhooks import store
 
@@ -65,7 +65,7 @@ def list_webhooks(home: Home = DEFAULT, *, as_json: Json = False) -> None:
 
 
 @webhook.command()
-def remove(webhook_id: Id, home: Home = DEFAULT) -> None:
+def remove(webhook_id: Id, home: Home = DEFAULT_HOME) -> None:
     """Remove a webhook, and what waits for it."""
     from service.webhooks import store
 
@@ -77,7 +77,7 @@ def remove(webhook_id: Id, home: Home = DEFAULT) -> None:
 
 
 @webhook.command()
-def retry(webhook_id: Id, home: Home = DEFAULT) -> None:
+def retry(webhook_id: Id, home: Home = DEFAULT_HOME) -> None:
     """Try anew what was given up."""
     from service.webhooks import store
 
@@ -87,7 +87,7 @@ def retry(webhook_id: Id, home: Home = DEFAULT) -> None:
 
 
 @webhook.command(name="test")
-def send_test_event(webhook_id: Id, home: Home = DEFAULT) -> None:
+def send_test_event(webhook_id: Id, home: Home = DEFAULT_HOME) -> None:
     """Send a signed message of type `webhook.test` from here, now, once."""
     from service.database.tables import Webhook
 

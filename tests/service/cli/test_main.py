@@ -375,9 +375,9 @@ def test_a_damaged_access_file_says_what_to_do(tmp_path):
 
 
 def test_a_home_has_one_holder_at_a_time(tmp_path):
-    with homes.held(tmp_path), pytest.raises(HomeInUseError, match="in use by another"):
-        homes.held(tmp_path).__enter__()
-    with homes.held(tmp_path):
+    with homes.hold_home(tmp_path), pytest.raises(HomeInUseError, match="in use by another"):
+        homes.hold_home(tmp_path).__enter__()
+    with homes.hold_home(tmp_path):
         pass
 
 
