@@ -50,7 +50,7 @@ class Corpus:
     val: Tokens
     data_hash: str
     vocab_size: int = BYTE_VOCAB_SIZE
-    make_tokenizer_json: bytes | None = None
+    tokenizer_json: bytes | None = None
     is_byte: bool = True
 
     @property

@@ -56,12 +56,12 @@ def test_a_preparer_killed_half_way_leaves_nothing_that_is_taken_for_a_corpus(
 PREPARE = """
 import sys
 from pathlib import Path
-from warmcore.corpus.prepare import prepare
-from warmcore.corpus.sources import list_files
+from warmcore.corpus.prepare import prepare_corpus
+from warmcore.corpus.source_files import list_files
 from warmcore.specs import DataSpec
 sys.stdin.readline()
 spec = DataSpec(source=sys.argv[1], context=16, tokenizer=sys.argv[3])
-corpus = prepare(spec, Path(sys.argv[2]))
+corpus = prepare_corpus(spec, Path(sys.argv[2]))
 print(corpus.data_hash, int(corpus.train.sum()))
 """
 

@@ -227,7 +227,7 @@ def test_a_pattern_goes_down_any_number_of_folders_once(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "x.txt").write_text("text")
     assert [file.path.name for file in list_files(f"{tmp_path}/**/*.txt")] == ["x.txt"]
-    monkeypatch.setattr(source_files, "matching", None)
+    monkeypatch.setattr(source_files, "find_matches", None)
     source = f"{tmp_path}/**/**/*.txt"
     with pytest.raises(ValueError, match=r"has 2 \*\*, and 1 would work"):
         list_files(source)
