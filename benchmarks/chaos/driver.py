@@ -202,7 +202,7 @@ class Driver:
         """Count trials through the API and through Optuna, independently of `db check`."""
         trials = client.list_items(f"/v1/studies/{name}/trials")
         sampler = Sampler(optuna_url(self.stack.database.url), pool_size=1)
-        in_optuna = sampler.states(name)
+        in_optuna = sampler.read_states(name)
         sampler.close()
         lost, doubled = count_lost_and_doubled(self.spec["hpo"]["trials"], trials, in_optuna)
         self.lost, self.doubled = self.lost + lost, self.doubled + doubled

@@ -11,7 +11,7 @@ from service.access.lookup import find_run
 from service.database.tables import Run, Study
 from service.events.audit_log import record_event
 from service.lifecycle import FINAL_RUN_STATES, retry_delay_seconds, state_after_attempt
-from service.optuna_bridge.finish_trial import end_of, tell
+from service.optuna_bridge.finish_trial import finish_trial, trial_end
 from service.problems import bad_field, conflict, not_found
 from service.protocol import Decision, FinishRequest, Lease, Outcome
 from service.studies import branches
@@ -134,11 +134,11 @@ def finish_trial_of(session: Session, study: Study, run: Run) -> None:
     """Report the end of the run's trial to Optuna in this transaction, if it has ended."""
     if run.trial_number is None or run.state not in FINAL_RUN_STATES:
         return
-    run.told = tell(
+    run.told = finish_trial(
         session,
         study.optuna_name,
         run.trial_number,
-        end_of(run.state, diverged=run.diverged),
+        trial_end(run.state, diverged=run.diverged),
         value=run.val_loss_nats,
         diverged=run.diverged,
     )

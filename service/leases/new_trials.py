@@ -22,7 +22,12 @@ from service.leases.requests import Granted, OpenStudy, PendingRequest
 from service.leases.services import LeaseServices
 from service.lifecycle import LIVE_RUN_STATES
 from service.observability import tracing
-from service.optuna_bridge.draft_storage import Drawn, MovedOnError, WentBackError, write
+from service.optuna_bridge.draft_storage import (
+    DraftBatch,
+    MovedOnError,
+    WentBackError,
+    write_drafts,
+)
 from service.optuna_bridge.sampler import TRANSIENT, Sampler, Suggestion
 from service.protocol import Lease
 from service.runs.store import make_run
@@ -30,7 +35,7 @@ from service.specs.stored import UnreadableSpecError, log_skipped_study, parse_s
 from service.specs.study import StudySpec
 from service.studies.advance import end_study
 from service.studies.locks import lock_study
-from warmcore.specs import derived_seed
+from warmcore.specs import derive_seed
 
 _log = logging.getLogger(__name__)
 _MAX_SAMPLINGS = 5  # then leave the study to the next round: other replicas write faster
@@ -113,7 +118,7 @@ def start_trials(
             if not requests:
                 return []
             with tracing.span("ask", study=study.id, trials=len(requests)):
-                batch = sampler.draw(study.optuna_name, spec, len(requests))
+                batch = sampler.sample_trials(study.optuna_name, spec, len(requests))
             grants: Grants = []
             with (
                 suppress(MovedOnError),
@@ -133,12 +138,12 @@ def start_trials(
         raise
     except DBAPIError:
         _log.exception("no trial can be written", extra={"study": study.id})
-        sampler.forget(study.optuna_name)
+        sampler.evict_study(study.optuna_name)
         return requests
     except Exception as error:
         raise StudyFaultError(study.id, error) from error
     if requests:
-        sampler.forget(study.optuna_name)
+        sampler.evict_study(study.optuna_name)
     return requests
 
 
@@ -148,7 +153,7 @@ def _evict_if_it_went_back(sampler: Sampler, study: Study) -> Generator[None]:
     try:
         yield
     except WentBackError:
-        sampler.forget(study.optuna_name)
+        sampler.evict_study(study.optuna_name)
         raise
 
 
@@ -162,7 +167,7 @@ def _write_trials(
     study: Study,
     *,
     spec: StudySpec,
-    batch: Drawn,
+    batch: DraftBatch,
     requests: list[PendingRequest],
 ) -> tuple[Grants, list[PendingRequest]]:
     """Write the sampled trials and lease them; return the grants and the unserved requests.
@@ -190,7 +195,7 @@ def _write_trials(
     if lost:
         suggestions, now = _adopt_trials(session, services.sampler, study, spec, lost)
     else:
-        now = write(session, batch)
+        now = write_drafts(session, batch)
         suggestions = [Suggestion(number=d.number, params=d.params) for d in batch.drafts]
     leases = _lease_new_runs(
         session, services, study, spec=spec, suggestions=suggestions, requests=requests, now=now
@@ -206,7 +211,7 @@ def _adopt_trials(
     An older version wrote the two in separate transactions and could be killed in between.
     """
     try:
-        suggestions = [sampler.adopt(study.optuna_name, spec, number) for number in numbers]
+        suggestions = [sampler.adopt_trial(study.optuna_name, spec, number) for number in numbers]
     except KeyError as error:  # a standby without this trial was promoted
         raise WentBackError from error
     return suggestions, read_clock(session)
@@ -258,7 +263,7 @@ def fail_study(session: Session, fault: StudyFaultError) -> None:
 
 
 def _make_trial_run(study: Study, spec: StudySpec, suggestion: Suggestion) -> Run:
-    seed = derived_seed(spec.hpo.seed, suggestion.number)
+    seed = derive_seed(spec.hpo.seed, suggestion.number)
     run = make_run(
         study, spec, spec.trial_run(seed).with_params(suggestion.params), suggestion.params
     )

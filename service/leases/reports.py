@@ -58,7 +58,7 @@ def _is_pruned(sampler: Sampler, written: WrittenReport) -> bool:
         spec = parse_stored(written.judged_by)
     except UnreadableSpecError:
         return False  # a replica of the spec's version may prune at a later report
-    return sampler.prunes(written.optuna_name, spec, written.trial_number)
+    return sampler.should_prune(written.optuna_name, spec, written.trial_number)
 
 
 def write_report(

@@ -83,7 +83,7 @@ def known_revisions() -> dict[str, tuple[str, ...]]:
 
     optuna_schema.check_installed_optuna()
     ours = tuple(script.revision for script in list_scripts())
-    return {SCHEMA: ours, OPTUNA_SCHEMA: optuna_schema.revisions()}
+    return {SCHEMA: ours, OPTUNA_SCHEMA: optuna_schema.list_revisions()}
 
 
 def read_revisions(connection: Connection) -> tuple[Revision, ...]:
@@ -112,7 +112,7 @@ def upgrade_database(url: URL, patience: Patience = Patience()) -> None:
             connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {schema}"))
         check_not_newer(read_revisions(connection))
         _retry_while_locked(connection, patience, lambda: command.upgrade(config, "head"))
-        _retry_while_locked(connection, patience, lambda: optuna_schema.upgrade(theirs))
+        _retry_while_locked(connection, patience, lambda: optuna_schema.upgrade_tables(theirs))
 
 
 def downgrade_database(url: URL, revision: str, patience: Patience = Patience()) -> None:

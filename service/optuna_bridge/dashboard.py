@@ -24,7 +24,7 @@ _NOTE = re.compile(r"/api/studies/\d+(/\d+)?/note")
 # What shows no study, and what shows one, by its number in Optuna. Nothing else is let through:
 # a route that a newer dashboard brings is closed until somebody has looked at it.
 _PAGES = re.compile(r"/|/dashboard(/.*)?|/static/.*|/favicon\.ico|/api/meta/?|/api/studies/?")
-_OF_STUDY = re.compile(r"/(?:api/studies|csv)/(\d+)(?:/.*)?")
+_STUDY_PAGES = re.compile(r"/(?:api/studies|csv)/(\d+)(?:/.*)?")
 _BASIC = {"WWW-Authenticate": 'Basic realm="warmscale: any user, an API key as password"'}
 
 
@@ -44,41 +44,41 @@ class Dashboard:
         if scope["type"] != "http":
             return
         scope["app"] = self._app
-        answer = await run_in_threadpool(self._admit, Request(scope))
+        answer = await run_in_threadpool(self._admit_request, Request(scope))
         await answer(scope, receive, send)
 
-    def _admit(self, request: Request) -> ASGIApp:
+    def _admit_request(self, request: Request) -> ASGIApp:
         path, reads = request.url.path, request.method in _READ_METHODS
         if not reads and not _NOTE.fullmatch(path):
             return PlainTextResponse("The dashboard is read-only here: use /v1.", 403)
-        if not reads and not _is_own_page(request):
+        if not reads and not _is_from_own_page(request):
             return PlainTextResponse("This was sent by a page of another site.", 403)
         try:
-            caller = authenticate(request, _key(request), "read" if reads else "write")
+            caller = authenticate(request, _read_key(request), "read" if reads else "write")
         except Problem as problem:
             headers = _BASIC if problem.status == 401 else problem.headers  # noqa: PLR2004
             return PlainTextResponse(problem.detail, problem.status, headers=headers)
-        if not self._shows(path, caller):
+        if not self._can_show(path, caller):
             return PlainTextResponse("There is nothing here.", 404)
-        return self._dashboard(caller)
+        return self._get_dashboard(caller)
 
-    def _shows(self, path: str, caller: Caller) -> bool:
+    def _can_show(self, path: str, caller: Caller) -> bool:
         if _PAGES.fullmatch(path):
             return True
-        study = _OF_STUDY.fullmatch(path)
-        name = find_service(self._app, Sampler).name_of(int(study[1])) if study else None
+        study = _STUDY_PAGES.fullmatch(path)
+        name = find_service(self._app, Sampler).find_study_name(int(study[1])) if study else None
         return name is not None and caller.can_see(name)
 
-    def _dashboard(self, caller: Caller) -> ASGIApp:
+    def _get_dashboard(self, caller: Caller) -> ASGIApp:
         known = self._of_project.get(caller.project)
         if known is None:
-            wsgi = find_service(self._app, Sampler).dashboard(caller.can_see)
+            wsgi = find_service(self._app, Sampler).make_dashboard(caller.can_see)
             known = cast("ASGIApp", WSGIMiddleware(wsgi))  # two spellings of one type
             self._of_project[caller.project] = known
         return known
 
 
-def _is_own_page(request: Request) -> bool:
+def _is_from_own_page(request: Request) -> bool:
     """Whether a write comes from our own page: browsers send Basic credentials from any page."""
     if request.headers.get("Authorization", "").lower().startswith("bearer "):
         return True  # no browser sends that by itself
@@ -86,7 +86,7 @@ def _is_own_page(request: Request) -> bool:
     return bool(origin.netloc) and origin.netloc == request.headers.get("Host")
 
 
-def _key(request: Request) -> str | None:
+def _read_key(request: Request) -> str | None:
     kind, _, value = request.headers.get("Authorization", "").partition(" ")
     if kind.lower() == "bearer":
         return value

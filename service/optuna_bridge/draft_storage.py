@@ -25,7 +25,7 @@ _UNNEEDED = "tpe:relative_params"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft:
+class DraftTrial:
     """A trial to be started: its parameters as given out, and as Optuna's tables hold them."""
 
     number: int
@@ -36,13 +36,13 @@ class Draft:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawn:
+class DraftBatch:
     """Drafts of one study, good only while it has as many trials as when they were drawn."""
 
     study_id: int
     trials_before: int
     running: tuple[int, ...]  # numbers of those that ran already
-    drafts: tuple[Draft, ...]
+    drafts: tuple[DraftTrial, ...]
     study_attributes: dict[str, Any]
 
 
@@ -66,13 +66,13 @@ class DraftStorage:
         """Trials of the study, drafts included."""
         return len(self._trials)
 
-    def drawn(self) -> Drawn:
+    def collect_drafts(self) -> DraftBatch:
         """What was started here."""
-        return Drawn(
+        return DraftBatch(
             study_id=self._study_id,
             trials_before=self._trials_before,
             running=self._running,
-            drafts=tuple(_draft(*started) for started in self._started.items()),
+            drafts=tuple(_make_draft(*started) for started in self._started.items()),
             study_attributes=self._study_attributes,
         )
 
@@ -104,7 +104,7 @@ class DraftStorage:
             system_attrs={},
             intermediate_values={},
         )
-        self._start(trial_id, trial)
+        self._start_trial(trial_id, trial)
         return trial_id
 
     def set_trial_state_values(self, trial_id: int, state: TrialState) -> bool:
@@ -112,10 +112,10 @@ class DraftStorage:
         assert state == TrialState.RUNNING
         trial = copy.deepcopy(self._history[trial_id])
         trial.state = state
-        self._start(trial_id, trial)
+        self._start_trial(trial_id, trial)
         return True
 
-    def _start(self, trial_id: int, trial: FrozenTrial) -> None:
+    def _start_trial(self, trial_id: int, trial: FrozenTrial) -> None:
         self._trials[trial.number : trial.number + 1] = [trial]
         self._started[trial_id] = trial
 
@@ -145,9 +145,9 @@ class DraftStorage:
         self._started[trial_id].system_attrs[key] = value
 
 
-def _draft(trial_id: int, trial: FrozenTrial) -> Draft:
+def _make_draft(trial_id: int, trial: FrozenTrial) -> DraftTrial:
     kinds = trial.distributions
-    return Draft(
+    return DraftTrial(
         number=trial.number,
         trial_id=trial_id if trial_id >= 0 else None,
         params=trial.params,
@@ -167,7 +167,7 @@ class WentBackError(MovedOnError):
     """It has fewer trials than it had: the database has gone back in time, so forget the study."""
 
 
-def write(session: Session, drawn: Drawn) -> datetime:
+def write_drafts(session: Session, drawn: DraftBatch) -> datetime:
     """Start the drafts' trials in this transaction, which has locked Optuna's study for it.
 
     Returns the database's time at which they were written.
@@ -183,7 +183,7 @@ def write(session: Session, drawn: Drawn) -> datetime:
         "before": drawn.trials_before,
         "popped": popped,
         "new": [d.number for d in drawn.drafts if d.trial_id is None],
-        **_columns(("number", "name", "value", "kind"), params),
+        **_make_columns(("number", "name", "value", "kind"), params),
     }
     started = session.execute(_START, rows).all()
     if len(started) < len(drawn.drafts):
@@ -194,14 +194,14 @@ def write(session: Session, drawn: Drawn) -> datetime:
         (ids[d.number], k, json.dumps(v)) for d in drawn.drafts for k, v in d.attributes.items()
     ]
     if set_:
-        session.execute(_SET_ATTRIBUTES, _columns(("trial", "name", "value"), set_))
+        session.execute(_SET_ATTRIBUTES, _make_columns(("trial", "name", "value"), set_))
     for name, value in drawn.study_attributes.items():
         row = {"study": drawn.study_id, "name": name, "value": json.dumps(value)}
         session.execute(_SET_STUDY_ATTRIBUTE, row)
     return started[-1].now
 
 
-def _columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
+def _make_columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
     return {name: [row[i] for row in rows] for i, name in enumerate(names)}
 
 

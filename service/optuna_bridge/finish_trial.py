@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 TrialEnd = Literal["COMPLETE", "PRUNED", "FAIL"]
 
 
-def end_of(state: str, *, diverged: bool) -> TrialEnd:
+def trial_end(state: str, *, diverged: bool) -> TrialEnd:
     """What Optuna calls the end of a run; a diverged trial is pruned at +inf, the worst there is.
 
     As a failure it would teach the sampler nothing.
@@ -24,7 +24,7 @@ def end_of(state: str, *, diverged: bool) -> TrialEnd:
     return ends.get(state, "FAIL")
 
 
-def tell(
+def finish_trial(
     session: Session,
     optuna_name: str,
     number: int,
@@ -44,10 +44,10 @@ def tell(
         "value": value if end == "COMPLETE" else None,
         "diverged": diverged,
     }
-    return session.execute(_TELL, values).first() is not None
+    return session.execute(_FINISH_TRIAL, values).first() is not None
 
 
-_TELL = text("""
+_FINISH_TRIAL = text("""
 WITH trial AS (
     SELECT trial_id FROM optuna.trials JOIN optuna.studies USING (study_id)
     WHERE study_name = :study AND number = :number

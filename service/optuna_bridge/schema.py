@@ -24,7 +24,7 @@ except ImportError as error:
     raise UnknownOptunaError(f"it has no {error.name}") from error
 
 # Optuna finds a trial by its number among all of its study.
-_INDEX = "CREATE INDEX IF NOT EXISTS ix_warmscale_number ON optuna.trials (study_id, number)"
+_CREATE_INDEX = "CREATE INDEX IF NOT EXISTS ix_warmscale_number ON optuna.trials (study_id, number)"
 
 
 @cache
@@ -34,7 +34,7 @@ def check_installed_optuna() -> None:
     Raises:
         UnknownOptunaError: its newest revision, or a column of a table that we use, is unknown.
     """
-    newest = revisions()[-1]
+    newest = list_revisions()[-1]
     if newest != KNOWN_REVISION:
         raise UnknownOptunaError(f"its tables are at revision {newest}")
     tables = models.BaseModel.metadata.tables
@@ -44,62 +44,62 @@ def check_installed_optuna() -> None:
             raise UnknownOptunaError(f"its table {name} has the columns {sorted(columns)}")
 
 
-def upgrade(url: str) -> None:
+def upgrade_tables(url: str) -> None:
     """Create Optuna's tables, or bring them to the installed version. One caller at a time."""
     check_installed_optuna()
     storage = RDBStorage(url, skip_compatibility_check=True)
     storage.upgrade()
     with storage.engine.begin() as connection:
-        _complete(connection)
+        _complete_tables(connection)
     storage.engine.dispose()
 
 
-def revisions() -> tuple[str, ...]:
+def list_revisions() -> tuple[str, ...]:
     """The revisions that the installed Optuna knows, oldest first."""
-    return tuple(script.revision for script in _scripts().walk_revisions())[::-1]
+    return tuple(script.revision for script in _load_scripts().walk_revisions())[::-1]
 
 
-def create(connection: Connection, revision: str) -> None:
+def create_tables(connection: Connection, revision: str) -> None:
     """Create empty tables as they were at `revision`, in the connection's transaction.
 
     At the newest they are those of a new installation; Optuna's migrations from nothing differ
     from them in the name of an index.
     """
-    _in_schema(connection)
-    if revision == revisions()[-1]:
+    _set_search_path(connection)
+    if revision == list_revisions()[-1]:
         models.BaseModel.metadata.create_all(connection)
-        _context(connection).stamp(_scripts(), revision)
+        _make_context(connection).stamp(_load_scripts(), revision)
     else:
-        migrate(connection, revision)
+        migrate_tables(connection, revision)
 
 
-def migrate(connection: Connection, revision: str) -> None:
+def migrate_tables(connection: Connection, revision: str) -> None:
     """Bring the tables up to `revision`, in the connection's transaction."""
-    _in_schema(connection)
-    context = _context(connection, revision)
+    _set_search_path(connection)
+    context = _make_context(connection, revision)
     with Operations.context(context):
         context.run_migrations()
-    if revision == revisions()[-1]:
+    if revision == list_revisions()[-1]:
         connection.execute(
             text("UPDATE version_info SET schema_version = :schema, library_version = :library"),
             {"schema": models.SCHEMA_VERSION, "library": optuna.__version__},
         )
-        _complete(connection)
+        _complete_tables(connection)
 
 
-def _complete(connection: Connection) -> None:
+def _complete_tables(connection: Connection) -> None:
     """What Optuna's migrations leave out: an index, and a word that came into a type with 1.2."""
-    connection.execute(text(_INDEX))
+    connection.execute(text(_CREATE_INDEX))
     connection.execute(text("ALTER TYPE trialstate ADD VALUE IF NOT EXISTS 'WAITING'"))
 
 
-def _in_schema(connection: Connection) -> None:
+def _set_search_path(connection: Connection) -> None:
     """Optuna's migrations name no schema."""
     connection.execute(text(f"SET LOCAL search_path TO {OPTUNA_SCHEMA}"))
 
 
-def _context(connection: Connection, revision: str = "head") -> MigrationContext:
-    scripts = _scripts()
+def _make_context(connection: Connection, revision: str = "head") -> MigrationContext:
+    scripts = _load_scripts()
 
     def steps(found: str, _: MigrationContext) -> list[RevisionStep]:
         return scripts._upgrade_revs(revision, found)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - as Alembic's manual does
@@ -108,7 +108,7 @@ def _context(connection: Connection, revision: str = "head") -> MigrationContext
     return MigrationContext.configure(connection, opts=opts)
 
 
-def _scripts() -> ScriptDirectory:
+def _load_scripts() -> ScriptDirectory:
     folder = Path(models.__file__).with_name("alembic")
     config = Config()
     config.set_main_option("script_location", str(folder).replace("%", "%%"))

@@ -38,10 +38,10 @@ from service.specs.search_space import (
     list_grid_points,
 )
 from service.specs.study import StudySpec
-from warmcore.specs import derived_seed
+from warmcore.specs import derive_seed
 
 
-def distribution(dimension: Dimension) -> BaseDistribution:
+def make_distribution(dimension: Dimension) -> BaseDistribution:
     """Optuna's word for a dimension."""
     if isinstance(dimension, CategoricalDimension):
         return CategoricalDistribution(dimension.choices)
@@ -54,12 +54,12 @@ def distribution(dimension: Dimension) -> BaseDistribution:
     )
 
 
-def suggest_all(trial: Trial, spec: StudySpec) -> dict[str, Any]:
+def suggest_params(trial: Trial, spec: StudySpec) -> dict[str, Any]:
     """Every parameter of the search space, in its order."""
-    return {name: _suggest(trial, name, dim) for name, dim in spec.search_space.items()}
+    return {name: _suggest_param(trial, name, dim) for name, dim in spec.search_space.items()}
 
 
-def _suggest(trial: Trial, name: str, dimension: Dimension) -> Any:
+def _suggest_param(trial: Trial, name: str, dimension: Dimension) -> Any:
     if isinstance(dimension, CategoricalDimension):
         return trial.suggest_categorical(name, dimension.choices)
     if isinstance(dimension, FloatDimension):
@@ -72,7 +72,7 @@ def _suggest(trial: Trial, name: str, dimension: Dimension) -> Any:
 def make_sampler(spec: StudySpec, trials_so_far: int) -> BaseSampler:
     """The sampler of a study for its next draw."""
     seed = spec.hpo.seed % 2**32
-    draw = derived_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
+    draw = derive_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
     match spec.hpo.sampler:
         case "random":
             return RandomSampler(seed=draw)

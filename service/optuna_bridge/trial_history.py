@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Row, text
 
 
-class History:
+class TrialHistory:
     """A study's trials in this process. One thread at a time; none of them is ever changed."""
 
     def __init__(self, study_id: int) -> None:
@@ -26,14 +26,14 @@ class History:
     def __len__(self) -> int:
         return len(self._trials)
 
-    def read(self, connection: Connection) -> dict[int, FrozenTrial]:
+    def read_trials(self, connection: Connection) -> dict[int, FrozenTrial]:
         """Every trial by its id, in the order of their numbers.
 
         Ids of one study's trials are drawn under its lock: what comes later has a greater one.
         """
         known = {"study": self.study_id, "newest": self._newest, "again": [*self._unfinished]}
-        for row in connection.execute(_READ, known):
-            trial = _frozen(row)
+        for row in connection.execute(_READ_TRIALS, known):
+            trial = _make_frozen_trial(row)
             self._trials[row.trial_id] = trial
             self._newest = max(self._newest, row.trial_id)
             if trial.state.is_finished():
@@ -43,28 +43,30 @@ class History:
         return self._trials
 
 
-def _frozen(row: Row[Any]) -> FrozenTrial:
-    kinds = {name: _distribution(kind) for name, _, kind in row.params}
+def _make_frozen_trial(row: Row[Any]) -> FrozenTrial:
+    kinds = {name: _parse_distribution(kind) for name, _, kind in row.params}
     return FrozenTrial(
         number=row.number,
         trial_id=row.trial_id,
         state=TrialState[row.state],
         value=None,
-        values=[_number(value, kind) for value, kind in row.values] or None,
+        values=[_parse_value(value, kind) for value, kind in row.values] or None,
         datetime_start=row.datetime_start,
         datetime_complete=row.datetime_complete,
         params={name: kinds[name].to_external_repr(value) for name, value, _ in row.params},
         distributions=kinds,
         user_attrs={key: json.loads(value) for key, value in row.user_attributes},
         system_attrs={key: json.loads(value) for key, value in row.system_attributes},
-        intermediate_values={step: _number(v, kind) for step, v, kind in row.intermediate_values},
+        intermediate_values={
+            step: _parse_value(v, kind) for step, v, kind in row.intermediate_values
+        },
     )
 
 
-_distribution = functools.lru_cache(maxsize=10_000)(json_to_distribution)
+_parse_distribution = functools.lru_cache(maxsize=10_000)(json_to_distribution)
 
 
-def _number(value: float | None, kind: str) -> float:
+def _parse_value(value: float | None, kind: str) -> float:
     match kind:
         case "INF_POS":
             return math.inf
@@ -77,7 +79,7 @@ def _number(value: float | None, kind: str) -> float:
             return float(value)
 
 
-_READ = text("""
+_READ_TRIALS = text("""
 SELECT trial_id, number, CAST(state AS text) AS state, datetime_start, datetime_complete,
   COALESCE((SELECT json_agg(json_build_array(param_name, param_value, distribution_json)
                             ORDER BY param_id)

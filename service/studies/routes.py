@@ -49,7 +49,7 @@ def create_study(
     """Create a study; every fault is reported now, not when its first run starts."""
     study = submission.submit_study(session, caller, body, settings.readable, key)
     # Optuna commits by itself. If our commit fails, the next submission finds its study.
-    sampler.create(study.optuna_name)
+    sampler.create_study(study.optuna_name)
     return store.view_study(session, study)
 
 

@@ -16,7 +16,7 @@ from service.specs.study import StudySpec
 from service.studies.locks import lock_study
 from service.studies.schemas import Importance, TrialPage, TrialView
 from service.web.pagination import decode_number, encode_number
-from warmcore.specs.fields import FieldError, reason
+from warmcore.specs.fields import FieldError, format_reason
 
 _FEWEST_FOR_IMPORTANCE = 4
 
@@ -28,7 +28,7 @@ def list_trials(
     after = -1 if cursor is None else decode_number(cursor)
     spec = parse_stored(study.spec)
     # Read the waiting trials first: a trial that starts between the two reads then has its run.
-    waiting = sampler.waiting(study.optuna_name)
+    waiting = sampler.read_waiting_trials(study.optuna_name)
     trials = {n: _view_waiting(spec, n, params) for n, params in waiting.items() if n > after}
     query = select(Run).where(Run.study_id == study.id, Run.trial_number > after)
     for run in session.scalars(query.order_by(Run.trial_number).limit(limit + 1)):
@@ -52,7 +52,8 @@ def enqueue_trial(
     """
     study = lock_study(session, study.id)
     spec = parse_stored(study.spec)
-    if key is not None and (earlier := sampler.enqueued(study.optuna_name, key)) is not None:
+    earlier = None if key is None else sampler.find_enqueued_trial(study.optuna_name, key)
+    if earlier is not None:
         number, given = earlier
         if given != params:
             detail = f"Idempotency-Key {key!r} was used for trial {number}, with parameters {given}"
@@ -62,10 +63,10 @@ def enqueue_trial(
     if study.state in FINAL_STUDY_STATES:
         raise conflict("wrong-state", f"study {study.name!r} is {study.state}; it starts no trials")
     # Optuna's count includes trials that a crash left without a run: the next lease adopts them.
-    if len(sampler.states(study.optuna_name)) >= spec.hpo.trials:
+    if len(sampler.read_states(study.optuna_name)) >= spec.hpo.trials:
         detail = f"all {spec.hpo.trials} trials of study {study.name!r} are started or enqueued"
         raise conflict("budget-spent", detail)
-    return _view_waiting(spec, sampler.enqueue(study.optuna_name, params, key), params)
+    return _view_waiting(spec, sampler.enqueue_trial(study.optuna_name, params, key), params)
 
 
 def _view_enqueued(
@@ -83,12 +84,12 @@ def compute_importance(sampler: Sampler, study: Study) -> Importance:
     Raises:
         Problem: 409 while too few trials have finished.
     """
-    states = sampler.states(study.optuna_name).values()
+    states = sampler.read_states(study.optuna_name).values()
     complete = sum(state == "COMPLETE" for state, _ in states)
     if complete < _FEWEST_FOR_IMPORTANCE:
         detail = f"{complete} trials have finished; importances need {_FEWEST_FOR_IMPORTANCE}"
         raise conflict("too-few-trials", detail)
-    return Importance(importance=sampler.importance(study.optuna_name), trials=complete)
+    return Importance(importance=sampler.compute_importance(study.optuna_name), trials=complete)
 
 
 def _view_trial(run: Run) -> TrialView:
@@ -142,7 +143,7 @@ def check_parameters(spec: StudySpec, params: dict[str, Any]) -> None:
     except FieldError as error:
         raise bad_field("params.batch_size", params.get("batch_size"), str(error)) from None
     except ValueError as error:
-        raise bad_field("params", params, reason(error)) from None
+        raise bad_field("params", params, format_reason(error)) from None
     # The grid sampler visits points; it does not sample the parameters that are left out.
     absent = sorted(set(spec.search_space) - set(params))
     if spec.hpo.sampler == "grid" and absent:

@@ -72,7 +72,7 @@ def check_optuna(processes, study, trials):
     from service.optuna_bridge.sampler import Sampler
 
     sampler = Sampler(optuna_url(processes.database_url), pool_size=1)
-    in_optuna = sampler.states(study)
+    in_optuna = sampler.read_states(study)
     sampler.close()
     assert in_optuna == {t["number"]: ("COMPLETE", t["val_loss_nats"]) for t in trials}
 

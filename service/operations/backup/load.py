@@ -102,7 +102,7 @@ def _make_tables(connection: Connection, manifest: BackupManifest) -> None:
         connection.execute(text(f"DROP SCHEMA IF EXISTS {schema} CASCADE"))
         connection.execute(text(f"CREATE SCHEMA {schema}"))
     command.upgrade(config_for_connection(connection), manifest.revisions[SCHEMA])
-    optuna_schema.create(connection, manifest.revisions[OPTUNA_SCHEMA])
+    optuna_schema.create_tables(connection, manifest.revisions[OPTUNA_SCHEMA])
     connection.execute(text("SET LOCAL search_path TO DEFAULT"))
 
 
@@ -185,4 +185,4 @@ def _settle_events(connection: Connection) -> None:
 
 def _upgrade_schemas(connection: Connection) -> None:
     command.upgrade(config_for_connection(connection), "head")
-    optuna_schema.migrate(connection, optuna_schema.revisions()[-1])
+    optuna_schema.migrate_tables(connection, optuna_schema.list_revisions()[-1])

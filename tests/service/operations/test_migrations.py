@@ -246,7 +246,7 @@ def put_older_optuna(url, older):
             for name in held
         }
         connection.execute(text("DROP SCHEMA optuna CASCADE; CREATE SCHEMA optuna"))
-        optuna_schema.create(connection, older)
+        optuna_schema.create_tables(connection, older)
         for key in catalog.list_foreign_keys(connection):
             if key.schema == "optuna":
                 drop = f"ALTER TABLE optuna.{key.table} DROP CONSTRAINT {key.name}"

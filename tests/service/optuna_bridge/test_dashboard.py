@@ -65,7 +65,7 @@ def test_every_route_of_the_dashboard_is_a_page_of_a_study_or_closed(api):
     """A dashboard of a newer version may have routes that nobody here has looked at."""
     from service.optuna_bridge import dashboard
 
-    bottle = api.sampler.dashboard(lambda _: True)
+    bottle = api.sampler.make_dashboard(lambda _: True)
     reads = [r.rule for r in bottle.routes if r.method == "GET"]
     closed = {rule for rule in reads if not is_let_through(dashboard, rule)}
     assert len(reads) > 8
@@ -76,7 +76,7 @@ def is_let_through(dashboard, rule):
     path = re.sub(r"<:re:.*>$", "", re.sub(r"<\w+(:int)?>", "1", rule)).replace(
         "<filename:path>", "x.js"
     )
-    return bool(dashboard._PAGES.fullmatch(path) or dashboard._OF_STUDY.fullmatch(path))
+    return bool(dashboard._PAGES.fullmatch(path) or dashboard._STUDY_PAGES.fullmatch(path))
 
 
 NOTE = {"version": 1, "body": "seen"}
