@@ -10,7 +10,7 @@ from service.events.wakeups import Wakeups
 from service.leases.queue import LeaseQueue
 from service.leases.services import LeaseServices
 from service.optuna_bridge import finish_trial
-from service.optuna_bridge.draft_storage import write_drafts
+from service.optuna_bridge.draft_storage import write
 from service.optuna_bridge.sampler import Suggestion
 from service.protocol import (
     CheckpointReport,
@@ -38,7 +38,7 @@ class Worker:
         request = LeaseRequest(worker=self.name, max_runs=n, resources=resources, **more)
         return self.client.lease(request)
 
-    def one(self, **more):
+    def lease_one(self, **more):
         (lease,) = self.lease(1, **more)
         return lease
 
@@ -95,26 +95,24 @@ def run_with_queue(api, scene, **settings):
     return asyncio.run(listen_and_run())
 
 
-def ask(sampler, study, spec):
+def start_trial(sampler, study, spec):
     """Start Optuna's next trial as a lease does, but leave it without a run."""
-    drawn = sampler.sample_trials(study, spec)
+    drawn = sampler.draw(study, spec)
     with Session(sampler.engine) as session, session.begin():
-        write_drafts(session, drawn)
+        write(session, drawn)
     (draft,) = drawn.drafts
     return Suggestion(number=draft.number, params=draft.params)
 
 
-def tell(sampler, study, number, state, value=None):
+def end_trial(sampler, study, number, state, value=None):
     """End a trial in Optuna as a finish does, with no run of ours."""
     diverged = state == "diverged"
-    end = finish_trial.trial_end(state, diverged=diverged)
+    end = finish_trial.end_of(state, diverged=diverged)
     with Session(sampler.engine) as session, session.begin():
-        return finish_trial.finish_trial(
-            session, study, number, end, value=value, diverged=diverged
-        )
+        return finish_trial.tell(session, study, number, end, value=value, diverged=diverged)
 
 
-def evaluate(sampler, study, number, losses):
+def report_losses(sampler, study, number, losses):
     """Give Optuna validation losses by evaluation number."""
     storage = sampler.storage
     trial = storage.get_trial_id_from_study_id_trial_number(

@@ -42,7 +42,7 @@ class Api:
         pruned = {"sampler": "random", "pruner": "successive_halving"}
         self.offer(hpo={"trials": 2, "parallel": 2} | pruned)
         worker = Worker(self.client)
-        worker.evaluate(worker.one(), evaluation=1, loss=0.0)
+        worker.evaluate(worker.lease_one(), evaluation=1, loss=0.0)
 
     def cancel(self, lease: Any) -> None:
         self.client.post(f"/v1/studies/{lease.study_id}/cancel")

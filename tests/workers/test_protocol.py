@@ -154,7 +154,7 @@ def test_eight_threads_get_each_run_once(service, worker):
 
 def test_a_report_is_answered_with_continue(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     assert worker.report(lease, {"step": 5, "tokens": 1280, "loss_nats": 3.0}) == "continue"
     assert worker.evaluate(lease, evaluation=2, loss=2.5) == "continue"
     assert service.standing(lease).losses == {5: 3.0, 10: None}
@@ -162,7 +162,7 @@ def test_a_report_is_answered_with_continue(service, worker):
 
 def test_an_empty_report_changes_nothing(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     before = service.standing(lease)
     assert worker.report(lease) == "continue"
     assert service.standing(lease) == before
@@ -170,7 +170,7 @@ def test_an_empty_report_changes_nothing(service, worker):
 
 def test_of_each_step_the_first_report_stands(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     point = {"step": 5, "tokens": 1280, "loss_nats": 3.0}
     worker.report(lease, point)
     worker.report(lease, point | {"loss_nats": 9.0})
@@ -179,7 +179,7 @@ def test_of_each_step_the_first_report_stands(service, worker):
 
 def test_to_prune_is_decided_with_an_evaluation_and_with_nothing_else(service, worker):
     service.offer_a_bad_one()
-    lease = worker.one()
+    lease = worker.lease_one()
     assert worker.report(lease, {"step": 3, "tokens": 768, "loss_nats": 9.0}) == "continue"
     assert worker.evaluate(lease, evaluation=1, loss=9.0) == "prune"
     assert worker.report(lease) == "continue"
@@ -189,7 +189,7 @@ def test_to_prune_is_decided_with_an_evaluation_and_with_nothing_else(service, w
 
 def test_a_cancelled_run_hears_it_whatever_it_writes_and_nothing_is_written(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     service.cancel(lease)
     before = service.standing(lease)
     assert worker.evaluate(lease, evaluation=1, loss=3.0) == "cancel"
@@ -205,7 +205,7 @@ def test_a_cancelled_run_hears_it_whatever_it_writes_and_nothing_is_written(serv
 
 def lease_again(service, worker, lease):
     worker.finish(lease, "released")
-    assert worker.one().run_id == lease.run_id
+    assert worker.lease_one().run_id == lease.run_id
 
 
 STALE = {
@@ -218,7 +218,7 @@ STALE = {
 @pytest.mark.parametrize("end", STALE.values(), ids=STALE)
 def test_a_stale_token_is_refused_and_writes_nothing(service, worker, post, end):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     end(service, worker, lease)
     before = service.standing(lease)
     for path, body in list_writes(lease):
@@ -231,7 +231,7 @@ def test_a_stale_token_is_refused_and_writes_nothing(service, worker, post, end)
 
 def test_a_token_that_never_was_is_refused_and_writes_nothing(service, worker, post):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     before = service.standing(lease)
     for path, body in list_writes(lease):
         assert read_problem(post(path, body, token="x")) == (409, "stale-lease"), path  # noqa: S106
@@ -241,7 +241,7 @@ def test_a_token_that_never_was_is_refused_and_writes_nothing(service, worker, p
 
 def test_a_finished_run_takes_no_more_of_a_curve_and_no_checkpoint(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.complete(lease)
     before = service.standing(lease)
     with pytest.raises(StaleLeaseError):
@@ -253,10 +253,10 @@ def test_a_finished_run_takes_no_more_of_a_curve_and_no_checkpoint(service, work
 
 def test_an_expired_lease_is_lost_to_the_next_attempt(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     service.expire()
     assert worker.lease() == ()  # expired by now, and due after the delay of a failure
-    again = worker.one(wait_seconds=5)
+    again = worker.lease_one(wait_seconds=5)
     assert (again.run_id, again.attempt) == (lease.run_id, 2)
     assert service.standing(lease).failures == 1
     with pytest.raises(StaleLeaseError):
@@ -266,7 +266,7 @@ def test_an_expired_lease_is_lost_to_the_next_attempt(service, worker):
 
 def test_a_report_renews_a_lease_that_ran_out_and_was_taken_by_nobody(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     service.expire()
     assert worker.report(lease) == "continue"
     assert worker.lease() == ()
@@ -278,7 +278,7 @@ def test_a_report_renews_a_lease_that_ran_out_and_was_taken_by_nobody(service, w
 
 def test_publishing_the_same_again_changes_nothing_but_that_it_may_become_final(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.publish(lease, step=20, final=False)
     assert service.standing(lease).checkpoints == [(20, False)]
     worker.publish(lease, step=20, final=False)
@@ -290,7 +290,7 @@ def test_publishing_the_same_again_changes_nothing_but_that_it_may_become_final(
 
 def test_another_hash_at_the_same_step_is_refused(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.publish(lease, step=20, final=False)
     before = service.standing(lease)
     with pytest.raises(ServiceError) as refused:
@@ -302,7 +302,7 @@ def test_another_hash_at_the_same_step_is_refused(service, worker):
 
 def test_all_but_the_newest_two_that_are_not_final_are_superseded(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     gone = [worker.publish(lease, step=step, final=False).superseded for step in (5, 10, 15, 20)]
     places = [f"{lease.artifact_uri}/step-{step:08d}" for step in (5, 10)]
     assert gone == [(), (), (places[0],), (places[1],)]
@@ -311,7 +311,7 @@ def test_all_but_the_newest_two_that_are_not_final_are_superseded(service, worke
 
 def test_a_final_checkpoint_is_never_superseded(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     gone = [worker.publish(lease, step=s, final=s == 5).superseded for s in (5, 10, 15, 20)]
     assert gone == [(), (), (), (f"{lease.artifact_uri}/step-00000010",)]
     assert service.standing(lease).checkpoints == [(20, False), (15, False), (5, True)]
@@ -319,18 +319,18 @@ def test_a_final_checkpoint_is_never_superseded(service, worker):
 
 def test_publishing_again_names_again_what_it_superseded(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     gone = [worker.publish(lease, step=step, final=False).superseded for step in (5, 10, 15, 15)]
     assert gone[2] == gone[3] == (f"{lease.artifact_uri}/step-00000005",)
 
 
 def test_an_attempt_that_had_to_start_again_keeps_its_own_checkpoints(service, worker):
     service.offer()
-    first = worker.one()
+    first = worker.lease_one()
     for step in (15, 20):
         worker.publish(first, step=step, final=False)
     worker.finish(first, "released")
-    second = worker.one()
+    second = worker.lease_one()
     older = [(ref.uri,) for ref in reversed(second.resume_from)]
     assert worker.publish(second, step=5, final=False).superseded == older[0]
     assert service.standing(second).checkpoints == [(20, False), (5, False)]
@@ -340,7 +340,7 @@ def test_an_attempt_that_had_to_start_again_keeps_its_own_checkpoints(service, w
 
 def test_a_checkpoint_outside_its_attempts_place_is_refused(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     for uri in ("file:///etc", f"{lease.artifact_uri}/../other", lease.artifact_uri):
         with pytest.raises(ServiceError) as refused:
             worker.publish(lease, uri=uri)
@@ -366,7 +366,7 @@ ENDS = [
 @pytest.mark.parametrize(("outcome", "retryable", "max_attempts"), ENDS)
 def test_an_end_leads_to_the_state_of_the_table(service, worker, outcome, retryable, max_attempts):
     service.offer(max_attempts=max_attempts)
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.publish(lease)
     failures = int(outcome == "failed")
     state = state_after_attempt(
@@ -380,7 +380,7 @@ def test_an_end_leads_to_the_state_of_the_table(service, worker, outcome, retrya
 @pytest.mark.parametrize("outcome", ["succeeded", "pruned", "diverged"])
 def test_finishing_again_gives_the_same_state_and_changes_nothing(service, worker, outcome):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.publish(lease)
     state = worker.finish(lease, outcome, loss=2.0)
     before = service.standing(lease)
@@ -391,12 +391,12 @@ def test_finishing_again_gives_the_same_state_and_changes_nothing(service, worke
 
 def test_a_released_run_goes_on_at_once_from_its_newest_checkpoint(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     for step in (5, 10):
         worker.report(lease, {"step": step, "tokens": step * 256, "loss_nats": 1.0})
         worker.publish(lease, step=step, final=False)
     assert worker.finish(lease, "released") == "queued"
-    again = worker.one()
+    again = worker.lease_one()
     assert (again.run_id, again.attempt, again.params) == (lease.run_id, 2, lease.params)
     assert (again.spec, again.reported_step) == (lease.spec, 10)
     uris = [f"{lease.artifact_uri}/step-{step:08d}" for step in (10, 5)]
@@ -406,17 +406,17 @@ def test_a_released_run_goes_on_at_once_from_its_newest_checkpoint(service, work
 
 def test_a_failed_run_goes_on_after_a_second(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     assert worker.finish(lease, "failed", error="boom") == "queued"
     start = time.monotonic()
     assert worker.lease() == ()
-    assert worker.one(wait_seconds=5).attempt == 2
+    assert worker.lease_one(wait_seconds=5).attempt == 2
     assert 0.8 < time.monotonic() - start < PROMPT_SECONDS
 
 
 def test_a_success_without_its_loss_is_refused(service, worker):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     with pytest.raises(ServiceError) as refused:
         worker.finish(lease, loss=None)
     assert refused.value.status == 422
@@ -439,7 +439,7 @@ def test_every_answer_is_a_message_of_the_protocol(service, worker, post):
 
 def test_an_unknown_run_is_not_found(service, worker, post):
     service.offer()
-    lease = worker.one().model_copy(update={"run_id": "nobody"})
+    lease = worker.lease_one().model_copy(update={"run_id": "nobody"})
     for path, body in list_writes(lease):
         assert read_problem(post(path, body, token=lease.lease_token)) == (404, "not-found"), path
 
@@ -447,7 +447,7 @@ def test_an_unknown_run_is_not_found(service, worker, post):
 @pytest.mark.parametrize("key", ["wrong", None])
 def test_without_a_good_key_nothing_is_leased_and_nothing_written(service, worker, post, key):
     service.offer(2)
-    lease = worker.one()
+    lease = worker.lease_one()
     before = service.standing(lease)
     for path, body in [("/v1/leases", {"worker": "w"}), *list_writes(lease)]:
         assert read_problem(post(path, body, key=key, token=lease.lease_token))[0] == 401, path
@@ -459,7 +459,7 @@ def test_without_a_good_key_nothing_is_leased_and_nothing_written(service, worke
 
 def test_a_body_that_is_no_message_is_invalid_and_writes_nothing(service, worker, post):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     before = service.standing(lease)
     for path in ("/v1/leases", *(path for path, _ in list_writes(lease))):
         for body in NO_MESSAGES:
@@ -470,7 +470,7 @@ def test_a_body_that_is_no_message_is_invalid_and_writes_nothing(service, worker
 
 def test_a_write_without_a_token_is_invalid(service, worker, post):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     before = service.standing(lease)
     for path, body in list_writes(lease):
         assert read_problem(post(path, body)) == (422, "invalid"), path
@@ -479,7 +479,7 @@ def test_a_write_without_a_token_is_invalid(service, worker, post):
 
 def test_numbers_out_of_range_are_named(service, worker, post):
     service.offer()
-    lease = worker.one()
+    lease = worker.lease_one()
     point = {"step": -1, "tokens": 0}
     path = f"/v1/runs/{lease.run_id}/measurements"
     answer = post(path, {"measurements": [point]}, token=lease.lease_token)

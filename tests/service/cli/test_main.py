@@ -142,7 +142,7 @@ def test_results_without_a_verdict_say_why_and_fail(warmscale, spec_file, tmp_pa
 
 def test_a_run_is_shown_with_its_checkpoints(warmscale, spec_file, worker):
     warmscale("study", "create", "-f", str(spec_file))
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.evaluate(lease, 1, 2.5)
     worker.complete(lease, loss=2.25)
     shown = json.loads(warmscale("run", "show", lease.run_id, "--json").stdout)
@@ -153,7 +153,7 @@ def test_a_run_is_shown_with_its_checkpoints(warmscale, spec_file, worker):
 
 def test_text_of_a_user_is_never_markup(warmscale, spec_file, worker):
     warmscale("study", "create", "-f", str(spec_file))
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.finish(lease, "failed", error="[bold]boom[/nope]", retryable=False)
     shown = warmscale("run", "show", lease.run_id)
     assert shown.exit_code == 0
@@ -239,7 +239,7 @@ def became(monkeypatch):
 
 def test_a_run_s_final_checkpoint_is_exported(warmscale, spec_file, worker, became):
     warmscale("study", "create", "-f", str(spec_file))
-    lease = worker.one()
+    lease = worker.lease_one()
     assert warmscale("export", lease.run_id, "--out", "hf").exit_code == 4
     assert became == []
     worker.complete(lease)

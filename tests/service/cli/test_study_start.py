@@ -36,7 +36,7 @@ def test_enqueued_parameters_are_tried_next(warmscale, submit, worker):
     name = submit()["name"]
     made = warmscale("study", "enqueue", name, "lr=4e-3")
     assert (made.exit_code, made.stdout) == (0, "trial 0 is queued with lr 0.004\n")
-    assert worker.one().params == {"lr": 0.004}
+    assert worker.lease_one().params == {"lr": 0.004}
 
 
 def test_the_same_key_enqueues_once(warmscale, submit):
@@ -91,7 +91,7 @@ def searched(submit, worker):
     """The name of a study whose search is over; it has no target of its own."""
     study = submit(target=None, hpo={"trials": 2, "sampler": "random", "pruner": "none"})
     for loss in (2.5, 2.0):
-        worker.complete(worker.one(), loss=loss)
+        worker.complete(worker.lease_one(), loss=loss)
     return study["name"]
 
 

@@ -28,7 +28,7 @@ def script(worker):
 
 def finishing(worker, loss):
     def step():
-        lease = worker.one()
+        lease = worker.lease_one()
         worker.evaluate(lease, 1, loss)
         worker.complete(lease, loss=loss)
 

@@ -5,9 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
 
 from service.client import Client, ServiceError
 from service.database import engine as db
@@ -52,7 +51,7 @@ def hasty(settings, database_url, monkeypatch):
     quick = "-c lock_timeout=2s -c idle_in_transaction_session_timeout=1s"
     monkeypatch.setattr(db, "_SESSION_OPTIONS", quick)
     monkeypatch.setattr(db, "_POOL_TIMEOUT_SECONDS", 0.25)
-    monkeypatch.setattr(sampler, "_WAIT_SECONDS", 0.25)
+    monkeypatch.setattr(sampler, "_TURN_SECONDS", 0.25)
     with serving(settings.model_copy(update={"pool_size": 2}), database_url) as api:
         yield api
 
@@ -78,8 +77,8 @@ def test_a_request_that_gets_no_connection_is_a_503_that_says_when_to_come_back(
 
 def test_a_request_that_waits_for_a_lock_for_too_long_is_a_503(hasty, study_spec, database_url):
     study = hasty.client.post("/v1/studies", study_spec())
-    patient = create_engine(database_url)
-    with Session(patient) as holder, make_impatient_client(hasty) as client:
+    patient = db.create_engine(database_url)
+    with db.Session(patient) as holder, make_impatient_client(hasty) as client:
         lock_study(holder, study["id"])
         expect_refusal(lambda: client.post(f"/v1/studies/{study['id']}/pause"))
     patient.dispose()
@@ -88,9 +87,9 @@ def test_a_request_that_waits_for_a_lock_for_too_long_is_a_503(hasty, study_spec
 
 def test_a_request_that_gets_no_turn_at_optuna_is_a_503(hasty, study_spec):
     study = hasty.client.post("/v1/studies", study_spec())
-    # Both permits of a sampler with two connections are taken.
-    permits = hasty.sampler._permits
-    with permits, permits, make_impatient_client(hasty) as client:
+    # Both turns of a sampler with two connections are taken.
+    turns = hasty.sampler._turns
+    with turns, turns, make_impatient_client(hasty) as client:
         expect_refusal(lambda: client.get(f"/v1/studies/{study['id']}/trials"))
         expect_refusal(lambda: Worker(client).lease())
     assert len(Worker(hasty.client).lease(2)) == 2
@@ -110,7 +109,7 @@ def test_a_process_that_stands_still_in_a_transaction_holds_nobody_up(hasty, stu
 
 def test_a_renewed_lease_is_as_long_as_it_says_though_its_report_had_to_wait(api, submit, worker):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     with api.sessions.begin() as holder, ThreadPoolExecutor(1) as pool:
         holder.execute(text("UPDATE warmscale.runs SET step = step"))
         report = pool.submit(worker.report, lease)
@@ -134,7 +133,7 @@ def test_a_lease_is_as_long_as_it_says_though_its_transaction_was_slow(
         return write(session, drawn)
 
     monkeypatch.setattr(new_trials, "write", slow)
-    worker.one()
+    worker.lease_one()
     with api.sessions() as session:
         left = "SELECT extract(epoch FROM lease_expires_at - created_at) FROM warmscale.runs"
         assert session.scalar(text(left)) >= find_service(api.app, Settings).lease_seconds + 1

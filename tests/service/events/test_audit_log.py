@@ -51,7 +51,7 @@ def test_every_event_of_a_study_says_which_key_did_it(api, key_of, study_spec):
     client.post(f"/v1/studies/{study}/resume")
     other.post(f"/v1/studies/{study}/trials", {"params": {"lr": 0.01}})
     worker = Worker(work)
-    worker.complete(worker.one())
+    worker.complete(worker.lease_one())
     other.post(f"/v1/studies/{study}/cancel")
     assert read_log(api) == [
         ("study.created", ana),
@@ -70,7 +70,7 @@ def test_targets_are_of_the_key_whose_finish_or_request_started_them(api, key_of
     fleet, work = key_of("work")
     study = client.post("/v1/studies", study_spec(hpo=ONE))["id"]
     worker = Worker(work)
-    worker.complete(worker.one())
+    worker.complete(worker.lease_one())
     own = read_log(api, type="run.queued")[1:]
     assert own
     assert {actor for _, actor in own} == {fleet}
@@ -99,7 +99,7 @@ def test_who_is_served_in_one_round_is_told_apart(api, submit):
 
 def test_what_a_round_mends_is_the_services_own_doing(api, submit, worker):
     submit(hpo=ONE)
-    worker.one()
+    worker.lease_one()
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=func.now() - text("interval '1 s'")))
     worker.lease(1)
@@ -185,7 +185,7 @@ def test_a_stream_shows_who(api, submit):
 )
 def test_an_event_is_never_changed_or_deleted(api, submit, worker, change):
     submit(hpo=ONE)
-    worker.one()
+    worker.lease_one()
     before = read_log(api)
     with pytest.raises(DBAPIError, match="append-only"), api.engine.begin() as connection:
         connection.execute(text(change))
@@ -195,8 +195,8 @@ def test_an_event_is_never_changed_or_deleted(api, submit, worker, change):
 @pytest.mark.tampers
 def test_the_events_of_a_study_or_run_go_with_it_and_no_others(api, submit, worker):
     gone, stays = submit(hpo=ONE), submit(hpo=ONE)
-    worker.one(study=gone["id"])
-    run = worker.one(study=stays["id"])
+    worker.lease_one(study=gone["id"])
+    run = worker.lease_one(study=stays["id"])
     with api.sessions.begin() as session:
         session.execute(text("DELETE FROM warmscale.studies WHERE id = :id"), {"id": gone["id"]})
     assert read_log(api, study_id=gone["id"]) == []

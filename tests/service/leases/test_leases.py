@@ -14,7 +14,7 @@ from service.leases.queue import LeaseQueue
 from service.protocol import Resources
 from service.settings import Settings
 from service.web.services import find_service
-from tests.by_hand import ask
+from tests.by_hand import start_trial
 
 # The most that a poll waits. No test needs it, on a slow machine either.
 LONG = 60.0
@@ -62,7 +62,7 @@ def test_a_lease_says_how_many_processes_share_the_run_and_how(submit, worker):
             "target": {"gpus": 4.0},
         }
     )
-    needs = worker.one().resources
+    needs = worker.lease_one().resources
     assert (needs.cpus, needs.num_processes, needs.strategy) == (2, 2, "fsdp")
     assert Resources(gpus=4.0).num_processes == 4
     assert Resources(gpus=0.5).num_processes == 1
@@ -70,7 +70,7 @@ def test_a_lease_says_how_many_processes_share_the_run_and_how(submit, worker):
 
 def test_a_target_is_leased_with_the_processes_of_targets(api, submit, worker):
     study = submit(hpo={"trials": 1}, resources={"target": {"cpus": 2, "processes": 2}})
-    trial = worker.one()
+    trial = worker.lease_one()
     assert trial.resources.num_processes == 1
     worker.complete(trial)
     targets = worker.lease(8)
@@ -98,18 +98,18 @@ def test_sixteen_racing_workers_start_each_trial_once_and_no_more_than_the_budge
         numbers = [number for taken in pool.map(lease_all, range(16)) for number in taken]
     assert sorted(numbers) == list(range(24))
     assert api.client.get(f"/v1/studies/{study['id']}")["trials"]["leased"] == 24
-    assert len(api.sampler.read_states(study["name"])) == 24
+    assert len(api.sampler.states(study["name"])) == 24
 
 
 def test_an_expired_run_is_leased_again_with_the_next_attempt(api, submit, worker):
     submit(hpo={"trials": 1, "parallel": 1, "sampler": "random"})
-    before = worker.one()
+    before = worker.lease_one()
     worker.publish(before, step=5, final=False)
     expire_all(api)
     time.sleep(0.01)
     # This request expires the lease; the run is due again after 1 s.
     assert worker.lease() == ()
-    after = worker.one(wait_seconds=LONG)
+    after = worker.lease_one(wait_seconds=LONG)
     assert (after.run_id, after.attempt, after.params) == (before.run_id, 2, before.params)
     assert [ref.uri for ref in after.resume_from] == [f"{before.artifact_uri}/step-00000005"]
     assert after.artifact_uri != before.artifact_uri
@@ -117,9 +117,9 @@ def test_an_expired_run_is_leased_again_with_the_next_attempt(api, submit, worke
 
 def test_a_write_under_a_stale_lease_is_refused_and_changes_nothing(api, submit, worker):
     submit(hpo={"trials": 1, "parallel": 1, "sampler": "random"})
-    stale = worker.one()
+    stale = worker.lease_one()
     expire_all(api)
-    worker.one(wait_seconds=LONG)
+    worker.lease_one(wait_seconds=LONG)
     run = api.client.get(f"/v1/runs/{stale.run_id}")
     writes = (
         lambda: worker.evaluate(stale, 1, 3.0),
@@ -137,7 +137,7 @@ def test_a_write_under_a_stale_lease_is_refused_and_changes_nothing(api, submit,
 
 def test_a_lease_that_ran_out_but_was_taken_by_nobody_is_renewed_by_a_report(api, submit, worker):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     expire_all(api)
     assert worker.evaluate(lease, 1, 3.0) == "continue"
     assert worker.complete(lease) == "succeeded"
@@ -145,7 +145,7 @@ def test_a_lease_that_ran_out_but_was_taken_by_nobody_is_renewed_by_a_report(api
 
 def test_every_report_renews_the_lease(api, submit, worker):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     expire_all(api)
     before = now(api)
     assert worker.report(lease) == "continue"
@@ -163,8 +163,8 @@ def now(api):
 
 def test_attempts_end_at_max_attempts_and_the_run_fails(api, submit, worker):
     study = submit(max_attempts=2, hpo={"trials": 1, "parallel": 1, "sampler": "random"})
-    assert worker.finish(worker.one(), "failed", error="boom") == "queued"
-    assert worker.finish(worker.one(wait_seconds=LONG), "failed", error="boom") == "failed"
+    assert worker.finish(worker.lease_one(), "failed", error="boom") == "queued"
+    assert worker.finish(worker.lease_one(wait_seconds=LONG), "failed", error="boom") == "failed"
     view = api.client.get(f"/v1/studies/{study['id']}")
     assert (view["state"], view["trials"]["failed"]) == ("failed", 1)
     assert "no trial succeeded" in view["reason"]
@@ -172,19 +172,21 @@ def test_attempts_end_at_max_attempts_and_the_run_fails(api, submit, worker):
 
 def test_a_failure_that_cannot_be_retried_ends_the_run_at_once(submit, worker):
     submit()
-    assert worker.finish(worker.one(), "failed", retryable=False, error="bad corpus") == "failed"
+    assert (
+        worker.finish(worker.lease_one(), "failed", retryable=False, error="bad corpus") == "failed"
+    )
 
 
 def test_a_released_run_is_queued_at_once_and_costs_no_attempt(api, submit, worker):
     submit(max_attempts=1, hpo={"trials": 1, "parallel": 1, "sampler": "random"})
     for _ in range(3):
-        assert worker.finish(worker.one(), "released") == "queued"
+        assert worker.finish(worker.lease_one(), "released") == "queued"
     assert api.client.get("/v1/runs")["items"][0]["failures"] == 0
 
 
 def test_finishing_twice_changes_nothing(api, submit, worker):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.publish(lease)
     assert worker.finish(lease, loss=2.0) == "succeeded"
     before = api.client.get(f"/v1/runs/{lease.run_id}")
@@ -195,7 +197,7 @@ def test_finishing_twice_changes_nothing(api, submit, worker):
 
 def test_replaying_a_report_changes_nothing(api, submit, worker):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     point = {"step": 10, "tokens": 2560, "loss_nats": 3.5}
     worker.report(lease, point)
     worker.report(lease, point | {"loss_nats": 9.9})
@@ -205,7 +207,7 @@ def test_replaying_a_report_changes_nothing(api, submit, worker):
 
 def test_a_cancelled_run_hears_it_at_its_next_report(api, submit, worker):
     study = submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     api.client.post(f"/v1/studies/{study['id']}/cancel")
     assert worker.evaluate(lease, 1, 3.0) == "cancel"
     assert api.client.get(f"/v1/runs/{lease.run_id}/measurements")["items"] == []
@@ -214,7 +216,7 @@ def test_a_cancelled_run_hears_it_at_its_next_report(api, submit, worker):
 
 def test_a_paused_study_leases_nothing_until_it_resumes(api, submit, worker):
     study = submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     api.client.post(f"/v1/studies/{study['id']}/pause")
     assert worker.lease(4) == ()
     assert worker.complete(lease) == "succeeded"
@@ -227,7 +229,7 @@ def test_a_long_poll_is_answered_by_work_that_comes_and_not_by_its_end(
 ):
     monkeypatch.setattr(queue, "_POLL_SECONDS", LONG)
     with ThreadPoolExecutor(1) as pool:
-        poll = pool.submit(worker.one, wait_seconds=LONG)
+        poll = pool.submit(worker.lease_one, wait_seconds=LONG)
         wait_until(lambda: num_waiting(api) == 1)
         submit()
         assert poll.result(LONG / 2)
@@ -253,8 +255,8 @@ def test_a_trial_whose_run_was_never_written_is_adopted(api, submit, worker, stu
     study = submit()
     spec = StudySpec.model_validate(study["spec"])
     # A process of an older version was killed between Optuna's transaction and ours.
-    lost = ask(api.sampler, study["name"], spec)
-    lease = worker.one()
+    lost = start_trial(api.sampler, study["name"], spec)
+    lease = worker.lease_one()
     assert (lease.trial_number, lease.params) == (lost.number, lost.params)
 
 
@@ -269,16 +271,16 @@ def test_a_trial_killed_before_its_parameters_were_drawn_is_adopted_whole(api, s
     storage = RDBStorage(optuna_url(api.engine.url), skip_table_creation=True)
     optuna.load_study(study_name=study["name"], storage=storage).ask()
     storage.engine.dispose()
-    assert set(worker.one().params) == {"lr"}
+    assert set(worker.lease_one().params) == {"lr"}
 
 
 def test_a_finished_trial_that_optuna_has_not_heard_of_is_told_at_the_next_lease(
     api, submit, worker
 ):
     study = submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.complete(lease)
-    wait_until(lambda: api.sampler.read_states(study["name"])[0][0] != "RUNNING")
+    wait_until(lambda: api.sampler.states(study["name"])[0][0] != "RUNNING")
     # As if the process had been killed after it wrote the run and before it told Optuna.
     with api.sessions.begin() as session:
         session.execute(update(Run).values(told=False))
@@ -289,7 +291,7 @@ def test_a_finished_trial_that_optuna_has_not_heard_of_is_told_at_the_next_lease
 
 def test_a_checkpoint_outside_its_attempts_place_is_refused(submit, worker, api):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     body = {"step": 1, "tokens": 1, "hash": "0" * 64, "num_bytes": 1}
     for uri in ("file:///etc", f"{lease.artifact_uri}/../other", lease.artifact_uri):
         with pytest.raises(ServiceError, match="publishes below") as refused:
@@ -306,7 +308,7 @@ def test_a_checkpoint_that_was_published_before_it_was_known_to_be_the_last_beco
     submit, worker, api
 ):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.publish(lease, step=20, final=False)
     worker.publish(lease, step=20, final=True)
     (kept,) = api.client.get(f"/v1/runs/{lease.run_id}/checkpoints")["items"]
@@ -315,7 +317,7 @@ def test_a_checkpoint_that_was_published_before_it_was_known_to_be_the_last_beco
 
 def test_a_published_checkpoint_keeps_its_hash(submit, worker, api):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.publish(lease, step=20)
     body = {"step": 20, "tokens": 1, "hash": "0" * 64, "num_bytes": 1}
     with pytest.raises(ServiceError) as refused:
@@ -330,7 +332,7 @@ def test_a_published_checkpoint_keeps_its_hash(submit, worker, api):
 
 def test_all_but_the_newest_two_checkpoints_are_superseded(submit, worker, api):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     # The third publish supersedes the first checkpoint, and its worker deletes the files.
     superseded = [worker.publish(lease, step=s, final=False).superseded for s in (5, 10, 15)]
     assert superseded == [(), (), (f"{lease.artifact_uri}/step-00000005",)]
@@ -354,6 +356,6 @@ def test_last_trials_that_finish_at_once_enqueue_the_targets_once(api, submit, w
 
 def test_who_takes_no_kind_is_granted_nothing(api, submit, worker):
     submit()
-    worker.finish(worker.one(), "released")
+    worker.finish(worker.lease_one(), "released")
     assert worker.lease(1, kinds=()) == ()
     assert len(worker.lease(1)) == 1

@@ -44,21 +44,21 @@ def test_a_replica_that_is_asked_seldom_gives_a_dead_workers_lease_time_once(
     api, submit, worker, late
 ):
     submit(hpo=ONE)
-    dead = worker.one()
+    dead = worker.lease_one()
     # Two replicas in turn, each after an absence of its own: the second extends nothing again.
     for _ in range(2):
         late()
         forget_presence(api)
         worker.lease(1)
     assert state(api, dead) == ("queued", 1)
-    assert worker.one(wait_seconds=5).attempt == 2
+    assert worker.lease_one(wait_seconds=5).attempt == 2
 
 
 def test_a_worker_that_reported_since_gets_its_time_again_at_the_next_absence(
     api, submit, worker, late
 ):
     submit(hpo=ONE)
-    alive = worker.one()
+    alive = worker.lease_one()
     for _ in range(3):
         late()
         forget_presence(api)
@@ -69,7 +69,7 @@ def test_a_worker_that_reported_since_gets_its_time_again_at_the_next_absence(
 
 def test_a_grace_that_waits_for_a_run_in_use_passes_it_by(api, submit, worker, late):
     submit(hpo=ONE)
-    lease = worker.one()
+    lease = worker.lease_one()
     late()
     # With the row locked, an extension that waited for it would hang here.
     with api.sessions.begin() as session:
@@ -84,7 +84,7 @@ def test_only_the_databases_clock_decides_about_leases(api, submit, worker, monk
     submit(hpo=ONE | {"trials": 2})
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + days * 86400.0)
-    lease = worker.one()
+    lease = worker.lease_one()
     with api.sessions() as session:
         left = "SELECT extract(epoch FROM lease_expires_at - now()) FROM warmscale.runs"
         assert 0 < session.scalar(text(left)) <= lease.lease_seconds
@@ -93,6 +93,6 @@ def test_only_the_databases_clock_decides_about_leases(api, submit, worker, monk
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 ms'")))
     assert worker.lease(1) == ()
-    again = worker.one(wait_seconds=5)
+    again = worker.lease_one(wait_seconds=5)
     assert (again.run_id, again.attempt) == (lease.run_id, 2)
     assert worker.complete(again) == "succeeded"

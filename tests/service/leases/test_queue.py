@@ -89,7 +89,7 @@ def test_a_retry_is_granted_when_it_is_due_without_a_notice(
     monkeypatch.setattr(lease_queue, "_POLL_SECONDS", LONG)
     submit(hpo=OPEN | {"trials": 1})
     # The failed run is due again in 1 s, and no notification says that it is.
-    worker.finish(worker.one(), "failed", error="boom")
+    worker.finish(worker.lease_one(), "failed", error="boom")
     begun = time.monotonic()
     (again,) = worker.lease(1, wait_seconds=LONG)
     assert again.attempt == 2
@@ -127,7 +127,7 @@ def test_when_the_database_is_away_everybody_in_the_round_hears_it(api, submit, 
 
 def test_who_left_before_its_turn_is_granted_nothing(api, submit, monkeypatch):
     submit(hpo=OPEN)
-    draw = api.sampler.sample_trials
+    draw = api.sampler.draw
 
     async def scene(queue):
         # The client leaves while its trial is being sampled.
@@ -136,7 +136,7 @@ def test_who_left_before_its_turn_is_granted_nothing(api, submit, monkeypatch):
             time.sleep(0.2)
             return draw(*arguments)
 
-        monkeypatch.setattr(api.sampler, "sample_trials", leaves)
+        monkeypatch.setattr(api.sampler, "draw", leaves)
         loop = asyncio.get_running_loop()
         gone, stays = (
             asyncio.create_task(queue.lease_runs(EVERYWHERE, request())) for _ in range(2)
@@ -161,7 +161,7 @@ def test_a_waiting_client_that_hangs_up_leaves_the_line(api, submit, worker):
         waiting = list(queue._waiting)
     wait_until(lambda: all(w.answer.done() for w in waiting))
     submit(hpo=OPEN)
-    assert worker.one().trial_number == 0
+    assert worker.lease_one().trial_number == 0
 
 
 def wait_until(condition):
@@ -228,8 +228,8 @@ def test_what_the_database_refuses_ends_no_study(api, submit, worker, monkeypatc
 
 def test_a_run_that_only_a_newer_version_can_read_holds_up_no_other(api, submit, worker):
     one = submit(hpo=OPEN | {"trials": 1})
-    newer, other = worker.one(), submit(hpo=OPEN | {"trials": 1})
-    older = worker.one()
+    newer, other = worker.lease_one(), submit(hpo=OPEN | {"trials": 1})
+    older = worker.lease_one()
     worker.finish(newer, "released")
     worker.finish(older, "released")
     with api.sessions.begin() as session:
@@ -244,7 +244,7 @@ def test_a_run_that_only_a_newer_version_can_read_holds_up_no_other(api, submit,
 def test_a_study_that_is_held_holds_up_no_other(api, submit, worker):
     """Another transaction holds the study's row: its trials and its late leases are skipped."""
     held, free = submit(hpo=OPEN), submit(hpo=OPEN)
-    late = worker.one(study=held["name"])
+    late = worker.lease_one(study=held["name"])
     with api.sessions.begin() as session:
         session.execute(
             text("UPDATE warmscale.runs SET lease_expires_at = now() - interval '1 hour'")
@@ -254,7 +254,7 @@ def test_a_study_that_is_held_holds_up_no_other(api, submit, worker):
         begun = time.monotonic()
         assert len(worker.lease(1, study=free["name"], wait_seconds=LONG)) == 1
         assert time.monotonic() - begun < LONG / 2
-    assert worker.one(study=held["name"], wait_seconds=LONG).run_id != late.run_id
+    assert worker.lease_one(study=held["name"], wait_seconds=LONG).run_id != late.run_id
 
 
 def test_what_is_answered_as_the_client_leaves_is_given_back(api, submit):
@@ -324,7 +324,7 @@ def test_the_end_of_a_replica_waits_for_what_it_gives_back(
 ):
     """Otherwise a lease without a worker expires, which counts as a failure."""
     submit(hpo=OPEN | {"trials": 1})
-    lease, release_leases = worker.one(), lease_queue.release_leases
+    lease, release_leases = worker.lease_one(), lease_queue.release_leases
     app = create_app(settings, api.engine.url)
 
     def slowly(*arguments):
@@ -367,16 +367,16 @@ def test_what_is_granted_is_answered_before_more_is_drawn(api, submit, worker, m
     """Sampling may take minutes, and a lease runs from its grant."""
     early = submit(hpo=OPEN | {"trials": 1})
     if first == "queued":
-        worker.finish(worker.one(), "released")
+        worker.finish(worker.lease_one(), "released")
     slow = submit(hpo=OPEN)
-    draw, answered = api.sampler.sample_trials, threading.Event()
+    draw, answered = api.sampler.draw, threading.Event()
 
     # The second study is sampled only after the first request has its answer.
     def waits_for_the_answer(name, *arguments):
         assert name == early["name"] or answered.wait(LONG)
         return draw(name, *arguments)
 
-    monkeypatch.setattr(api.sampler, "sample_trials", waits_for_the_answer)
+    monkeypatch.setattr(api.sampler, "draw", waits_for_the_answer)
 
     async def scene(queue):
         asked = [asyncio.create_task(queue.lease_runs(EVERYWHERE, request())) for _ in range(3)]
@@ -447,7 +447,7 @@ def test_a_trial_that_optuna_numbers_meanwhile_gets_no_second_of_its_number(api,
         with api.engine.begin() as theirs:
             query = "SELECT FROM optuna.studies WHERE study_id = :study FOR UPDATE"
             theirs.execute(text(query), {"study": optuna_id})
-            lease = pool.submit(worker.one)
+            lease = pool.submit(worker.lease_one)
             time.sleep(0.3)
             assert not lease.done()
             theirs.execute(

@@ -97,7 +97,7 @@ def leased(api, submit, worker):
 
     def lease():
         study = submit(hpo=ONE, target=None)
-        given = worker.one(study=study["name"])
+        given = worker.lease_one(study=study["name"])
         storage = api.sampler.storage
         (trial,) = storage.get_all_trials(storage.get_study_id_from_name(study["name"]))
         return given.run_id, given.lease_token, trial._trial_id
@@ -107,7 +107,7 @@ def leased(api, submit, worker):
 
 def test_a_stale_token_writes_nothing_anywhere(api, submit, worker):
     submit(hpo=ONE, target=None)
-    lease = worker.one()
+    lease = worker.lease_one()
     stale = lease.model_copy(update={"lease_token": "of-another-attempt"})
     with api.sessions() as session:
         before = session.get_one(Run, lease.run_id).lease_expires_at
@@ -122,7 +122,7 @@ def test_a_stale_token_writes_nothing_anywhere(api, submit, worker):
 
 def test_reporting_twice_keeps_the_first_value_in_both_places(api, submit, worker):
     study = submit(hpo=ONE, target=None)
-    lease = worker.one()
+    lease = worker.lease_one()
     assert [worker.evaluate(lease, 1, loss) for loss in (3.0, 9.0)] == ["continue"] * 2
     (trial,) = api.sampler.storage.get_all_trials(
         api.sampler.storage.get_study_id_from_name(study["name"])
@@ -134,7 +134,7 @@ def test_reporting_twice_keeps_the_first_value_in_both_places(api, submit, worke
 
 def test_a_trial_that_has_ended_in_optuna_hears_no_more(api, submit, worker):
     submit(hpo=ONE, target=None)
-    lease = worker.one()
+    lease = worker.lease_one()
     with api.sessions.begin() as session:
         session.execute(text("UPDATE optuna.trials SET state = 'FAIL'"))
     assert worker.evaluate(lease, 1, 3.0) == "continue"

@@ -49,7 +49,7 @@ def test_the_life_of_a_run_is_one_trace(collector, api, submit, worker):
 
     with tracing.export_traces(os.environ):
         submit(hpo=ONE, target=None)
-        lease = worker.one()
+        lease = worker.lease_one()
         worker.evaluate(lease, 1, 3.0)
         worker.complete(lease)
     trace = traceparent(lease.run_id).split("-")[1]

@@ -28,26 +28,26 @@ def play(worker, **changes):
 
     failed = submit("failed", max_attempts=1)
     # An error with the characters that COPY's text format escapes.
-    worker.finish(worker.one(study=failed), "failed", error="CUDA said no\n\tand \\ more")
+    worker.finish(worker.lease_one(study=failed), "failed", error="CUDA said no\n\tand \\ more")
     completed = submit("completed", hpo=ONE | {"trials": 2})
     for loss in (2.5, 2.0):
-        train(worker, worker.one(study=completed), loss)
+        train(worker, worker.lease_one(study=completed), loss)
     for target in worker.lease(2, study=completed):
         train(worker, target, 1.5)
     launch = {"target": {"width": 96}}
     client.post(f"/v1/studies/{completed}/targets", launch, idempotency_key="once")
     cancelled = submit("cancelled")
-    worker.one(study=cancelled)
+    worker.lease_one(study=cancelled)
     client.post(f"/v1/studies/{cancelled}/cancel")
     paused = submit("paused")
     client.post(f"/v1/studies/{paused}/pause")
     active = submit("active", hpo=ONE | {"trials": 9, "parallel": 3})
     client.post(f"/v1/studies/{active}/trials", {"params": {"lr": 0.01}})
-    train(worker, worker.one(study=active), 2.25)
+    train(worker, worker.lease_one(study=active), 2.25)
     for outcome in ("pruned", "diverged", "released"):
-        worker.finish(worker.one(study=active), outcome)
+        worker.finish(worker.lease_one(study=active), outcome)
     # The released run is leased again, as its second attempt, and stays leased.
-    held = worker.one(study=active)
+    held = worker.lease_one(study=active)
     worker.evaluate(held, 1, 3.0)
     for step in (5, 10, 15):
         worker.publish(held, step, final=False)
@@ -59,7 +59,7 @@ def play(worker, **changes):
 def make_budgets(worker, submit):
     """Make a study with a trunk that has published the first of its two budgets."""
     study = submit("budgets", target={"width": 64, "budgets": [2, 4]})
-    worker.complete(worker.one(study=study), 2.0)
+    worker.complete(worker.lease_one(study=study), 2.0)
     trunk, _ = worker.lease(2, study=study)
     worker.publish(trunk, trunk.spec.branch_steps[0], final=False)
 

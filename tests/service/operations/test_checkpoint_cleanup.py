@@ -103,7 +103,7 @@ def study(submit, worker, saved):
         created = submit(hpo=TRIALS, target=None, **more)
         uris = []
         for loss in (3.0, 1.0, 2.0):
-            lease = worker.one(study=created["id"])
+            lease = worker.lease_one(study=created["id"])
             uris.append(saved(lease))
             worker.finish(lease, loss=loss)
         return created["id"], uris
@@ -146,7 +146,7 @@ def test_what_is_younger_stays(study, gc):
 
 def test_every_run_can_go_on_after_a_collection_in_the_middle(submit, worker, saved, gc, api):
     created = submit(hpo=TRIALS)
-    leased = worker.one(study=created["id"])
+    leased = worker.lease_one(study=created["id"])
     on_the_way = [saved(leased, step, final=False) for step in (5, 10)]
     orphan = f"{leased.artifact_uri}/.step-00000015-abc"
     write(orphan)
@@ -154,7 +154,7 @@ def test_every_run_can_go_on_after_a_collection_in_the_middle(submit, worker, sa
     # The run is live: it may resume from either, and its worker may still publish the orphan.
     assert all(map(there, [*on_the_way, orphan]))
     worker.finish(leased, "released")
-    again = worker.one(study=created["id"])
+    again = worker.lease_one(study=created["id"])
     assert [ref.uri for ref in again.resume_from] == on_the_way[::-1]
     assert all(there(ref.uri) for ref in again.resume_from)
 
@@ -378,7 +378,7 @@ def test_the_command_line_tells_first_and_deletes_when_told(
 def test_a_checkpoint_that_another_study_grows_from_is_kept_by_its_own_run(api, submit, worker):
     submit(hpo={"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"})
     other = submit(hpo={"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"})
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.publish(lease, 1, final=False)
     uri = f"{lease.artifact_uri}/step-00000001"
     api.client.post(f"/v1/studies/{other['id']}/targets", imported(api, uri))

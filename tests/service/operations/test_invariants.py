@@ -62,13 +62,13 @@ def happened(shared_api, module_study_spec):
     worker.report(resumed, *points({0: None, 5: 1}))
     worker.publish(resumed, step=5, final=False)
     worker.finish(resumed, "released")
-    again = worker.one()
+    again = worker.lease_one()
     assert (again.run_id, again.attempt) == (resumed.run_id, 2)
     assert train(worker, again, {10: 2, 15: 3, 20: 4}, loss=2.5) == "succeeded"
-    worker.finish(worker.one(), "failed", error="no such device", retryable=False)
+    worker.finish(worker.lease_one(), "failed", error="no such device", retryable=False)
     client.post(f"/v1/studies/{study['id']}/pause")
     client.post(f"/v1/studies/{study['id']}/resume")
-    live = worker.one()
+    live = worker.lease_one()
     worker.report(live, *points({0: None}))
     client.post(f"/v1/studies/{study['id']}/trials", {"params": {"lr": 0.01, "beta1": 0.9}})
     return SimpleNamespace(

@@ -55,7 +55,7 @@ def change(api):
 
 def test_names_and_units_are_as_prometheus_has_them(api, submit, worker):
     submit(hpo=ONE)
-    worker.one()
+    worker.lease_one()
     found = scrape(api)
     assert len(found) > 12
     for family in found.values():
@@ -92,7 +92,7 @@ def test_a_lease_that_ran_out_is_counted_once_and_what_its_worker_writes_then(
     for name in names:
         change(name)
     submit(hpo=ONE)
-    late = worker.one()
+    late = worker.lease_one()
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=func.now() - text("interval '1 s'")))
     # The first request expires the lease; the next two must not count it again.
@@ -156,7 +156,7 @@ def test_a_transition_that_its_database_refused_is_not_counted(api, submit, work
     """Let the database refuse a transaction at its commit, after the event was written."""
     change("warmscale_events_total", type="run.succeeded")
     submit(hpo=ONE, target=None)
-    lease = worker.one()
+    lease = worker.lease_one()
     # A deferred trigger runs at the commit. 57P03 is "cannot connect now": the service answers 503.
     refuse = """
         CREATE FUNCTION pg_temp_refuse() RETURNS trigger LANGUAGE plpgsql AS

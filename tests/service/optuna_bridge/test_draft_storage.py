@@ -9,13 +9,13 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from service.optuna_bridge.draft_storage import MovedOnError, write_drafts
-from service.optuna_bridge.translation import make_distribution, make_pruner
-from service.optuna_bridge.trial_history import TrialHistory
+from service.optuna_bridge.draft_storage import MovedOnError, write
+from service.optuna_bridge.translation import distribution, make_pruner
+from service.optuna_bridge.trial_history import History
 from service.specs.search_space import list_grid_points
 from service.specs.study import StudySpec
-from tests.by_hand import ask, evaluate, tell
-from warmcore.specs import derive_seed
+from tests.by_hand import end_trial, report_losses, start_trial
+from warmcore.specs import derived_seed
 
 SPACE = {
     "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},
@@ -39,7 +39,7 @@ def spec(study_spec):
 
 def plain(spec, trials_so_far):
     """Optuna's sampler as anybody would make it, seeded as ours is."""
-    draw = derive_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
+    draw = derived_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
     startup = min(10, max(1, spec.hpo.trials // 3))
     match spec.hpo.sampler:
         case "random":
@@ -67,7 +67,7 @@ class PlainOptuna:
         self.study.sampler = plain(self.spec, len(self.study.get_trials(deepcopy=False)))
         trial = self.study.ask()
         for name, dimension in self.spec.search_space.items():
-            trial._suggest(name, make_distribution(dimension))
+            trial._suggest(name, distribution(dimension))
         return trial.number, trial.params
 
     def tell(self, number, state, value):
@@ -90,15 +90,15 @@ def attributes(trial):
 def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
     study = spec(name, pruner=pruner)
     theirs = PlainOptuna(study)
-    sampler.create_study(study.name)
+    sampler.create(study.name)
     chance = random.Random(1)  # noqa: S311 - a scene, no secret
     for given in ({"lr": 0.002}, {"lr": 0.02, "batch_size": 8}):
         if name != "grid":
-            sampler.enqueue_trial(study.name, given)
+            sampler.enqueue(study.name, given)
             theirs.study.enqueue_trial(given)
     running = []
     for _ in range(12):
-        asked = ask(sampler, study.name, study)
+        asked = start_trial(sampler, study.name, study)
         assert (asked.number, asked.params) == theirs.ask()
         running.append(asked.number)
         while len(running) > chance.randrange(4):  # up to three run beside the next ask
@@ -106,16 +106,14 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
             state = chance.choice(["succeeded", "succeeded", "pruned", "failed"])
             loss = chance.random()
             if state == "pruned":
-                evaluate(sampler, study.name, number, {2: loss})
-            tell(sampler, study.name, number, state, loss)
+                report_losses(sampler, study.name, number, {2: loss})
+            end_trial(sampler, study.name, number, state, loss)
             theirs.tell(number, state, loss)
     study_id = sampler.storage.get_study_id_from_name(study.name)
     ours = sampler.storage.get_all_trials(study_id)
     with sampler.engine.connect() as connection:
-        assert [
-            *sampler._cache.get_study(study.name).history.read_trials(connection).values()
-        ] == ours
-        assert [*TrialHistory(study_id).read_trials(connection).values()] == ours
+        assert [*sampler._known.of(study.name).history.read(connection).values()] == ours
+        assert [*History(study_id).read(connection).values()] == ours
     for mine, other in zip(ours, theirs.study.trials, strict=True):
         assert list(mine.params.items()) == list(other.params.items())
         assert (mine.distributions, mine.state) == (other.distributions, other.state)
@@ -126,44 +124,46 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
 def test_trials_drawn_together_are_those_drawn_one_after_another(sampler, spec):
     together, apart = spec("tpe"), spec("tpe")
     for study in (together, apart):
-        sampler.create_study(study.name)
+        sampler.create(study.name)
         for number in range(6):
-            ask(sampler, study.name, study)
-            tell(sampler, study.name, number, "succeeded", abs(number - 2.5))
-    drafts = sampler.sample_trials(together.name, together, 4).drafts
-    assert [d.params for d in drafts] == [ask(sampler, apart.name, apart).params for _ in range(4)]
+            start_trial(sampler, study.name, study)
+            end_trial(sampler, study.name, number, "succeeded", abs(number - 2.5))
+    drafts = sampler.draw(together.name, together, 4).drafts
+    assert [d.params for d in drafts] == [
+        start_trial(sampler, apart.name, apart).params for _ in range(4)
+    ]
     assert len({d.params["lr"] for d in drafts}) == 4
 
 
 def test_drafts_of_a_study_that_has_moved_on_are_not_written(sampler, spec):
     study = spec("random")
-    sampler.create_study(study.name)
-    stale = sampler.sample_trials(study.name, study)
-    ask(sampler, study.name, study)
+    sampler.create(study.name)
+    stale = sampler.draw(study.name, study)
+    start_trial(sampler, study.name, study)
     with pytest.raises(MovedOnError), Session(sampler.engine) as session, session.begin():
-        write_drafts(session, stale)
-    assert len(sampler.read_states(study.name)) == 1
+        write(session, stale)
+    assert len(sampler.states(study.name)) == 1
 
 
 def test_an_enqueued_trial_that_another_has_started_is_not_started_again(sampler, spec):
     study = spec("random")
-    sampler.create_study(study.name)
-    sampler.enqueue_trial(study.name, {"lr": 0.01})
-    stale = sampler.sample_trials(study.name, study)
-    ask(sampler, study.name, study)
+    sampler.create(study.name)
+    sampler.enqueue(study.name, {"lr": 0.01})
+    stale = sampler.draw(study.name, study)
+    start_trial(sampler, study.name, study)
     with pytest.raises(MovedOnError), Session(sampler.engine) as session, session.begin():
-        write_drafts(session, stale)
+        write(session, stale)
 
 
 def test_what_is_rolled_back_leaves_nothing(sampler, spec):
     study = spec("qmc")
-    sampler.create_study(study.name)
-    drawn = sampler.sample_trials(study.name, study, 3)
+    sampler.create(study.name)
+    drawn = sampler.draw(study.name, study, 3)
     with Session(sampler.engine) as session:
-        write_drafts(session, drawn)
+        write(session, drawn)
         session.rollback()
         for table in ("trials", "trial_params", "study_system_attributes"):
             count = session.scalar(text(f"SELECT count(*) FROM optuna.{table}"))
             assert count == (1 if table == "study_system_attributes" else 0)  # the metric's name
-    again = sampler.sample_trials(study.name, study, 3)
+    again = sampler.draw(study.name, study, 3)
     assert [d.params for d in again.drafts] == [d.params for d in drawn.drafts]

@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 
 from service.client import ServiceError
 from service.database.tables import Run
-from service.leases import attempts
 from service.optuna_bridge import finish_trial
-from tests.by_hand import evaluate, tell
+from service.runs import store as runs
+from tests.by_hand import end_trial, report_losses
 
 ENDS = {
     "succeeded": optuna.trial.TrialState.COMPLETE,
@@ -40,10 +40,10 @@ def rows(sampler, study):
 @pytest.mark.parametrize("end", ENDS)
 def test_a_trial_that_we_end_has_the_rows_of_one_that_optuna_ends(sampler, end, heard):
     for name in ("ours", "theirs"):
-        sampler.create_study(name)
+        sampler.create(name)
         optuna.load_study(study_name=name, storage=sampler.storage).ask()
-        evaluate(sampler, name, 0, heard)
-    assert tell(sampler, "ours", 0, end, 1.5)
+        report_losses(sampler, name, 0, heard)
+    assert end_trial(sampler, "ours", 0, end, 1.5)
     study = optuna.load_study(study_name="theirs", storage=sampler.storage)
     study.tell(0, 1.5 if end == "succeeded" else None, state=ENDS[end])
     assert rows(sampler, "ours") == rows(sampler, "theirs")
@@ -56,60 +56,60 @@ def test_a_trial_that_we_end_has_the_rows_of_one_that_optuna_ends(sampler, end, 
 
 def test_a_diverged_trial_is_the_worst_there_is_whatever_it_reported(sampler):
     for name, heard in (("a", {}), ("b", {1: 3.0, 2: 0.5})):
-        sampler.create_study(name)
+        sampler.create(name)
         study = optuna.load_study(study_name=name, storage=sampler.storage)
         study.ask()
-        evaluate(sampler, name, 0, heard)
-        tell(sampler, name, 0, "diverged")
+        report_losses(sampler, name, 0, heard)
+        end_trial(sampler, name, 0, "diverged")
         (trial,) = study.trials
         assert (trial.state.name, trial.value) == ("PRUNED", float("inf"))
         assert trial.intermediate_values == heard | {max(heard, default=1): float("inf")}
 
 
 def test_the_first_end_stands(sampler):
-    sampler.create_study("s")
+    sampler.create("s")
     optuna.load_study(study_name="s", storage=sampler.storage).ask()
-    evaluate(sampler, "s", 0, {1: 3.0})
-    assert tell(sampler, "s", 0, "succeeded", 1.5)
+    report_losses(sampler, "s", 0, {1: 3.0})
+    assert end_trial(sampler, "s", 0, "succeeded", 1.5)
     before = rows(sampler, "s")
     for end in ("failed", "pruned", "diverged", "succeeded"):
-        assert tell(sampler, "s", 0, end, 7.0)
+        assert end_trial(sampler, "s", 0, end, 7.0)
     assert rows(sampler, "s") == before
 
 
 def test_a_trial_that_optuna_has_not_is_not_told(sampler):
-    sampler.create_study("s")
-    assert not tell(sampler, "s", 0, "succeeded", 1.5)
+    sampler.create("s")
+    assert not end_trial(sampler, "s", 0, "succeeded", 1.5)
 
 
 def test_optuna_sees_an_end_though_it_holds_the_trial_as_running(sampler):
-    sampler.create_study("s")
+    sampler.create("s")
     study = optuna.load_study(study_name="s", storage=sampler.storage)
     for _ in range(3):
         study.ask()
     assert [t.state.name for t in study.trials] == ["RUNNING"] * 3  # now in Optuna's cache
-    tell(sampler, "s", 2, "succeeded", 1.5)
-    tell(sampler, "s", 0, "failed")
+    end_trial(sampler, "s", 2, "succeeded", 1.5)
+    end_trial(sampler, "s", 0, "failed")
     assert [t.state.name for t in study.trials] == ["FAIL", "RUNNING", "COMPLETE"]
 
 
 def test_when_a_finish_is_answered_optuna_knows_it(api, submit, worker):
     study = submit()
-    assert worker.complete(worker.one(), 1.25) == "succeeded"
-    assert api.sampler.read_states(study["name"]) == {0: ("COMPLETE", 1.25)}
+    assert worker.complete(worker.lease_one(), 1.25) == "succeeded"
+    assert api.sampler.states(study["name"]) == {0: ("COMPLETE", 1.25)}
     with api.sessions() as session:
         assert session.scalars(select(Run.told)).one()
 
 
 def test_a_finish_that_fails_is_unheard_of_by_optuna_too(api, submit, worker, monkeypatch):
     study = submit()
-    lease = worker.one()
+    lease = worker.lease_one()
 
     def away(*_):
         raise OperationalError("", {}, Exception("away"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(attempts, "advance_study", away)  # after the trial was finished in Optuna
+        patch.setattr(runs, "advance", away)  # after Optuna was told
         with pytest.raises(ServiceError, match="503"):
             api.client.request(
                 "POST",
@@ -118,9 +118,9 @@ def test_a_finish_that_fails_is_unheard_of_by_optuna_too(api, submit, worker, mo
                 headers={"Lease-Token": lease.lease_token},
                 retry=False,
             )
-    assert api.sampler.read_states(study["name"]) == {0: ("RUNNING", None)}
+    assert api.sampler.states(study["name"]) == {0: ("RUNNING", None)}
     assert worker.finish(lease, loss=1.0) == "succeeded"
-    assert api.sampler.read_states(study["name"]) == {0: ("COMPLETE", 1.0)}
+    assert api.sampler.states(study["name"]) == {0: ("COMPLETE", 1.0)}
 
 
 @contextlib.contextmanager
@@ -142,7 +142,7 @@ def counted(engine):
 
 def test_a_report_is_one_statement_and_a_finish_one_commit(api, submit, worker):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.evaluate(lease, 1, 3.0)
     with counted(api.sessions.kw["bind"]) as counts, counted(api.sampler.engine) as more:
         worker.evaluate(lease, 2, 2.0)
@@ -153,13 +153,13 @@ def test_a_report_is_one_statement_and_a_finish_one_commit(api, submit, worker):
 
 def test_ends_have_optuna_s_words():
     ends = [("succeeded", False), ("pruned", False), ("failed", False), ("cancelled", False)]
-    assert [finish_trial.trial_end(s, diverged=d) for s, d in ends] == [
+    assert [finish_trial.end_of(s, diverged=d) for s, d in ends] == [
         "COMPLETE",
         "PRUNED",
         "FAIL",
         "FAIL",
     ]
-    assert finish_trial.trial_end("failed", diverged=True) == "PRUNED"
+    assert finish_trial.end_of("failed", diverged=True) == "PRUNED"
 
 
 def test_a_trial_s_number_is_found_by_an_index(sampler):

@@ -29,7 +29,7 @@ def study(submit, worker, train):
         warmstart={"seeds": 2},
     )
     for loss in (2.5, 2.4):
-        train(worker.one(), loss)
+        train(worker.lease_one(), loss)
     return created["name"]
 
 
@@ -67,7 +67,7 @@ def test_there_is_no_verdict_until_the_last_target_run_has_ended(study, results,
         pending = results(study).pending
         assert pending
         assert pending.startswith(f"{remaining} of 4 target runs are unfinished")
-        lease = worker.one()
+        lease = worker.lease_one()
         train(lease, 2.0 if lease.arm == "warm" else 2.2)
     found = results(study)
     assert found.pending is None
@@ -124,7 +124,7 @@ def test_a_cancelled_study_says_that_its_target_never_started(submit, api, resul
 def test_a_study_without_a_target_has_nothing_to_judge(submit, worker, train, results):
     hpo = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
     name = submit(target=None, hpo=hpo)["name"]
-    train(worker.one(), 2.0)
+    train(worker.lease_one(), 2.0)
     assert "no target" in (results(name).pending or "")
 
 

@@ -248,7 +248,7 @@ def test_numbers_that_are_not_finite_are_refused_in_specs_and_in_reports(
     text = json.dumps(study_spec(train={"lr": 123.456})).replace("123.456", number)
     assert httpx.post(f"{api.url}/v1/studies", content=text, headers=headers).status_code == 422
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     point = f'{{"measurements": [{{"step": 1, "tokens": 1, "loss_nats": {number}}}]}}'
     response = httpx.post(
         f"{api.url}/v1/runs/{lease.run_id}/measurements",
@@ -337,13 +337,13 @@ def test_a_bad_lease_fails_no_study_and_is_named_by_its_field(api, submit, worke
     for bad in ("a\0b", "\ud800", "", "w" * 201):
         response = send(api, "POST", "/v1/leases", {"worker": bad})
         assert (response.status_code, response.json()["errors"][0]["path"]) == (422, "worker")
-    assert worker.one(study=study["id"])
+    assert worker.lease_one(study=study["id"])
     assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "active"
 
 
 def test_numbers_beyond_the_database_are_refused(api, submit, worker):
     study = submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     run = f"/v1/runs/{lease.run_id}/measurements"
     headers = {"Authorization": f"Bearer {api.key}", "Lease-Token": lease.lease_token}
     for step in (2**63, 10**30):

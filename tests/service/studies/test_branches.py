@@ -41,7 +41,7 @@ def study(submit, worker):
             "warmstart": {"seeds": 2},
         }
         created = submit(**spec | changes)
-        worker.complete(worker.one(), 2.5)
+        worker.complete(worker.lease_one(), 2.5)
         return created["name"]
 
     return study
@@ -80,7 +80,7 @@ def test_the_last_trial_enqueues_a_trunk_for_each_arm_and_seed(study, worker, vi
 
 def test_each_branch_point_enqueues_its_run_where_it_is_published(study, worker, api):
     study()
-    trunk = worker.one()
+    trunk = worker.lease_one()
     first, second = trunk.spec.branch_steps
     worker.lease(8)
     publish(worker, trunk, first - 1)
@@ -104,7 +104,7 @@ def test_each_branch_point_enqueues_its_run_where_it_is_published(study, worker,
 
 def test_a_branchs_checkpoint_is_kept_however_many_follow(study, worker, api):
     study()
-    trunk = worker.one()
+    trunk = worker.lease_one()
     first, second = trunk.spec.branch_steps
     # Four checkpoints: the newest two are kept, and the first since a branch refers to it.
     replies = [publish(worker, trunk, s) for s in (first, first + 1, first + 2, first + 3)]
@@ -132,7 +132,7 @@ def test_a_study_of_several_budgets_completes_with_its_last_branch(study, worker
 
 def test_a_trunk_that_skips_a_branch_point_has_not_succeeded(study, worker):
     study()
-    trunk = worker.one()
+    trunk = worker.lease_one()
     first, second = trunk.spec.branch_steps
     publish(worker, trunk, second, final=True)
     with pytest.raises(ServiceError, match=f"publish the checkpoints at steps {first} of") as bad:
@@ -144,7 +144,7 @@ def test_a_trunk_that_skips_a_branch_point_has_not_succeeded(study, worker):
 
 def test_the_next_attempt_of_a_trunk_does_not_branch_twice(study, worker, api):
     name = study()
-    trunk = worker.one()
+    trunk = worker.lease_one()
     others = worker.lease(8)
     steps = trunk.spec.branch_steps
     publish(worker, trunk, steps[0])
@@ -163,7 +163,7 @@ def test_the_next_attempt_of_a_trunk_does_not_branch_twice(study, worker, api):
 
 def test_a_branch_that_fails_is_tried_again_from_its_trunk(study, worker):
     study()
-    trunk = worker.one()
+    trunk = worker.lease_one()
     worker.lease(8)
     publish(worker, trunk, trunk.spec.branch_steps[0])
     (branch,) = worker.lease(8)
@@ -174,11 +174,11 @@ def test_a_branch_that_fails_is_tried_again_from_its_trunk(study, worker):
 
 def test_a_diverged_trunk_leaves_the_branches_that_it_has(study, worker, view):
     name = study(warmstart={"seeds": 1, "control": False})
-    trunk = worker.one()
+    trunk = worker.lease_one()
     publish(worker, trunk, trunk.spec.branch_steps[0])
     worker.finish(trunk, "diverged", error="loss is nan")
     assert view(name)["state"] == "active"
-    worker.finish(worker.one(), loss=2.0)
+    worker.finish(worker.lease_one(), loss=2.0)
     assert view(name)["state"] == "completed"
 
 
@@ -191,7 +191,7 @@ def test_a_study_whose_trunks_all_diverged_has_failed(study, worker, view):
 
 def test_a_paused_study_keeps_its_branches_until_it_goes_on(study, worker, api):
     name = study()
-    trunk = worker.one()
+    trunk = worker.lease_one()
     worker.lease(8)
     api.client.post(f"/v1/studies/{name}/pause")
     publish(worker, trunk, trunk.spec.branch_steps[0])
@@ -202,7 +202,7 @@ def test_a_paused_study_keeps_its_branches_until_it_goes_on(study, worker, api):
 
 def test_a_cancelled_study_branches_no_more(study, worker, api):
     name = study()
-    trunk = worker.one()
+    trunk = worker.lease_one()
     api.client.post(f"/v1/studies/{name}/cancel")
     assert publish(worker, trunk, trunk.spec.branch_steps[0]).decision == "cancel"
     assert {r["state"] for r in api.client.get("/v1/runs", study=name, kind="target")["items"]} == {
@@ -213,7 +213,7 @@ def test_a_cancelled_study_branches_no_more(study, worker, api):
 def test_a_cancel_during_a_publish_misses_no_branch(study, worker, api):
     """The publish holds the study's lock: the cancel waits for it and sees the new branch."""
     name = study()
-    trunk = worker.one()
+    trunk = worker.lease_one()
     step = trunk.spec.branch_steps[0]
     cancelled = threading.Thread(target=api.client.post, args=(f"/v1/studies/{name}/cancel",))
     with api.sessions.begin() as session:
@@ -232,7 +232,7 @@ def test_a_crash_in_the_middle_of_a_publish_leaves_neither_checkpoint_nor_branch
     study, worker, api
 ):
     study()
-    trunk = worker.one()
+    trunk = worker.lease_one()
     worker.lease(8)
     step = trunk.spec.branch_steps[0]
     # The exception rolls the transaction back, as a kill of the process does.
@@ -339,7 +339,7 @@ def test_a_budget_waits_for_its_own_runs_alone(study, worker, api):
     )
     worker.finish(warm, "diverged", error="loss is nan")
     train_trunk(worker, cold)
-    worker.finish(worker.one(), loss=2.0)
+    worker.finish(worker.lease_one(), loss=2.0)
     read = StudyResults.model_validate(api.client.get(f"/v1/studies/{name}/results"))
     assert read.budgets[0].verdict is not None
     assert "warm seed 0's trunk diverged" in (read.budgets[1].pending or "")

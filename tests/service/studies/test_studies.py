@@ -17,7 +17,7 @@ def problem(call, *args, **kwargs):
 
 def run_trials(worker, losses):
     for number, loss in enumerate(losses):
-        lease = worker.one()
+        lease = worker.lease_one()
         assert lease.trial_number == number
         worker.complete(lease, loss)
 
@@ -86,7 +86,7 @@ def test_what_the_user_wrote_for_the_target_wins_over_what_was_tuned(submit, wor
 
 def test_a_study_whose_best_trial_has_no_checkpoint_fails_and_says_so(api, submit, worker):
     study = submit(hpo={"trials": 1, "parallel": 1, "sampler": "random"})
-    worker.finish(worker.one(), loss=2.0)
+    worker.finish(worker.lease_one(), loss=2.0)
     view = api.client.get(f"/v1/studies/{study['id']}")
     assert (view["state"], view["reason"]) == (
         "failed",
@@ -112,17 +112,17 @@ def test_cancel_ends_every_live_run_and_optuna_hears_it(api, submit, worker):
     assert {run["state"] for run in api.client.get("/v1/runs")["items"]} == {"cancelled"}
     # The next request for a lease reports the ends to Optuna.
     worker.lease()
-    states = api.sampler.read_states(study["name"])
+    states = api.sampler.states(study["name"])
     assert {state for state, _ in states.values()} == {"FAIL"}
 
 
 def test_a_diverged_trial_is_failed_here_and_pruned_at_the_worst_value_there(api, submit, worker):
     study = submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.evaluate(lease, 1, 3.0)
     assert worker.finish(lease, "diverged", error="loss is nan") == "failed"
     worker.lease()
-    states = api.sampler.read_states(study["name"])
+    states = api.sampler.states(study["name"])
     assert states[0] == ("PRUNED", float("inf"))
     (trial,) = [
         t for t in api.client.get(f"/v1/studies/{study['id']}/trials")["items"] if t["number"] == 0
@@ -149,7 +149,7 @@ def test_enqueued_parameters_are_tried_next(api, submit, worker):
     path = f"/v1/studies/{study['id']}/trials"
     assert api.client.post(path, {"params": {"lr": 0.02}})["state"] == "queued"
     assert [t["params"] for t in api.client.get(path)["items"]] == [{"lr": 0.02}]
-    assert worker.one().params == {"lr": 0.02}
+    assert worker.lease_one().params == {"lr": 0.02}
 
 
 def test_enqueueing_beyond_the_budget_is_refused(api, submit):
@@ -324,7 +324,7 @@ def test_importance_needs_trials_and_then_ranks_parameters(api, submit, worker):
 
 def test_events_are_streamed_in_order_and_resume_after_the_last_one(api, submit, worker):
     study = submit(target=None, hpo={"trials": 1, "parallel": 1, "sampler": "random"})
-    worker.complete(worker.one())
+    worker.complete(worker.lease_one())
     headers = {"Authorization": f"Bearer {api.key}"}
 
     def stream(**more):
@@ -357,13 +357,13 @@ def test_a_live_stream_delivers_what_happens_after_it_was_opened(api, submit, wo
             if seen == ["study.created"]:
                 # Something has to happen after the stream was opened.
                 seen.append("(finished by hand)")
-                worker.complete(worker.one())
+                worker.complete(worker.lease_one())
     assert seen[-1] == "study.completed"
 
 
 def test_curves_are_read_by_step_and_runs_by_filter(api, submit, worker):
     study = submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     for evaluation in (1, 2):
         worker.evaluate(lease, evaluation, 3.0 - evaluation)
     items = api.client.get(f"/v1/runs/{lease.run_id}/measurements")["items"]
@@ -378,7 +378,7 @@ def test_curves_are_read_by_step_and_runs_by_filter(api, submit, worker):
 def test_losses_of_averaged_weights_are_on_the_curve_and_judge_nothing(api, submit, worker):
     study = submit(warmstart={"seeds": 1, "control": False})
     run_trials(worker, [2.5, 2.1, 2.3, 2.4])
-    lease = worker.one()
+    lease = worker.lease_one()
     averaged = {"ema_val_loss_nats": 1.5, "swa_val_loss_nats": 1.25}
     point = {"step": 5, "tokens": 1280, "val_loss_nats": 2.0, "evaluation": 1} | averaged
     worker.report(lease, point)
@@ -411,7 +411,7 @@ def test_a_study_is_pinned_to_its_tokenizer_and_its_vocabulary_follows(
     path.write_bytes(make_byte_json())
     data = study_spec()["data"] | {"tokenizer": str(path)}
     api.client.post("/v1/studies", study_spec(data=data))
-    run = worker.one().spec
+    run = worker.lease_one().spec
     assert (run.data.vocab_size, run.model.vocab_size) == (256, 256)
     assert run.data.tokenizer_hash == hashlib.sha256(make_byte_json()).hexdigest()
     assert len(run.data.hash) == 64
@@ -421,4 +421,4 @@ def test_the_vocabulary_of_bpe_reaches_trials_and_targets(api, study_spec, worke
     data = study_spec()["data"] | {"tokenizer": "bpe:300"}
     api.client.post("/v1/studies", study_spec(data=data, hpo={"trials": 1}))
     run_trials(worker, [2.5])
-    assert worker.one().spec.model.vocab_size == 300
+    assert worker.lease_one().spec.model.vocab_size == 300

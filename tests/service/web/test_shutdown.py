@@ -139,7 +139,7 @@ def test_a_lease_whose_client_is_gone_is_given_back_at_once(api, submit, worker,
 
     wait_until(is_queued_again)
     monkeypatch.undo()
-    assert worker.one().attempt == 2
+    assert worker.lease_one().attempt == 2
 
 
 def test_nothing_is_granted_once_the_end_has_begun(api, submit, worker):

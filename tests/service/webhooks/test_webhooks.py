@@ -94,7 +94,7 @@ def test_the_signature_is_the_one_of_the_convention():
 def test_the_end_of_a_run_and_of_its_study_arrive_signed(api, submit, worker, receiver):
     _, secret = add_webhook(api.sessions, receiver.url, ["run.succeeded", "study.completed"])
     study = submit(hpo=ONE, target=None)
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.complete(lease, 1.5)
     receiver.wait_for(2)
     assert all(is_signed(secret, headers, body) for headers, body in receiver.seen)
@@ -112,7 +112,7 @@ def test_a_failure_is_tried_again_under_the_same_id_and_stays_signed(
     webhook_id, secret = add_webhook(api.sessions, receiver.url)
     receiver.answers = [500, 302, 200]
     submit(hpo=ONE, target=None)
-    worker.complete(worker.one())
+    worker.complete(worker.lease_one())
     receiver.wait_for(3)
     wait_until(lambda: read_view(api.sessions, webhook_id).delivered, 1)
     assert len(set(receiver.ids())) == 1
@@ -127,7 +127,7 @@ def test_what_fails_to_the_end_is_given_up_visibly_and_can_be_revived(
     webhook_id, _ = add_webhook(api.sessions, receiver.url)
     receiver.answers = [500, 500, 500]
     submit(hpo=ONE, target=None)
-    worker.complete(worker.one())
+    worker.complete(worker.lease_one())
     wait_until(lambda: read_view(api.sessions, webhook_id).dead, 1)
     assert (len(receiver.seen), read_view(api.sessions, webhook_id).last_error) == (
         3,

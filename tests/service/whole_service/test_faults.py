@@ -32,14 +32,14 @@ def test_a_study_that_cannot_start_a_trial_fails_alone_and_says_why(
     api, submit, worker, monkeypatch
 ):
     bad, good = submit(), submit()
-    draw = api.sampler.sample_trials
+    draw = api.sampler.draw
 
     def fails_for_one(name, *arguments):
         if name == bad["name"]:
             raise ValueError("no such point")
         return draw(name, *arguments)
 
-    monkeypatch.setattr(api.sampler, "sample_trials", fails_for_one)
+    monkeypatch.setattr(api.sampler, "draw", fails_for_one)
     assert {lease.study_id for lease in worker.lease(2)} == {good["id"]}
     view = api.client.get("/v1/runs", study=bad["id"])
     assert view["items"] == []
@@ -52,7 +52,7 @@ def test_a_fault_in_what_follows_a_run_keeps_the_run_and_fails_the_study(
     api, submit, worker, monkeypatch
 ):
     study = submit(hpo=ONE)
-    lease = worker.one()
+    lease = worker.lease_one()
     # Without the function every step raises a NameError.
     with monkeypatch.context() as patch:
         patch.delattr(advance, "plan_next_step")
@@ -90,13 +90,13 @@ def test_a_study_that_only_a_newer_version_can_read_is_left_to_it(
     with api.sessions.begin() as session:
         row = session.get(Study, before["id"])
         row.spec = before["spec"]
-    assert worker.one().study_id == before["id"]
+    assert worker.lease_one().study_id == before["id"]
 
 
 def test_the_last_end_of_a_study_of_a_newer_version_waits_for_it(api, submit, worker):
     """The worker gets a 503 and retries; its reports are accepted meanwhile."""
     study = submit(hpo=ONE | {"pruner": "median"})
-    lease = worker.one()
+    lease = worker.lease_one()
     poison(api, study, of_tomorrow=1)
     assert worker.evaluate(lease, 1, 3.0) == "continue"
     worker.publish(lease)
@@ -112,7 +112,7 @@ def test_the_last_end_of_a_study_of_a_newer_version_waits_for_it(api, submit, wo
 @pytest.mark.tampers
 def test_a_late_lease_of_a_newer_version_s_study_holds_up_no_other(api, submit, worker):
     newer = submit(hpo=ONE, max_attempts=1)
-    late = worker.one()
+    late = worker.lease_one()
     poison(api, newer, of_tomorrow=1)
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 hour'")))
@@ -141,7 +141,7 @@ def test_a_late_lease_that_is_left_to_another_version_is_not_asked_for_all_the_t
     api, submit, worker, monkeypatch
 ):
     study = submit(hpo=ONE, max_attempts=1)
-    worker.one()
+    worker.lease_one()
     poison(api, study, of_tomorrow=1)
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 hour'")))
@@ -153,13 +153,13 @@ def test_a_late_lease_that_is_left_to_another_version_is_not_asked_for_all_the_t
 
 def test_what_was_granted_is_returned_though_the_next_ask_fails(api, submit, worker, monkeypatch):
     submit(hpo=ONE)
-    worker.finish(worker.one(), "released")
+    worker.finish(worker.lease_one(), "released")
 
     def away(*_):
         raise OperationalError("", {}, Exception("away"))
 
     submit()
-    monkeypatch.setattr(api.sampler, "sample_trials", away)
+    monkeypatch.setattr(api.sampler, "draw", away)
     assert len(worker.lease(2)) == 1
 
 
@@ -173,7 +173,7 @@ def test_a_study_whose_target_cannot_be_trained_is_refused_at_submission(api, st
 
 def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit, worker):
     study = submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     with api.sessions.begin() as session:
         run = attempts.renew_lease(session, EVERYWHERE, lease.run_id, lease.lease_token, 5.0)
         cancel = threading.Thread(
@@ -191,7 +191,7 @@ def test_cancelling_while_a_checkpoint_is_published_deadlocks_nobody(api, submit
 
 def test_after_an_absence_of_ours_leases_get_their_time_again(api, submit, worker):
     submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     with api.sessions.begin() as session:
         session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 hour'")))
     forget_presence(api)
@@ -214,7 +214,7 @@ def test_an_absence_is_not_over_before_it_is_made_good():
 
 def test_a_checkpoint_that_a_target_grows_from_is_kept(api, submit, worker):
     study = submit(target=None)
-    lease = worker.one()
+    lease = worker.lease_one()
     worker.publish(lease, step=5, final=False)
     (base,) = api.client.get(f"/v1/runs/{lease.run_id}/checkpoints")["items"]
     body = {"checkpoint": base["id"], "target": {"width": 64}}
@@ -225,14 +225,14 @@ def test_a_checkpoint_that_a_target_grows_from_is_kept(api, submit, worker):
 
 def test_a_study_without_target_needs_no_checkpoints(api, submit, worker):
     study = submit(target=None, hpo=ONE)
-    worker.finish(worker.one(), loss=2.0)
+    worker.finish(worker.lease_one(), loss=2.0)
     assert api.client.get(f"/v1/studies/{study['id']}")["state"] == "completed"
 
 
 def test_growth_starts_from_the_best_trial_that_has_a_checkpoint(api, submit, worker):
     submit(hpo=ONE | {"trials": 2})
-    worker.finish(worker.one(), loss=1.0)
-    second = worker.one()
+    worker.finish(worker.lease_one(), loss=1.0)
+    second = worker.lease_one()
     worker.complete(second, 2.0)
     warm = [lease for lease in worker.lease(4) if lease.arm == "warm"]
     assert {lease.spec.growth.base.uri for lease in warm} == {
@@ -244,7 +244,7 @@ def test_growth_starts_from_the_best_trial_that_has_a_checkpoint(api, submit, wo
 def test_targets_started_by_hand_outlive_their_study_and_can_be_cancelled(api, submit, worker):
     study = submit(target=None)
     for loss in (1.0, 2.0, 3.0, 4.0):
-        worker.complete(worker.one(), loss)
+        worker.complete(worker.lease_one(), loss)
     path = f"/v1/studies/{study['id']}"
     api.client.post(f"{path}/targets", {"target": {"width": 64}})
     with api.sessions.begin() as session:
@@ -287,7 +287,7 @@ def test_the_runs_of_a_study_are_pinned_to_the_corpus_as_it_was(api, submit, wor
     from warmcore.corpus import prepare
 
     study = submit()
-    lease = worker.one()
+    lease = worker.lease_one()
     assert lease.spec.data.hash == study["spec"]["data"]["hash"] is not None
     (corpus / "more.txt").write_text("one more document\n" * 40)
     with pytest.raises(ValueError, match="has changed"):

@@ -16,14 +16,14 @@ ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
 
 def states_in_optuna(api, study):
-    return {n: state for n, (state, _) in api.sampler.read_states(study["name"]).items()}
+    return {n: state for n, (state, _) in api.sampler.states(study["name"]).items()}
 
 
 def test_a_killed_workers_trial_does_not_stay_running_in_optuna_for_ever(api, submit, worker):
     """Optuna #3293: no heartbeat covers ask-and-tell, and a zombie biases the sampler."""
     study = submit(hpo=ONE, max_attempts=2, target=None)
     for _ in range(2):
-        assert worker.one(wait_seconds=5)
+        assert worker.lease_one(wait_seconds=5)
         # The worker was killed: it reports nothing more, and its lease expires.
         with api.sessions.begin() as session:
             session.execute(update(Run).values(lease_expires_at=text("now() - interval '1 s'")))
@@ -35,7 +35,7 @@ def test_a_killed_workers_trial_does_not_stay_running_in_optuna_for_ever(api, su
 def test_a_trial_whose_worker_reports_is_never_failed_for_its_age(api, submit, worker):
     """Optuna #4234, #5470: stale-trial detection fails live trials that report slowly."""
     study = submit(hpo=ONE)
-    lease = worker.one()
+    lease = worker.lease_one()
     for evaluation in (1, 2, 3):
         with api.sessions.begin() as session:
             old = "interval '1 day'"
@@ -91,7 +91,7 @@ def test_a_restarted_service_goes_on_with_the_same_search_and_loses_no_queued_wo
             (lease,) = worker_of(api).lease(1)
             drawn.append(lease)
             worker_of(api).complete(lease, loss)
-        under_way = worker_of(api).one()
+        under_way = worker_of(api).lease_one()
         given = api.client.post(f"{path}/trials", {"params": {"lr": 0.0123}})
         queued = api.client.post(f"{path}/targets", {"target": {"width": 64}})["items"]
     with serving(settings, database_url) as api:

@@ -27,7 +27,7 @@ def runs_of(answer):
 def grown(api, submit, worker):
     """The path of a study with a trial to grow."""
     study = submit(target=None)
-    worker.complete(worker.one())
+    worker.complete(worker.lease_one())
     return f"/v1/studies/{study['id']}"
 
 
@@ -60,7 +60,7 @@ def test_the_same_key_enqueues_the_same_trial_once(api, submit, worker):
     first = api.client.post(path, given, idempotency_key="a")
     assert api.client.post(path, given, idempotency_key="a") == first
     reused(lambda: api.client.post(path, {"params": {"lr": 0.006}}, idempotency_key="a"))
-    lease = worker.one()
+    lease = worker.lease_one()
     assert (lease.trial_number, lease.params) == (first["number"], {"lr": 0.005})
     again = api.client.post(path, given, idempotency_key="a")
     assert (again["number"], again["run_id"]) == (first["number"], lease.run_id)
@@ -92,7 +92,7 @@ def test_a_key_sent_eight_times_at_once_counts_once(api, grown, submit):
 def test_a_trial_whose_enqueueing_was_cut_off_before_our_commit_is_found_by_its_key(api, submit):
     """Optuna commits in a transaction of its own: a crash may come between the two commits."""
     study = submit()
-    number = api.sampler.enqueue_trial(study["name"], {"lr": 0.005}, "k")
+    number = api.sampler.enqueue(study["name"], {"lr": 0.005}, "k")
     path = f"/v1/studies/{study['id']}/trials"
     trial = api.client.post(path, {"params": {"lr": 0.005}}, idempotency_key="k")
     assert trial["number"] == number
@@ -111,4 +111,4 @@ def test_an_enqueued_batch_that_its_processes_cannot_share_is_refused_by_name(
     with pytest.raises(ServiceError) as refused:
         api.client.post(path, {"params": {"batch_size": 5}})
     assert refused.value.problem["errors"][0]["path"] == "params.batch_size"
-    assert Worker(api.client).one().params["batch_size"] == 8
+    assert Worker(api.client).lease_one().params["batch_size"] == 8

@@ -79,7 +79,7 @@ def large(api, tmp_path_factory):
         "hpo": {"trials": NUM_TRIALS + 1, "parallel": 2, "sampler": "tpe", "pruner": "none"},
     }
     study, worker = api.client.post("/v1/studies", spec), Worker(api.client)
-    lease = worker.one(study="large")
+    lease = worker.lease_one(study="large")
     worker.evaluate(lease, 4, 3.0)
     worker.finish(lease, loss=3.0)
     copies = COPIES.format(last=NUM_TRIALS, study=study["id"], run=lease.run_id)
@@ -168,7 +168,7 @@ def test_a_budget_of_ten_thousand_trials_is_taken(api, study_spec, sampler, prun
 def long_run(api, submit, worker):
     """A leased run with many measurements, written in batches by hand and by SQL."""
     study = submit(target=None)
-    lease = worker.one(study=study["id"])
+    lease = worker.lease_one(study=study["id"])
     for first in range(1, 5001, 1000):
         worker.report(lease, *({"step": i, "tokens": i} for i in range(first, first + 1000)))
     statement = text(

@@ -161,7 +161,7 @@ def test_sixty_four_clients_at_once_use_no_more_connections_than_are_written_dow
 
         def one_trial(_):
             worker = Worker(client)
-            lease = worker.one(wait_seconds=20)
+            lease = worker.lease_one(wait_seconds=20)
             worker.evaluate(lease, 1, 2.0)
             return worker.complete(lease)
 
@@ -179,7 +179,7 @@ def test_an_api_outlives_its_database_and_goes_on_by_itself(study_spec):
         with serving(settings_below(home), url) as api:
             api.client.post("/v1/studies", study_spec())
             worker = Worker(api.client)
-            lease = worker.one()
+            lease = worker.lease_one()
             # SIGKILL for the postmaster; its backends notice and exit.
             server.get_postmaster_info().process.kill()
             while httpx.get(f"{api.url}/readyz").status_code == 200:

@@ -48,7 +48,7 @@ def lease(submit, worker, text):
             "hpo": {"trials": 1, "sampler": "random", "pruner": "none"},
         }
         created = submit(**spec | (study or {}))
-        return worker.one(study=created["id"])
+        return worker.lease_one(study=created["id"])
 
     return lease
 
@@ -134,7 +134,7 @@ def test_a_resumed_run_ends_with_the_same_curve_bit_for_bit(lease, run, worker):
     assert again.spec == leased.spec
     ending, first = run(again, draining=_DrainAfter(8))
     assert ending == "released"
-    ending, resumed = run(worker.one(study=again.study_id))
+    ending, resumed = run(worker.lease_one(study=again.study_id))
     assert ending == "succeeded"
     assert first.losses | resumed.losses == whole.losses
     assert not first.losses.keys() & resumed.losses.keys()
@@ -144,7 +144,7 @@ def test_a_resumed_run_ends_with_the_same_curve_bit_for_bit(lease, run, worker):
 @pytest.mark.parametrize("damage", ["corrupt", "missing"])
 def test_a_run_falls_back_to_the_next_older_checkpoint(lease, run, worker, damage):
     run(lease(log_every=1), checkpoint_seconds=0.0, draining=_DrainAfter(8))
-    second = worker.one()
+    second = worker.lease_one()
     newest, older = second.resume_from
     if damage == "corrupt":
         weights = _path(newest.uri) / "model.safetensors"
@@ -158,7 +158,7 @@ def test_a_run_falls_back_to_the_next_older_checkpoint(lease, run, worker, damag
 
 def test_without_a_usable_checkpoint_a_run_starts_again(lease, run, worker):
     run(lease(), draining=_DrainAfter(8))
-    second = worker.one()
+    second = worker.lease_one()
     (only,) = second.resume_from
     _path(only.uri).rename(_path(only.uri).with_name("elsewhere"))
     ending, sent = run(second)
@@ -172,7 +172,7 @@ def test_a_run_whose_finish_was_lost_finishes_from_its_final_checkpoint(lease, r
     # Stands for a process that is killed after its final checkpoint and before its finish.
     client.finish = lambda *_: worker.finish(leased, "failed")
     execute_lease(leased, client, options=AttemptOptions())
-    ending, again = run(worker.one(wait_seconds=5))
+    ending, again = run(worker.lease_one(wait_seconds=5))
     assert ending == "succeeded"
     assert again.curve == []
     assert again.finished.val_loss_nats == client.curve[-1].val_loss_nats
@@ -180,7 +180,7 @@ def test_a_run_whose_finish_was_lost_finishes_from_its_final_checkpoint(lease, r
 
 def test_a_target_grows_from_its_base_and_says_which(api, lease, run, worker):
     _, base = run(lease(study={"warmstart": {"seeds": 1, "control": False}}))
-    target = worker.one()
+    target = worker.lease_one()
     assert (target.kind, target.arm) == ("target", "warm")
     ending, sent = run(target)
     assert ending == "succeeded"
@@ -210,7 +210,7 @@ def test_a_pruned_run_stops_at_the_evaluation_and_keeps_its_curve(lease, run, wo
     hpo = {"trials": 2, "parallel": 2, "sampler": "random", "pruner": "successive_halving"}
     better = lease(study={"hpo": hpo}, **EVALUATED_OFTEN)
     worker.evaluate(better, evaluation=1, loss=0.0)
-    ending, sent = run(worker.one())
+    ending, sent = run(worker.lease_one())
     assert ending == sent.finished.outcome == "pruned"
     assert sent.finished.val_loss_nats in {m.val_loss_nats for m in sent.curve}
     assert sent.curve[-1].step < 3_000
@@ -228,7 +228,7 @@ def test_a_cancelled_run_stops_quietly(api, lease, run):
 def test_a_run_whose_lease_is_stale_writes_nothing_more(lease, run, worker):
     leased = lease(**EVALUATED_OFTEN)
     worker.finish(leased, "released")
-    other = worker.one()
+    other = worker.lease_one()
     ending, sent = run(leased)
     assert ending == "stale"
     assert sent.curve == sent.checkpoints == []
@@ -280,15 +280,15 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
     target = {"width": 32, "budgets": [0.1, 0.2]}
     trial = lease(study={"target": target, "warmstart": {"seeds": 1, "control": False}})
     run(trial)
-    trunk = worker.one(study=trial.study_id)
+    trunk = worker.lease_one(study=trial.study_id)
     ending, sent = run(trunk)
     assert ending == "succeeded"
     assert tuple(c.step for c in sent.checkpoints) == trunk.spec.branch_steps
     assert [c.final for c in sent.checkpoints] == [False, True]
     for budget, start in zip(trunk.spec.branches, trunk.spec.branch_steps, strict=True):
-        branch = worker.one(study=trial.study_id)
+        branch = worker.lease_one(study=trial.study_id)
         _, first = run(branch, draining=_DrainAfter(2))
-        _, resumed = run(worker.one(study=trial.study_id))
+        _, resumed = run(worker.lease_one(study=trial.study_id))
         whole = Training.start(
             make_branch(trunk.spec, budget, None),
             data.prepare_corpus(trunk.spec.data),
