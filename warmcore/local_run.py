@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError, checkpoint_path, list_checkpoints
 from warmcore.corpus.prepare import Corpus, prepare_corpus
-from warmcore.run_file import read_spec, reference, require_local_path
+from warmcore.run_file import read_checkpoint_ref, read_spec, require_local_path
 from warmcore.specs import RunSpec
 from warmcore.specs.run import make_branch
 from warmcore.storage.atomic_writes import write_file
@@ -67,7 +67,7 @@ def train_with_branches(spec: RunSpec, corpus: Corpus, location: RunLocation) ->
         if code != FINISHED:
             return code
         path = checkpoint_path(run.checkpoints, step).resolve()
-        branch = make_branch(spec, budget, reference(str(path), "trunk"))
+        branch = make_branch(spec, budget, read_checkpoint_ref(str(path), "trunk"))
         log.info("cooling down at %g tokens per parameter, from step %d", budget, step)
         folder = location.out / f"tpp-{budget:g}"
         code = LocalRun(branch, corpus, dataclasses.replace(location, out=folder)).run_to_end()

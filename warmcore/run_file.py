@@ -17,26 +17,26 @@ def read_spec(path: Path) -> RunSpec:
     Raises:
         ValueError: a line per wrong field: its name, its value and what works.
     """
-    fields = plain_yaml.read(path)
+    fields = plain_yaml.read_yaml(path)
     try:
-        return RunSpec.model_validate(_with_hashes(fields))
+        return RunSpec.model_validate(_add_hashes(fields))
     except ValidationError as error:
-        lines = [_explain(dict(problem)) for problem in error.errors(include_url=False)]
+        lines = [_explain_problem(dict(problem)) for problem in error.errors(include_url=False)]
         raise ValueError("\n".join(f"{path}: {line}" for line in lines)) from error
 
 
-def _with_hashes(fields: Any) -> Any:
+def _add_hashes(fields: Any) -> Any:
     match fields:
         case {"growth": {"base": str(uri)} as growth}:
-            found = reference(uri, "growth.base").model_dump()
-            return _with_hashes(fields | {"growth": growth | {"base": found}})
+            found = read_checkpoint_ref(uri, "growth.base").model_dump()
+            return _add_hashes(fields | {"growth": growth | {"base": found}})
         case {"trunk": str(uri)}:
-            return fields | {"trunk": reference(uri, "trunk").model_dump()}
+            return fields | {"trunk": read_checkpoint_ref(uri, "trunk").model_dump()}
         case _:
             return fields
 
 
-def reference(uri: str, field: str) -> CheckpointRef:
+def read_checkpoint_ref(uri: str, field: str) -> CheckpointRef:
     """The local checkpoint that is there now."""
     _, found = read_manifest(require_local_path(uri, field))
     return CheckpointRef(uri=uri, hash=found)
@@ -60,20 +60,20 @@ def require_local_path(uri: str, field: str) -> Path:
     return path
 
 
-def _explain(problem: Mapping[str, Any]) -> str:
+def _explain_problem(problem: Mapping[str, Any]) -> str:
     """`train.lr = -1: Input should be greater than 0`; for an unknown key, the known ones."""
     if not problem["loc"]:  # of the whole: which fields are meant, the message says
         return str(problem["msg"]).removeprefix("Value error, ")
     *parents, name = problem["loc"]
     where = ".".join(map(str, (*parents, name)))
     if problem["type"] == "extra_forbidden":
-        return f"{where} is not a field; {', '.join(_fields_at(parents))} are"
+        return f"{where} is not a field; {', '.join(_list_fields(parents))} are"
     if problem["type"] == "missing":
         return f"{where} is required"
     return f"{where} = {problem['input']!r}: {problem['msg'].removeprefix('Value error, ')}"
 
 
-def _fields_at(parents: Sequence[int | str]) -> Sequence[str]:
+def _list_fields(parents: Sequence[int | str]) -> Sequence[str]:
     model: type[BaseModel] = RunSpec
     for name in parents:
         annotation = model.model_fields[str(name)].annotation

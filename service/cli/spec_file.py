@@ -26,7 +26,7 @@ def load_spec(path: Path, folder: Path) -> dict[str, Any]:
         SpecError: it cannot be read, is no YAML, is no mapping, or holds what JSON cannot say.
     """
     try:
-        spec = plain_yaml.read(path)
+        spec = plain_yaml.read_yaml(path)
     except ValueError as error:
         raise SpecError(str(error)) from None
     try:

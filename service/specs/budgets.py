@@ -9,9 +9,9 @@ from typing import Any
 
 from service.specs.search_space import Dimension
 from warmcore.specs import RunSpec
-from warmcore.specs.fields import FieldError, reason
+from warmcore.specs.fields import FieldError, format_reason
 from warmcore.specs.run import make_branch
-from warmcore.specs.schedule import warmup_steps
+from warmcore.specs.schedule import count_warmup_steps
 
 # The first step of a cooldown is rounded to a whole step. Inside the range of a tuned parameter two
 # cooldowns may therefore begin up to two steps nearer to each other than at its ends.
@@ -56,7 +56,7 @@ def check_longest_phases(run: RunSpec, tuned: Mapping[str, Dimension], prefix: s
     try:
         run.with_params(corner)
     except ValueError as error:
-        raise FieldError(prefix, str(corner), reason(error)) from None
+        raise FieldError(prefix, str(corner), format_reason(error)) from None
 
 
 def check_trunk(
@@ -75,12 +75,14 @@ def check_trunk(
                 _check_room(at)
         except ValueError as error:
             where = ", ".join(f"{name} {value:g}" for name, value in corner.items())
-            message = reason(error) + (f" (at {where}, in the search space)" if where else "")
+            message = format_reason(error) + (
+                f" (at {where}, in the search space)" if where else ""
+            )
             raise FieldError(f"{prefix}.budgets", list(budgets), message) from None
 
 
 def _check_room(trunk: RunSpec) -> None:
-    before = warmup_steps(trunk.budget_steps, trunk.train)
+    before = count_warmup_steps(trunk.budget_steps, trunk.train)
     for step, budget in zip(trunk.branch_steps, trunk.branches, strict=True):
         if step - before < MIN_STEPS_APART:
             raise ValueError(

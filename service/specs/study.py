@@ -33,7 +33,7 @@ from warmcore.specs import (
     TrainSpec,
     growth_rules,
 )
-from warmcore.specs.fields import FieldError, reason
+from warmcore.specs.fields import FieldError, format_reason
 
 SamplerName = Literal["tpe", "random", "cmaes", "gp", "qmc", "grid"]
 PrunerName = Literal["hyperband", "successive_halving", "median", "none"]
@@ -88,7 +88,7 @@ class StudySpec(Spec):
                 try:
                     check_size(run.with_params({name: value}))
                 except ValueError as error:
-                    message = f"reaches {value!r}; {name} refuses it: {reason(error)}"
+                    message = f"reaches {value!r}; {name} refuses it: {format_reason(error)}"
                     raise FieldError(f"search_space.{name}", value, message) from None
         # Each bound was checked alone; these checks are of bounds that only together cannot be
         # trained.
@@ -115,7 +115,7 @@ class StudySpec(Spec):
                 run = RunSpec(model=below, data=self.data, train=train)
                 check_size(run)
             except ValueError as error:
-                raise FieldError(prefix, spec.width, reason(error)) from None
+                raise FieldError(prefix, spec.width, format_reason(error)) from None
             _check_tuned(tuned, run, f"{prefix}.train")
             check_longest_phases(run, tuned, f"{prefix}.train")
             self._check_budgets(run, spec, tuned, prefix)
@@ -211,7 +211,7 @@ class StudySpec(Spec):
             yield "warmstart.control false: without a cold run there is no verdict"
         models = [self.base_model, *(self.rung_model(i) for i in range(len(self.rungs)))]
         for base, target in pairwise(models):
-            for warning in growth_rules.warnings(self.warmstart, base, target):
+            for warning in growth_rules.find_warnings(self.warmstart, base, target):
                 yield f"warmstart.operator: {warning}"
 
 
@@ -220,7 +220,7 @@ def _make_or_fail(make_run: Callable[[int], RunSpec], prefix: str) -> RunSpec:
     try:
         return make_run(0)
     except ValidationError as error:
-        raise FieldError(prefix, None, reason(error)) from None
+        raise FieldError(prefix, None, format_reason(error)) from None
 
 
 def _check_phases(space: dict[str, Dimension], train: TrainSpec, prefix: str) -> None:
@@ -230,7 +230,7 @@ def _check_phases(space: dict[str, Dimension], train: TrainSpec, prefix: str) ->
     try:
         TrainSpec.model_validate(train.model_dump() | longest)
     except ValidationError as error:
-        raise FieldError(prefix, str(longest), reason(error)) from None
+        raise FieldError(prefix, str(longest), format_reason(error)) from None
 
 
 def _check_tuned(space: dict[str, Dimension], run: RunSpec, prefix: str) -> None:
@@ -240,4 +240,4 @@ def _check_tuned(space: dict[str, Dimension], run: RunSpec, prefix: str) -> None
             try:
                 run.with_params({name: value})
             except ValidationError as error:
-                raise FieldError(f"{prefix}.{name}", value, reason(error)) from None
+                raise FieldError(f"{prefix}.{name}", value, format_reason(error)) from None

@@ -17,7 +17,7 @@ from warmcore.specs import (
     TrainSpec,
     growth_rules,
 )
-from warmcore.specs.fields import FieldError, reason
+from warmcore.specs.fields import FieldError, format_reason
 from warmcore.specs.sizes import count_params
 
 MAX_TOKENS = 10**18
@@ -61,13 +61,13 @@ def make_grown_model(
     try:
         model = reshape_model(base, target)
     except ValidationError as error:
-        raise FieldError(f"{prefix}.width", target.width, reason(error)) from None
+        raise FieldError(f"{prefix}.width", target.width, format_reason(error)) from None
     try:
         growth_rules.check_depth(options, base, model)
     except ValueError as error:
         raise FieldError(f"{prefix}.depth", target.depth, str(error)) from None
     try:
-        growth_rules.check(options, base, model)
+        growth_rules.check_growth(options, base, model)
     except ValueError as error:
         raise FieldError(f"{prefix}.width", target.width, str(error)) from None
     return model
@@ -84,7 +84,7 @@ def override_train(train: TrainSpec, target: TargetSpec, prefix: str) -> TrainSp
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join([f"{prefix}.train", *(str(part) for part in first["loc"])])
-        raise FieldError(path, first["input"], reason(error)) from None
+        raise FieldError(path, first["input"], format_reason(error)) from None
 
 
 def check_trained_base(

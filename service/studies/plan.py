@@ -8,7 +8,7 @@ from service.protocol import Arm, RunState
 from service.specs.budgets import make_trunk
 from service.specs.study import StudySpec
 from service.specs.target import TargetSpec, WarmstartSpec
-from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec, derived_seed
+from warmcore.specs import CheckpointRef, GrowthSpec, ModelSpec, RunSpec, TrainSpec, derive_seed
 
 _NO_TRIAL = "no trial succeeded"
 
@@ -62,7 +62,7 @@ def derive_target_seeds(study_seed: int, count: int) -> tuple[int, ...]:
     The two share it: they train on the same data in the same order, and their difference is that
     of the initial weights alone.
     """
-    return tuple(derived_seed(study_seed, "target", k) for k in range(count))
+    return tuple(derive_seed(study_seed, "target", k) for k in range(count))
 
 
 def plan_next_step(

@@ -27,7 +27,7 @@ from service.studies.locks import lock_study
 from service.studies.plan import Base, NewTarget, derive_target_seeds, make_target_run
 from service.studies.schemas import ImportedBase, TargetRequest
 from warmcore.specs import CheckpointRef, ModelSpec, RunSpec
-from warmcore.specs.fields import FieldError, reason
+from warmcore.specs.fields import FieldError, format_reason
 
 if TYPE_CHECKING:
     from service.protocol import Arm
@@ -136,7 +136,7 @@ def _check_run(
         # The request has no field of its own for a size: name the field that decides it.
         budgets = list(target.budgets)
         field, value = ("budgets", budgets) if budgets else ("train", target.train)
-        raise bad_field(f"target.{field}", value, reason(error)) from None
+        raise bad_field(f"target.{field}", value, format_reason(error)) from None
 
 
 def _plan_pairs(spec: StudySpec, warmstart: WarmstartSpec, base: Base) -> list[NewTarget]:

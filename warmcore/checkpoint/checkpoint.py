@@ -22,7 +22,7 @@ from warmcore.checkpoint.manifest import CheckpointManifest, ImportedModel
 from warmcore.checkpoint.progress import Progress
 from warmcore.specs import AverageName, BaseWeights, RunSpec
 from warmcore.storage.atomic_writes import write_folder
-from warmcore.storage.file_facts import MANIFEST, file_facts
+from warmcore.storage.file_facts import MANIFEST, measure_file
 from warmcore.tensors.files import TensorFile, TensorStream, write_tensors
 
 MODEL = "model.safetensors"
@@ -101,7 +101,7 @@ def save_checkpoint(
         files = {name: write_tensors(aside / name, stream) for name, stream in streams.items()}
         for name, content in attached.items():
             (aside / name).write_bytes(content)
-            files[name] = file_facts(aside / name)
+            files[name] = measure_file(aside / name)
         manifest = CheckpointManifest(
             run=run if isinstance(run, RunSpec) else None,
             imported=run if isinstance(run, ImportedModel) else None,
@@ -148,7 +148,7 @@ def open_checkpoint(path: Path, *, expected_hash: str | None = None) -> OpenChec
     """
     manifest, found_hash = read_manifest(path, expected_hash=expected_hash)
     for name, facts in manifest.files.items():
-        found = file_facts(path / name).sha256 if (path / name).is_file() else "no file"
+        found = measure_file(path / name).sha256 if (path / name).is_file() else "no file"
         if found != facts.sha256:
             raise _corrupt_error(path / name, expected=facts.sha256, found=found)
     return OpenCheckpoint(

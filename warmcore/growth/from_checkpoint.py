@@ -15,8 +15,8 @@ from warmcore.checkpoint.checkpoint import (
 from warmcore.checkpoint.progress import Progress
 from warmcore.corpus.tokenizer import TOKENIZER
 from warmcore.growth.growth import Growth
-from warmcore.specs import RunSpec, derived_seed, growth_rules
-from warmcore.tensors.files import TensorStream, layout_like
+from warmcore.specs import RunSpec, derive_seed, growth_rules
+from warmcore.tensors.files import TensorStream, make_layout_like
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +50,7 @@ class GrownTensors:
         growth, base = self.growth, self.source.weights_named(self.growth.options.base_weights)
         entries = ((n, growth.depth.base_name(n), tuple(s)) for n, s in growth.shapes.items())
         return TensorStream(
-            layout=layout_like(entries, base.layout),
+            layout=make_layout_like(entries, base.layout),
             tensors=growth.grow_weights(base, self.generator),
         )
 
@@ -63,13 +63,14 @@ class GrownTensors:
             for m in growth.list_moments(layout)
         )
         return TensorStream(
-            layout=layout_like(entries, layout), tensors=growth.grow_moments(self.source.optimizer)
+            layout=make_layout_like(entries, layout),
+            tensors=growth.grow_moments(self.source.optimizer),
         )
 
 
 def make_weights_generator(run: RunSpec) -> Generator:
     """Draws the run's initial weights, and the noise of growth."""
-    return Generator().manual_seed(derived_seed("weights", run.seed))
+    return Generator().manual_seed(derive_seed("weights", run.seed))
 
 
 def grow_checkpoint(

@@ -29,7 +29,7 @@ from warmcore.model.decoder import parameter_shapes
 from warmcore.model.mup import GAINS, draw_initial_, role_of
 from warmcore.specs import GrowthOptions, ModelSpec, growth_rules
 from warmcore.tensors.files import saving_order
-from warmcore.tensors.row_blocks import ahead, row_blocks
+from warmcore.tensors.row_blocks import make_ahead, split_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Growth:
         Raises:
             ValueError: the operators cannot grow `base` into `target`.
         """
-        growth_rules.check(options, base, target)
+        growth_rules.check_growth(options, base, target)
         operator = options.copying_operator
         return cls(
             base=base,
@@ -91,7 +91,7 @@ class Growth:
         self, base_tensors: Mapping[str, Tensor], generator: Generator
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the target in blocks, in the order of its state dict and the dtype of the base."""
-        noises = ahead(self._draw_noises(generator))
+        noises = make_ahead(self._draw_noises(generator))
         for name in self.shapes:
             for block in self._split_into_blocks(
                 name, self.depth.deepen_tensor(base_tensors, name)
@@ -128,7 +128,7 @@ class Growth:
         """Split the target's tensor; padding takes the same rows of the base, if it has them."""
         shape = self.shapes[name]
         maps: Maps = self.copies.maps_along_axes(name) if self.copies else ()
-        for rows in row_blocks(shape):
+        for rows in split_rows(shape):
             block = torch.Size((rows.stop - rows.start, *shape[1:]))
             if maps and maps[0] is not None:
                 parts = (maps[0].select_units(rows), *maps[1:])
@@ -146,7 +146,7 @@ class Growth:
         """Draw each block's noise, of the target's initial size; gains have none."""
         for name, shape in self.shapes.items():
             role = role_of(name)
-            for rows in row_blocks(shape):
+            for rows in split_rows(shape):
                 if not self.options.noise_scale or role in GAINS:
                     yield None
                 else:

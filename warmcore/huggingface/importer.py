@@ -23,7 +23,7 @@ from warmcore.huggingface.tensors import EMBEDDING, LM_HEAD, hf_name
 from warmcore.huggingface.tokenizer import TOKENIZER_FILES
 from warmcore.model.decoder import parameter_shapes
 from warmcore.storage.atomic_writes import check_free
-from warmcore.storage.file_facts import file_facts
+from warmcore.storage.file_facts import measure_file
 from warmcore.tensors.files import NAMES, TensorFile, TensorInfo, TensorStream, is_finite
 
 _READABLE = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -78,7 +78,7 @@ def import_hf(folder: Path, out: Path) -> SavedCheckpoint:
             tied_embeddings=config.tie_word_embeddings,
             bos=config.bos_token_id,
             eos=config.eos_token_id,
-            source_files={path.name: file_facts(path) for path in [folder / CONFIG, *shards]},
+            source_files={path.name: measure_file(path) for path in [folder / CONFIG, *shards]},
         ),
         data_hash=None,
         base_hash=None,

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from warmcore.model import fused
 from warmcore.model.mup import draw_initial_, multipliers, role_of
 from warmcore.specs import ModelSpec
-from warmcore.tensors.row_blocks import fill_, row_blocks
+from warmcore.tensors.row_blocks import fill_from_blocks, split_rows
 
 
 class Linear(nn.Module):
@@ -218,7 +218,7 @@ def init_weights_(model: Decoder, spec: ModelSpec, generator: Generator) -> Deco
     """Draw every tensor of `model`, one after another in the order of the state dict."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            for rows in row_blocks(parameter.shape):
+            for rows in split_rows(parameter.shape):
                 draw_initial_(parameter[rows], role_of(name), spec, generator)
     return model
 
@@ -226,7 +226,7 @@ def init_weights_(model: Decoder, spec: ModelSpec, generator: Generator) -> Deco
 def load_weights(model: Decoder, blocks: Iterable[tuple[str, Tensor]]) -> None:
     """Copy every tensor of the state dict, block by block."""
     with torch.no_grad():
-        fill_(dict(model.named_parameters()), blocks)
+        fill_from_blocks(dict(model.named_parameters()), blocks)
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, torch.Size]:

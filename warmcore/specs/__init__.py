@@ -13,7 +13,7 @@ from warmcore.specs.fields import (
     Seed,
     Spec,
     TokensPerParam,
-    derived_seed,
+    derive_seed,
 )
 from warmcore.specs.growth import (
     BaseWeights,
@@ -68,5 +68,5 @@ __all__ = [
     "Strategy",
     "TokensPerParam",
     "TrainSpec",
-    "derived_seed",
+    "derive_seed",
 ]

@@ -41,7 +41,7 @@ class AxisCheck(Spec):
         slopes: dict[Kind, tuple[float | None, ...]] = {}
         for kind, steps in means.items():
             fixed[kind] = tuple(map(tuple, steps))
-            slopes[kind] = tuple(slope(sizes, sized) for sized in steps)
+            slopes[kind] = tuple(fit_slope(sizes, sized) for sized in steps)
         return cls(axis=axis, sizes=tuple(sizes), means=fixed, slopes=slopes)
 
     @property
@@ -58,7 +58,7 @@ class AxisCheck(Spec):
         return {k: found for k, found in self.last_slopes.items() if abs(found) > tolerance}
 
 
-def slope(sizes: Sequence[int], means: Sequence[float]) -> float | None:
+def fit_slope(sizes: Sequence[int], means: Sequence[float]) -> float | None:
     """Slope of log mean |x| against log size, by least squares."""
     if not all(means):
         return None

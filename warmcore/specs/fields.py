@@ -33,7 +33,7 @@ TokensPerParam = Annotated[float, Field(gt=0, le=1e6)]
 TokenIds = int | tuple[int, ...] | None
 
 
-def derived_seed(*parts: object) -> int:
+def derive_seed(*parts: object) -> int:
     """A seed in [0, 2^63) that depends on every part and on nothing else."""
     digest = hashlib.sha256(" ".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -50,31 +50,33 @@ class Spec(BaseModel):
         """YAML reads `on`, `yes` and `no` as true and false, which pydantic would make 1 and 0."""
         if isinstance(given, dict):
             wrong = {
-                name: v for name, v in given.items() if _holds_truth(v) and name in _numbers(cls)
+                name: v
+                for name, v in given.items()
+                if _contains_truth(v) and name in _find_number_fields(cls)
             }
             if wrong:
-                raise _no_numbers(cls, wrong)
+                raise _make_truth_error(cls, wrong)
         return validate(given)
 
 
-def _holds_truth(value: object) -> bool:
+def _contains_truth(value: object) -> bool:
     return isinstance(value, bool) or (isinstance(value, list | tuple) and bool in map(type, value))
 
 
 @functools.cache
-def _numbers(spec: type[BaseModel]) -> frozenset[str]:
+def _find_number_fields(spec: type[BaseModel]) -> frozenset[str]:
     """Names of the fields that are numbers, or several, and never true or false."""
-    kinds = {name: set(_kinds(f.annotation)) for name, f in spec.model_fields.items()}
+    kinds = {name: set(_find_types(f.annotation)) for name, f in spec.model_fields.items()}
     return frozenset(name for name, k in kinds.items() if k & {int, float} and bool not in k)
 
 
-def _kinds(annotation: Any) -> Iterator[Any]:
+def _find_types(annotation: Any) -> Iterator[Any]:
     yield annotation
     for inner in get_args(annotation):
-        yield from _kinds(inner)
+        yield from _find_types(inner)
 
 
-def _no_numbers(spec: type[BaseModel], wrong: dict[str, Any]) -> ValidationError:
+def _make_truth_error(spec: type[BaseModel], wrong: dict[str, Any]) -> ValidationError:
     problem = PydanticCustomError("bool_for_number", "Input should be a number, not true or false")
     errors = [InitErrorDetails(type=problem, loc=(n,), input=v) for n, v in wrong.items()]
     return ValidationError.from_exception_data(spec.__name__, errors)
@@ -89,7 +91,7 @@ class FieldError(ValueError):
         super().__init__(message)
 
 
-def reason(error: ValueError) -> str:
+def format_reason(error: ValueError) -> str:
     """The first complaint of a validation, in its own words."""
     if isinstance(error, ValidationError):
         return error.errors()[0]["msg"].removeprefix("Value error, ")

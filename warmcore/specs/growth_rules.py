@@ -19,7 +19,7 @@ SAME = (
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier")
 
 
-def check(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> None:
+def check_growth(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> None:
     """Raise ValueError unless `base` can be grown into `target` with these options."""
     check_depth(options, base, target)
     _check_width(options, base, target)
@@ -65,7 +65,7 @@ def _check_width(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> 
             "growth only widens"
         )
     if options.operator in ("clone", "hyperclone") and target.width % base.width:
-        below, above = _integer_ratios(base, target)
+        below, above = _find_exact_widths(base, target)
         raise ValueError(
             f"cannot {options.operator} width {base.width} into {target.width}: ratio "
             f"{target.width / base.width:g} is not an integer; {below} or {above} work"
@@ -127,12 +127,12 @@ def check_base_weights(options: GrowthOptions, base: TrainSpec) -> None:
         )
 
 
-def warnings(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> Iterator[str]:
+def find_warnings(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> Iterator[str]:
     """Where the target will not compute its base's function although the operator says so."""
     if options.copying_operator is None:
         return
     if target.width % base.width:
-        below, above = _integer_ratios(base, target)
+        below, above = _find_exact_widths(base, target)
         yield (
             f"{options.operator} only approximates the base at width ratio "
             f"{target.width / base.width:g}, as some units have more copies than others; "
@@ -151,7 +151,7 @@ def warnings(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> Iter
         )
 
 
-def _integer_ratios(base: ModelSpec, target: ModelSpec) -> tuple[int, int]:
+def _find_exact_widths(base: ModelSpec, target: ModelSpec) -> tuple[int, int]:
     """Widths nearest to the target's that are a multiple of the base's."""
     below = target.width // base.width * base.width
     return below, below + base.width

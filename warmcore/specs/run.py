@@ -14,7 +14,7 @@ from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import Seed, Spec, TokensPerParam
 from warmcore.specs.growth import CheckpointRef, GrowthSpec
 from warmcore.specs.model import ModelSpec
-from warmcore.specs.schedule import cooldown_start, evaluation_steps, warmup_steps
+from warmcore.specs.schedule import cooldown_start, count_warmup_steps, spread_evaluations
 from warmcore.specs.sizes import count_params, flops_per_token
 from warmcore.specs.train import TrainSpec
 from warmcore.specs.tunable import MODEL_PARAMS, TRAIN_PARAMS, TUNABLE_PARAMS
@@ -155,7 +155,7 @@ def _find_branch_steps(trunk: RunSpec) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def _find_evaluation_steps(run: RunSpec) -> tuple[int, ...]:
     if not run.branches:
-        return tuple(evaluation_steps(run.num_steps, run.train.evaluations))
+        return tuple(spread_evaluations(run.num_steps, run.train.evaluations))
     steps = set(run.branch_steps)
     for budget, start in zip(run.branches, run.branch_steps, strict=True):
         branch = make_branch(run, budget, None)
@@ -176,7 +176,7 @@ def make_branch(
         raise ValueError(f"has no branch at {tokens_per_param:g} tokens per parameter but {works}")
     budget = {
         "tokens_per_param": tokens_per_param,
-        "warmup_steps": warmup_steps(trunk.budget_steps, trunk.train),
+        "warmup_steps": count_warmup_steps(trunk.budget_steps, trunk.train),
     }
     train = trunk.train.model_copy(update=budget)
     return trunk.model_copy(update={"train": train, "trunk": checkpoint, "branches": ()})
@@ -199,5 +199,5 @@ def _check_trunk(trunk: RunSpec) -> None:
     if trunk.trunk is not None:
         raise ValueError("a run that has a trunk is a branch itself; give one of the two")
     check_trunk_train(trunk.train, len(trunk.branches))
-    num_warmup = warmup_steps(trunk.budget_steps, trunk.train)
+    num_warmup = count_warmup_steps(trunk.budget_steps, trunk.train)
     check_cooldown_starts(trunk.branches, trunk.branch_steps, num_warmup)

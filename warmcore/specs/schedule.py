@@ -15,12 +15,12 @@ from warmcore.specs.train import CooldownShape, TrainSpec
 
 def lr_factor(step: int, num_steps: int, train: TrainSpec) -> float:
     """Factor of `train.lr` at 0-based `step` of `num_steps`."""
-    factor = _from_zero(step, num_steps, train)
+    factor = _factor_from_zero(step, num_steps, train)
     return rewarm(factor, train.lr_floor) if train.schedule == "rewarm" else factor
 
 
-def _from_zero(step: int, num_steps: int, train: TrainSpec) -> float:
-    num_warmup = warmup_steps(num_steps, train)
+def _factor_from_zero(step: int, num_steps: int, train: TrainSpec) -> float:
+    num_warmup = count_warmup_steps(num_steps, train)
     if step < num_warmup:
         return warmup(step + 1, num_warmup)
     match train.schedule:
@@ -33,7 +33,7 @@ def _from_zero(step: int, num_steps: int, train: TrainSpec) -> float:
             return cooldown(step + 1 - start, num_steps - start, train.cooldown)
 
 
-def warmup_steps(num_steps: int, train: TrainSpec) -> int:
+def count_warmup_steps(num_steps: int, train: TrainSpec) -> int:
     """Steps of the warmup: as given, else its fraction of the run, rounded up."""
     if train.warmup_steps is not None:
         return train.warmup_steps
@@ -45,7 +45,7 @@ def cooldown_start(num_steps: int, train: TrainSpec) -> int:
     return num_steps - math.ceil(train.cooldown_fraction * num_steps)
 
 
-def evaluation_steps(total: int, evaluations: int) -> list[int]:
+def spread_evaluations(total: int, evaluations: int) -> list[int]:
     """Steps 0 = k_0 < ... < k_E = total, evenly spaced; fewer when there are fewer steps."""
     return sorted({round(k * total / evaluations) for k in range(evaluations + 1)})
 

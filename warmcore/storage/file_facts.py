@@ -16,13 +16,13 @@ class FileFacts(Spec):
     sha256: str
 
 
-def file_facts(path: Path) -> FileFacts:
+def measure_file(path: Path) -> FileFacts:
     """Read a file once."""
     with path.open("rb") as file:
-        return facts_of(file)
+        return measure_open_file(file)
 
 
-def facts_of(file: BinaryIO) -> FileFacts:
+def measure_open_file(file: BinaryIO) -> FileFacts:
     """Read an open file to its end."""
     digest = hashlib.sha256()
     num_bytes = 0

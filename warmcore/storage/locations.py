@@ -20,15 +20,15 @@ def local_path(uri: str) -> Path | None:
     return None if parts.scheme else Path(uri)
 
 
-def filesystem(uri: str) -> tuple[Any, str]:
+def find_filesystem(uri: str) -> tuple[Any, str]:
     """The file system of a URI, and the folder in it, without a trailing slash."""
     files, root = fsspec.core.url_to_fs(local_path(uri) or uri)
     return files, str(root).rstrip("/")
 
 
-def delete(uri: str) -> None:
+def delete_checkpoint(uri: str) -> None:
     """Delete a checkpoint's folder; it may be absent already, in whole or in part."""
-    files, root = filesystem(uri)
+    files, root = find_filesystem(uri)
     delete_manifest_first(
         lambda: files.rm(f"{root}/{MANIFEST}"), lambda: files.rm(root, recursive=True)
     )

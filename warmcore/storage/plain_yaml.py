@@ -17,7 +17,7 @@ _PLAIN = frozenset(_TAG + t for t in ("str", "int", "float", "bool", "null", "se
 _CONSTRUCTION = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError)
 
 
-def read(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
     """What the file holds.
 
     Raises:
@@ -32,7 +32,7 @@ def read(path: Path) -> Any:
     if len(data) > MAX_BYTES:
         raise ValueError(f"{path}: longer than {MAX_BYTES // 1024} KiB, which no spec is")
     try:
-        return _loaded(data.decode("utf-8-sig"))
+        return _load_text(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         bad = f"byte 0x{data[error.start]:02x} at offset {error.start}"
         raise ValueError(f"{path}: {bad} is not UTF-8; save the file as UTF-8") from None
@@ -44,43 +44,47 @@ def read(path: Path) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _loaded(text: str) -> Any:
+def _load_text(text: str) -> Any:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        _count(node, {}, ())
+        _count_values(node, {}, ())
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _count(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
+def _count_values(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
     """How many values a node holds with its aliases written out; each node is looked at once."""
     if id(node) in above:
-        raise ValueError(f"line {_line(node)}: an alias to what it is a part of; write it out")
+        raise ValueError(
+            f"line {_line_number(node)}: an alias to what it is a part of; write it out"
+        )
     if len(above) > _MAX_DEPTH:
-        raise ValueError(f"line {_line(node)}: nested more than {_MAX_DEPTH} deep")
+        raise ValueError(f"line {_line_number(node)}: nested more than {_MAX_DEPTH} deep")
     if node.tag not in _PLAIN:
         tag = node.tag.replace(_TAG, "!!")
-        raise ValueError(f"line {_line(node)}: tag {tag}; text, numbers, lists and mappings work")
+        raise ValueError(
+            f"line {_line_number(node)}: tag {tag}; text, numbers, lists and mappings work"
+        )
     if id(node) not in sizes:
-        inner = (_count(child, sizes, (*above, id(node))) for child in _children(node))
+        inner = (_count_values(child, sizes, (*above, id(node))) for child in _list_children(node))
         sizes[id(node)] = 1 + sum(inner)
     if sizes[id(node)] > MAX_VALUES:
         message = f"more than {MAX_VALUES} values with its aliases written out"
-        raise ValueError(f"line {_line(node)}: {message}")
+        raise ValueError(f"line {_line_number(node)}: {message}")
     return sizes[id(node)]
 
 
-def _children(node: yaml.Node) -> list[yaml.Node]:
+def _list_children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [part for pair in node.value for part in pair]
     return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
-def _line(node: yaml.Node) -> int:
+def _line_number(node: yaml.Node) -> int:
     return node.start_mark.line + 1
 
 
@@ -96,9 +100,11 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(f"line {_line(key)}: a list or a mapping as a key; a name works")  # noqa: TRY004
+                raise ValueError(
+                    f"line {_line_number(key)}: a list or a mapping as a key; a name works"
+                )  # noqa: TRY004
             if key.value in seen:
-                raise ValueError(f"line {_line(key)}: key {key.value!r} is given twice")
+                raise ValueError(f"line {_line_number(key)}: key {key.value!r} is given twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -110,5 +116,5 @@ class _Loader(yaml.SafeLoader):
                 raise
             kind = node.tag.removeprefix(_TAG)
             given = node.value if len(node.value) <= 50 else f"{node.value[:50]}…"  # noqa: PLR2004
-            message = f"line {_line(node)}: {given!r} is no {kind}"
+            message = f"line {_line_number(node)}: {given!r} is no {kind}"
             raise ValueError(message) from error

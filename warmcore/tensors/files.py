@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from warmcore.storage.file_facts import FileFacts
-from warmcore.tensors.row_blocks import BLOCK_ELEMENTS, fill_
+from warmcore.tensors.row_blocks import BLOCK_ELEMENTS, fill_from_blocks
 
 DTYPES = {
     "F64": torch.float64,
@@ -72,7 +72,7 @@ class TensorStream:
     def gathered(self) -> dict[str, Tensor]:
         """Take all of them into memory, whole."""
         whole = {n: torch.empty(info.shape, dtype=info.dtype) for n, info in self.layout.items()}
-        fill_(whole, self.tensors)
+        fill_from_blocks(whole, self.tensors)
         return whole
 
 
@@ -86,31 +86,31 @@ def write_tensors(
     digest, num_bytes = hashlib.sha256(), 0
     pending: deque[tuple[Future[Any], ...]] = deque()
     with path.open("wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
-        for chunk in _chunks(stream, metadata):
+        for chunk in _make_chunks(stream, metadata):
             pending.append(
-                (writer.submit(_write, file, chunk), hasher.submit(digest.update, chunk))
+                (writer.submit(_write_chunk, file, chunk), hasher.submit(digest.update, chunk))
             )
             num_bytes += len(chunk)
-            _finish(pending, but=CHUNKS_AHEAD)
-        _finish(pending, but=0)
+            _await_chunks(pending, but=CHUNKS_AHEAD)
+        _await_chunks(pending, but=0)
     return FileFacts(num_bytes=num_bytes, sha256=digest.hexdigest())
 
 
-def _write(file: BufferedWriter, chunk: bytes | memoryview) -> None:
+def _write_chunk(file: BufferedWriter, chunk: bytes | memoryview) -> None:
     starts = range(0, len(chunk), WRITE_BYTES)
     file.writelines(chunk[start : start + WRITE_BYTES] for start in starts)
 
 
-def _finish(pending: deque[tuple[Future[Any], ...]], *, but: int) -> None:
+def _await_chunks(pending: deque[tuple[Future[Any], ...]], *, but: int) -> None:
     while len(pending) > but:
         for future in pending.popleft():
             future.result()
 
 
-def _chunks(
+def _make_chunks(
     stream: TensorStream, metadata: Mapping[str, str] | None
 ) -> Iterator[bytes | memoryview]:
-    yield _header(stream.layout, metadata)
+    yield _make_header(stream.layout, metadata)
     by_name = groupby(stream.tensors, key=itemgetter(0))
     for (name, blocks), (due, info) in zip(by_name, stream.layout.items(), strict=True):
         num_elements = 0
@@ -118,11 +118,11 @@ def _chunks(
             assert (name, block.dtype, block.shape[1:]) == (due, info.dtype, info.shape[1:])
             num_elements += block.numel()
             for part in block.detach().contiguous().view(-1).split(BLOCK_ELEMENTS):
-                yield _bytes_of(part.cpu())
+                yield _view_bytes(part.cpu())
         assert num_elements == math.prod(info.shape)
 
 
-def _header(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
+def _make_header(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
     """Length and JSON, padded with spaces so that the tensors begin at a multiple of 8."""
     fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
@@ -137,7 +137,7 @@ def _header(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
     return len(content).to_bytes(8, "little") + content
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def _view_bytes(tensor: Tensor) -> memoryview:
     """Memory of a contiguous tensor on the CPU."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
@@ -162,7 +162,7 @@ class TensorFile(Mapping[str, Tensor]):
         tensor = torch.empty(info.shape, dtype=info.dtype)
         with self._path.open("rb") as file:
             file.seek(self._starts[name])
-            num_read = file.readinto(_bytes_of(tensor))
+            num_read = file.readinto(_view_bytes(tensor))
         assert num_read == info.num_bytes, f"{self._path} ends inside {name}"
         return tensor
 
@@ -178,7 +178,7 @@ def is_finite(tensor: Tensor) -> bool:
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
 
-def layout_like(shapes: Iterable[tuple[str, str, tuple[int, ...]]], source: Layout) -> Layout:
+def make_layout_like(shapes: Iterable[tuple[str, str, tuple[int, ...]]], source: Layout) -> Layout:
     """Layout of (name, name in `source`, shape), each in the dtype of its source."""
     return {n: TensorInfo(dtype=source[s].dtype, shape=shape) for n, s, shape in shapes}
 

@@ -20,7 +20,7 @@ ALIGNMENT = 16
 BLOCKS_AHEAD = 2
 
 
-def row_blocks(shape: Sequence[int]) -> list[slice]:
+def split_rows(shape: Sequence[int]) -> list[slice]:
     """Split the first axis into blocks of about `BLOCK_ELEMENTS`, at multiples of 16 rows.
 
     The last block has 16 rows or more, unless it is the only one.
@@ -31,7 +31,7 @@ def row_blocks(shape: Sequence[int]) -> list[slice]:
     return [slice(a, b) for a, b in pairwise([*starts, num_rows])]
 
 
-def fill_(tensors: Mapping[str, Tensor], blocks: Iterable[tuple[str, Tensor]]) -> None:
+def fill_from_blocks(tensors: Mapping[str, Tensor], blocks: Iterable[tuple[str, Tensor]]) -> None:
     """Copy blocks, which come in order, into the whole tensors of their names; all of them."""
     filled: Counter[str] = Counter()
     for name, block in blocks:
@@ -41,7 +41,7 @@ def fill_(tensors: Mapping[str, Tensor], blocks: Iterable[tuple[str, Tensor]]) -
     assert filled == {name: tensor.numel() for name, tensor in tensors.items()}
 
 
-def ahead(blocks: Iterator[Tensor | None]) -> Iterator[Tensor | None]:
+def make_ahead(blocks: Iterator[Tensor | None]) -> Iterator[Tensor | None]:
     """Make blocks in a thread, a few before they are taken; None after the last."""
     with ThreadPoolExecutor(1) as pool:
         pending = deque(pool.submit(next, blocks, None) for _ in range(BLOCKS_AHEAD))

@@ -97,7 +97,7 @@ def _open_base(spec: RunSpec, corpus: Corpus, base: Path, growth: GrowthSpec) ->
     # Before the models are compared: "other vocab_size" would not name the tokenizer as the cause.
     manifest.check_tokenizer(corpus.tokenizer)
     grown = GrownTensors.from_base(spec, base)
-    for warning in growth_rules.warnings(growth, grown.growth.base, spec.model):
+    for warning in growth_rules.find_warnings(growth, grown.growth.base, spec.model):
         log.warning(warning)
 
     def read_optimizer() -> Mapping[str, Tensor]:

@@ -14,7 +14,7 @@ from warmcore.checkpoint.checkpoint import SavedCheckpoint, save_checkpoint
 from warmcore.checkpoint.progress import Progress
 from warmcore.corpus.prepare import Corpus
 from warmcore.model.decoder import Decoder
-from warmcore.specs import AverageName, RunSpec, derived_seed
+from warmcore.specs import AverageName, RunSpec, derive_seed
 from warmcore.specs.schedule import lr_factor
 from warmcore.specs.train import check_shared
 from warmcore.tensors.files import TensorStream
@@ -53,7 +53,7 @@ class Training:
             compile_loss(self._loss_of, model.device) if spec.train.compile else self._loss_of
         )
         self.averages = Averages(train=spec.train, num_steps=spec.budget_steps)
-        self._data_seed = derived_seed("data", spec.seed)
+        self._data_seed = derive_seed("data", spec.seed)
 
     @classmethod
     def start(

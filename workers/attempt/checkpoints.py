@@ -13,7 +13,7 @@ from pathlib import Path
 from warmcore.checkpoint.checkpoint import MANIFEST, SavedCheckpoint, read_manifest
 from warmcore.specs import CheckpointRef
 from warmcore.storage import locations
-from warmcore.storage.locations import filesystem, local_path
+from warmcore.storage.locations import find_filesystem, local_path
 from warmcore.training.training import Training
 
 __all__ = ["delete_checkpoint", "local_path", "open_local", "save_training", "store_at"]
@@ -66,7 +66,7 @@ def delete_checkpoint(uri: str, *, of_run: str) -> None:
     escapes = path is not None and root is not None and not _is_below(path, root)
     if not uri.startswith(of_run) or not _CHECKPOINT.fullmatch(uri[len(of_run) :]) or escapes:
         raise ValueError(f"{uri} is not a checkpoint below {of_run}; it is not deleted")
-    locations.delete(uri)
+    locations.delete_checkpoint(uri)
 
 
 def _is_below(path: Path, root: Path) -> bool:
@@ -74,7 +74,7 @@ def _is_below(path: Path, root: Path) -> bool:
 
 
 def _upload_folder(folder: Path, uri: str) -> None:
-    files, root = filesystem(uri)
+    files, root = find_filesystem(uri)
     files.makedirs(root, exist_ok=True)
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     # The manifest goes last: an upload that breaks off leaves files, but no checkpoint.
@@ -83,6 +83,6 @@ def _upload_folder(folder: Path, uri: str) -> None:
 
 
 def _download_folder(uri: str, folder: Path) -> None:
-    files, root = filesystem(uri)
+    files, root = find_filesystem(uri)
     with contextlib.suppress(FileNotFoundError):  # reading the manifest raises a clearer error
         files.get(root, str(folder), recursive=True)

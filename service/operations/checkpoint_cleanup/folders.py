@@ -53,7 +53,7 @@ def find_root(uri: str, study_id: str, run_id: str, attempt: int) -> str:
 
 def list_folders(root: str, study_id: str) -> list[Folder]:
     """Return every folder of every attempt of the study's runs below `root`."""
-    files, base = locations.filesystem(f"{root}/{study_id}")
+    files, base = locations.find_filesystem(f"{root}/{study_id}")
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path, info in files.find(base, detail=True).items():
         parts = str(path)[len(base) + 1 :].split("/")
@@ -99,7 +99,7 @@ def delete_folder(uri: str, root: str) -> None:
     path, base = locations.local_path(uri), locations.local_path(root)
     # Object stores have no links: a name leads to nothing but itself.
     if path is None or base is None:
-        locations.delete(uri)
+        locations.delete_checkpoint(uri)
         return
     try:
         with suppress(FileNotFoundError), ExitStack() as stack:

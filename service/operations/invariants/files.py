@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from service.operations.invariants.rules import Violation
-from warmcore.storage.file_facts import MANIFEST, FileFacts, facts_of
+from warmcore.storage.file_facts import MANIFEST, FileFacts, measure_open_file
 from warmcore.storage.locations import local_path
 
 _KEPT = """
@@ -63,7 +63,7 @@ def find_faults(uri: str, expected_hash: str) -> Iterator[str]:
 def _find_fault(uri: str, name: str, expected: FileFacts) -> str | None:
     try:
         with _open_file(uri, name) as file:
-            found = facts_of(file)
+            found = measure_open_file(file)
     except OSError as error:
         return error.strerror or str(error)
     if found == expected:

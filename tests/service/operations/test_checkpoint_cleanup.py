@@ -264,7 +264,7 @@ def test_a_deletion_that_is_killed_half_way_leaves_no_manifest(tmp_path, monkeyp
         patched.setattr(MemoryFileSystem, "rm", interrupt_recursive(MemoryFileSystem.rm))
         with pytest.raises(KeyboardInterrupt):
             folders.delete_folder(uri, root)
-    files, path = locations.filesystem(uri)
+    files, path = locations.find_filesystem(uri)
     assert (files.exists(f"{path}/model.safetensors"), there(uri)) == (True, False)
     folders.delete_folder(uri, root)
     assert not files.exists(f"{path}/model.safetensors")

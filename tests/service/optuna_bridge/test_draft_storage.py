@@ -15,7 +15,7 @@ from service.optuna_bridge.trial_history import History
 from service.specs.search_space import list_grid_points
 from service.specs.study import StudySpec
 from tests.by_hand import end_trial, report_losses, start_trial
-from warmcore.specs import derived_seed
+from warmcore.specs import derive_seed
 
 SPACE = {
     "lr": {"type": "float", "low": 1e-3, "high": 3e-2, "log": True},
@@ -39,7 +39,7 @@ def spec(study_spec):
 
 def plain(spec, trials_so_far):
     """Optuna's sampler as anybody would make it, seeded as ours is."""
-    draw = derived_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
+    draw = derive_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
     startup = min(10, max(1, spec.hpo.trials // 3))
     match spec.hpo.sampler:
         case "random":

@@ -12,7 +12,7 @@ from warmcore.__main__ import main
 from warmcore.coord_check import cli
 from warmcore.coord_check.check import CheckSetup, check_axis, resize_model
 from warmcore.specs import ModelSpec, TrainSpec
-from warmcore.specs.coord_check import KINDS, AxisCheck, CoordCheck, slope
+from warmcore.specs.coord_check import KINDS, AxisCheck, CoordCheck, fit_slope
 
 exponents = st.floats(-3, 3)
 
@@ -21,11 +21,11 @@ exponents = st.floats(-3, 3)
 def test_a_power_law_has_its_exponent_as_slope(exponent, factor):
     sizes = (64, 128, 512)
     means = [factor * size**exponent for size in sizes]
-    assert slope(sizes, means) == pytest.approx(exponent, abs=1e-9)
+    assert fit_slope(sizes, means) == pytest.approx(exponent, abs=1e-9)
 
 
 def test_what_is_all_zero_has_no_slope():
-    assert slope((1, 2), (0.0, 0.0)) is None
+    assert fit_slope((1, 2), (0.0, 0.0)) is None
 
 
 @given(st.dictionaries(st.sampled_from(KINDS), exponents, min_size=1))

@@ -116,7 +116,7 @@ def test_repeated_layers_are_the_bases_and_the_function_is_not(operator, base, r
             copy = grown[f"blocks.{place}.{name}.weight"]
             assert torch.equal(copy, tensors[f"blocks.{layer.source}.{name}.weight"])
     assert relative_gap(logits(target, grown), logits(base, tensors)) > 1e-6
-    (warning,) = growth_rules.warnings(options, base, target)
+    (warning,) = growth_rules.find_warnings(options, base, target)
     assert f"depth_operator {operator} changes the function" in warning
 
 

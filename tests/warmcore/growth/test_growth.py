@@ -88,10 +88,10 @@ def test_net2net_at_other_ratios_is_not_exact_and_says_so():
     options = GrowthOptions(operator="net2net")
     grown = grow(tensors, base, target, options, seeded())
     assert relative_gap(logits(target, grown), logits(base, tensors)) > 1e-6
-    (warning,) = growth_rules.warnings(options, base, target)
+    (warning,) = growth_rules.find_warnings(options, base, target)
     assert "only approximates the base at width ratio 1.5" in warning
     assert "width 32 or 64 it is exact" in warning
-    assert not list(growth_rules.warnings(options, base, wider(base, 2)))
+    assert not list(growth_rules.find_warnings(options, base, wider(base, 2)))
 
 
 @pytest.mark.parametrize("name", ["embedding", "attention"])
@@ -102,7 +102,7 @@ def test_another_multiplier_changes_the_function_and_says_so(name):
     options = GrowthOptions(operator="clone")
     grown = grow(tensors, base, target, options, seeded())
     assert relative_gap(logits(target, grown), logits(base, tensors)) > 1e-6
-    (warning,) = growth_rules.warnings(options, base, target)
+    (warning,) = growth_rules.find_warnings(options, base, target)
     assert f"{name}_multiplier 2 in place of the base's 1 changes the function" in warning
 
 
@@ -112,7 +112,7 @@ def test_another_output_multiplier_is_made_up_for():
     tensors, options = tensors_of(base), GrowthOptions(operator="clone")
     grown = grow(tensors, base, target, options, seeded())
     assert relative_gap(logits(target, grown), logits(base, tensors)) < 1e-9
-    assert not list(growth_rules.warnings(options, base, target))
+    assert not list(growth_rules.find_warnings(options, base, target))
 
 
 @given(families(ratios=several), st.integers(0, 99))

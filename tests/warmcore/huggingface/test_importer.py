@@ -26,7 +26,7 @@ from warmcore.growth.from_checkpoint import grow_checkpoint
 from warmcore.huggingface.export import INDEX, WEIGHTS, export_hf
 from warmcore.huggingface.importer import import_hf
 from warmcore.specs import CheckpointRef, DataSpec, GrowthSpec
-from warmcore.storage.file_facts import file_facts
+from warmcore.storage.file_facts import measure_file
 from warmcore.training.training import Training
 
 
@@ -148,7 +148,7 @@ def test_the_manifest_says_where_it_is_from_and_claims_no_training(original, imp
     assert (origin.architecture, origin.dtypes) == ("LlamaForCausalLM", ("float32",))
     assert not origin.tied_embeddings
     for name in ("config.json", WEIGHTS):
-        assert origin.source_files[name] == file_facts(original / name)
+        assert origin.source_files[name] == measure_file(original / name)
     assert (origin.model.base_width, origin.model.base_depth) == (16, 2)
     assert origin.model.width_multiplier == origin.model.depth_multiplier == 1.0
     assert origin.model.init_std == SHAPE["initializer_range"]

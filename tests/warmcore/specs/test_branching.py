@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.specs import CheckpointRef, GrowthSpec, RunSpec
 from warmcore.specs.run import make_branch
-from warmcore.specs.schedule import lr_factor, warmup_steps
+from warmcore.specs.schedule import count_warmup_steps, lr_factor
 from warmcore.training.events import EvaluationEvent
 from warmcore.training.optimizer import optimizer_tensors
 from warmcore.training.training import Training
@@ -108,7 +108,7 @@ def test_a_run_with_a_warmup_of_its_own_is_not_the_branch(grown_trunk, checkpoin
     other = own.model_copy(update={"train": own.train.model_copy(update={"warmup_steps": None})})
     branch = Training.start(make_branch(spec, budget, ref(saved)), corpus, base=saved.path)
     curve = timeless(branch.train_to_end())
-    assert warmup_steps(other.budget_steps, other.train) != own.train.warmup_steps
+    assert count_warmup_steps(other.budget_steps, other.train) != own.train.warmup_steps
     assert (
         events_after(Training.start(other, corpus, base=base).train_to_end(), saved.step) != curve
     )
@@ -157,7 +157,7 @@ def test_trunk_and_branch_agree_on_every_step_before_the_cooldown(
     for budget, start in zip(budgets, ends, strict=True):
         branch = make_branch(spec, budget, PLACE)
         assert branch.start_step == start < branch.num_steps
-        for step in {0, warmup_steps(horizon, spec.train), start // 2, start - 1}:
+        for step in {0, count_warmup_steps(horizon, spec.train), start // 2, start - 1}:
             own = lr_factor(step, branch.num_steps, branch.train)
             assert own == lr_factor(step, horizon, spec.train)
         assert lr_factor(start - 1, horizon, spec.train) == 1

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmcore.storage.file_facts import MANIFEST
-from warmcore.storage.locations import delete, filesystem, local_path
+from warmcore.storage.locations import delete_checkpoint, find_filesystem, local_path
 
 # `%20` in a name is three characters of the name, and its URI has `%2520`.
 names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1)
@@ -34,8 +34,8 @@ def test_a_folder_is_found_and_deleted_by_its_uri(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     (folder / MANIFEST).write_text("{}")
-    files, root = filesystem(folder.as_uri())
+    files, root = find_filesystem(folder.as_uri())
     assert (root, files.exists(f"{root}/{MANIFEST}")) == (str(folder), True)
-    delete(folder.as_uri())
+    delete_checkpoint(folder.as_uri())
     assert not folder.exists()
-    delete(folder.as_uri())
+    delete_checkpoint(folder.as_uri())

@@ -136,4 +136,4 @@ def try_as_study(spec):
 
 def test_a_date_is_text_and_a_byte_order_mark_is_nothing(path):
     path.write_bytes(b"\xef\xbb\xbfname: 2020-01-01")
-    assert plain_yaml.read(path) == {"name": "2020-01-01"}
+    assert plain_yaml.read_yaml(path) == {"name": "2020-01-01"}

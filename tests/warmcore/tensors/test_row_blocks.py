@@ -13,7 +13,7 @@ from warmcore.model.decoder import Decoder, init_weights_
 from warmcore.specs import GrowthOptions, ModelSpec
 from warmcore.tensors import row_blocks as blocks
 from warmcore.tensors.files import TensorStream, write_tensors
-from warmcore.tensors.row_blocks import fill_, row_blocks
+from warmcore.tensors.row_blocks import fill_from_blocks, split_rows
 
 BASE = ModelSpec(width=32, depth=1, head_dim=4, group_size=2, vocab_size=50)
 TARGET = wider(BASE, 2, depth=2)
@@ -35,7 +35,7 @@ def small_blocks(monkeypatch):
 def test_blocks_are_all_rows_in_order_at_multiples_of_16_and_none_is_shorter(shape, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_ELEMENTS", size)
-        found = row_blocks(shape)
+        found = split_rows(shape)
     ends = [rows.stop for rows in found]
     assert [rows.start for rows in found] == [0, *ends[:-1]]
     assert ends[-1] == shape[0]
@@ -55,7 +55,7 @@ def test_what_is_drawn_in_blocks_is_what_is_drawn_at_once(num_rows, num_columns,
     shape = (num_rows, num_columns)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_ELEMENTS", size)
-        found = drawn(shape, row_blocks(shape))
+        found = drawn(shape, split_rows(shape))
     assert all(map(torch.equal, found, drawn(shape, [slice(None)])))
 
 
@@ -87,7 +87,7 @@ def test_growth_is_the_same_in_any_blocks(options, small_blocks):
     parts = list(grown(options))
     assert len(parts) > 2 * len(whole)
     together = {name: torch.full_like(tensor, torch.nan) for name, tensor in whole.items()}
-    fill_(together, parts)
+    fill_from_blocks(together, parts)
     assert list(dict(parts)) == list(whole)
     assert all(torch.equal(together[name], whole[name]) for name in whole)
 

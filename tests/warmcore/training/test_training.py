@@ -9,7 +9,7 @@ from warmcore.checkpoint.checkpoint import CheckpointCorruptError, load_checkpoi
 from warmcore.corpus.prepare import prepare_corpus
 from warmcore.growth.growth import Growth
 from warmcore.specs import CheckpointRef, GrowthSpec
-from warmcore.specs.schedule import evaluation_steps
+from warmcore.specs.schedule import spread_evaluations
 from warmcore.training import training as train_module
 from warmcore.training.batches import read_train_batch
 from warmcore.training.events import EvaluationEvent, StepEvent
@@ -104,7 +104,7 @@ def test_a_step_is_followed_by_its_evaluation_and_evaluation_0_precedes_training
     [(8, 4, [0, 2, 4, 6, 8]), (1, 8, [0, 1]), (3, 8, [0, 1, 2, 3]), (100, 1, [0, 100])],
 )
 def test_evaluations_are_evenly_spaced_and_the_last_is_at_the_end(total, evaluations, steps):
-    assert evaluation_steps(total, evaluations) == steps
+    assert spread_evaluations(total, evaluations) == steps
 
 
 def test_training_learns(run_spec, corpus):

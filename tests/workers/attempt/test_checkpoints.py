@@ -41,7 +41,7 @@ def test_a_checkpoint_that_is_not_there_is_corrupt(uri: str) -> None:
 
 def test_another_checkpoint_in_its_place_is_refused(training: Training, uri: str) -> None:
     saved = checkpoints.save_training(training, uri)
-    files, root = locations.filesystem(uri)
+    files, root = locations.find_filesystem(uri)
     manifest = files.cat_file(f"{root}/{MANIFEST}")
     files.pipe_file(f"{root}/{MANIFEST}", manifest + b" ")
     ref = CheckpointRef(uri=uri, hash=saved.hash)
@@ -63,7 +63,7 @@ def test_deleting_removes_all_of_it_and_what_is_gone_may_be_deleted(
     run = uri.rpartition("/")[0]
     uri = f"{run}/attempt-001/step-00000000"
     saved = checkpoints.save_training(training, uri)
-    files, root = locations.filesystem(uri)
+    files, root = locations.find_filesystem(uri)
     assert files.exists(root)
     checkpoints.delete_checkpoint(uri, of_run=run)
     assert not files.exists(root)
@@ -111,7 +111,7 @@ def test_a_copy_lasts_as_long_as_its_context(training: Training, tmp_path: Path)
 
 def test_what_a_crash_left_half_deleted_is_deleted_by_the_next(training: Training, uri: str):
     checkpoints.save_training(training, uri)
-    files, root = locations.filesystem(uri)
+    files, root = locations.find_filesystem(uri)
     files.rm(f"{root}/{MANIFEST}")
-    locations.delete(uri)
+    locations.delete_checkpoint(uri)
     assert not files.exists(root)

@@ -59,7 +59,7 @@ DAMAGES = {
 @pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_checkpoint_has_the_one_before_in_its_place(stored, name, damage):
-    files, root = locations.filesystem(stored[0].uri)
+    files, root = locations.find_filesystem(stored[0].uri)
     if damage is None:
         files.rm(f"{root}/{name}")
     else:
@@ -76,12 +76,12 @@ def test_a_damaged_checkpoint_has_the_one_before_in_its_place(stored, name, dama
     with checkpoints.open_local(stored[1]) as older:
         same = load_checkpoint(older).weights
     assert all(checkpoint.weights[key].equal(value) for key, value in same.items())
-    locations.delete(stored[1].uri)
+    locations.delete_checkpoint(stored[1].uri)
     assert resume_from(stored)[0] is None
 
 
 def test_the_newest_is_taken_where_nothing_is_wrong(stored):
-    locations.delete(stored[1].uri)
+    locations.delete_checkpoint(stored[1].uri)
     assert resume_from(stored)[0] is not None
 
 
