@@ -8,7 +8,7 @@ from warmcore.training.batches import choose_val_windows, read_windows
 from warmcore.training.loss import LossFunction
 from warmcore.training.ranks import ALONE, Ranks
 
-# Tokens per forward pass: small enough that a small model's activations stay in the cache.
+# Tokens per forward pass. The activations of a small model then stay in the CPU's cache.
 BATCH_TOKENS = 4096
 
 
@@ -22,13 +22,17 @@ def val_loss_nats(
     loss_of: LossFunction = loss_nats,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Mean loss per token over `val_windows`, in nats; ranks take the batches in turn."""
+    """Return the mean loss per token over the fixed windows, in nats.
+
+    Ranks take the batches in turn: of five batches, rank 0 of two takes batches 0, 2 and 4.
+    """
     windows = choose_val_windows(tokens, context=context, eval_tokens=eval_tokens)
     batch_size = max(1, BATCH_TOKENS // context)
     starts = range(0, len(windows), batch_size)
     total = 0.0
     for turn in range(0, len(starts), ranks.size):
-        # In the last turn some may have none left: a forward pass gathers shards, so all make one.
+        # In the last turn some ranks have no batch left. They repeat the last batch and drop its
+        # loss: under FSDP every forward pass gathers shards, and all ranks must take part.
         mine = turn + ranks.rank
         first = starts[min(mine, len(starts) - 1)]
         batch = windows[first : first + batch_size]

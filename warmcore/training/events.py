@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
-    """`step` steps are done; the loss and the gradient norm before the last one's update."""
+    """The end of step number `step`; the loss and the gradient norm are from before its update."""
 
     step: int
     tokens: int
@@ -19,7 +19,8 @@ class StepEvent:
 class EvaluationEvent:
     """Evaluation number `evaluation`, after `step` steps; number 0 precedes training.
 
-    `val_loss_nats` is of the weights themselves, the others of averages that have begun.
+    `val_loss_nats` is the loss of the raw weights, in nats per token. The other two are the losses
+    of averages; None if the run has not this average or the average has not begun.
     """
 
     step: int
@@ -33,7 +34,7 @@ class EvaluationEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class DivergedEvent:
-    """The run ended after `step` good steps; the step that showed it was not applied."""
+    """The end of a run after `step` good steps; the step that diverged was not applied."""
 
     step: int
     tokens: int

@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InitialState:
-    """A checked beginning of `spec`, not yet in a model. Fill the model before the optimizer.
+    """The checked state that a run begins with. Call `fill_model` before `read_optimizer`.
 
-    `how` and `checkpoint` are the arguments with which another rank opens the same state.
+    Another rank opens the same state with `how` and `checkpoint`.
     """
 
     spec: RunSpec
@@ -44,7 +44,7 @@ class InitialState:
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless the model has an embedding for every token of the corpus."""
+        """Raise ValueError if the corpus has tokens for which the model has no embedding."""
         size, known = self.spec.model.vocab_size, self.corpus.vocab_size
         if known > size:
             raise ValueError(
@@ -54,11 +54,11 @@ class InitialState:
 
 
 def open_start(spec: RunSpec, corpus: Corpus, base: Path | None) -> InitialState:
-    """Open fresh weights, or the folder `base` of `spec.start_checkpoint`.
+    """Return fresh weights, or the state in the folder `base` of `spec.start_checkpoint`.
 
     Raises:
-        ValueError: `base` is given where the spec names none or the other way round, the base model
-            cannot be grown into the target, or the trunk is of another run.
+        ValueError: `base` is given without `spec.start_checkpoint` or the reverse, the base
+            model cannot be grown into the target, or the trunk is of another run.
         CheckpointCorruptError: `base` is not the checkpoint that `spec` names.
     """
     if (spec.start_checkpoint is None) != (base is None):
@@ -78,7 +78,7 @@ def open_start(spec: RunSpec, corpus: Corpus, base: Path | None) -> InitialState
 
 
 def open_resume(spec: RunSpec, corpus: Corpus, checkpoint: Path) -> InitialState:
-    """Open one of the checkpoints of `spec` itself.
+    """Return the state in a checkpoint of `spec` itself.
 
     Raises:
         ValueError: the checkpoint is of another spec or other data.
@@ -94,7 +94,7 @@ def open_resume(spec: RunSpec, corpus: Corpus, checkpoint: Path) -> InitialState
 
 def _open_base(spec: RunSpec, corpus: Corpus, base: Path, growth: GrowthSpec) -> InitialState:
     manifest, _ = read_manifest(base, expected_hash=growth.base.hash)
-    # Before the models are compared: "other vocab_size" would not name the tokenizer as the cause.
+    # Compare tokenizers before models: "vocab_size must be the same" would not name the cause.
     manifest.check_tokenizer(corpus.tokenizer)
     grown = GrownTensors.from_base(spec, base)
     for warning in growth_rules.find_warnings(growth, grown.growth.base, spec.model):
@@ -115,7 +115,7 @@ def _open_base(spec: RunSpec, corpus: Corpus, base: Path, growth: GrowthSpec) ->
 
 
 def _open_trunk(spec: RunSpec, corpus: Corpus, trunk: Path, *, expected_hash: str) -> InitialState:
-    """Open a trunk's checkpoint; from there the branch is the run that never had a trunk."""
+    """Return a trunk's state with the evaluations that the branch would have made itself."""
     saved = load_checkpoint(trunk, expected_hash=expected_hash)
     try:
         saved.manifest.check_trunk_of(spec, corpus.data_hash)

@@ -1,4 +1,4 @@
-"""Several processes of one run on this machine, without Ray: rank 0 leads, the others follow."""
+"""Several processes of a single run on this machine, without Ray: rank 0 leads, others follow."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ LeadFunction = Callable[[Ranks, str], int]
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """How many processes, and each one's share of the machine."""
+    """The number of processes and the share of the machine for each."""
 
     size: int
     strategy: Strategy
@@ -31,12 +31,13 @@ class LaunchOptions:
 
 
 def lead_processes(lead: LeadFunction, launch: LaunchOptions) -> int:
-    """Call `lead` with rank 0 and its device, with the other processes following; its exit code.
+    """Call `lead` with rank 0 and a device, have the other processes follow, return the exit code.
 
-    The first process that fails ends all. Signals are rank 0's: it stops where state is whole.
+    The first process that fails ends all.
     """
     with tempfile.TemporaryDirectory(prefix="warmcore-") as folder:
-        store = f"file://{folder}/store"  # a port would have to be found free, and is open to all
+        # A file, not a TCP port: a port may be taken, and every user of the machine can reach it.
+        store = f"file://{folder}/store"
         context = start_processes(
             _run_process,
             (lead, launch, store),
@@ -55,17 +56,19 @@ def lead_processes(lead: LeadFunction, launch: LaunchOptions) -> int:
 
 
 def _forward_signals(context: ProcessContext) -> None:
+    """Forward SIGINT and SIGTERM to rank 0, which stops between two events and saves."""
     leader = context.pids()[0]
 
-    def hand_on(number: int, _frame: object) -> None:
+    def forward_signal(number: int, _frame: object) -> None:
         os.kill(leader, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, hand_on)
+        signal.signal(number, forward_signal)
 
 
 def _run_process(rank: int, lead: LeadFunction, launch: LaunchOptions, store: str) -> None:
-    if rank:  # a terminal's Ctrl-C reaches all of us
+    # A terminal sends Ctrl-C to all processes of its group. Only rank 0 may stop the run.
+    if rank:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(launch.num_threads or max(1, torch.get_num_threads() // launch.size))
@@ -87,11 +90,9 @@ def _run_process(rank: int, lead: LeadFunction, launch: LaunchOptions, store: st
 
 
 def exit_at_once(code: int = 0) -> NoReturn:
-    """End this process at once, its work done and its files written.
-
-    Taking gloo's threads down one by one aborts the process now and then ("terminate called
-    without an active exception"; 1 of about 20 runs on two cores), which would look like a failure.
-    """
+    """End this process without Python's and torch's cleanup; all files must be written."""
+    # The cleanup of gloo's threads sometimes aborts the process ("terminate called without an
+    # active exception"; 1 of about 20 runs on two cores). That would look like a failed run.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Rank 0's training: it announces each collective act, and the other ranks follow (`follow.py`)."""
+"""The training of rank 0. It announces each collective act to the ranks in `follow.py`."""
 
 from pathlib import Path
 from typing import Self
@@ -11,24 +11,24 @@ from warmcore.training.training import Training
 
 
 class LeadingTraining(Training):
-    """A `Training` of which rank 0 decides every act; alone it is a `Training`.
+    """A `Training` that other ranks follow; in a single process it equals a `Training`."""
 
-    Each method announces itself before the first collective operation: the other ranks then call
-    the same method of their `Training` and meet rank 0 there.
-    """
+    # A collective operation returns only when every rank calls it. Each method below therefore
+    # announces itself first, and then the other ranks call the same method of their `Training`.
+    # Example: without "save", rank 0 would wait in `gather_whole` for ranks that await an act.
 
     @classmethod
     def build(cls, state: InitialState, *, device: str, ranks: Ranks) -> Self:
-        """Have all ranks begin a run that rank 0 has checked."""
+        """Begin a run on all ranks; rank 0 has checked `state`, and no rank refuses it."""
         ranks.announce_act(Beginning(how=state.how, spec=state.spec, checkpoint=state.checkpoint))
         return super().build(state, device=device, ranks=ranks)
 
     def advance(self) -> Event:
-        """Have all ranks do one step, or the evaluation that is due."""
+        """Do a step, or the evaluation that is due, on all ranks."""
         self.ranks.announce_act("advance")
         return super().advance()
 
     def save(self, directory: Path) -> SavedCheckpoint:
-        """Have all ranks gather the tensors, and write the folder `directory`."""
+        """Gather the tensors on all ranks, and write the folder `directory`."""
         self.ranks.announce_act("save")
         return super().save(directory)

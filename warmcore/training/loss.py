@@ -1,4 +1,4 @@
-"""The loss and its gradient: in which precision, in how many parts, compiled or not."""
+"""The loss and its gradient: precision, accumulation in parts, compilation."""
 
 import os
 import shlex
@@ -16,16 +16,16 @@ LossFunction = Callable[[nn.Module, Tensor], Tensor]
 
 
 class CompilerMissingError(Exception):
-    """A run is to be compiled on a machine that cannot; another one may."""
+    """No compiler on this machine for a run with `compile`; another machine may have it."""
 
 
 def choose_loss(precision: Precision) -> LossFunction:
-    """`loss_nats`; for bf16 with matrix products and attention in bfloat16 (autocast).
+    """Return `loss_nats`; for bf16 with matrix products and attention in bfloat16 (autocast).
 
-    The residual stream, norms, the softmax and the loss stay float32, as do weights, gradients and
-    the optimizer (mixed precision, arXiv 1710.03740; bfloat16 has float32's range, so that no loss
-    is to be scaled: arXiv 1905.12322).
+    The residual stream, norms, the softmax and the loss stay float32, and likewise weights,
+    gradients and the optimizer (mixed precision, arXiv 1710.03740).
     """
+    # bfloat16 has float32's range: the loss needs no scaling (arXiv 1905.12322).
     match precision:
         case "float32":
             return loss_nats
@@ -39,14 +39,12 @@ def _loss_nats_bf16(model: nn.Module, window_BT1: Tensor) -> Tensor:  # noqa: N8
 
 
 def compile_loss(loss_of: LossFunction, device: torch.device) -> LossFunction:
-    """`loss_of` through torch.compile: for one shape of windows, whole or an error.
+    """Return `loss_of` through torch.compile: a single graph for windows of a single shape.
 
-    Weights keep their names, since it is the function that is compiled. What this process compiled
-    for other runs is dropped: their models would count against the limit of recompilations, beyond
-    which torch falls back to running uncompiled.
+    Weights keep their names, because the function is compiled and not the model.
 
     Raises:
-        CompilerMissingError: no compiler, which torch would notice at the first step.
+        CompilerMissingError: no compiler is found; torch would raise only at the first step.
     """
     kind, variable, names = _list_compilers(device)
     if not any(shutil.which(shlex.split(name)[0]) for name in names):
@@ -54,12 +52,15 @@ def compile_loss(loss_of: LossFunction, device: torch.device) -> LossFunction:
             f"compile is true, but there is no {kind} compiler {' or '.join(names)} on this "
             f"machine; install one, name another in {variable}, or set compile to false"
         )
+    # Drop the graphs of this process's earlier runs. They would count against torch's limit of
+    # recompilations, and beyond the limit torch runs uncompiled.
     torch.compiler.reset()
     return torch.compile(loss_of, fullgraph=True, dynamic=False)
 
 
 def _list_compilers(device: torch.device) -> tuple[str, str, list[str]]:
-    """What torch's inductor looks for: on a CPU it writes C++, on a GPU triton a launcher in C."""
+    """Return the language, the environment variable and the programs that torch tries."""
+    # For a CPU inductor writes C++. For a GPU triton writes a launcher in C.
     if device.type == "cpu":
         return (
             "C++",
@@ -72,10 +73,10 @@ def _list_compilers(device: torch.device) -> tuple[str, str, list[str]]:
 def accumulate_gradients(
     loss_of: LossFunction, model: nn.Module, batch: Tensor, *, parts: int
 ) -> Tensor:
-    """Mean loss of `batch`, whose gradient is added to the weights', in equal `parts`.
+    """Add the gradient of `batch` to the weights' gradients and return the mean loss in nats.
 
-    mean_B l = (1/p) sum_i mean_{B_i} l, and so for the gradients; only one part's activations are
-    held at a time.
+    mean_B l = (1/p) sum_i mean_{B_i} l over p equal parts B_i, and the same for the gradients. Only
+    the activations of a single part are in memory at a time.
     """
     losses: list[Tensor] = []
     for part in batch.chunk(parts):

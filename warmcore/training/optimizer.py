@@ -1,4 +1,4 @@
-"""The optimizer under muP: groups from the table, and clipping that does not depend on width."""
+"""The optimizer under muP: groups by role, and clipping that does not depend on width."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -23,10 +23,10 @@ ROLES: tuple[Role, ...] = ("embedding", "hidden", "gain", "final_gain", "unembed
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], model: ModelSpec, train: TrainSpec
 ) -> Optimizer:
-    """AdamW (arXiv 1711.05101, decay by lr * wd), or it and Muon, with one group per role.
+    """Return AdamW (arXiv 1711.05101, decay by lr * wd), or AdamW and Muon, with a group per role.
 
-    lr, weight decay and epsilon are the spec's times the factors of `mup.factors`; a group keeps
-    its own peak lr, which `set_lr` scales.
+    lr, weight decay and epsilon are the values of the spec times `mup.factors`. A group keeps its
+    peak lr, for `set_lr` to scale.
     """
     named = list(named_parameters)
     groups: list[dict[str, object]] = []
@@ -59,22 +59,24 @@ def set_lr(optimizer: Optimizer, factor: float) -> None:
 
 
 def vector_norm_weight(rule: ClipRule, model: ModelSpec) -> float:
-    """Weight of a vector-like tensor's squared norm: m, or 1 for plain clipping."""
+    """Return the weight of a vector-like tensor's squared norm: m, or 1 for plain clipping."""
     return model.width_multiplier if rule == "width_weighted" else 1.0
 
 
 def clip_gradients_(optimizer: Optimizer, weight: float, max_norm: float | None) -> Tensor:
     """Scale all gradients by min(1, max_norm / norm) and return the norm before.
 
-    norm = sqrt(sum_hidden |g|^2 + weight * sum_vector |g|^2), METHOD §3 law 3. Vector-like are the
-    tensors with one width-sized dimension: embedding, unembedding and gains. When a model is
-    widened by copying, their squared norm shrinks with the ratio; with weight m it does not.
+    norm = sqrt(sum_hidden |g|^2 + weight * sum_vector |g|^2), METHOD §3 law 3. Vector-like tensors
+    have a single width-sized dimension: embedding, unembedding and gains.
     """
+    # Example: a model that is widened by copying from width 64 to 128 computes the same function.
+    # The squared norm of its hidden gradients stays, and that of vector-like gradients halves.
+    # With weight m, twice as large now, the sum stays, and both models clip at the same steps.
     groups = optimizer.param_groups
     hidden = [p.grad for g in groups if g["role"] == "hidden" for p in g["params"]]
     vector = [p.grad for g in groups if g["role"] != "hidden" for p in g["params"]]
     norm_vector = get_total_norm(vector, foreach=True) * math.sqrt(weight)
-    # Of sharded gradients these are norms over all shards, still to be gathered.
+    # For sharded gradients torch returns a norm that is spread over the ranks.
     norm = torch.hypot(
         gather_whole(get_total_norm(hidden, foreach=True)), gather_whole(norm_vector)
     )
@@ -85,7 +87,7 @@ def clip_gradients_(optimizer: Optimizer, weight: float, max_norm: float | None)
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """State by name, `<parameter>.<key>`; empty before the first step."""
+    """Return the state by name, `<parameter>.<key>`; empty before the first step."""
     tensors = {
         f"{name}.{key}": value
         for group in optimizer.param_groups
@@ -96,7 +98,8 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; copies."""
+    """Set the state to copies of `tensors`: the inverse of `optimizer_tensors`."""
+    # Without tensors the state of a parameter is empty, and its first step makes it.
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             optimizer.state[parameter] = {
@@ -107,7 +110,7 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: Mapping[str, Tensor]) 
 
 
 def _place_state(key: str, tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A moment lies as its parameter does; the number of steps is whole everywhere."""
+    """Copy a moment to its parameter's device and shard; the number of steps is never sharded."""
     return (
         tensor.to(parameter.device, copy=True) if key == "step" else shard_like(tensor, parameter)
     )

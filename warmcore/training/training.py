@@ -1,7 +1,7 @@
-"""Training as a generator of events; the caller decides what to report and when to save.
+"""Training as a generator of events; the caller decides about reports and checkpoints.
 
-A run's seed drives two generators: one for the initial weights (and the noise of growth), one for
-the data order. So warm and cold runs of one seed read the same batches.
+A run's seed drives two generators: the first for the initial weights and the noise of growth, the
+second for the order of the data. Warm and cold runs of a seed therefore read the same batches.
 """
 
 import math
@@ -68,9 +68,9 @@ class Training:
         """Begin a run from fresh weights, or from the folder `base` of `spec.start_checkpoint`.
 
         Raises:
-            ValueError: `base` is given where the spec names none or the other way round, the base
-                model cannot be grown into the target, the trunk is of another run, or so many
-                processes cannot share the run.
+            ValueError: `base` is given without `spec.start_checkpoint` or the reverse, the base
+                model cannot be grown into the target, the trunk is of another run, or this number
+                of processes cannot share the run.
             CheckpointCorruptError: `base` is not the checkpoint that `spec` names.
         """
         check_shared(spec.train, ranks.size, ranks.strategy)
@@ -86,13 +86,13 @@ class Training:
         device: str = "cpu",
         ranks: Ranks = ALONE,
     ) -> Self:
-        """Continue `spec` from one of its own checkpoints, bit for bit on a CPU.
+        """Continue `spec` from a checkpoint of its own, bit for bit on a CPU.
 
-        Any number of processes may have written it, and any other may go on.
+        The number of processes may differ from the number that wrote the checkpoint.
 
         Raises:
-            ValueError: the checkpoint is of another spec or other data, or so many processes
-                cannot share the run.
+            ValueError: the checkpoint is of another spec or other data, or this number of
+                processes cannot share the run.
             CheckpointCorruptError: a file differs from its hash.
         """
         check_shared(spec.train, ranks.size, ranks.strategy)
@@ -100,7 +100,7 @@ class Training:
 
     @classmethod
     def build(cls, state: InitialState, *, device: str, ranks: Ranks) -> Self:
-        """Bring a run's initial state into memory; all ranks at once."""
+        """Bring a run's initial state into memory; all ranks must call this at once."""
         spec = state.spec
         model = Decoder(
             spec.model,
@@ -117,70 +117,64 @@ class Training:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """The number of steps that are done."""
         return self.progress.step
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on."""
+        """The number of tokens that the run has trained on."""
         return self.step * self.spec.tokens_per_step
 
     @property
     def last_val_loss_nats(self) -> float | None:
-        """Validation loss of the newest evaluation."""
+        """The validation loss of the newest evaluation, in nats per token."""
         losses = self.progress.val_losses_nats
         return losses[-1] if losses else None
 
     def train_to_end(self) -> Iterator[Event]:
-        """Train from here to the end. Stop or save at any of them: state is whole at a yield."""
+        """Train to the end and yield each event; the caller may stop or save at any event."""
+        # Between two events the state is consistent: a checkpoint after any of them resumes the
+        # same curve, bit for bit. Inside a step weights and moments are of different steps.
         while len(self.progress.val_losses_nats) < len(self.spec.evaluation_steps):
             event = self.advance()
             yield event
             if isinstance(event, DivergedEvent):
                 return
 
-    def gather_for_save(self) -> None:
-        """What the ranks that follow do while rank 0 saves."""
-        weights, optimizer, averages = self._gather_streams()
-        for stream in (weights, optimizer, *averages.values()):
-            for _ in stream.tensors:
-                pass
-
     def advance(self) -> Event:
-        """One step or the evaluation that is due; on all ranks at once."""
+        """Do a step, or the evaluation that is due; all ranks must call this at once."""
+        # Example: evaluations at steps 0, 3 and 7. At step 3 with a single loss so far, evaluation
+        # 1 is due; with two losses it is done, and the next act is step 4.
         evaluation = len(self.progress.val_losses_nats)
         due = self.step == self.spec.evaluation_steps[evaluation]
         return self._evaluate_model(evaluation) if due else self._train_step()
 
-    def save(self, directory: Path) -> SavedCheckpoint:
-        """Write the checkpoint folder `directory`, whole or not at all; rank 0 alone does."""
-        weights, optimizer, averages = self._gather_streams()
-        return save_checkpoint(
-            directory,
-            weights=weights,
-            optimizer=optimizer,
-            averages=averages,
-            run=self.spec,
-            data_hash=self.corpus.data_hash,
-            base_hash=self.base_hash,
-            tokens=self.tokens,
-            progress=self.progress,
-            attached=self.corpus.attached,
-        )
-
-    def _gather_streams(self) -> tuple[TensorStream, TensorStream, dict[AverageName, TensorStream]]:
-        """Weights, optimizer and averages, gathered while read: all ranks read them through."""
-        weights, optimizer = self.model.state_dict(), optimizer_tensors(self.optimizer)
-        averages = self.averages.tensors
-        return (
-            gather_stream(TensorStream.of(weights)),
-            gather_stream(TensorStream.of(optimizer)),
-            {name: gather_stream(TensorStream.of(tensors)) for name, tensors in averages.items()},
-        )
-
     def _train_step(self) -> StepEvent | DivergedEvent:
-        """One step. Nothing is updated, and no progress made, when it shows a divergence."""
+        """Do a step; if it shows a divergence, return that event and update nothing."""
         started = time.perf_counter()
+        loss, norm = self._compute_gradients()
+        watch = self.progress.watch.with_loss(loss, self.spec.model.vocab_size)
+        # A trunk stops early, but its schedule is that of its largest budget.
+        num_steps = self.spec.budget_steps
+        reason = explain_broken_step(loss, norm) or explain_divergence(watch, num_steps)
+        if reason:
+            return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
+        factor = lr_factor(self.step, num_steps, self.spec.train)
+        set_lr(self.optimizer, factor)
+        self.optimizer.step()
+        self.progress = self.progress.model_copy(update={"step": self.step + 1, "watch": watch})
+        self.averages.update_averages_(self.model, self.step)
+        return StepEvent(
+            step=self.step,
+            tokens=self.tokens,
+            loss_nats=loss,
+            lr=self.spec.train.lr * factor,
+            grad_norm=norm,
+            seconds=time.perf_counter() - started,
+        )
+
+    def _compute_gradients(self) -> tuple[float, float]:
+        """Leave clipped gradients in the weights; return the loss and the norm before clipping."""
         train = self.spec.train
         batch = read_train_batch(
             self.corpus.train,
@@ -196,25 +190,7 @@ class Training:
         )
         loss = self.ranks.mean_over_ranks(part).item()
         weight = vector_norm_weight(train.clip, self.spec.model)
-        norm = clip_gradients_(self.optimizer, weight, train.grad_clip).item()
-        watch = self.progress.watch.with_loss(loss, self.spec.model.vocab_size)
-        num_steps = self.spec.budget_steps  # of the whole schedule, also for a trunk
-        reason = explain_broken_step(loss, norm) or explain_divergence(watch, num_steps)
-        if reason:
-            return DivergedEvent(step=self.step, tokens=self.tokens, reason=reason)
-        factor = lr_factor(self.step, num_steps, train)
-        set_lr(self.optimizer, factor)
-        self.optimizer.step()
-        self.progress = self.progress.model_copy(update={"step": self.step + 1, "watch": watch})
-        self.averages.update_averages_(self.model, self.step)
-        return StepEvent(
-            step=self.step,
-            tokens=self.tokens,
-            loss_nats=loss,
-            lr=train.lr * factor,
-            grad_norm=norm,
-            seconds=time.perf_counter() - started,
-        )
+        return loss, clip_gradients_(self.optimizer, weight, train.grad_clip).item()
 
     def _evaluate_model(self, evaluation: int) -> EvaluationEvent | DivergedEvent:
         started = time.perf_counter()
@@ -244,6 +220,41 @@ class Training:
             self.corpus.val,
             context=self.spec.data.context,
             eval_tokens=self.spec.train.eval_tokens,
-            loss_of=self._loss_of,  # never compiled: its shapes vary, and its value should not
+            # Not the compiled function: the last batch has another shape, and a resumed run must
+            # measure the same value whether or not it compiles.
+            loss_of=self._loss_of,
             ranks=self.ranks,
+        )
+
+    def save(self, directory: Path) -> SavedCheckpoint:
+        """Write the checkpoint folder `directory`, whole or not at all; only rank 0 writes."""
+        weights, optimizer, averages = self._gather_streams()
+        return save_checkpoint(
+            directory,
+            weights=weights,
+            optimizer=optimizer,
+            averages=averages,
+            run=self.spec,
+            data_hash=self.corpus.data_hash,
+            base_hash=self.base_hash,
+            tokens=self.tokens,
+            progress=self.progress,
+            attached=self.corpus.attached,
+        )
+
+    def gather_for_save(self) -> None:
+        """Read every tensor while rank 0 saves: a sharded tensor is gathered from all ranks."""
+        weights, optimizer, averages = self._gather_streams()
+        for stream in (weights, optimizer, *averages.values()):
+            for _ in stream.tensors:
+                pass
+
+    def _gather_streams(self) -> tuple[TensorStream, TensorStream, dict[AverageName, TensorStream]]:
+        """Return weights, optimizer and averages; reading them gathers them from all ranks."""
+        weights, optimizer = self.model.state_dict(), optimizer_tensors(self.optimizer)
+        averages = self.averages.tensors
+        return (
+            gather_stream(TensorStream.of(weights)),
+            gather_stream(TensorStream.of(optimizer)),
+            {name: gather_stream(TensorStream.of(tensors)) for name, tensors in averages.items()},
         )
