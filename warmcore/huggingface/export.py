@@ -93,7 +93,7 @@ def _make_text_files(source: OpenCheckpoint, checkpoint: Path, dtype: Dtype) -> 
     return {
         **tokenizer.files,
         CONFIG: encode_json(config),
-        "make_generation_config.json": encode_json(generation),
+        "generation_config.json": encode_json(generation),
     }
 
 

@@ -158,6 +158,13 @@ def test_narrow_weights_are_the_wide_ones_rounded_once(dtype, trained, tmp_path)
     assert relative_gap(their_logits(model).float(), our_logits(trained.path)) < 0.05
 
 
+def test_the_files_have_the_names_that_transformers_looks_for(trained, tmp_path):
+    exported = export_hf(trained.path, tmp_path / "hf")
+    names = {"config.json", "generation_config.json", "model.safetensors"}
+    assert set(exported.files) == names | {"tokenizer.json", "tokenizer_config.json"}
+    assert loaded(tmp_path / "hf").generation_config.do_sample is False
+
+
 def test_shards_hold_no_more_than_they_may_and_load_as_one_file_does(trained, tmp_path):
     export_hf(trained.path, tmp_path / "one")
     exported = export_hf(trained.path, tmp_path / "many", max_shard_bytes=20_000)
