@@ -156,10 +156,10 @@ import sys, threading, time, resource, httpx, uvicorn
 from pathlib import Path
 from service.access import keys
 from service.app import create_app
-from service.database.engine import normalized
+from service.database.engine import normalize_url
 from service.settings import Settings
 from service.web.services import Database, find_service
-app = create_app(Settings(home=Path(sys.argv[2])), normalized(sys.argv[1]))
+app = create_app(Settings(home=Path(sys.argv[2])), normalize_url(sys.argv[1]))
 server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
 threading.Thread(target=server.run, daemon=True).start()
 while not server.started:

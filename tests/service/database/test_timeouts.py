@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from service.client import Client, ServiceError
 from service.database import engine as db
@@ -51,7 +52,7 @@ def hasty(settings, database_url, monkeypatch):
     quick = "-c lock_timeout=2s -c idle_in_transaction_session_timeout=1s"
     monkeypatch.setattr(db, "_SESSION_OPTIONS", quick)
     monkeypatch.setattr(db, "_POOL_TIMEOUT_SECONDS", 0.25)
-    monkeypatch.setattr(sampler, "_TURN_SECONDS", 0.25)
+    monkeypatch.setattr(sampler, "_WAIT_SECONDS", 0.25)
     with serving(settings.model_copy(update={"pool_size": 2}), database_url) as api:
         yield api
 
@@ -77,8 +78,8 @@ def test_a_request_that_gets_no_connection_is_a_503_that_says_when_to_come_back(
 
 def test_a_request_that_waits_for_a_lock_for_too_long_is_a_503(hasty, study_spec, database_url):
     study = hasty.client.post("/v1/studies", study_spec())
-    patient = db.create_engine(database_url)
-    with db.Session(patient) as holder, make_impatient_client(hasty) as client:
+    patient = create_engine(database_url)
+    with Session(patient) as holder, make_impatient_client(hasty) as client:
         lock_study(holder, study["id"])
         expect_refusal(lambda: client.post(f"/v1/studies/{study['id']}/pause"))
     patient.dispose()
@@ -87,9 +88,9 @@ def test_a_request_that_waits_for_a_lock_for_too_long_is_a_503(hasty, study_spec
 
 def test_a_request_that_gets_no_turn_at_optuna_is_a_503(hasty, study_spec):
     study = hasty.client.post("/v1/studies", study_spec())
-    # Both turns of a sampler with two connections are taken.
-    turns = hasty.sampler._turns
-    with turns, turns, make_impatient_client(hasty) as client:
+    # Both permits of a sampler with two connections are taken.
+    permits = hasty.sampler._permits
+    with permits, permits, make_impatient_client(hasty) as client:
         expect_refusal(lambda: client.get(f"/v1/studies/{study['id']}/trials"))
         expect_refusal(lambda: Worker(client).lease())
     assert len(Worker(hasty.client).lease(2)) == 2
