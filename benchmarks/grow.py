@@ -79,8 +79,8 @@ def make_base(size: str, path: Path, *, optimizer: bool) -> SavedCheckpoint:
         adam.step()
     return save_checkpoint(
         path,
-        weights=TensorStream.of(model.state_dict()),
-        optimizer=TensorStream.of(optimizer_tensors(adam)),
+        weights=TensorStream.from_tensors(model.state_dict()),
+        optimizer=TensorStream.from_tensors(optimizer_tensors(adam)),
         run=run,
         data_hash="random",
         base_hash=None,

@@ -50,7 +50,7 @@ def run_spec_file(path: Path, location: RunLocation, ranks: Ranks, device: str) 
     try:
         spec = read_spec(path)
         corpus = prepare_corpus(spec.data)
-        spec = spec.with_data(corpus.pinned(spec.data))
+        spec = spec.with_data(corpus.pin_spec(spec.data))
         return train_with_branches(
             spec, corpus, dataclasses.replace(location, ranks=ranks, device=device)
         )

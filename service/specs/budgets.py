@@ -37,7 +37,7 @@ def count_flops_with_branches(run: RunSpec) -> float:
     """Return the training FLOPs of a target in all: its trunk and each cooldown that follows."""
     steps = [make_branch(run, budget, None).budget_steps for budget in run.branches]
     cooldowns = sum(n - start for n, start in zip(steps, run.branch_steps, strict=True))
-    return run.flops_of((run.num_steps + cooldowns) * run.tokens_per_step)
+    return run.count_flops((run.num_steps + cooldowns) * run.tokens_per_step)
 
 
 def check_no_other_budget(

@@ -8,7 +8,7 @@ from service.protocol import Resources
 from service.specs.search_space import Dimension, IntDimension
 from warmcore.specs import Spec, TrainSpec
 from warmcore.specs.fields import FieldError
-from warmcore.specs.train import check_shared
+from warmcore.specs.train import check_parallel_training
 
 GPU_TOLERANCE = 1e-9  # of a unit: 0.1 is not exact in floating point
 
@@ -68,7 +68,7 @@ def check_batches(
     for batch_size in sizes:
         tried = train.model_copy(update={"batch_size": batch_size})
         try:
-            check_shared(tried, needs.num_processes, needs.strategy)
+            check_parallel_training(tried, needs.num_processes, needs.strategy)
         except ValueError as error:
             path = f"{prefix}.processes"
             raise FieldError(path, needs.num_processes, f"{error}{hint}") from None

@@ -73,6 +73,6 @@ def pin_to_corpus(spec: StudySpec, facts: CorpusFacts) -> StudySpec:
     read while a request waits has no hash.
     """
     try:
-        return spec.with_data(facts.pinned(spec.data))
+        return spec.with_data(facts.pin_spec(spec.data))
     except FieldError as error:
         raise bad_field(error.path, error.value, str(error)) from None

@@ -54,7 +54,7 @@ def check_axis(setup: CheckSetup, model: ModelSpec, axis: Axis, sizes: Sequence[
     means: dict[Kind, list[list[float]]] = {
         kind: [[sized[step][kind] for sized in by_size] for step in steps] for kind in KINDS
     }
-    return AxisCheck.of(axis, sizes, means)
+    return AxisCheck.from_means(axis, sizes, means)
 
 
 def resize_model(model: ModelSpec, axis: Axis, size: int) -> ModelSpec:

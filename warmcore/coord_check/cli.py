@@ -135,7 +135,7 @@ def format_table(check: CoordCheck) -> str:
     for kind in KINDS:
         cells: list[str] = []
         for axis in check.axes:
-            beyond = kind in axis.not_flat(check.tolerance)
+            beyond = kind in axis.find_steep_kinds(check.tolerance)
             cells.append(f"{axis.last_slopes[kind]:+.3f} {'FAIL' if beyond else 'pass'}".rjust(14))
         lines.append(kind.ljust(14) + "".join(cells))
     verdict = "flat" if check.is_flat else "not flat"

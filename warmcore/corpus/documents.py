@@ -107,7 +107,7 @@ class CorpusFacts:
     tokenizer_hash: str | None = None
     vocab_size: int | None = None
 
-    def pinned(self, spec: DataSpec) -> DataSpec:
+    def pin_spec(self, spec: DataSpec) -> DataSpec:
         """Return `spec`, which these facts are of, tied to this corpus and this tokenizer."""
         pins: dict[str, object] = {"hash": self.data_hash or spec.hash}
         if self.tokenizer_hash is not None:

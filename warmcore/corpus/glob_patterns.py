@@ -41,10 +41,12 @@ def find_matches(pattern: Path) -> Iterator[Path]:
     except (OSError, RuntimeError):  # a link to itself; which of the two is Python's version's
         return
     for part in above:
-        step = walk.all_below(folders) if part == "**" else walk.named(folders, part)
+        step = (
+            walk.find_folders_below(folders) if part == "**" else walk.find_folders(folders, part)
+        )
         folders = list(step)
     for folder in folders:
-        yield from (folder.path / name for name in walk.names(folder, last))
+        yield from (folder.path / name for name in walk.list_names(folder, last))
 
 
 class _Walk:
@@ -53,7 +55,7 @@ class _Walk:
     def __init__(self, pattern: Path) -> None:
         self._pattern, self._looks = pattern, 0
 
-    def names(self, folder: _Folder, part: str) -> list[str]:
+    def list_names(self, folder: _Folder, part: str) -> list[str]:
         """The names in a folder that match."""
         self._looks += 1
         if self._looks > _MOST_LOOKS:
@@ -69,10 +71,10 @@ class _Walk:
             return []
         return [name for name in found if part.startswith(".") or not name.startswith(".")]
 
-    def named(self, folders: Iterable[_Folder], part: str) -> Iterator[_Folder]:
+    def find_folders(self, folders: Iterable[_Folder], part: str) -> Iterator[_Folder]:
         """The folders in these whose names match."""
         for folder in folders:
-            for name in self.names(folder, part):
+            for name in self.list_names(folder, part):
                 path = folder.path / name
                 if not path.is_dir():
                     continue
@@ -81,10 +83,10 @@ class _Walk:
                     continue
                 yield _Folder(path=path, via=(*folder.via, place))
 
-    def all_below(self, folders: Iterable[_Folder]) -> Iterator[_Folder]:
+    def find_folders_below(self, folders: Iterable[_Folder]) -> Iterator[_Folder]:
         """These folders and all below them."""
         left = list(folders)
         while left:
             folder = left.pop()
             yield folder
-            left += self.named([folder], "*")
+            left += self.find_folders([folder], "*")

@@ -100,7 +100,7 @@ def _read_tokenizer_facts(spec: DataSpec) -> tuple[int | None, str | None]:
     """Ids of the tokenizer and the hash of its file, where it has one."""
     if not isinstance(spec.parsed_tokenizer, TokenizerFile):
         return spec.known_vocab_size, None
-    loaded = tokenizer.TextTokenizer.load(tokenizer.read_tokenizer_json(spec), spec.tokenizer)
+    loaded = tokenizer.TextTokenizer.from_json(tokenizer.read_tokenizer_json(spec), spec.tokenizer)
     if spec.vocab_size not in (None, loaded.vocab_size):
         raise FieldError(
             "vocab_size",

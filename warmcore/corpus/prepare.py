@@ -65,7 +65,7 @@ class Corpus:
         """Files that a checkpoint carries, so that its tokens can be read anywhere."""
         return {} if self.tokenizer_json is None else {TOKENIZER: self.tokenizer_json}
 
-    def pinned(self, spec: DataSpec) -> DataSpec:
+    def pin_spec(self, spec: DataSpec) -> DataSpec:
         """Return `spec`, which this is the corpus of, tied to its tokenizer.json if it has one."""
         if not isinstance(spec.parsed_tokenizer, TokenizerFile):
             return spec
@@ -163,7 +163,7 @@ def _find_tokenizer(spec: DataSpec) -> tuple[int, bytes | None]:
     if isinstance(spec.parsed_tokenizer, NoTokenizer):
         assert spec.vocab_size is not None, "DataSpec asks for it"
         return spec.vocab_size, None
-    loaded = TextTokenizer.load(tokenizer.read_tokenizer_json(spec), spec.tokenizer)
+    loaded = TextTokenizer.from_json(tokenizer.read_tokenizer_json(spec), spec.tokenizer)
     return loaded.vocab_size, loaded.json
 
 
@@ -204,7 +204,7 @@ def _count_ids(name: str, content: bytes) -> int:
     parsed = parse_tokenizer(name)
     if isinstance(parsed, BpeTokens):
         return parsed.vocab_size
-    return TextTokenizer.load(content, name).vocab_size
+    return TextTokenizer.from_json(content, name).vocab_size
 
 
 def _hash_listing(files: Iterable[SourceFile], spec: DataSpec) -> str:
@@ -265,7 +265,7 @@ def _write_tokenized(aside: Path, split: Split, spec: DataSpec) -> None:
         content = tokenizer.train_bpe(_read_texts(split.train), parsed.vocab_size)
     else:
         content = tokenizer.read_tokenizer_json(spec)
-    loaded = TextTokenizer.load(content, spec.tokenizer)
+    loaded = TextTokenizer.from_json(content, spec.tokenizer)
     dtype = "u16" if loaded.vocab_size <= 2**16 else "u32"
     for side, of_side in texts.items():
         num_tokens = _write_ids(aside / f"{side}.{dtype}", loaded.encode(of_side))

@@ -65,7 +65,7 @@ class Shard:
     dtype: str
 
     @classmethod
-    def of(cls, file: SourceFile, spec: DataSpec) -> "Shard":
+    def from_file(cls, file: SourceFile, spec: DataSpec) -> "Shard":
         """Look at a file's header, or at what the spec declares.
 
         Raises:
@@ -123,7 +123,7 @@ def find_shards(files: Iterable[SourceFile], spec: DataSpec) -> list[Shard]:
             f"source {spec.source} holds tokens, which tokenizer {spec.tokenizer} did not make; "
             "tokenizer none and vocab_size, or the tokenizer.json that made them, would work",
         )
-    shards = [Shard.of(file, spec) for file in files]
+    shards = [Shard.from_file(file, spec) for file in files]
     dtypes = {shard.dtype: shard.path for shard in shards}
     if len(dtypes) > 1:
         found = " and ".join(f"{dtype} ({path})" for dtype, path in sorted(dtypes.items()))

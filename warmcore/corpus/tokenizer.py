@@ -87,7 +87,7 @@ class TextTokenizer:
     vocab_size: int
 
     @classmethod
-    def load(cls, content: bytes, name: str) -> "TextTokenizer":
+    def from_json(cls, content: bytes, name: str) -> "TextTokenizer":
         """Parse a tokenizer.json; `name` is for the error.
 
         Raises:

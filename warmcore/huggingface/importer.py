@@ -69,7 +69,7 @@ def import_hf(folder: Path, out: Path) -> SavedCheckpoint:
             layout={n: TensorInfo(dtype=torch.float32, shape=shapes[n]) for n in shapes},
             tensors=_read_master_weights(source, places),
         ),
-        optimizer=TensorStream.of({}),
+        optimizer=TensorStream.from_tensors({}),
         run=ImportedModel(
             model=model,
             context=config.max_position_embeddings,

@@ -43,7 +43,7 @@ def load_hf_tokenizer(manifest: CheckpointManifest, checkpoint: Path) -> HfToken
         return _make_hf_tokenizer(make_byte_json(), SEPARATOR[0], None, manifest.context)
     if TOKENIZER not in files:
         return HfTokenizer(files={}, bos=None, eos=None)
-    loaded = TextTokenizer.load(files[TOKENIZER], TOKENIZER)
+    loaded = TextTokenizer.from_json(files[TOKENIZER], TOKENIZER)
     name = None if loaded.end_of_text is None else loaded.library.id_to_token(loaded.end_of_text)
     return _make_hf_tokenizer(loaded.json, loaded.end_of_text, name, manifest.context)
 

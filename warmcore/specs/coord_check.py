@@ -33,7 +33,7 @@ class AxisCheck(Spec):
     )
 
     @classmethod
-    def of(
+    def from_means(
         cls, axis: Axis, sizes: Sequence[int], means: Mapping[Kind, Sequence[Sequence[float]]]
     ) -> Self:
         """Measure the slopes of `means`."""
@@ -53,7 +53,7 @@ class AxisCheck(Spec):
                 last[kind] = found
         return last
 
-    def not_flat(self, tolerance: float) -> dict[Kind, float]:
+    def find_steep_kinds(self, tolerance: float) -> dict[Kind, float]:
         """The kinds whose last slope is beyond the tolerance."""
         return {k: found for k, found in self.last_slopes.items() if abs(found) > tolerance}
 
@@ -79,4 +79,4 @@ class CoordCheck(Spec):
     @property
     def is_flat(self) -> bool:
         """Whether no activation depends on size."""
-        return not any(axis.not_flat(self.tolerance) for axis in self.axes)
+        return not any(axis.find_steep_kinds(self.tolerance) for axis in self.axes)

@@ -47,14 +47,14 @@ class DataSpec(Spec):
 
     @field_validator("tokenizer")
     @classmethod
-    def _is_a_tokenizer(cls, name: str) -> str:
+    def _normalize_tokenizer(cls, name: str) -> str:
         tokenizer = parse_tokenizer(name)
         # "bpe:0400" is stored as "bpe:400": the data hash contains the string.
         return f"bpe:{tokenizer.vocab_size}" if isinstance(tokenizer, BpeTokens) else name
 
     @field_validator("vocab_size")
     @classmethod
-    def _is_the_tokenizers(cls, size: int | None, info: ValidationInfo) -> int | None:
+    def _check_vocab_size(cls, size: int | None, info: ValidationInfo) -> int | None:
         if "tokenizer" not in info.data:  # refused already, by its own name
             return size
         name = info.data["tokenizer"]

@@ -46,7 +46,9 @@ class Spec(BaseModel):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _truth_is_no_number(cls, given: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+    def _refuse_truth_for_numbers(
+        cls, given: Any, validate: ModelWrapValidatorHandler[Self]
+    ) -> Self:
         """YAML reads `on`, `yes` and `no` as true and false, which pydantic would make 1 and 0."""
         if isinstance(given, dict):
             wrong = {

@@ -44,7 +44,7 @@ class ModelSpec(Spec):
     norm_eps: Positive = 1e-5
 
     @model_validator(mode="after")
-    def _shapes_fit(self) -> Self:
+    def _check_shapes(self) -> Self:
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
         block = self.head_dim * self.group_size

@@ -46,14 +46,16 @@ class RunSpec(Spec):
 
     @field_validator("branches")
     @classmethod
-    def _branches_fit(cls, branches: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    def _check_branches(
+        cls, branches: tuple[float, ...], info: ValidationInfo
+    ) -> tuple[float, ...]:
         """What is wrong elsewhere is told there: without those fields nothing is checked here."""
         if branches and {"model", "data", "train", "trunk"} <= info.data.keys():
             _check_trunk(cls.model_construct(**info.data, branches=branches))
         return branches
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
+    def _check_phases(self) -> Self:
         _check_warmup(self)
         return self
 
@@ -63,7 +65,7 @@ class RunSpec(Spec):
         return self.trunk or (self.growth.base if self.growth else None)
 
     @model_validator(mode="after")
-    def _vocabularies_agree(self) -> Self:
+    def _take_vocabulary(self) -> Self:
         # Frozen for others; `model` is whole only when `data` is known.
         object.__setattr__(self, "model", self.model.for_data(self.data))
         return self
@@ -99,9 +101,9 @@ class RunSpec(Spec):
     @property
     def train_flops(self) -> float:
         """FLOPs of the whole budget."""
-        return self.flops_of(self.num_tokens)
+        return self.count_flops(self.num_tokens)
 
-    def flops_of(self, num_tokens: int) -> float:
+    def count_flops(self, num_tokens: int) -> float:
         """FLOPs of training on `num_tokens` tokens."""
         return flops_per_token(self.model, self.data.context) * num_tokens
 

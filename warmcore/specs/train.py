@@ -83,7 +83,7 @@ class TrainSpec(Spec):
     log_every: TokenCount = Field(default=10, description="steps per measurement")
 
     @model_validator(mode="after")
-    def _phases_fit(self) -> Self:
+    def _check_phases(self) -> Self:
         if self.warmup_steps is None and self.warmup_fraction + self.cooldown_fraction > 1:
             raise ValueError(
                 f"warmup_fraction {self.warmup_fraction} + cooldown_fraction "
@@ -103,7 +103,7 @@ class TrainSpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _parts_are_equal(self) -> Self:
+    def _check_accumulate(self) -> Self:
         """So that the mean of the parts' means is the batch's mean."""
         if self.batch_size % self.accumulate:
             below = self.batch_size // self.accumulate * self.accumulate
@@ -115,7 +115,7 @@ class TrainSpec(Spec):
         return self
 
     @model_validator(mode="after")
-    def _muon_is_asked_for(self) -> Self:
+    def _check_muon_fields(self) -> Self:
         for name in ("muon_lr_ratio", "muon_momentum"):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if self.optimizer != "muon" and value != default:
@@ -126,7 +126,7 @@ class TrainSpec(Spec):
         return self
 
 
-def check_shared(train: TrainSpec, processes: int, strategy: Strategy) -> None:
+def check_parallel_training(train: TrainSpec, processes: int, strategy: Strategy) -> None:
     """Raise ValueError unless every process gets as many rows, and the optimizer what it needs."""
     if processes == 1:
         return

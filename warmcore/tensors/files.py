@@ -63,13 +63,13 @@ class TensorStream:
     tensors: Iterator[tuple[str, Tensor]]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """Of tensors that are there already; larger elements first, which aligns them all."""
         items = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
         layout = {n: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for n, t in items}
         return cls(layout=layout, tensors=iter(items))
 
-    def gathered(self) -> dict[str, Tensor]:
+    def read_into_memory(self) -> dict[str, Tensor]:
         """Take all of them into memory, whole."""
         whole = {n: torch.empty(info.shape, dtype=info.dtype) for n, info in self.layout.items()}
         fill_from_blocks(whole, self.tensors)

@@ -101,7 +101,7 @@ def _open_base(spec: RunSpec, corpus: Corpus, base: Path, growth: GrowthSpec) ->
         log.warning(warning)
 
     def read_optimizer() -> Mapping[str, Tensor]:
-        return grown.optimizer.gathered()
+        return grown.optimizer.read_into_memory()
 
     return InitialState(
         spec=spec,

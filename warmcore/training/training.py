@@ -16,7 +16,7 @@ from warmcore.corpus.prepare import Corpus
 from warmcore.model.decoder import Decoder
 from warmcore.specs import AverageName, RunSpec, derive_seed
 from warmcore.specs.schedule import lr_factor
-from warmcore.specs.train import check_shared
+from warmcore.specs.train import check_parallel_training
 from warmcore.tensors.files import TensorStream
 from warmcore.training.averages import Averages
 from warmcore.training.batches import read_train_batch
@@ -73,7 +73,7 @@ class Training:
                 of processes cannot share the run.
             CheckpointCorruptError: `base` is not the checkpoint that `spec` names.
         """
-        check_shared(spec.train, ranks.size, ranks.strategy)
+        check_parallel_training(spec.train, ranks.size, ranks.strategy)
         return cls.build(open_start(spec, corpus, base), device=device, ranks=ranks)
 
     @classmethod
@@ -95,7 +95,7 @@ class Training:
                 processes cannot share the run.
             CheckpointCorruptError: a file differs from its hash.
         """
-        check_shared(spec.train, ranks.size, ranks.strategy)
+        check_parallel_training(spec.train, ranks.size, ranks.strategy)
         return cls.build(open_resume(spec, corpus, checkpoint), device=device, ranks=ranks)
 
     @classmethod
@@ -254,7 +254,10 @@ class Training:
         weights, optimizer = self.model.state_dict(), optimizer_tensors(self.optimizer)
         averages = self.averages.tensors
         return (
-            gather_stream(TensorStream.of(weights)),
-            gather_stream(TensorStream.of(optimizer)),
-            {name: gather_stream(TensorStream.of(tensors)) for name, tensors in averages.items()},
+            gather_stream(TensorStream.from_tensors(weights)),
+            gather_stream(TensorStream.from_tensors(optimizer)),
+            {
+                name: gather_stream(TensorStream.from_tensors(tensors))
+                for name, tensors in averages.items()
+            },
         )

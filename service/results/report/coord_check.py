@@ -32,7 +32,7 @@ def _render_top(check: CoordCheck) -> str:
     beyond = [
         f"{kind} in {axis.axis} ({slope:+.3f})"
         for axis in check.axes
-        for kind, slope in axis.not_flat(check.tolerance).items()
+        for kind, slope in axis.find_steep_kinds(check.tolerance).items()
     ]
     limit = f"{check.tolerance:g}"
     finding = f"Slopes beyond {limit}: {', '.join(beyond)}." if beyond else ""
@@ -72,7 +72,7 @@ def _format_slope(value: float | None) -> str:
 
 def _slope_columns(axis: AxisCheck, tolerance: float) -> list[Column[Kind]]:
     """Return a column of slopes per step; the verdict judges the last step."""
-    beyond = axis.not_flat(tolerance)
+    beyond = axis.find_steep_kinds(tolerance)
     steps = range(len(axis.slopes[KINDS[0]]))
     return [
         Column(title="layer", text=str, kind="text"),

@@ -18,7 +18,10 @@ from warmcore.specs.coord_check import KINDS, AxisCheck, CoordCheck
 def check_with(exponent):
     sizes = (64, 128, 256)
     steps = [[0.0] * 3, [1.0] * 3, [n**exponent for n in sizes]]
-    axes = [AxisCheck.of(axis, sizes, dict.fromkeys(KINDS, steps)) for axis in ("width", "depth")]
+    axes = [
+        AxisCheck.from_means(axis, sizes, dict.fromkeys(KINDS, steps))
+        for axis in ("width", "depth")
+    ]
     return CoordCheck(
         model=ModelSpec(width=64, depth=2),
         train=TrainSpec(),

@@ -32,9 +32,9 @@ def test_what_is_all_zero_has_no_slope():
 def test_a_kind_is_flat_within_the_tolerance_and_only_there(planted):
     sizes = (64, 256)
     means = {kind: [[1.0, 1.0], [n**e for n in sizes]] for kind, e in planted.items()}
-    axis = AxisCheck.of("width", sizes, means)
+    axis = AxisCheck.from_means("width", sizes, means)
     beyond = {kind for kind, exponent in planted.items() if abs(exponent) > 0.1}
-    assert set(axis.not_flat(0.1)) == beyond
+    assert set(axis.find_steep_kinds(0.1)) == beyond
     assert all(by_step[0] == 0 for by_step in axis.slopes.values())
 
 

@@ -26,7 +26,7 @@ from warmcore.training.training import Training
 @pytest.fixture(scope="module")
 def bpe(text_folder):
     texts = [path.read_text() for path in sorted(text_folder.iterdir())]
-    return TextTokenizer.load(train_bpe(texts, 400), "bpe:400")
+    return TextTokenizer.from_json(train_bpe(texts, 400), "bpe:400")
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +65,7 @@ def test_only_the_end_of_a_document_is_an_end_of_text(bpe, text):
 
 @given(any_text)
 def test_the_exported_byte_tokenizer_is_the_bytes(text):
-    byte = TextTokenizer.load(make_byte_json(), "byte")
+    byte = TextTokenizer.from_json(make_byte_json(), "byte")
     assert next(byte.encode([text])) == list(text.encode())
     assert byte.vocab_size == 256
 
@@ -110,7 +110,7 @@ def test_bpe_is_trained_on_the_training_side_alone(tmp_path):
 def test_tokens_are_the_documents_encoded_each_ended(bpe_spec, cache):
     corpus = prepare_corpus(bpe_spec, cache)
     split = split_corpus(list_files(bpe_spec.source), bpe_spec)
-    loaded = TextTokenizer.load(make_tokenizer_json(bpe_spec, cache), "bpe:400")
+    loaded = TextTokenizer.from_json(make_tokenizer_json(bpe_spec, cache), "bpe:400")
     for tokens, documents in ((corpus.train, split.train), (corpus.val, split.val)):
         text = loaded.library.decode(tokens.tolist(), skip_special_tokens=False)
         assert text == "".join(d.text() + END_OF_TEXT for d in documents)
@@ -155,7 +155,7 @@ def test_a_changed_tokenizer_file_is_refused_where_it_was_pinned(data_spec, bpe,
     path.write_bytes(bpe.json)
     spec = file_spec(data_spec, path)
     facts = inspect_corpus(spec)
-    pinned = facts.pinned(spec)
+    pinned = facts.pin_spec(spec)
     assert (pinned.vocab_size, pinned.tokenizer_hash) == (
         max(json.loads(bpe.json)["model"]["vocab"].values()) + 1,
         hashlib.sha256(bpe.json).hexdigest(),

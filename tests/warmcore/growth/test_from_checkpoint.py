@@ -154,8 +154,8 @@ def test_peak_memory_is_a_few_tensors_and_not_a_checkpoint(run_spec, tmp_path):
     small = run_spec(width=256, depth=4, head_dim=64)
     base = save_checkpoint(
         tmp_path / "base",
-        weights=TensorStream.of(random_weights(small.model)),
-        optimizer=TensorStream.of({}),
+        weights=TensorStream.from_tensors(random_weights(small.model)),
+        optimizer=TensorStream.from_tensors({}),
         run=small,
         data_hash="x",
         base_hash=None,
@@ -195,7 +195,7 @@ def test_a_file_of_tensors_survives_a_round_trip_and_the_library_reads_it(
 ):
     path = tmp_path_factory.mktemp("tensors") / "file"
     tensors = {name: torch.randn(shape).to(dtype) for name, (dtype, shape) in entries.items()}
-    facts = write_tensors(path, TensorStream.of(tensors))
+    facts = write_tensors(path, TensorStream.from_tensors(tensors))
     ours, theirs = TensorFile(path), load_file(path)
     assert facts.num_bytes == path.stat().st_size
     assert set(ours) == set(theirs) == set(tensors)

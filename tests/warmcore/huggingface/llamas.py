@@ -90,8 +90,8 @@ def random_weights(model):
 def checkpoint_of(run, path, tensors=None):
     return save_checkpoint(
         path,
-        weights=TensorStream.of(tensors or random_weights(run.model)),
-        optimizer=TensorStream.of({}),
+        weights=TensorStream.from_tensors(tensors or random_weights(run.model)),
+        optimizer=TensorStream.from_tensors({}),
         run=run,
         data_hash="x",
         base_hash=None,

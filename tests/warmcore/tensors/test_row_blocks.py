@@ -94,7 +94,7 @@ def test_growth_is_the_same_in_any_blocks(options, small_blocks):
 
 def test_a_file_is_the_same_in_any_blocks(tmp_path):
     tensors = tensors_of(BASE)
-    whole = TensorStream.of(tensors)
+    whole = TensorStream.from_tensors(tensors)
     pairs = ((n, t[a:b]) for n, t in tensors.items() for a, b in cuts(len(t)))
     parts = TensorStream(layout=whole.layout, tensors=pairs)
     assert write_tensors(tmp_path / "a", parts) == write_tensors(tmp_path / "b", whole)
@@ -107,9 +107,9 @@ def cuts(num_rows):
 
 def test_blocks_that_are_missing_are_noticed(tmp_path):
     tensors = tensors_of(BASE)
-    layout = TensorStream.of(tensors).layout
+    layout = TensorStream.from_tensors(tensors).layout
     short = [(name, tensor[:-1]) for name, tensor in tensors.items()]
     with pytest.raises(AssertionError):
         write_tensors(tmp_path / "a", TensorStream(layout=layout, tensors=iter(short)))
     with pytest.raises(AssertionError):
-        TensorStream(layout=layout, tensors=iter(short)).gathered()
+        TensorStream(layout=layout, tensors=iter(short)).read_into_memory()

@@ -13,7 +13,7 @@ import torch
 
 from warmcore.checkpoint.checkpoint import load_checkpoint
 from warmcore.specs import CheckpointRef, GrowthSpec
-from warmcore.specs.train import check_shared
+from warmcore.specs.train import check_parallel_training
 from warmcore.training.ranks import Ranks
 from warmcore.training.training import Training
 
@@ -184,21 +184,21 @@ def test_a_batch_without_equal_parts_is_refused_with_what_works(run_spec, corpus
     with pytest.raises(ValueError, match="batch_size 4 is no multiple of 3 processes; 3 or 6"):
         Training.start(run_spec(batch_size=4), corpus, ranks=Ranks(size=3))
     with pytest.raises(ValueError, match="batch_size 4 is no multiple of 8 processes; 8 would"):
-        check_shared(run_spec(batch_size=4).train, 8, "ddp")
+        check_parallel_training(run_spec(batch_size=4).train, 8, "ddp")
     with pytest.raises(ValueError, match="2 processes x accumulate 2; 4 or 8 would work"):
-        check_shared(run_spec(batch_size=6, accumulate=2).train, 2, "ddp")
+        check_parallel_training(run_spec(batch_size=6, accumulate=2).train, 2, "ddp")
 
 
 def test_compiling_is_for_one_process(run_spec):
     train = run_spec(compile=True).train
-    check_shared(train, 1, "ddp")
+    check_parallel_training(train, 1, "ddp")
     with pytest.raises(ValueError, match="compile true is for one process, not 2"):
-        check_shared(train, 2, "ddp")
+        check_parallel_training(train, 2, "ddp")
 
 
 def test_sharded_matrices_are_not_for_muon(run_spec):
     train = run_spec(optimizer="muon").train
-    check_shared(train, 1, "fsdp")
-    check_shared(train, 2, "ddp")
+    check_parallel_training(train, 1, "fsdp")
+    check_parallel_training(train, 2, "ddp")
     with pytest.raises(ValueError, match="optimizer muon needs whole matrices"):
-        check_shared(train, 2, "fsdp")
+        check_parallel_training(train, 2, "fsdp")
