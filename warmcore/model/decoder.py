@@ -4,8 +4,9 @@ Shapes: B batch, T positions, D width, N query heads, K key/value heads, H head 
 F feed-forward width, V vocabulary.
 
 Small models on a CPU are bound by the number and the memory traffic of the operations. Measured at
-width 64, depth 4, 16 x 128 tokens, one core: separate q, k, v matmuls are 8 % faster than one over
-concatenated weights (gate and up: 11 %), and rotating with `cat` beats complex numbers and `roll`.
+width 64, depth 4, 16 x 128 tokens, a single core: separate q, k, v matmuls are 8 % faster than a
+matmul over concatenated weights (gate and up: 11 %), and rotating with `cat` is faster than complex
+numbers and `roll`.
 """
 # Shapes by suffix need capitals in names.
 # ruff: noqa: N803, N806
@@ -24,7 +25,7 @@ from warmcore.tensors.row_blocks import fill_from_blocks, split_rows
 
 
 class Linear(nn.Module):
-    """y = W x without a bias; `weight` is [out, in]. Left uninitialised: see `init_`."""
+    """A layer y = W x without a bias; `weight` is [out, in]. `init_weights_` must fill it."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Row look-up; `weight` is [V, D]."""
+    """A table of rows, `weight` [V, D], with a row per token."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -46,7 +47,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """y = gain * x / sqrt(mean(x^2) + eps), arXiv 1910.07467."""
+    """A normalization y = gain * x / sqrt(mean(x^2) + eps), arXiv 1910.07467."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -59,14 +60,18 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(num_heads: int, head_dim: int, context: int, theta: float) -> Tensor:
-    """Cosines and sines of t * theta^(-2i/H), arXiv 2104.09864, as [3, T, N, H].
+    """Return cosines and sines of t * theta^(-2i/H), arXiv 2104.09864, as [3, T, N, H].
 
-    Halves are rotated, not neighbours: feature i pairs with i + H/2, as in Llama checkpoints. So
-    are angles rounded to float32: exact ones move logits by 4e-4 at position 4096 (docs/log.md).
-    The three are cosines; sines that go to the first half; sines that go to the second. Repeated
-    for every head, so that a row of activations meets one contiguous row.
+    The first of the three tables holds cosines, the second the sines that are added to the first
+    half of a head, the third the sines that are added to the second half.
     """
-    # On the CPU also where shapes alone are asked for: `arange` on the meta device imports 80 MB.
+    # As in Llama checkpoints, feature i pairs with i + H/2, and angles are rounded to float32.
+    # Exact angles move logits by 4e-4 at position 4096 (docs/log.md). The table repeats for every
+    # head: a row of activations [N, H] then meets a contiguous row of the table.
+    # Example: H = 4 at angles (a, b) gives the rows (cos a, cos b, cos a, cos b),
+    # (-sin a, -sin b, 0, 0) and (0, 0, sin a, sin b).
+
+    # On the CPU even under the meta device: `arange` on the meta device imports 80 MB.
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu")
     positions = torch.arange(context, dtype=torch.float32, device="cpu")
     angle = torch.outer(positions, 1.0 / theta ** (pairs / head_dim))
@@ -77,14 +82,17 @@ def rope_table(num_heads: int, head_dim: int, context: int, theta: float) -> Ten
 
 
 def rotate_halves(x_BTNH: Tensor, table_3TNH: Tensor) -> Tensor:
-    """(a, b) -> (a cos - b sin, b cos + a sin) with a, b the halves of the last axis."""
+    """Map (a, b) to (a cos - b sin, b cos + a sin), where a and b are the halves of a head."""
     a, b = x_BTNH.chunk(2, dim=-1)
     cos, to_first, to_second = table_3TNH[:, :, : x_BTNH.shape[2]]
     return torch.addcmul(x_BTNH * cos, torch.cat((b, a), dim=-1), to_first + to_second)
 
 
 class Attention(nn.Module):
-    """softmax(q k^T * scale, causal) v per head; query head i reads key/value head i // group."""
+    """Causal attention per head: softmax(q k^T * scale) v.
+
+    Query head i reads key/value head i // group_size.
+    """
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -118,7 +126,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x), arXiv 2002.05202."""
+    """A SwiGLU layer down(silu(gate x) * up x), arXiv 2002.05202."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -131,7 +139,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + s attention(norm x), then x + s ffn(norm x), with s the residual multiplier."""
+    """A layer x + s attention(norm x), then x + s ffn(norm x), with s the residual multiplier."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -160,10 +168,10 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens [B, T] to logits [B, T, V], for T up to `context`. Uninitialised: see `init_`.
+    """A model from tokens [B, T] to logits [B, T, V], for T up to `context`.
 
-    With the tokens that should follow, [B, T]: to their mean cross entropy in nats, in float32 at
-    least.
+    With the targets [B, T] as a second argument it returns their mean cross entropy in nats, in
+    float32 or float64. `init_weights_` or a state dict must fill the tensors first.
     """
 
     rope: Tensor
@@ -183,7 +191,7 @@ class Decoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.rope.device
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
@@ -196,7 +204,7 @@ class Decoder(nn.Module):
                 x_BTD = _recompute_in_backward(block, x_BTD, rope_3TNH)
             else:
                 x_BTD = block(x_BTD, rope_3TNH)
-        # The logit multiplier rides on the final gain: D products instead of B*T*V.
+        # Multiply the final gain by the logit multiplier: D products in place of B*T*V.
         norm, scale = self.final_norm, self.multipliers.logits
         if targets_BT is not None and fused.can_fuse(x_BTD):
             weights = (norm.weight * scale, norm.eps, self.unembedding.weight)
@@ -209,13 +217,14 @@ class Decoder(nn.Module):
 
 
 def _recompute_in_backward(block: nn.Module, *inputs: Tensor) -> Tensor:
-    """`block(*inputs)`, computed a second time in the backward pass: arXiv 1604.06174."""
-    # There is no randomness in a block whose state would be to restore.
+    """Return `block(*inputs)`, and compute it again in the backward pass (arXiv 1604.06174)."""
+    # A block draws no random numbers: no generator has to be restored.
     return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def init_weights_(model: Decoder, spec: ModelSpec, generator: Generator) -> Decoder:
-    """Draw every tensor of `model`, one after another in the order of the state dict."""
+    """Draw every tensor of `model`, in the order of the state dict."""
+    # Block by block equals tensor by tensor: see `warmcore.tensors.row_blocks`.
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             for rows in split_rows(parameter.shape):
@@ -224,18 +233,18 @@ def init_weights_(model: Decoder, spec: ModelSpec, generator: Generator) -> Deco
 
 
 def load_weights(model: Decoder, blocks: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy every tensor of the state dict, block by block."""
+    """Copy every tensor of the state dict from `blocks`, block by block."""
     with torch.no_grad():
         fill_from_blocks(dict(model.named_parameters()), blocks)
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, torch.Size]:
-    """Shapes by name, in the order of the state dict; allocates nothing."""
+    """Return shapes by name, in the order of the state dict, without allocating tensors."""
     with torch.device("meta"):
         model = Decoder(spec, context=1)
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def loss_nats(model: nn.Module, window_BT1: Tensor) -> Tensor:
-    """Mean cross entropy of each next token, for windows [B, T + 1]; at least in float32."""
+    """Return the mean cross entropy of the next tokens in windows [B, T + 1], in nats."""
     return model(window_BT1[:, :-1], window_BT1[:, 1:])

@@ -1,16 +1,17 @@
 """Branches of the decoder with backward passes of their own, for float32 and float64 on a CPU.
 
-A small model on a CPU waits for memory: autograd's composites walk over, allocate and keep each
-activation several times. These walk over less, sum inside the products, and keep only what the
-backward pass cannot quickly make again. Elsewhere (CUDA, autocast, `torch.compile`, which fuse by
-themselves) and inside `off()` the modules' own compositions are used. Measured by
-`benchmarks/train_throughput.py`. Going through a branch in pieces that fit the cache gained nothing
-over whole tensors (docs/log.md), so only the logits, which can be large, are made in pieces.
+A small model on a CPU waits for memory: autograd's compositions read, allocate and keep each
+activation several times. The functions here read less, sum inside the matrix products, and keep
+only tensors that the backward pass cannot quickly compute again. CUDA, autocast and `torch.compile`
+fuse by themselves: there, and inside `disable_fused()`, the modules' compositions are used.
+Measured by `benchmarks/train_throughput.py`. Splitting a branch into pieces that fit the cache
+gained nothing (docs/log.md). Only the logits are computed in pieces, because they can be large.
 
 Shapes: B batch, T positions, D width, N heads, H head dim, F feed-forward width, V vocabulary; R
 rows, that is, B and T in one axis.
 """
-# Shapes by suffix need capitals in names. A Function's signature is (context, anything).
+
+# Shapes by suffix need capitals in names. A Function's signature is (context, any arguments).
 # ruff: noqa: N803, N806, PLR0917
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -27,13 +28,13 @@ from torch.nn import functional as F  # noqa: N812 - its name everywhere
 
 _DTYPES = (torch.float32, torch.float64)
 _IS_ON = ContextVar("fused", default=True)
-_LOGITS = 2**22  # so many at a time: 16 MB in float32
+_LOGITS = 2**22  # logits in memory at a time: 16 MB in float32
 
 Grads = tuple[Tensor | None, ...]
 
 
 def can_fuse(x: Tensor) -> bool:
-    """Whether activations are such that these functions should be used."""
+    """Return whether the functions of this module apply to activations like `x`."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return x.is_cpu and x.dtype in _DTYPES and _IS_ON.get()
@@ -41,7 +42,7 @@ def can_fuse(x: Tensor) -> bool:
 
 @contextmanager
 def disable_fused() -> Generator[None]:
-    """Have the modules' own compositions used in this context, each with its own output."""
+    """Use the modules' compositions inside the context: hooks then see each module's output."""
     token = _IS_ON.set(False)
     try:
         yield
@@ -52,13 +53,13 @@ def disable_fused() -> Generator[None]:
 def project_normed(
     x_BTD: Tensor, gain_D: Tensor, eps: float, table_3TNH: Tensor, *qkv: Tensor
 ) -> tuple[Tensor, ...]:
-    """W h for three weights [out, D], h = norm(x); the first two rotated by position."""
+    """Return W h for three weights [out, D], h = norm(x); q and k are rotated by position."""
     outs = _NormedProjections.apply(x_BTD, gain_D, eps, table_3TNH, *qkv)
     return cast("tuple[Tensor, ...]", outs)
 
 
 def add_projection(x_BTD: Tensor, y_BTD: Tensor, weight: Tensor, *, scale: float) -> Tensor:
-    """Give x + scale W y."""
+    """Return x + scale W y."""
     return torch.addmm(_flatten_rows(x_BTD), _flatten_rows(y_BTD), weight.t(), alpha=scale).view_as(
         x_BTD
     )
@@ -67,16 +68,16 @@ def add_projection(x_BTD: Tensor, y_BTD: Tensor, weight: Tensor, *, scale: float
 def add_swiglu(
     x_BTD: Tensor, gain_D: Tensor, eps: float, *gate_up_down: Tensor, scale: float
 ) -> Tensor:
-    """Give x + scale down(silu(gate h) * up h), h = norm(x); arXiv 2002.05202."""
+    """Return x + scale down(silu(gate h) * up h), h = norm(x); arXiv 2002.05202."""
     return cast("Tensor", _AddSwiGLU.apply(x_BTD, gain_D, eps, scale, *gate_up_down))
 
 
 def compute_loss(
     x_BTD: Tensor, gain_D: Tensor, eps: float, unembedding_VD: Tensor, targets_BT: Tensor
 ) -> Tensor:
-    """Mean of -log softmax(W norm(x))[target], in nats."""
-    made = _Loss.apply(x_BTD, gain_D, eps, unembedding_VD, targets_BT, torch.is_grad_enabled())
-    return cast("Tensor", made)
+    """Return the mean of -log softmax(W norm(x))[target], in nats."""
+    mean = _Loss.apply(x_BTD, gain_D, eps, unembedding_VD, targets_BT, torch.is_grad_enabled())
+    return cast("Tensor", mean)
 
 
 class _NormedProjections(Function):
@@ -93,7 +94,10 @@ class _NormedProjections(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        """Turn back; dh = sum_i dy_i W_i, dW_i = dy_i^T h; then through the norm."""
+        """Rotate back, then dh = sum_i dy_i W_i and dW_i = dy_i^T h, then through the norm."""
+        # h = g n is not kept. Instead of h the product takes n = x / rms, and the gain scales its
+        # columns afterwards: dW = dy^T (n g) = (dy^T n) g. That saves a pass over [R, D]. Example:
+        # at 16 x 128 tokens and width 64, h has 131 072 elements and dW 4 096.
         x_BTD, gain_D, inverse_R1, table_3TNH, *qkv = ctx.saved_tensors
         dq, dk = (_rotate_flat(grad, table_3TNH, -1) for grad in grads[:2])
         dys = [_flatten_rows(dy) for dy in (dq, dk, grads[2])]
@@ -116,14 +120,18 @@ class _AddSwiGLU(Function):
         ctx.save_for_backward(x_BTD, gain_D, inverse_R1, gate_RF, up_RF, *weights)
         ctx.scale = scale
         a_RF = F.silu(gate_RF).mul_(up_RF)
-        y_BTD = x_BTD.new_empty(x_BTD.shape)  # no view: of a block's output FSDP wants none
+        # For FSDP the output of a block must not be a view: make it first, then write to it.
+        y_BTD = x_BTD.new_empty(x_BTD.shape)
         torch.addmm(x_RD, a_RF, down.t(), alpha=scale, out=y_BTD.view_as(x_RD))
         return y_BTD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        """To dy comes what goes through the branch; the norm and silu are made again."""
+        """Add the gradient through the branch to dy; compute the norm and silu again."""
+        # With s = silu(gate) and a = s up: da = scale dy W_down, dup = s da, dgate = silu'(gate)
+        # up da. After its last use `silu_RF` becomes a, and `da_RF` becomes dgate: this pass
+        # allocates three tensors [R, F] (silu, da, dup) for five results.
         x_BTD, gain_D, inverse_R1, gate_RF, up_RF, gate, up, down = ctx.saved_tensors
         dy_RD = _flatten_rows(grads[0])
         silu_RF, da_RF = F.silu(gate_RF), _multiply_scaled(dy_RD, down, ctx.scale)
@@ -139,7 +147,11 @@ class _AddSwiGLU(Function):
 
 
 class _Loss(Function):
-    """Logits never stand in memory as a whole, so gradients are made in the forward pass."""
+    """The mean cross entropy with its gradient, without all logits in memory at once."""
+
+    # The forward pass computes the gradient too: each piece of logits is in memory only then.
+    # With p = softmax(logits) the gradient is d = (p - onehot(target)) / R. Example: vocabulary
+    # 32 768 gives pieces of 128 rows, 16 MB; all logits of 16 x 128 rows would take 268 MB.
 
     @staticmethod
     def forward(
@@ -152,7 +164,7 @@ class _Loss(Function):
         h_RD = n_RD * gain_D
         dh_RD, dweight_VD = torch.empty_like(h_RD), torch.zeros_like(weight_VD)
         total = x_BTD.new_zeros(())
-        for at in _split_rows(x_RD, weight_VD):
+        for at in _split_for_logits(x_RD, weight_VD):
             logp_RV = torch.log_softmax(F.linear(h_RD[at], weight_VD), -1)
             total -= logp_RV.gather(1, targets_R1[at]).sum()
             if is_training:
@@ -169,13 +181,13 @@ class _Loss(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        """What the forward pass has made, times the gradient of the loss."""
-        dx_BTD, dgain, dweight_VD = (made * grads[0] for made in ctx.saved_tensors)
+        """Return the gradients of the forward pass times the gradient of the loss."""
+        dx_BTD, dgain, dweight_VD = (saved * grads[0] for saved in ctx.saved_tensors)
         return dx_BTD, dgain, None, dweight_VD, None, None
 
 
 def _compute_inverse_rms(x_RD: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps), [R, 1]."""
+    """Return 1 / sqrt(mean(x^2) + eps), [R, 1]."""
     norm_R1 = torch.linalg.vector_norm(x_RD, dim=-1, keepdim=True)
     return norm_R1.square_().div_(x_RD.shape[-1]).add_(eps).rsqrt_()
 
@@ -183,7 +195,9 @@ def _compute_inverse_rms(x_RD: Tensor, eps: float) -> Tensor:
 def _backpropagate_norm(
     dh_RD: Tensor, n_RD: Tensor, gain_D: Tensor, inverse_R1: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """From h = g n, n = x r: dx = r (g dh - n mean(g dh n)), dg = sum_R dh n. Over dh and n."""
+    """Return dx = r (g dh - n mean(g dh n)) and dg = sum_R dh n; overwrite dh and n."""
+    # h = g n with n = x r and r = 1 / rms(x). The second term is the gradient through r.
+    # Example: for D = 1, n is +-1 for every x, and dx is 0 up to eps.
     product_RD = dh_RD * n_RD
     mean_R1 = (product_RD @ gain_D).div_(len(gain_D)).unsqueeze(-1)
     dx_RD = dh_RD.mul_(gain_D).sub_(n_RD.mul_(mean_R1)).mul_(inverse_R1)
@@ -202,10 +216,11 @@ def _sum_products(dys: list[Tensor], weights: list[Tensor]) -> Tensor:
 
 
 def _rotate_flat(y_BTD: Tensor, table_3TNH: Tensor, sign: int) -> Tensor:
-    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of each head; -1 turns back.
-
-    One walk over all positions and heads: what a head's end meets of its neighbour is times zero.
-    """
+    """Map the halves (a, b) of each head to (a cos - b sin, b cos + a sin); sign -1 undoes it."""
+    # Shift the whole row of heads by half a head, in place of splitting each head. A shift also
+    # brings in elements of the neighbouring head; the zeros of `rope_table` cancel these products.
+    # Example: heads of 4, row (a1 b1 | a2 b2) in halves. Shifted to the right it is (0 a1 | b1 a2):
+    # the third table (0 sin | 0 sin) keeps a1 and a2 for the second halves, and drops b1.
     half = table_3TNH.shape[-1] // 2
     num_heads = y_BTD.shape[-1] // table_3TNH.shape[-1]
     cos, to_first, to_second = table_3TNH[:, :, :num_heads].flatten(1)
@@ -220,6 +235,6 @@ def _flatten_rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _split_rows(rows: Tensor, weight_VD: Tensor) -> list[slice]:
+def _split_for_logits(rows: Tensor, weight_VD: Tensor) -> list[slice]:
     size = max(1, _LOGITS // len(weight_VD))
     return [slice(at, at + size) for at in range(0, len(rows), size)]

@@ -1,8 +1,8 @@
-"""Maximal update parametrization: one table, by role (METHOD §2).
+"""Maximal update parametrization: a table of factors by role (METHOD §2).
 
 Sources: arXiv 2203.03466 (muP), arXiv 2505.01618 Table 1 (CompleteP, epsilon and weight decay).
-With m = n / n0 and l = L / L0 every factor is a power of m and l, so that at the base width and
-depth (m = l = 1) all of them are exactly 1 and the model is its standard-parametrization twin, bit
+With m = n / n0 and l = L / L0 every factor is a power of m and l. At the base width and depth
+(m = l = 1) all factors are exactly 1, and the model equals its standard-parametrization twin bit
 for bit. a is CompleteP's alpha, 1: the learning rates then do not depend on depth.
 
 =============  ============  ==========  ==  ==========  ===============================
@@ -15,18 +15,19 @@ final_gain     0 (all ones)  1           0   1/m
 unembedding    sigma_u       1           1   1/m         logits x alpha_out/m
 =============  ============  ==========  ==  ==========  ===============================
 
-With Muon for the hidden matrices, everything else as above:
+With Muon for the hidden matrices, and all other roles as above:
 
 =============  ============  ==============  ======  ====
 hidden (Muon)  sigma/sqrt m  l^(a-1)/sqrt m  sqrt m  l^-a
 =============  ============  ==============  ======  ====
 
-Muon's update is lr c sqrt(max(fan_out, fan_in)) U V^T, with c sqrt(...) for the RMS of AdamW's
-(arXiv 2502.16982). Its spectral norm must be of the size of sqrt(fan_out/fan_in) at every width
-(arXiv 2310.17813; for Muon arXiv 2512.05620): fan_out/fan_in does not depend on m in a family, but
-the maximum grows with it, so lr goes by 1/sqrt m, and weight decay by its inverse. In depth Muon is
-as Adam: an update's size does not depend on the gradient's, and l^-a on the branches is all that is
-needed (arXiv 2603.00541). eps bounds the norm of a gradient, which does not depend on m.
+Muon's update is lr c sqrt(max(fan_out, fan_in)) U V^T, where c sqrt(...) gives it the RMS of
+AdamW's update (arXiv 2502.16982). The spectral norm of an update must be of the size of
+sqrt(fan_out/fan_in) at every width (arXiv 2310.17813; for Muon arXiv 2512.05620). In a family
+fan_out/fan_in does not depend on m, but the maximum grows with m. Hence lr goes by 1/sqrt m, and
+weight decay by the inverse. In depth Muon is like Adam: the size of an update does not depend on
+the size of the gradient, and l^-a on the branches suffices (arXiv 2603.00541). eps bounds the norm
+of a gradient, and that norm does not depend on m.
 """
 
 import math
@@ -45,7 +46,7 @@ DEPTH_ALPHA = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """What a role's tensors are scaled by: an initial std, and factors of lr, wd and eps."""
+    """The initial std of a role's tensors, and factors of lr, weight decay and eps."""
 
     init_std: float
     lr: float
@@ -55,7 +56,7 @@ class Factors:
 
 @dataclass(frozen=True, kw_only=True)
 class Multipliers:
-    """What the forward pass is scaled by, at four places."""
+    """The four constants by which the forward pass multiplies."""
 
     embedding: float
     attention: float
@@ -64,7 +65,7 @@ class Multipliers:
 
 
 def role_of(name: str) -> Role:
-    """Role of a tensor, from its name in the model's state dict."""
+    """Return the role of a tensor, from its name in the model's state dict."""
     match name.split("."):
         case ["embedding", "weight"]:
             return "embedding"
@@ -81,7 +82,9 @@ def role_of(name: str) -> Role:
 
 
 def factors(role: Role, model: ModelSpec, optimizer: OptimizerName = "adamw") -> Factors:
-    """Look a role's row up in the tables above."""
+    """Return a role's row of the tables above."""
+    # Example: width 256 and depth 8 from base width 64 and depth 4, hence m = 4 and l = 2. A hidden
+    # matrix under AdamW has init std sigma/2, lr 1/4, weight decay 4 and eps 1/8.
     m, depth = model.width_multiplier, model.depth_multiplier
     block_lr, block_eps = depth ** (DEPTH_ALPHA - 1), depth**-DEPTH_ALPHA / m
     match role:
@@ -102,7 +105,9 @@ def factors(role: Role, model: ModelSpec, optimizer: OptimizerName = "adamw") ->
 
 
 def multipliers(model: ModelSpec) -> Multipliers:
-    """alpha_e; alpha_attn / sqrt(H), as head dim H is fixed; l^-a; alpha_out / m."""
+    """Return alpha_e, alpha_attn / sqrt(H), l^-a and alpha_out / m."""
+    # Attention divides by sqrt(H) as in standard models, because muP here widens by adding heads
+    # of the same head dim H. muP's 1/H is for head dims that grow.
     return Multipliers(
         embedding=model.embedding_multiplier,
         attention=model.attention_multiplier / math.sqrt(model.head_dim),
@@ -112,7 +117,7 @@ def multipliers(model: ModelSpec) -> Multipliers:
 
 
 def draw_initial_(tensor: Tensor, role: Role, model: ModelSpec, generator: Generator) -> Tensor:
-    """Overwrite `tensor` with its initial value: N(0, init_std^2), and ones for gains."""
+    """Overwrite `tensor` with initial values: N(0, init_std^2), or 1 for gains."""
     if role in GAINS:
         return tensor.fill_(1.0)
     std = factors(role, model).init_std
