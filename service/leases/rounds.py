@@ -30,7 +30,7 @@ _DUE_WORK = select(
 
 
 class _DueWork(NamedTuple):
-    """Whether leases have run out, ends of trials are unreported, and runs are queued."""
+    """The work that is due: leases to expire, ends of trials to report, queued runs to grant."""
 
     has_late: bool
     has_unreported: bool
