@@ -30,7 +30,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from throughput import machine, report
-from throughput.measuring import Measured, measure
+from throughput.measuring import Measured, measure_scenario
 from throughput.sides import Optuna, Service
 from throughput.stack import run_stack
 from throughput.workload import Scenario
@@ -86,7 +86,7 @@ def run_scenarios(
                     for pruner in arguments.pruners:
                         cycles = arguments.cycles or max(60, 5 * clients)
                         scenario = Scenario(finished, clients, pruner, arguments.rounds, cycles)
-                        measured.append(measure(scenario, ours, theirs, running))
+                        measured.append(measure_scenario(scenario, ours, theirs, running))
     return measured, conditions
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks run: what they print is in `benchmarks/README.md`."""
+"""Tests that the benchmarks run; `benchmarks/README.md` has their results."""
 
 import asyncio
 import json
@@ -19,8 +19,8 @@ from benchmarks.chaos.database import Database
 from benchmarks.throughput import machine
 from tests import conftest
 
-RAYS_LAST_WORKER_PORT = 19_999  # by default of `ray start`
-LINUX_FIRST_OUTGOING_PORT = 32_768  # by default
+RAYS_LAST_WORKER_PORT = 19_999  # default of `ray start`
+LINUX_FIRST_OUTGOING_PORT = 32_768  # default of Linux
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -71,12 +71,12 @@ def test_a_waiting_worker_that_fails_ends_the_measurement_with_its_reason(refusi
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import idle_workers
 
-    monkeypatch.setattr(idle_workers, "idle", nothing)
-    monkeypatch.setattr(idle_workers, "spec", lambda *_: {})
+    monkeypatch.setattr(idle_workers, "measure_idle", nothing)
+    monkeypatch.setattr(idle_workers, "make_spec", lambda *_: {})
     monkeypatch.setattr(idle_workers, "SETTLE_SECONDS", 0.0)
     running = SimpleNamespace(ports=[refusing], key="key")
     with pytest.raises(ExceptionGroup) as raised:
-        asyncio.run(idle_workers.measure(running, SimpleNamespace(workers=2, studies=1)))
+        asyncio.run(idle_workers.measure_all(running, SimpleNamespace(workers=2, studies=1)))
     assert raised.group_contains(AssertionError)
 
 
@@ -90,7 +90,7 @@ def test_cpu_time_is_told_though_a_process_ends_while_it_is_read(monkeypatch, go
 
 
 def test_a_database_of_chaos_starts_though_a_process_of_the_one_before_lingers():
-    """PostgreSQL refuses to start beside it, and ends; a process of it that hangs may last."""
+    """Start PostgreSQL again while a stopped process of the old server makes it exit."""
     with conftest.scratch() as folder:
         folder.chmod(0o755)
         database = Database(folder / "db", ports.free_port(), fsync=False)

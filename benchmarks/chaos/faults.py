@@ -100,7 +100,7 @@ class Faults:
         )
 
     def _cut_connections(self, _i: int, share: float) -> StruckFault:
-        self.stack.proxy.cut(answers=6, after_bytes=int(400 * share))
+        self.stack.proxy.cut_answers(answers=6, after_bytes=int(400 * share))
         return StruckFault()
 
     def _delay_connections(self, _i: int, share: float) -> StruckFault:

@@ -1,4 +1,4 @@
-"""One cycle of each side: what a client does over and over, with the seconds of each call."""
+"""The cycle of each side, which a client repeats, with the seconds of each call."""
 
 import http.client
 import json
@@ -12,13 +12,13 @@ from throughput.workload import REPORTS, SPACE, compute_loss, make_curve
 from service.client import Client
 from service.protocol import FinishRequest, LeaseRequest, Measurement, MeasurementBatch
 
-STARTUP_TRIALS = 10  # what the service chooses for a study of 30 trials or more
+STARTUP_TRIALS = 10  # as the service sets for a study of 30 trials or more
 TOKENS = 8 * 32 * 20
-_IDLE_SECONDS = 2.0  # uvicorn closes what is idle for 5
+_IDLE_SECONDS = 2.0  # uvicorn closes a connection after 5 s without a request
 
 
 class Cycle(Protocol):
-    """Goes through one trial, noting the seconds of each call."""
+    """A cycle through a single trial; it notes the seconds of each call."""
 
     def prepare(self, study: str, pruner: str, /) -> None: ...
 
@@ -29,7 +29,7 @@ class Cycle(Protocol):
 
 @dataclass
 class Clock:
-    """Notes the seconds of a block under a name."""
+    """A timer that notes the seconds of a block under a name."""
 
     note: dict[str, list[float]]
     name: str
@@ -42,7 +42,7 @@ class Clock:
 
 
 class OptunaCycle:
-    """ask + suggest + 3 x report + tell, as a script of Optuna's users does it."""
+    """Optuna's cycle: ask + suggest + 3 x report + tell, as in a user's script."""
 
     def __init__(self, url: str) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -54,17 +54,17 @@ class OptunaCycle:
             study_name=study,
             storage=self.storage,
             sampler=optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, constant_liar=True),
-            pruner=_pruner(pruner),
+            pruner=_make_pruner(pruner),
         )
 
     def __call__(self, note: dict[str, list[float]]) -> None:
         with Clock(note, "ask"):
             trial = self.study.ask()
-            params = {name: _suggest(trial, name, d) for name, d in SPACE.items()}
+            params = {name: _suggest_value(trial, name, d) for name, d in SPACE.items()}
         for step, value in enumerate(make_curve(params), 1):
             with Clock(note, "trial.report"):
                 trial.report(value, step)
-                _ = self.prunes and trial.should_prune()  # asked, not obeyed: a cycle is a cycle
+                _ = self.prunes and trial.should_prune()  # ignored, so that all cycles are equal
         with Clock(note, "tell"):
             self.study.tell(trial, compute_loss(params))
 
@@ -72,12 +72,12 @@ class OptunaCycle:
         self.storage.engine.dispose()
 
 
-def _suggest(trial: optuna.Trial, name: str, d: dict[str, Any]) -> float:
+def _suggest_value(trial: optuna.Trial, name: str, d: dict[str, Any]) -> float:
     return trial.suggest_float(name, d["low"], d["high"], log=d.get("log", False))
 
 
-def _pruner(name: str) -> optuna.pruners.BasePruner:
-    """As the service makes them for a long study of 3 evaluations."""
+def _make_pruner(name: str) -> optuna.pruners.BasePruner:
+    """Return the pruner that the service would make for a long study of 3 evaluations."""
     match name:
         case "median":
             return optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2)
@@ -90,7 +90,7 @@ def _pruner(name: str) -> optuna.pruners.BasePruner:
 
 
 class ServiceCycle:
-    """lease + 3 x report + finish by `http.client`: real HTTP, little of the client's own CPU."""
+    """Our cycle: lease + 3 x report + finish by `http.client`, with little CPU in the client."""
 
     def __init__(self, port: int, key: str) -> None:
         self.http = http.client.HTTPConnection("127.0.0.1", port, timeout=90)
@@ -102,12 +102,12 @@ class ServiceCycle:
 
     def post(self, path: str, body: dict[str, Any], token: str = "") -> dict[str, Any]:
         headers = self.headers | ({"Lease-Token": token} if token else {})
-        return self.send("POST", path, json.dumps(body), headers)
+        return self.send_request("POST", path, json.dumps(body), headers)
 
     def get(self, path: str) -> dict[str, Any]:
-        return self.send("GET", path, None, self.headers)
+        return self.send_request("GET", path, None, self.headers)
 
-    def send(
+    def send_request(
         self, method: str, path: str, body: str | None, headers: dict[str, str]
     ) -> dict[str, Any]:
         if time.monotonic() - self.used_at > _IDLE_SECONDS:
@@ -122,10 +122,10 @@ class ServiceCycle:
 
     def __call__(self, note: dict[str, list[float]]) -> None:
         with Clock(note, "lease"):
-            lease = self.lease()
+            lease = self.lease_trial()
         path, token = f"/v1/runs/{lease['run_id']}", lease["lease_token"]
         for step, value in enumerate(make_curve(lease["params"]), 1):
-            point = _point(step, value)
+            point = _make_point(step, value)
             with Clock(note, "report"):
                 self.post(f"{path}/measurements", {"measurements": [point]}, token)
         end = {"outcome": "succeeded", "val_loss_nats": compute_loss(lease["params"])}
@@ -135,7 +135,7 @@ class ServiceCycle:
     def close(self) -> None:
         self.http.close()
 
-    def lease(self) -> dict[str, Any]:
+    def lease_trial(self) -> dict[str, Any]:
         body = {"worker": "benchmark", "study": self.study, "wait_seconds": 30}
         while not (leases := self.post("/v1/leases", body)["leases"]):
             pass
@@ -143,7 +143,7 @@ class ServiceCycle:
 
 
 class TypedServiceCycle:
-    """The same through `service.client`, which is what a worker uses."""
+    """Our cycle through `service.client`, as in a worker."""
 
     def __init__(self, port: int, key: str) -> None:
         self.client = Client(f"http://127.0.0.1:{port}", key)
@@ -157,7 +157,7 @@ class TypedServiceCycle:
                 pass
         (lease,) = leases
         for step, value in enumerate(make_curve(lease.params), 1):
-            batch = MeasurementBatch(measurements=(Measurement(**_point(step, value)),))
+            batch = MeasurementBatch(measurements=(Measurement(**_make_point(step, value)),))
             with Clock(note, "report"):
                 self.client.report(lease, batch)
         with Clock(note, "finish"):
@@ -168,5 +168,5 @@ class TypedServiceCycle:
         self.client.close()
 
 
-def _point(step: int, value: float) -> dict[str, Any]:
+def _make_point(step: int, value: float) -> dict[str, Any]:
     return {"step": step, "tokens": step * 256, "val_loss_nats": value, "evaluation": step}

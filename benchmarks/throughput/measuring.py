@@ -36,7 +36,9 @@ class Measured:
         return statistics.median(self.ratios)
 
 
-def measure(scenario: Scenario, ours: "Side", theirs: "Side", running: "Stack") -> Measured:
+def measure_scenario(
+    scenario: Scenario, ours: "Side", theirs: "Side", running: "Stack"
+) -> Measured:
     """Measure a scenario with both sides in turns."""
     before = machine.rss_mb(running.api_pids)
     spent: dict[str, Spent] = {"service": Spent(), "optuna": Spent()}
@@ -45,9 +47,9 @@ def measure(scenario: Scenario, ours: "Side", theirs: "Side", running: "Stack") 
         if not study or scenario.finished < _FRESH_BELOW:
             study = f"study-{next(_names)}"
             for side in (ours, theirs):
-                side.create(study, scenario)
+                side.prepare_study(study, scenario)
         # Ours first in even rounds, Optuna first in odd rounds: a trend of the load cancels out.
         for side in (ours, theirs) if number % 2 == 0 else (theirs, ours):
-            side.round(scenario, spent[side.name])
+            side.run_round(scenario, spent[side.name])
     after = machine.rss_mb(running.api_pids)
     return Measured(scenario, spent["service"], spent["optuna"], (before, after))

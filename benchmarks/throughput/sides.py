@@ -1,4 +1,4 @@
-"""The two sides: each makes a study, and has clients that go through its cycles when told to."""
+"""The two sides: each makes a study, and has client processes that run its cycles."""
 
 import contextlib
 import multiprocessing
@@ -23,27 +23,27 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["optuna", "scipy.special", "httpx", __name__])
 
 
-def client(
+def run_client(
     pipe: Connection, tickets: "Synchronized[int]", threads: int, kind: type, *given: Any
 ) -> None:
-    """A client process: makes ready, then takes tickets until there are none left."""
+    """Run a client process: prepare, and then run a cycle for each ticket until none is left."""
     made: list[Cycle] = [kind(*given)]
-    made *= threads  # Optuna's study and storage may be shared by threads
+    made *= threads  # threads may share a study and a storage of Optuna
     while (message := pipe.recv()) is not None:
         if message != "go":
             made[0].prepare(*message)
-            made[0]({})  # connections, caches and imports
+            made[0]({})  # an untimed cycle for connections, caches and imports
             pipe.send(None)
             continue
         note: dict[str, list[float]] = {}
         cpu = time.process_time()
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(_take, made, repeat(tickets), repeat(note)))
+            list(pool.map(_take_tickets, made, repeat(tickets), repeat(note)))
         pipe.send((time.monotonic(), time.process_time() - cpu, note))
     made[0].close()
 
 
-def _take(cycle: Cycle, tickets: "Synchronized[int]", note: dict[str, list[float]]) -> None:
+def _take_tickets(cycle: Cycle, tickets: "Synchronized[int]", note: dict[str, list[float]]) -> None:
     while True:
         with tickets.get_lock():
             if tickets.value == 0:
@@ -53,7 +53,7 @@ def _take(cycle: Cycle, tickets: "Synchronized[int]", note: dict[str, list[float
 
 
 class Side:
-    """Clients in processes of their own, and the database that they work on."""
+    """A side: client processes, and their database."""
 
     name: str
 
@@ -63,10 +63,10 @@ class Side:
         self.pipes: list[Connection] = []
         self.processes = []
         for i in range(processes):
-            mine, its = _context.Pipe()
-            arguments = (its, self.tickets, threads, *cycles[i % len(cycles)])
-            self.pipes.append(mine)
-            self.processes.append(_context.Process(target=client, args=arguments, daemon=True))
+            own_end, client_end = _context.Pipe()
+            arguments = (client_end, self.tickets, threads, *cycles[i % len(cycles)])
+            self.pipes.append(own_end)
+            self.processes.append(_context.Process(target=run_client, args=arguments, daemon=True))
             self.processes[-1].start()
 
     def __enter__(self) -> Self:
@@ -84,39 +84,40 @@ class Side:
             process.join(10)
             process.kill()
 
-    def create(self, study: str, scenario: Scenario) -> None:
-        """Make a study with its finished trials; each client goes through one cycle, untimed."""
-        self.make(study, scenario)
+    def prepare_study(self, study: str, scenario: Scenario) -> None:
+        """Make a study with finished trials, and run an untimed cycle in each client."""
+        self.make_study(study, scenario)
         for pipe in self.pipes:
             pipe.send((study, scenario.pruner))
         for pipe in self.pipes:
             pipe.recv()
 
-    def make(self, study: str, scenario: Scenario) -> None:
-        """Make it."""
+    def make_study(self, study: str, scenario: Scenario) -> None:
+        """Create the study and its finished trials."""
         raise NotImplementedError
 
-    def round(self, scenario: Scenario, spent: Spent) -> None:
-        """Let the clients share `cycles` cycles; note what it took."""
+    def run_round(self, scenario: Scenario, spent: Spent) -> None:
+        """Let the clients share the cycles of a round, and note times and costs."""
         self.tickets.value = scenario.cycles
-        before = self._counters()
+        before = self._read_counters()
         start = time.monotonic()
         for pipe in self.pipes:
             pipe.send("go")
         ends, cpu, notes = zip(*(pipe.recv() for pipe in self.pipes), strict=True)
-        after = self._counters()
+        after = self._read_counters()
         spent.per_second.append(scenario.cycles / (max(ends) - start))
         for note in notes:
             for call, times in note.items():
                 spent.calls.setdefault(call, []).extend(times)
+        # Costs of a trial: the difference of the counters, divided by the cycles of the round.
         used = {name: after[name] - before[name] for name in after} | {"clients": sum(cpu)}
         for name in ("api", "postgres", "clients"):
             spent.cpu_ms.setdefault(name, []).append(1000 * used[name] / scenario.cycles)
         spent.commits.append(used["commits"] / scenario.cycles)
         spent.wal_kb.append(used["wal_bytes"] / 1024 / scenario.cycles)
 
-    def _counters(self) -> dict[str, float]:
-        time.sleep(0.05)  # a backend counts its commits a moment after them
+    def _read_counters(self) -> dict[str, float]:
+        time.sleep(0.05)  # PostgreSQL counts a commit a moment later
         query = (
             "SELECT xact_commit, pg_current_wal_lsn() - '0/0'::pg_lsn FROM pg_stat_database"
             " WHERE datname = current_database()"
@@ -133,7 +134,7 @@ class Side:
 
 
 class Optuna(Side):
-    """Raw Optuna: a process for each client, or a thread."""
+    """Raw Optuna, with a process or a thread for each client."""
 
     name = "optuna"
 
@@ -141,7 +142,7 @@ class Optuna(Side):
         processes, each = (1, clients) if threads else (clients, 1)
         super().__init__(running, processes, each, (OptunaCycle, running.optuna_url))
 
-    def make(self, study: str, scenario: Scenario) -> None:
+    def make_study(self, study: str, scenario: Scenario) -> None:
         storage = optuna.storages.RDBStorage(self.running.optuna_url)
         optuna.create_study(study_name=study, storage=storage)
         fill_trials(self.running, "optuna", study, scenario.finished - 1)
@@ -150,7 +151,7 @@ class Optuna(Side):
 
 
 class Service(Side):
-    """Ours: a process for each client, which only sends and waits."""
+    """The service, with a process for each client that only sends and waits."""
 
     name = "service"
 
@@ -159,17 +160,17 @@ class Service(Side):
         addresses = [(cycle, port, running.key) for port in running.ports]
         super().__init__(running, clients, 1, *addresses)
 
-    def make(self, study: str, scenario: Scenario) -> None:
+    def make_study(self, study: str, scenario: Scenario) -> None:
         cycle = ServiceCycle(self.running.ports[0], self.running.key)
         with contextlib.closing(cycle) as api:
-            api.post("/v1/studies", self._spec(study, scenario.pruner))
+            api.post("/v1/studies", self._make_spec(study, scenario.pruner))
             api.prepare(study, scenario.pruner)
             api({})
             (template,) = api.get(f"/v1/runs?study={study}")["items"]
             fill_trials(self.running, "service", study, scenario.finished - 1, template["id"])
             assert api.get(f"/v1/studies/{study}")["trials"]["succeeded"] == scenario.finished
 
-    def _spec(self, study: str, pruner: str) -> dict[str, Any]:
+    def _make_spec(self, study: str, pruner: str) -> dict[str, Any]:
         return {
             "name": study,
             "data": {"source": str(self.running.corpus), "context": 32},

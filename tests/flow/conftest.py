@@ -1,4 +1,4 @@
-"""The program as a user runs it: an API process and a fleet process, which tests kill."""
+"""The program as a user runs it: an API process and a fleet process that tests kill."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Chaos, as `make chaos` runs it, for half a minute; and its parts, each of which must bite."""
+"""Chaos as in `make chaos`, for 20 seconds, and each of its parts alone."""
 
 import asyncio
 import contextlib
@@ -78,7 +78,7 @@ def test_what_is_lost_or_doubled_is_counted():
 
 @pytest.fixture
 def backends():
-    """Two servers that say who they are, in 1,000 bytes; and their ports."""
+    """Two servers that answer with their own port, padded to 1,000 bytes."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -130,7 +130,7 @@ def test_the_proxy_gives_each_request_to_the_next_replica(post, backends):
 
 
 def test_the_proxy_cuts_as_many_answers_as_it_is_told_after_so_many_bytes(post, proxy):
-    proxy.cut(answers=2, after_bytes=60)
+    proxy.cut_answers(answers=2, after_bytes=60)
     for _ in range(2):
         with pytest.raises(httpx.TransportError):
             post()

@@ -1,4 +1,4 @@
-"""Fleets of a Ray cluster that somebody else has started."""
+"""Fleets in a Ray cluster that another process started."""
 
 import contextlib
 import os
