@@ -10,7 +10,7 @@ from service.events.wakeups import Wakeups
 from service.leases.queue import LeaseQueue
 from service.leases.services import LeaseServices
 from service.optuna_bridge import finish_trial
-from service.optuna_bridge.draft_storage import write
+from service.optuna_bridge.draft_storage import write_drafts
 from service.optuna_bridge.sampler import Suggestion
 from service.protocol import (
     CheckpointReport,
@@ -97,9 +97,9 @@ def run_with_queue(api, scene, **settings):
 
 def start_trial(sampler, study, spec):
     """Start Optuna's next trial as a lease does, but leave it without a run."""
-    drawn = sampler.draw(study, spec)
+    drawn = sampler.sample_trials(study, spec)
     with Session(sampler.engine) as session, session.begin():
-        write(session, drawn)
+        write_drafts(session, drawn)
     (draft,) = drawn.drafts
     return Suggestion(number=draft.number, params=draft.params)
 
@@ -107,9 +107,11 @@ def start_trial(sampler, study, spec):
 def end_trial(sampler, study, number, state, value=None):
     """End a trial in Optuna as a finish does, with no run of ours."""
     diverged = state == "diverged"
-    end = finish_trial.end_of(state, diverged=diverged)
+    end = finish_trial.trial_end(state, diverged=diverged)
     with Session(sampler.engine) as session, session.begin():
-        return finish_trial.tell(session, study, number, end, value=value, diverged=diverged)
+        return finish_trial.finish_trial(
+            session, study, number, end, value=value, diverged=diverged
+        )
 
 
 def report_losses(sampler, study, number, losses):

@@ -159,14 +159,14 @@ def test_studies_of_one_name_are_apart_in_optuna_too(api, client_of, filled):
     lease = Worker(a).lease_one()
     assert lease.trial_number == 0
     sampler = api.sampler
-    assert set(sampler.states("a/ours")) == {0}
-    assert set(sampler.states("b/ours")) == {0, 1}
+    assert set(sampler.read_states("a/ours")) == {0}
+    assert set(sampler.read_states("b/ours")) == {0, 1}
 
 
 def test_a_study_of_the_default_project_has_its_plain_name_in_optuna(api, submit, worker):
     name = submit()["name"]
     worker.lease_one()
-    assert set(api.sampler.states(name)) == {0}
+    assert set(api.sampler.read_states(name)) == {0}
 
 
 def test_a_fleet_of_one_project_leases_that_alone_and_one_of_none_leases_all(client_of, filled):

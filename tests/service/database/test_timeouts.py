@@ -127,13 +127,13 @@ def test_a_lease_is_as_long_as_it_says_though_its_transaction_was_slow(
     api, submit, worker, monkeypatch
 ):
     submit()
-    write = new_trials.write
+    write = new_trials.write_drafts
 
     def slow(session, drawn):
         session.execute(text("SELECT pg_sleep(1)"))
         return write(session, drawn)
 
-    monkeypatch.setattr(new_trials, "write", slow)
+    monkeypatch.setattr(new_trials, "write_drafts", slow)
     worker.lease_one()
     with api.sessions() as session:
         left = "SELECT extract(epoch FROM lease_expires_at - created_at) FROM warmscale.runs"

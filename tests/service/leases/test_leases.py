@@ -98,7 +98,7 @@ def test_sixteen_racing_workers_start_each_trial_once_and_no_more_than_the_budge
         numbers = [number for taken in pool.map(lease_all, range(16)) for number in taken]
     assert sorted(numbers) == list(range(24))
     assert api.client.get(f"/v1/studies/{study['id']}")["trials"]["leased"] == 24
-    assert len(api.sampler.states(study["name"])) == 24
+    assert len(api.sampler.read_states(study["name"])) == 24
 
 
 def test_an_expired_run_is_leased_again_with_the_next_attempt(api, submit, worker):
@@ -280,7 +280,7 @@ def test_a_finished_trial_that_optuna_has_not_heard_of_is_told_at_the_next_lease
     study = submit()
     lease = worker.lease_one()
     worker.complete(lease)
-    wait_until(lambda: api.sampler.states(study["name"])[0][0] != "RUNNING")
+    wait_until(lambda: api.sampler.read_states(study["name"])[0][0] != "RUNNING")
     # As if the process had been killed after it wrote the run and before it told Optuna.
     with api.sessions.begin() as session:
         session.execute(update(Run).values(told=False))

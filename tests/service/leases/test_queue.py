@@ -127,7 +127,7 @@ def test_when_the_database_is_away_everybody_in_the_round_hears_it(api, submit, 
 
 def test_who_left_before_its_turn_is_granted_nothing(api, submit, monkeypatch):
     submit(hpo=OPEN)
-    draw = api.sampler.draw
+    draw = api.sampler.sample_trials
 
     async def scene(queue):
         # The client leaves while its trial is being sampled.
@@ -136,7 +136,7 @@ def test_who_left_before_its_turn_is_granted_nothing(api, submit, monkeypatch):
             time.sleep(0.2)
             return draw(*arguments)
 
-        monkeypatch.setattr(api.sampler, "draw", leaves)
+        monkeypatch.setattr(api.sampler, "sample_trials", leaves)
         loop = asyncio.get_running_loop()
         gone, stays = (
             asyncio.create_task(queue.lease_runs(EVERYWHERE, request())) for _ in range(2)
@@ -213,14 +213,14 @@ def test_work_that_one_replica_commits_wakes_who_waits_at_another(
 def test_what_the_database_refuses_ends_no_study(api, submit, worker, monkeypatch):
     """A replica that was suspended may have lost its session: that is no fault of the study."""
     name = submit(hpo=OPEN)["name"]
-    written = new_trials.write
+    written = new_trials.write_drafts
 
     # PostgreSQL ends the session of the first write.
     def ended(session, drawn):
-        monkeypatch.setattr(new_trials, "write", written)
+        monkeypatch.setattr(new_trials, "write_drafts", written)
         raise InternalError("INSERT", {}, Exception("idle-in-transaction timeout"))
 
-    monkeypatch.setattr(new_trials, "write", ended)
+    monkeypatch.setattr(new_trials, "write_drafts", ended)
     (lease,) = worker.lease(1, wait_seconds=LONG)
     assert lease.trial_number == 0
     assert api.client.get(f"/v1/studies/{name}")["state"] == "active"
@@ -369,14 +369,14 @@ def test_what_is_granted_is_answered_before_more_is_drawn(api, submit, worker, m
     if first == "queued":
         worker.finish(worker.lease_one(), "released")
     slow = submit(hpo=OPEN)
-    draw, answered = api.sampler.draw, threading.Event()
+    draw, answered = api.sampler.sample_trials, threading.Event()
 
     # The second study is sampled only after the first request has its answer.
     def waits_for_the_answer(name, *arguments):
         assert name == early["name"] or answered.wait(LONG)
         return draw(name, *arguments)
 
-    monkeypatch.setattr(api.sampler, "draw", waits_for_the_answer)
+    monkeypatch.setattr(api.sampler, "sample_trials", waits_for_the_answer)
 
     async def scene(queue):
         asked = [asyncio.create_task(queue.lease_runs(EVERYWHERE, request())) for _ in range(3)]

@@ -9,9 +9,9 @@ from optuna.trial import TrialState
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from service.optuna_bridge.draft_storage import MovedOnError, write
-from service.optuna_bridge.translation import distribution, make_pruner
-from service.optuna_bridge.trial_history import History
+from service.optuna_bridge.draft_storage import MovedOnError, write_drafts
+from service.optuna_bridge.translation import make_distribution, make_pruner
+from service.optuna_bridge.trial_history import TrialHistory
 from service.specs.search_space import list_grid_points
 from service.specs.study import StudySpec
 from tests.by_hand import end_trial, report_losses, start_trial
@@ -67,7 +67,7 @@ class PlainOptuna:
         self.study.sampler = plain(self.spec, len(self.study.get_trials(deepcopy=False)))
         trial = self.study.ask()
         for name, dimension in self.spec.search_space.items():
-            trial._suggest(name, distribution(dimension))
+            trial._suggest(name, make_distribution(dimension))
         return trial.number, trial.params
 
     def tell(self, number, state, value):
@@ -90,11 +90,11 @@ def attributes(trial):
 def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
     study = spec(name, pruner=pruner)
     theirs = PlainOptuna(study)
-    sampler.create(study.name)
+    sampler.create_study(study.name)
     chance = random.Random(1)  # noqa: S311 - a scene, no secret
     for given in ({"lr": 0.002}, {"lr": 0.02, "batch_size": 8}):
         if name != "grid":
-            sampler.enqueue(study.name, given)
+            sampler.enqueue_trial(study.name, given)
             theirs.study.enqueue_trial(given)
     running = []
     for _ in range(12):
@@ -112,8 +112,10 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
     study_id = sampler.storage.get_study_id_from_name(study.name)
     ours = sampler.storage.get_all_trials(study_id)
     with sampler.engine.connect() as connection:
-        assert [*sampler._known.of(study.name).history.read(connection).values()] == ours
-        assert [*History(study_id).read(connection).values()] == ours
+        assert [
+            *sampler._cache.get_study(study.name).history.read_trials(connection).values()
+        ] == ours
+        assert [*TrialHistory(study_id).read_trials(connection).values()] == ours
     for mine, other in zip(ours, theirs.study.trials, strict=True):
         assert list(mine.params.items()) == list(other.params.items())
         assert (mine.distributions, mine.state) == (other.distributions, other.state)
@@ -124,11 +126,11 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
 def test_trials_drawn_together_are_those_drawn_one_after_another(sampler, spec):
     together, apart = spec("tpe"), spec("tpe")
     for study in (together, apart):
-        sampler.create(study.name)
+        sampler.create_study(study.name)
         for number in range(6):
             start_trial(sampler, study.name, study)
             end_trial(sampler, study.name, number, "succeeded", abs(number - 2.5))
-    drafts = sampler.draw(together.name, together, 4).drafts
+    drafts = sampler.sample_trials(together.name, together, 4).drafts
     assert [d.params for d in drafts] == [
         start_trial(sampler, apart.name, apart).params for _ in range(4)
     ]
@@ -137,33 +139,33 @@ def test_trials_drawn_together_are_those_drawn_one_after_another(sampler, spec):
 
 def test_drafts_of_a_study_that_has_moved_on_are_not_written(sampler, spec):
     study = spec("random")
-    sampler.create(study.name)
-    stale = sampler.draw(study.name, study)
+    sampler.create_study(study.name)
+    stale = sampler.sample_trials(study.name, study)
     start_trial(sampler, study.name, study)
     with pytest.raises(MovedOnError), Session(sampler.engine) as session, session.begin():
-        write(session, stale)
-    assert len(sampler.states(study.name)) == 1
+        write_drafts(session, stale)
+    assert len(sampler.read_states(study.name)) == 1
 
 
 def test_an_enqueued_trial_that_another_has_started_is_not_started_again(sampler, spec):
     study = spec("random")
-    sampler.create(study.name)
-    sampler.enqueue(study.name, {"lr": 0.01})
-    stale = sampler.draw(study.name, study)
+    sampler.create_study(study.name)
+    sampler.enqueue_trial(study.name, {"lr": 0.01})
+    stale = sampler.sample_trials(study.name, study)
     start_trial(sampler, study.name, study)
     with pytest.raises(MovedOnError), Session(sampler.engine) as session, session.begin():
-        write(session, stale)
+        write_drafts(session, stale)
 
 
 def test_what_is_rolled_back_leaves_nothing(sampler, spec):
     study = spec("qmc")
-    sampler.create(study.name)
-    drawn = sampler.draw(study.name, study, 3)
+    sampler.create_study(study.name)
+    drawn = sampler.sample_trials(study.name, study, 3)
     with Session(sampler.engine) as session:
-        write(session, drawn)
+        write_drafts(session, drawn)
         session.rollback()
         for table in ("trials", "trial_params", "study_system_attributes"):
             count = session.scalar(text(f"SELECT count(*) FROM optuna.{table}"))
             assert count == (1 if table == "study_system_attributes" else 0)  # the metric's name
-    again = sampler.draw(study.name, study, 3)
+    again = sampler.sample_trials(study.name, study, 3)
     assert [d.params for d in again.drafts] == [d.params for d in drawn.drafts]

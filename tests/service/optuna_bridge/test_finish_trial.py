@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from service.client import ServiceError
 from service.database.tables import Run
+from service.leases import attempts
 from service.optuna_bridge import finish_trial
-from service.runs import store as runs
 from tests.by_hand import end_trial, report_losses
 
 ENDS = {
@@ -40,7 +40,7 @@ def rows(sampler, study):
 @pytest.mark.parametrize("end", ENDS)
 def test_a_trial_that_we_end_has_the_rows_of_one_that_optuna_ends(sampler, end, heard):
     for name in ("ours", "theirs"):
-        sampler.create(name)
+        sampler.create_study(name)
         optuna.load_study(study_name=name, storage=sampler.storage).ask()
         report_losses(sampler, name, 0, heard)
     assert end_trial(sampler, "ours", 0, end, 1.5)
@@ -56,7 +56,7 @@ def test_a_trial_that_we_end_has_the_rows_of_one_that_optuna_ends(sampler, end, 
 
 def test_a_diverged_trial_is_the_worst_there_is_whatever_it_reported(sampler):
     for name, heard in (("a", {}), ("b", {1: 3.0, 2: 0.5})):
-        sampler.create(name)
+        sampler.create_study(name)
         study = optuna.load_study(study_name=name, storage=sampler.storage)
         study.ask()
         report_losses(sampler, name, 0, heard)
@@ -67,7 +67,7 @@ def test_a_diverged_trial_is_the_worst_there_is_whatever_it_reported(sampler):
 
 
 def test_the_first_end_stands(sampler):
-    sampler.create("s")
+    sampler.create_study("s")
     optuna.load_study(study_name="s", storage=sampler.storage).ask()
     report_losses(sampler, "s", 0, {1: 3.0})
     assert end_trial(sampler, "s", 0, "succeeded", 1.5)
@@ -78,12 +78,12 @@ def test_the_first_end_stands(sampler):
 
 
 def test_a_trial_that_optuna_has_not_is_not_told(sampler):
-    sampler.create("s")
+    sampler.create_study("s")
     assert not end_trial(sampler, "s", 0, "succeeded", 1.5)
 
 
 def test_optuna_sees_an_end_though_it_holds_the_trial_as_running(sampler):
-    sampler.create("s")
+    sampler.create_study("s")
     study = optuna.load_study(study_name="s", storage=sampler.storage)
     for _ in range(3):
         study.ask()
@@ -96,7 +96,7 @@ def test_optuna_sees_an_end_though_it_holds_the_trial_as_running(sampler):
 def test_when_a_finish_is_answered_optuna_knows_it(api, submit, worker):
     study = submit()
     assert worker.complete(worker.lease_one(), 1.25) == "succeeded"
-    assert api.sampler.states(study["name"]) == {0: ("COMPLETE", 1.25)}
+    assert api.sampler.read_states(study["name"]) == {0: ("COMPLETE", 1.25)}
     with api.sessions() as session:
         assert session.scalars(select(Run.told)).one()
 
@@ -109,7 +109,7 @@ def test_a_finish_that_fails_is_unheard_of_by_optuna_too(api, submit, worker, mo
         raise OperationalError("", {}, Exception("away"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "advance", away)  # after Optuna was told
+        patch.setattr(attempts, "advance_study", away)  # after the trial was finished in Optuna
         with pytest.raises(ServiceError, match="503"):
             api.client.request(
                 "POST",
@@ -118,9 +118,9 @@ def test_a_finish_that_fails_is_unheard_of_by_optuna_too(api, submit, worker, mo
                 headers={"Lease-Token": lease.lease_token},
                 retry=False,
             )
-    assert api.sampler.states(study["name"]) == {0: ("RUNNING", None)}
+    assert api.sampler.read_states(study["name"]) == {0: ("RUNNING", None)}
     assert worker.finish(lease, loss=1.0) == "succeeded"
-    assert api.sampler.states(study["name"]) == {0: ("COMPLETE", 1.0)}
+    assert api.sampler.read_states(study["name"]) == {0: ("COMPLETE", 1.0)}
 
 
 @contextlib.contextmanager
@@ -153,13 +153,13 @@ def test_a_report_is_one_statement_and_a_finish_one_commit(api, submit, worker):
 
 def test_ends_have_optuna_s_words():
     ends = [("succeeded", False), ("pruned", False), ("failed", False), ("cancelled", False)]
-    assert [finish_trial.end_of(s, diverged=d) for s, d in ends] == [
+    assert [finish_trial.trial_end(s, diverged=d) for s, d in ends] == [
         "COMPLETE",
         "PRUNED",
         "FAIL",
         "FAIL",
     ]
-    assert finish_trial.end_of("failed", diverged=True) == "PRUNED"
+    assert finish_trial.trial_end("failed", diverged=True) == "PRUNED"
 
 
 def test_a_trial_s_number_is_found_by_an_index(sampler):

@@ -54,7 +54,7 @@ def search(sampler, spec, n):
 @pytest.mark.parametrize("name", ["random", "tpe", "cmaes", "gp", "qmc"])
 def test_every_sampler_stays_in_its_space_and_repeats_nothing(make, spec, name):
     sampler, study = make(), spec(name)
-    sampler.create(study.name)
+    sampler.create_study(study.name)
     asked = search(sampler, study, 12)
     assert [s.number for s in asked] == list(range(12))
     for suggestion in asked:
@@ -66,7 +66,7 @@ def test_every_sampler_stays_in_its_space_and_repeats_nothing(make, spec, name):
 
 def test_tpe_finds_the_minimum_better_than_chance(make, spec):
     sampler, study = make(), spec("tpe", trials=30)
-    sampler.create(study.name)
+    sampler.create_study(study.name)
     late = search(sampler, study, 30)[15:]
     near = sum(abs(math.log(s.params["lr"] / 0.01)) < math.log(2) for s in late)
     assert near >= 10  # chance: 6 of 15
@@ -78,16 +78,16 @@ def test_a_grid_visits_every_point_once_and_its_end_is_no_error(make, spec):
         "batch_size": {"type": "int", "low": 4, "high": 8, "step": 4},
     }
     sampler, study = make(), spec("grid", trials=6, space=space)
-    sampler.create(study.name)
+    sampler.create_study(study.name)
     points = {tuple(s.params.values()) for s in search(sampler, study, 6)}
     assert len(points) == 6
-    assert {state for state, _ in sampler.states(study.name).values()} == {"COMPLETE"}
+    assert {state for state, _ in sampler.read_states(study.name).values()} == {"COMPLETE"}
 
 
 @pytest.mark.parametrize("name", ["random", "tpe", "cmaes", "qmc"])
 def test_a_restart_does_not_repeat_the_draws_before_it(make, spec, name):
     study = spec(name)
-    make().create(study.name)
+    make().create_study(study.name)
     before = search(make(), study, 5)
     after = search(make(), study, 5)
     drawn = [s.params["lr"] for s in before + after]
@@ -98,7 +98,7 @@ def test_the_same_seed_draws_the_same_trials(make, spec):
     sampler = make()
     one, two, other = spec(seed=3), spec(seed=3), spec(seed=4)
     for study in (one, two, other):
-        sampler.create(study.name)
+        sampler.create_study(study.name)
     drawn = [[s.params for s in search(sampler, study, 4)] for study in (one, two, other)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -114,7 +114,7 @@ from tests.by_hand import start_trial
 if __name__ == "__main__":
     spec = StudySpec.model_validate_json(sys.argv[2])
     sampler = Sampler(sys.argv[1])
-    sampler.create(spec.name)
+    sampler.create_study(spec.name)
     for n in range(4):
         s = start_trial(sampler, spec.name, spec)
         study = optuna.load_study(study_name=spec.name, storage=sampler.storage)
@@ -132,14 +132,14 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("pruner", ["median", "successive_halving", "hyperband"])
 def test_every_pruner_stops_the_worst_and_keeps_the_best(make, spec, pruner):
     sampler, study = make(), spec(pruner=pruner, trials=24)
-    sampler.create(study.name)
+    sampler.create_study(study.name)
     stopped = {}
     for loss in [*range(24)]:
         number = start_trial(sampler, study.name, study).number
         stopped[loss] = False
         for evaluation in range(1, study.train.evaluations + 1):
             report_losses(sampler, study.name, number, {evaluation: float(loss)})
-            stopped[loss] |= sampler.prunes(study.name, study, number)
+            stopped[loss] |= sampler.should_prune(study.name, study, number)
         end_trial(
             sampler, study.name, number, "pruned" if stopped[loss] else "succeeded", float(loss)
         )
@@ -149,16 +149,16 @@ def test_every_pruner_stops_the_worst_and_keeps_the_best(make, spec, pruner):
 
 def test_telling_twice_keeps_the_first_end(make, spec):
     sampler, study = make(), spec()
-    sampler.create(study.name)
+    sampler.create_study(study.name)
     number = start_trial(sampler, study.name, study).number
     end_trial(sampler, study.name, number, "succeeded", 2.0)
     end_trial(sampler, study.name, number, "failed", None)
-    assert sampler.states(study.name) == {number: ("COMPLETE", 2.0)}
+    assert sampler.read_states(study.name) == {number: ("COMPLETE", 2.0)}
 
 
 def test_a_trial_that_diverged_before_any_report_is_pruned_at_infinity(make, spec):
     sampler, study = make(), spec()
-    sampler.create(study.name)
+    sampler.create_study(study.name)
     number = start_trial(sampler, study.name, study).number
     end_trial(sampler, study.name, number, "diverged", None)
-    assert sampler.states(study.name) == {number: ("PRUNED", math.inf)}
+    assert sampler.read_states(study.name) == {number: ("PRUNED", math.inf)}

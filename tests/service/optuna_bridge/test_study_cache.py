@@ -16,7 +16,7 @@ def studies(sampler, study_spec):
         hpo = {"trials": 40, "sampler": "tpe", "pruner": "median"}
         specs = [StudySpec.model_validate(study_spec(hpo=hpo, target=None)) for _ in range(n)]
         for spec in specs:
-            sampler.create(spec.name)
+            sampler.create_study(spec.name)
         return specs
 
     return make
@@ -29,21 +29,21 @@ def search(sampler, spec, n):
         suggestion = start_trial(sampler, spec.name, spec)
         loss = suggestion.params["lr"]
         report_losses(sampler, spec.name, suggestion.number, {1: loss})
-        sampler.prunes(spec.name, spec, suggestion.number)
+        sampler.should_prune(spec.name, spec, suggestion.number)
         end_trial(sampler, spec.name, suggestion.number, "succeeded", loss)
         drawn.append(suggestion.params)
     return drawn
 
 
 def test_no_more_studies_are_known_than_there_may_be(sampler, studies, monkeypatch):
-    monkeypatch.setattr(study_cache, "_STUDIES", 3)
+    monkeypatch.setattr(study_cache, "_MAX_STUDIES", 3)
     specs = studies(5)
     for spec in specs:
         search(sampler, spec, 1)
     search(sampler, specs[2], 1)  # used again: it outlives the next
     search(sampler, specs[0], 1)
-    assert [*sampler._known._studies] == [specs[i].name for i in (4, 2, 0)]
-    cached = [one.storage._studies for one in sampler._known._studies.values()]
+    assert [*sampler._cache._studies] == [specs[i].name for i in (4, 2, 0)]
+    cached = [one.storage._studies for one in sampler._cache._studies.values()]
     assert [len(one) for one in cached] == [1, 1, 1]  # Optuna's own cache goes with it
     assert not any(one.trials for one in sampler.storage._studies.values())
 
@@ -51,35 +51,35 @@ def test_no_more_studies_are_known_than_there_may_be(sampler, studies, monkeypat
 def test_no_more_trials_are_known_than_there_may_be_but_one_study_always_is(
     sampler, studies, monkeypatch
 ):
-    monkeypatch.setattr(study_cache, "_TRIALS", 6)
+    monkeypatch.setattr(study_cache, "_MAX_TRIALS", 6)
     one, two, large = studies(3)
     search(sampler, one, 3)
     search(sampler, two, 3)
-    assert [*sampler._known._studies] == [one.name, two.name]
+    assert [*sampler._cache._studies] == [one.name, two.name]
     search(sampler, large, 8)
-    assert [*sampler._known._studies] == [large.name]
+    assert [*sampler._cache._studies] == [large.name]
 
 
 def test_what_is_forgotten_draws_as_if_it_had_not_been(sampler, studies, monkeypatch):
     same, other = studies(2)
     expected = search(sampler, same, 16)
-    monkeypatch.setattr(study_cache, "_STUDIES", 1)
+    monkeypatch.setattr(study_cache, "_MAX_STUDIES", 1)
     found = []
     for _ in range(16):
         found += search(sampler, other, 1)
-        sampler._known.of(same.name)
+        sampler._cache.get_study(same.name)
     assert found == expected
 
 
 def test_studies_are_forgotten_under_draws_that_run(sampler, studies, monkeypatch):
-    monkeypatch.setattr(study_cache, "_STUDIES", 1)
+    monkeypatch.setattr(study_cache, "_MAX_STUDIES", 1)
     specs = studies(4)
     with ThreadPoolExecutor(4) as pool:
         drawn = [*pool.map(lambda spec: search(sampler, spec, 8), specs)]
     assert [len(one) for one in drawn] == [8] * 4
-    assert len(sampler._known) == 1
+    assert len(sampler._cache) == 1
     for spec in specs:
-        states = sampler.states(spec.name)
+        states = sampler.read_states(spec.name)
         assert sorted(states) == [*range(8)]
         assert {state for state, _ in states.values()} <= {"COMPLETE", "PRUNED"}
 
@@ -91,18 +91,18 @@ def test_a_study_that_went_back_in_time_is_read_anew_at_once(api, submit, worker
     for lease in worker.lease(3):
         worker.complete(lease)
     with api.engine.begin() as connection:
-        assert len(api.sampler._known.of(name).history.read(connection)) == 3
+        assert len(api.sampler._cache.get_study(name).history.read_trials(connection)) == 3
         connection.execute(text("DELETE FROM warmscale.checkpoints"))
         connection.execute(text("DELETE FROM warmscale.runs WHERE trial_number = 2"))
         connection.execute(text("DELETE FROM optuna.trial_params WHERE trial_id = 3"))
         connection.execute(text("DELETE FROM optuna.trial_values WHERE trial_id = 3"))
         connection.execute(text("DELETE FROM optuna.trials WHERE trial_id = 3 AND number = 2"))
-    draws, draw = [], api.sampler.draw
+    draws, draw = [], api.sampler.sample_trials
 
     def counted(*arguments):
         draws.append(arguments)
         return draw(*arguments)
 
-    monkeypatch.setattr(api.sampler, "draw", counted)
+    monkeypatch.setattr(api.sampler, "sample_trials", counted)
     assert worker.lease_one(study=name).trial_number == 2
     assert len(draws) == 2

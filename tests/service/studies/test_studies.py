@@ -112,7 +112,7 @@ def test_cancel_ends_every_live_run_and_optuna_hears_it(api, submit, worker):
     assert {run["state"] for run in api.client.get("/v1/runs")["items"]} == {"cancelled"}
     # The next request for a lease reports the ends to Optuna.
     worker.lease()
-    states = api.sampler.states(study["name"])
+    states = api.sampler.read_states(study["name"])
     assert {state for state, _ in states.values()} == {"FAIL"}
 
 
@@ -122,7 +122,7 @@ def test_a_diverged_trial_is_failed_here_and_pruned_at_the_worst_value_there(api
     worker.evaluate(lease, 1, 3.0)
     assert worker.finish(lease, "diverged", error="loss is nan") == "failed"
     worker.lease()
-    states = api.sampler.states(study["name"])
+    states = api.sampler.read_states(study["name"])
     assert states[0] == ("PRUNED", float("inf"))
     (trial,) = [
         t for t in api.client.get(f"/v1/studies/{study['id']}/trials")["items"] if t["number"] == 0

@@ -32,14 +32,14 @@ def test_a_study_that_cannot_start_a_trial_fails_alone_and_says_why(
     api, submit, worker, monkeypatch
 ):
     bad, good = submit(), submit()
-    draw = api.sampler.draw
+    draw = api.sampler.sample_trials
 
     def fails_for_one(name, *arguments):
         if name == bad["name"]:
             raise ValueError("no such point")
         return draw(name, *arguments)
 
-    monkeypatch.setattr(api.sampler, "draw", fails_for_one)
+    monkeypatch.setattr(api.sampler, "sample_trials", fails_for_one)
     assert {lease.study_id for lease in worker.lease(2)} == {good["id"]}
     view = api.client.get("/v1/runs", study=bad["id"])
     assert view["items"] == []
@@ -159,7 +159,7 @@ def test_what_was_granted_is_returned_though_the_next_ask_fails(api, submit, wor
         raise OperationalError("", {}, Exception("away"))
 
     submit()
-    monkeypatch.setattr(api.sampler, "draw", away)
+    monkeypatch.setattr(api.sampler, "sample_trials", away)
     assert len(worker.lease(2)) == 1
 
 

@@ -16,7 +16,7 @@ ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
 
 def states_in_optuna(api, study):
-    return {n: state for n, (state, _) in api.sampler.states(study["name"]).items()}
+    return {n: state for n, (state, _) in api.sampler.read_states(study["name"]).items()}
 
 
 def test_a_killed_workers_trial_does_not_stay_running_in_optuna_for_ever(api, submit, worker):

@@ -92,7 +92,7 @@ def test_a_key_sent_eight_times_at_once_counts_once(api, grown, submit):
 def test_a_trial_whose_enqueueing_was_cut_off_before_our_commit_is_found_by_its_key(api, submit):
     """Optuna commits in a transaction of its own: a crash may come between the two commits."""
     study = submit()
-    number = api.sampler.enqueue(study["name"], {"lr": 0.005}, "k")
+    number = api.sampler.enqueue_trial(study["name"], {"lr": 0.005}, "k")
     path = f"/v1/studies/{study['id']}/trials"
     trial = api.client.post(path, {"params": {"lr": 0.005}}, idempotency_key="k")
     assert trial["number"] == number
