@@ -20,7 +20,7 @@ _numbers = itertools.count()
 
 
 @contextlib.contextmanager
-def scratch():
+def make_scratch_folder():
     """A folder outside pytest's own, gone afterwards."""
     # Not below pytest's own folder: every new pytest run closes that to other users, and the
     # embedded server, where root runs the tests, is another user.
@@ -31,7 +31,7 @@ def scratch():
 @pytest.fixture
 def home():
     """A folder for `WARMSCALE_HOME`, gone after the test."""
-    with scratch() as folder:
+    with make_scratch_folder() as folder:
         yield folder
 
 
@@ -44,7 +44,7 @@ def postgres():
     from service.operations import migrations
 
     db.use_utc()
-    with scratch() as folder:
+    with make_scratch_folder() as folder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # platformdirs: no XDG_RUNTIME_DIR for root
             server = db.start_embedded(folder)
@@ -62,7 +62,7 @@ def postgres():
 
 
 @contextlib.contextmanager
-def fresh_database(postgres):
+def create_database(postgres):
     from sqlalchemy import text
 
     name = f"test_{next(_numbers)}"
@@ -76,7 +76,7 @@ def fresh_database(postgres):
 @pytest.fixture
 def database_url(postgres):
     """The URL of a fresh, upgraded database."""
-    with fresh_database(postgres) as url:
+    with create_database(postgres) as url:
         yield url
 
 
@@ -91,7 +91,7 @@ def sampler(database_url):
     sampler.close()
 
 
-def settings_below(home):
+def make_settings(home):
     from service.settings import Settings
 
     return Settings(home=home, lease_seconds=5.0, port=free_port())
@@ -99,11 +99,11 @@ def settings_below(home):
 
 @pytest.fixture
 def settings(home):
-    return settings_below(home)
+    return make_settings(home)
 
 
 @contextlib.contextmanager
-def serving(settings, database_url):
+def serve_api(settings, database_url):
     """The API on a socket, in a thread of this process; `client` holds an admin key."""
     import uvicorn
 
@@ -146,7 +146,7 @@ def serving(settings, database_url):
 @pytest.fixture
 def api(database_url, settings):
     """The API, serving; `api.client` holds an admin key."""
-    with serving(settings, database_url) as api:
+    with serve_api(settings, database_url) as api:
         yield api
 
 
@@ -154,9 +154,9 @@ def api(database_url, settings):
 def shared_api(postgres):
     """An API for all tests of a module: each of them leaves it without work."""
     with (
-        scratch() as home,
-        fresh_database(postgres) as url,
-        serving(settings_below(home), url) as api,
+        make_scratch_folder() as home,
+        create_database(postgres) as url,
+        serve_api(make_settings(home), url) as api,
     ):
         yield api
 
@@ -168,14 +168,14 @@ def pytest_runtest_teardown(item):
     try:
         api = getattr(item, "funcargs", {}).get("api")
         if api is not None and item.get_closest_marker("tampers") is None:
-            found = violations(api.engine)
+            found = find_violations(api.engine)
     finally:
         result = yield
     assert found == ()
     return result
 
 
-def violations(engine, **options):
+def find_violations(engine, **options):
     """What `warmscale db check` would say."""
     from service.operations import invariants
 

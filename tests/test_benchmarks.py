@@ -91,7 +91,7 @@ def test_cpu_time_is_told_though_a_process_ends_while_it_is_read(monkeypatch, go
 
 def test_a_database_of_chaos_starts_though_a_process_of_the_one_before_lingers():
     """Start PostgreSQL again while a stopped process of the old server makes it exit."""
-    with conftest.scratch() as folder:
+    with conftest.make_scratch_folder() as folder:
         folder.chmod(0o755)
         database = Database(folder / "db", ports.free_port(), fsync=False)
         with create_engine(database.url).connect() as held:

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.orm import sessionmaker
 
-from tests.conftest import fresh_database, scratch, settings_below
+from tests.conftest import create_database, make_scratch_folder, make_settings
 
 KEY_SCOPES = ["admin"]
 
@@ -109,12 +109,12 @@ def stack(postgres, tmp_path_factory):
     """API and fleet for all tests of a module; each test restarts the processes that it kills."""
     from service.access import keys
 
-    with scratch() as home, fresh_database(postgres) as url:
+    with make_scratch_folder() as home, create_database(postgres) as url:
         engine = create_engine(url)
         with sessionmaker(engine).begin() as session:
             _, key = keys.create_key(session, "flow", KEY_SCOPES)
         engine.dispose()
-        stack = Processes(url, settings_below(home), key, tmp_path_factory.mktemp("stack"))
+        stack = Processes(url, make_settings(home), key, tmp_path_factory.mktemp("stack"))
         yield stack
         stack.stop()
 

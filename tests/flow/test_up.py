@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.conftest import scratch
+from tests.conftest import make_scratch_folder
 
 LONG = 90  # long enough for a busy machine
 
@@ -59,7 +59,7 @@ class Up:
 @pytest.fixture(scope="module")
 def initialised():
     """A home with an existing database, because making a database takes seconds."""
-    with scratch() as folder:
+    with make_scratch_folder() as folder:
         stack = Up(folder, "--port", "0", "--no-fleet")
         stack.wait_ready()
         assert stack.end()[0] == 0

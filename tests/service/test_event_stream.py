@@ -18,7 +18,7 @@ from service.events import audit_log
 from service.observability import metrics
 from service.problems import Problem
 from tests.by_hand import EVERYWHERE
-from tests.conftest import serving
+from tests.conftest import serve_api
 
 LONG = 30.0
 
@@ -250,7 +250,7 @@ def test_a_stream_goes_on_at_another_replica(api, submit, settings, database_url
     other = settings.model_copy(update={"port": free_port()})
     with open_stream(api, study) as lines:
         last = field(lines, "id")
-    with serving(other, database_url) as replica, open_stream(replica, study, last) as lines:
+    with serve_api(other, database_url) as replica, open_stream(replica, study, last) as lines:
         write_event(api, study, "test.done")
         assert field(lines, "event") == "test.done"
 

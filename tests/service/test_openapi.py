@@ -6,7 +6,7 @@ from collections import Counter
 import httpx
 import pytest
 
-from tests.conftest import fresh_database, scratch, serving, settings_below
+from tests.conftest import create_database, make_scratch_folder, make_settings, serve_api
 
 from . import fuzz
 
@@ -24,9 +24,9 @@ QUICK = ("--phases", "fuzzing,stateful", "--max-examples", "6", "--no-shrink")
 @pytest.fixture(scope="module")
 def api(postgres):
     """Leases that last an hour: on a busy machine, too, no report comes after its lease expired."""
-    with scratch() as home, fresh_database(postgres) as url:
-        settings = settings_below(home).model_copy(update={"lease_seconds": 3600.0})
-        with serving(settings, url) as api:
+    with make_scratch_folder() as home, create_database(postgres) as url:
+        settings = make_settings(home).model_copy(update={"lease_seconds": 3600.0})
+        with serve_api(settings, url) as api:
             yield api
 
 

@@ -18,7 +18,7 @@ from service.settings import Settings
 from service.studies.locks import lock_study
 from service.web.services import find_service
 from tests.by_hand import Worker
-from tests.conftest import serving
+from tests.conftest import serve_api
 
 LIMITS = {
     "statement_timeout": "30s",
@@ -53,7 +53,7 @@ def hasty(settings, database_url, monkeypatch):
     monkeypatch.setattr(db, "_SESSION_OPTIONS", quick)
     monkeypatch.setattr(db, "_POOL_TIMEOUT_SECONDS", 0.25)
     monkeypatch.setattr(sampler, "_WAIT_SECONDS", 0.25)
-    with serving(settings.model_copy(update={"pool_size": 2}), database_url) as api:
+    with serve_api(settings.model_copy(update={"pool_size": 2}), database_url) as api:
         yield api
 
 

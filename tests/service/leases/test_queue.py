@@ -24,7 +24,7 @@ from service.protocol import LeaseRequest, Resources
 from service.studies.locks import lock_study
 from service.web.services import find_service
 from tests.by_hand import EVERYWHERE, Worker, run_with_queue
-from tests.conftest import serving, settings_below
+from tests.conftest import make_settings, serve_api
 
 OPEN = {"trials": 24, "parallel": 24, "sampler": "tpe", "pruner": "none"}
 LONG = 20.0
@@ -199,7 +199,7 @@ def test_work_that_one_replica_commits_wakes_who_waits_at_another(
 ):
     monkeypatch.setattr(lease_queue, "_POLL_SECONDS", LONG)
     with (
-        serving(settings_below(tmp_path), database_url) as other,
+        serve_api(make_settings(tmp_path), database_url) as other,
         ThreadPoolExecutor(1) as pool,
     ):
         waiting = pool.submit(Worker(other.client).lease, 1, wait_seconds=LONG)

@@ -33,8 +33,8 @@ def play_scenario(url, folder):
 
     upgrade_database(url)
     # A fixed root: the URIs of checkpoints are in the sample, and a folder under /tmp would go.
-    settings = conftest.settings_below(folder).model_copy(update={"artifacts": "s3://bucket/all"})
-    with conftest.serving(settings, url) as api:
+    settings = conftest.make_settings(folder).model_copy(update={"artifacts": "s3://bucket/all"})
+    with conftest.serve_api(settings, url) as api:
         play(Worker(api.client))
 
 

@@ -26,7 +26,7 @@ from service.operations.backup.dump import write_backup
 from service.operations.backup.load import InUseError, NotEmptyError, restore_backup
 from service.operations.revisions import NewerDatabaseError
 from tests.by_hand import Worker
-from tests.conftest import fresh_database, serving
+from tests.conftest import create_database, serve_api
 from tests.service.operations.scenario import play
 from tests.service.operations.test_migrations import (
     HEAD,
@@ -77,8 +77,8 @@ def test_a_backup_of_a_running_service_restores_to_the_same_rows_and_goes_on_to_
     postgres, settings, empty_url, tmp_path
 ):
     path = tmp_path / "team.backup"
-    with fresh_database(postgres) as url:
-        with serving(settings, url) as api:
+    with create_database(postgres) as url:
+        with serve_api(settings, url) as api:
             play(Worker(api.client))
             manifest = write_backup(url, path, silent)
         before = everything(url)
@@ -86,7 +86,7 @@ def test_a_backup_of_a_running_service_restores_to_the_same_rows_and_goes_on_to_
     restored(empty_url, path)
     assert everything(empty_url) == before
     assert standing(empty_url) == {"warmscale": "ready", "optuna": "ready"}
-    with serving(settings, empty_url) as api:
+    with serve_api(settings, empty_url) as api:
         end_all(api)
 
 
@@ -160,7 +160,7 @@ def test_only_what_is_said_is_replaced(empty_url, head_file):
 def test_nothing_is_restored_under_a_running_service(empty_url, settings, head_file):
     migrations.upgrade_database(empty_url)
     with (
-        serving(settings, empty_url) as api,
+        serve_api(settings, empty_url) as api,
         pytest.raises(InUseError, match="stop the service first"),
     ):
         api.client.get("/v1/studies")
@@ -238,7 +238,7 @@ def test_rows_that_break_a_foreign_key_are_refused_and_nothing_changes(
 
 def test_events_of_a_server_that_was_ahead_are_the_past(empty_url, tmp_path, settings):
     migrations.upgrade_database(empty_url)
-    with serving(settings, empty_url) as api:
+    with serve_api(settings, empty_url) as api:
         play(Worker(api.client))
     # Transaction numbers of a server that is a billion transactions ahead.
     with connected(empty_url) as connection:
@@ -247,7 +247,7 @@ def test_events_of_a_server_that_was_ahead_are_the_past(empty_url, tmp_path, set
         connection.execute(text("ALTER TABLE warmscale.events ENABLE TRIGGER append_only"))
     write_backup(empty_url, tmp_path / "ahead", silent)
     restored(empty_url, tmp_path / "ahead", replace=True)
-    with serving(settings, empty_url) as api:
+    with serve_api(settings, empty_url) as api:
         ended = [s for s in api.client.get("/v1/studies")["items"] if s["state"] == "failed"]
         url = f"{api.url}/v1/studies/{ended[0]['id']}/events"
         headers = {"Authorization": f"Bearer {api.key}"}

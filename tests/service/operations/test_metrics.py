@@ -12,7 +12,7 @@ from service.client import StaleLeaseError
 from service.database.tables import Run
 from service.events import audit_log
 from service.observability import metrics
-from tests.conftest import serving
+from tests.conftest import serve_api
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 HOUR_SECONDS = 3600.0
@@ -206,7 +206,7 @@ def test_states_and_speed_are_the_databases_from_every_replica(
         worker.report(lease, {"step": 1, "tokens": 256, "tokens_per_second": speed})
     worker.finish(lease)
     other = settings.model_copy(update={"port": free_port()})
-    with serving(other, database_url) as replica:
+    with serve_api(other, database_url) as replica:
         # 100 + 20: the third run has finished, and its speed no longer counts.
         for server in (api, replica):
             assert value(server, "warmscale_runs", kind="trial", state="leased") == 2

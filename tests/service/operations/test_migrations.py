@@ -25,7 +25,7 @@ from service.operations.revisions import NewerDatabaseError
 from service.optuna_bridge import schema as optuna_schema
 from service.optuna_bridge.sampler import Sampler
 from tests.by_hand import Worker
-from tests.conftest import serving
+from tests.conftest import serve_api
 
 runner = CliRunner()
 SAMPLES = Path(__file__).with_name("samples")
@@ -147,7 +147,7 @@ def serve_to_the_end(settings, url):
     """Read everything through the API, and complete the studies."""
     # The root of the samples' artifacts, in their URIs.
     same_place = settings.model_copy(update={"artifacts": "s3://bucket/all"})
-    with serving(same_place, url) as api:
+    with serve_api(same_place, url) as api:
         assert api.client.get("/readyz") == {"status": "ready"}
         studies = api.client.get("/v1/studies")["items"]
         for study in studies:

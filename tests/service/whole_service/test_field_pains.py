@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, text, update
 
 from service.database.tables import Run
 from tests.by_hand import Worker, forget_presence
-from tests.conftest import serving, violations
+from tests.conftest import find_violations, serve_api
 
 ONE = {"trials": 1, "parallel": 1, "sampler": "random", "pruner": "none"}
 
@@ -58,7 +58,7 @@ def test_fifty_studies_need_no_more_connections_than_one(
     watching = create_engine(database_url)
     # On a slow machine fifty leases take longer than the 5 s of a lease.
     few = settings.model_copy(update={"pool_size": 2, "lease_seconds": 300.0})
-    with serving(few, database_url) as api:
+    with serve_api(few, database_url) as api:
         for _ in range(50):
             api.client.post("/v1/studies", study_spec(hpo=ONE, target=None))
         leases = [lease for _ in range(50) for lease in worker_of(api).lease(50)]
@@ -84,7 +84,7 @@ def test_a_restarted_service_goes_on_with_the_same_search_and_loses_no_queued_wo
     """Ray #30861: a restored search began anew. Ray #7989: queued trials died with the driver."""
     hpo = {"trials": 8, "parallel": 2, "sampler": sampler, "pruner": "none"}
     drawn, queued = [], []
-    with serving(settings, database_url) as api:
+    with serve_api(settings, database_url) as api:
         study = api.client.post("/v1/studies", study_spec(hpo=hpo, target=None))
         path = f"/v1/studies/{study['id']}"
         for loss in (3.0, 2.0, 1.0):
@@ -94,7 +94,7 @@ def test_a_restarted_service_goes_on_with_the_same_search_and_loses_no_queued_wo
         under_way = worker_of(api).lease_one()
         given = api.client.post(f"{path}/trials", {"params": {"lr": 0.0123}})
         queued = api.client.post(f"{path}/targets", {"target": {"width": 64}})["items"]
-    with serving(settings, database_url) as api:
+    with serve_api(settings, database_url) as api:
         worker = worker_of(api)
         assert worker.report(under_way) == "continue"
         worker.complete(under_way)
@@ -112,4 +112,4 @@ def test_a_restarted_service_goes_on_with_the_same_search_and_loses_no_queued_wo
         }
         assert len({lease.params["lr"] for lease in (*drawn, under_way, *after)}) == 8
         assert api.client.get(path)["state"] == "completed"
-        assert violations(api.engine) == ()
+        assert find_violations(api.engine) == ()

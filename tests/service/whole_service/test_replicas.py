@@ -18,7 +18,7 @@ from service.database import engine as db
 from service.database.tables import Event, Run
 from service.operations import migrations
 from tests.by_hand import Worker
-from tests.conftest import scratch, serving, settings_below, violations
+from tests.conftest import find_violations, make_scratch_folder, make_settings, serve_api
 from tests.service.whole_service.replicas import Serving, balanced
 
 LISTENER = 1
@@ -115,7 +115,7 @@ def test_a_study_on_two_replicas_of_which_one_is_killed_has_each_step_once(
         assert most[0] <= 2 * (3 * chosen.pool_size + LISTENER)
         check_each_step_once(engine, study)
         checking = create_engine(database_url)
-        assert violations(checking) == ()
+        assert find_violations(checking) == ()
         checking.dispose()
     finally:
         stop.set()
@@ -151,7 +151,7 @@ def test_sixty_four_clients_at_once_use_no_more_connections_than_are_written_dow
     """No client gets "has already finished and can not be updated" (optuna #5582)."""
     pool_size = 3
     with (
-        serving(settings.model_copy(update={"pool_size": pool_size}), database_url) as api,
+        serve_api(settings.model_copy(update={"pool_size": pool_size}), database_url) as api,
         balanced([api.url], api.key) as client,
         ThreadPoolExecutor(64) as pool,
         watched(engine) as most,
@@ -171,12 +171,12 @@ def test_sixty_four_clients_at_once_use_no_more_connections_than_are_written_dow
 
 
 def test_an_api_outlives_its_database_and_goes_on_by_itself(study_spec):
-    with warnings.catch_warnings(), scratch() as folder, scratch() as home:
+    with warnings.catch_warnings(), make_scratch_folder() as folder, make_scratch_folder() as home:
         warnings.simplefilter("ignore")
         server = db.start_embedded(folder)
         url = db.normalize_url(server.get_uri())
         migrations.upgrade_database(url)
-        with serving(settings_below(home), url) as api:
+        with serve_api(make_settings(home), url) as api:
             api.client.post("/v1/studies", study_spec())
             worker = Worker(api.client)
             lease = worker.lease_one()
@@ -197,7 +197,7 @@ def test_an_api_outlives_its_database_and_goes_on_by_itself(study_spec):
             assert httpx.get(f"{api.url}/readyz").status_code == 200
             assert worker.complete(lease) == "succeeded"
             assert len(worker.lease(2, wait_seconds=5)) == 2
-            assert violations(api.engine) == ()
+            assert find_violations(api.engine) == ()
         server._cleanup()
 
 

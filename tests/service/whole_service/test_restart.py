@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from service.access import keys
 from service.client import Client
 from tests.by_hand import Worker
-from tests.conftest import violations
+from tests.conftest import find_violations
 from tests.service.whole_service.replicas import Serving
 
 
@@ -47,7 +47,7 @@ def test_a_client_that_waits_is_given_work_by_the_api_that_was_started_again(
                 assert (lease.study_id, lease.attempt) == (study["id"], 1)
                 assert Worker(other).complete(lease) == "succeeded"
                 other.post(f"/v1/studies/{study['id']}/cancel")
-        assert violations(engine) == ()
+        assert find_violations(engine) == ()
     finally:
         serving.stop()
         engine.dispose()

@@ -30,7 +30,13 @@ from service.lifecycle import (
     state_after_attempt,
 )
 from tests.by_hand import Worker, forget_presence
-from tests.conftest import fresh_database, scratch, serving, settings_below, violations
+from tests.conftest import (
+    create_database,
+    find_violations,
+    make_scratch_folder,
+    make_settings,
+    serve_api,
+)
 
 EXAMPLES = int(os.environ.get("WARMSCALE_STATEFUL_EXAMPLES", "0"))
 TRIALS, PARALLEL, MAX_ATTEMPTS = 5, 3, 3
@@ -384,7 +390,7 @@ class Protocol(RuleBasedStateMachine):
             if self.is_cancelled_at_the_end:
                 self.cancel_what_is_leased()
             self.bring_to_its_end()
-            assert violations(self.replicas[0].api.engine) == ()
+            assert find_violations(self.replicas[0].api.engine) == ()
         self.pool.shutdown()
 
     def cancel_what_is_leased(self):
@@ -453,10 +459,10 @@ class Replica:
 def replicas(postgres):
     """Two replicas on a database; leases last an hour, so that only a rule lets them expire."""
     with (
-        scratch() as home,
-        fresh_database(postgres) as url,
-        serving(_patient(home), url) as one,
-        serving(_patient(home), url) as two,
+        make_scratch_folder() as home,
+        create_database(postgres) as url,
+        serve_api(_patient(home), url) as one,
+        serve_api(_patient(home), url) as two,
     ):
         found = []
         for api in (one, two):
@@ -468,7 +474,7 @@ def replicas(postgres):
 
 
 def _patient(home):
-    return settings_below(home).model_copy(update={"lease_seconds": 3600.0})
+    return make_settings(home).model_copy(update={"lease_seconds": 3600.0})
 
 
 @pytest.mark.timeout(0 if EXAMPLES else 300)
