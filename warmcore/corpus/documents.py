@@ -52,7 +52,7 @@ class Document:
         """Bytes and the separator."""
         return self.num_bytes + 1
 
-    def read(self) -> bytes:
+    def read_bytes(self) -> bytes:
         """Read the content again; ValueError when it is no longer what was hashed."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
@@ -61,9 +61,9 @@ class Document:
             raise ValueError(f"{self.path} changed while the corpus was prepared; prepare it again")
         return content
 
-    def text(self) -> str:
+    def read_text(self) -> str:
         """Read the content again as text; ValueError where it is none."""
-        content = self.read()
+        content = self.read_bytes()
         try:
             return content.decode()
         except UnicodeDecodeError as error:
@@ -127,7 +127,7 @@ def inspect_documents(spec: DataSpec, files: list[SourceFile]) -> CorpusFacts:
         documents = (*split.train, *split.val)
         if not are_bytes:
             for document in documents:
-                document.text()
+                document.read_text()
     return CorpusFacts(
         num_documents=len(documents),
         num_bytes=num_bytes,

@@ -253,7 +253,7 @@ def _write_tokens(path: Path, documents: Iterable[Document]) -> None:
     """Bytes as 16-bit tokens, each document followed by the separator."""
     with path.open("wb") as file:
         for document in documents:
-            content = np.frombuffer(document.read() + SEPARATOR, dtype=np.uint8)
+            content = np.frombuffer(document.read_bytes() + SEPARATOR, dtype=np.uint8)
             file.write(content.astype("<u2").tobytes())
 
 
@@ -279,7 +279,7 @@ def _write_tokenized(aside: Path, split: Split, spec: DataSpec) -> None:
 
 
 def _read_texts(documents: Iterable[Document]) -> Iterator[str]:
-    return (document.text() for document in documents)
+    return (document.read_text() for document in documents)
 
 
 def _write_ids(path: Path, documents: Iterable[list[int]]) -> int:

@@ -20,10 +20,10 @@ from warmcore.specs.sources import (
 class DataSpec(Spec):
     """Where text comes from and how it becomes tokens.
 
-    `source` is `stdlib`, a file, a folder, a glob or `hf:` and a data set; what a file is goes by
-    its extension (`warmcore.corpus.source_files.KINDS`). `hash`, where given, is of the split's content:
-    a corpus that has another is refused, so that the runs of a study are comparable;
-    `tokenizer_hash` is the same for a tokenizer.json.
+    `source` is `stdlib`, a file, a folder, a glob, or `hf:` and a data set. The extension of a file
+    decides how it is read (`warmcore.corpus.source_files.KINDS`). `hash` pins the content of the
+    split: preparing a corpus of another hash fails, so the runs of a study are comparable.
+    `tokenizer_hash` pins a tokenizer.json in the same way.
     """
 
     source: str = Field(min_length=1, max_length=4096)

@@ -100,9 +100,8 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise ValueError(
-                    f"line {_line_number(key)}: a list or a mapping as a key; a name works"
-                )  # noqa: TRY004
+                message = f"line {_line_number(key)}: a list or a mapping as a key; a name works"
+                raise ValueError(message)  # noqa: TRY004 - the file is wrong, not our argument
             if key.value in seen:
                 raise ValueError(f"line {_line_number(key)}: key {key.value!r} is given twice")
             seen.add(key.value)

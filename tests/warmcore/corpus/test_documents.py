@@ -29,7 +29,7 @@ def split_of(source, **fields):
 
 
 def contents(documents):
-    return {document.read() for document in documents}
+    return {document.read_bytes() for document in documents}
 
 
 documents = st.lists(
@@ -85,11 +85,11 @@ def test_a_single_file_is_cut_into_both_sides_and_nothing_is_lost(tmp_path, num_
     path.write_bytes(words(1, num_bytes).replace(b"\n", line_end))
     split = split_of(path)
     pieces = sorted((*split.train, *split.val), key=lambda piece: piece.offset)
-    assert b"".join(piece.read() for piece in pieces) == path.read_bytes()
+    assert b"".join(piece.read_bytes() for piece in pieces) == path.read_bytes()
     share = sum(p.num_bytes for p in split.val) / num_bytes
     assert share < 0.5 if num_bytes <= 5_000 else 0.05 <= share < 0.08
     if line_end == b"\n":
-        assert all(piece.read().endswith(b"\n") for piece in pieces[:-1])
+        assert all(piece.read_bytes().endswith(b"\n") for piece in pieces[:-1])
 
 
 def test_a_large_document_among_small_ones_does_not_swallow_validation(tmp_path):
@@ -206,4 +206,4 @@ def test_a_document_that_changes_after_hashing_is_refused(tmp_path):
     split = split_of(tmp_path)
     path.write_bytes(words(1, 4000))
     with pytest.raises(ValueError, match="changed while the corpus was prepared"):
-        split.train[0].read()
+        split.train[0].read_bytes()

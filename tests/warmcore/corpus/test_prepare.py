@@ -16,7 +16,7 @@ def test_tokens_are_the_documents_bytes_each_ended_by_zero(data_spec, cache):
     corpus = prepare_corpus(data_spec, cache)
     split = split_corpus(list_files(data_spec.source), data_spec)
     for tokens, documents in ((corpus.train, split.train), (corpus.val, split.val)):
-        assert bytes(tokens.astype(np.uint8)) == b"".join(d.read() + b"\0" for d in documents)
+        assert bytes(tokens.astype(np.uint8)) == b"".join(d.read_bytes() + b"\0" for d in documents)
     assert corpus.data_hash == split.data_hash
     assert min(corpus.num_train_tokens, corpus.num_val_tokens) > data_spec.context
 

@@ -75,7 +75,7 @@ def test_every_format_gives_the_split_of_text_files(tmp_path, name):
         FORMATS[each](tmp_path / each, DOCUMENTS)
     found, expected = (split_of(tmp_path / each, tmp_path) for each in (name, "texts"))
     assert found.data_hash == expected.data_hash
-    assert [d.read() for d in found.train] == [d.read() for d in expected.train]
+    assert [d.read_bytes() for d in found.train] == [d.read_bytes() for d in expected.train]
 
 
 texts = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=12)
@@ -89,7 +89,7 @@ def test_no_validation_document_is_in_training_and_none_is_lost(
     documents = [*DOCUMENTS, *drawn, *drawn, *DOCUMENTS[:9]]
     FORMATS[name](folder / name, documents)
     split = split_of(folder / name, folder, val_fraction=fraction)
-    train, val = ({d.read() for d in side} for side in (split.train, split.val))
+    train, val = ({d.read_bytes() for d in side} for side in (split.train, split.val))
     assert not train & val
     whole = {text.encode() for text in documents} - {b""}
     cut = {document for document in train | val if document not in whole}

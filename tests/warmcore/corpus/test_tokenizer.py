@@ -104,7 +104,7 @@ def test_bpe_is_trained_on_the_training_side_alone(tmp_path):
     split = split_corpus(list_files(spec.source), spec)
     tokens = set(json.loads(make_tokenizer_json(spec, tmp_path / "cache"))["model"]["vocab"])
     for documents, learned in ((split.train, True), (split.val, False)):
-        assert {f"\u0120{d.text().split()[0]}" in tokens for d in documents} == {learned}
+        assert {f"\u0120{d.read_text().split()[0]}" in tokens for d in documents} == {learned}
 
 
 def test_tokens_are_the_documents_encoded_each_ended(bpe_spec, cache):
@@ -113,7 +113,7 @@ def test_tokens_are_the_documents_encoded_each_ended(bpe_spec, cache):
     loaded = TextTokenizer.from_json(make_tokenizer_json(bpe_spec, cache), "bpe:400")
     for tokens, documents in ((corpus.train, split.train), (corpus.val, split.val)):
         text = loaded.library.decode(tokens.tolist(), skip_special_tokens=False)
-        assert text == "".join(d.text() + END_OF_TEXT for d in documents)
+        assert text == "".join(d.read_text() + END_OF_TEXT for d in documents)
     assert (corpus.vocab_size, tokens.dtype) == (400, np.uint16)
 
 
@@ -184,7 +184,7 @@ def test_pieces_never_end_within_a_character(tmp_path):
     split = split_corpus(list_files(spec.source), spec)
     pieces = sorted((*split.train, *split.val), key=lambda piece: piece.offset)
     assert len(pieces) > 20
-    assert "".join(piece.text() for piece in pieces) == path.read_text()
+    assert "".join(piece.read_text() for piece in pieces) == path.read_text()
 
 
 @pytest.mark.parametrize(
