@@ -1,4 +1,4 @@
-# Everything from a fresh clone with Python 3.11+ and make. `make demo` and `make test` set up first.
+# All commands, from a fresh clone with Python 3.11+ and make. Each command sets up first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,8 +10,9 @@ export TZ := UTC
 demo: $(READY)
 	$(BIN)/warmscale demo
 
-# A file's tests stay in one process: they share its database, API and Ray. In the order of their names,
-# so that the long ones of tests/flow come first; by itself pytest-xdist has files of few tests last.
+# The tests of a file stay in the same process, because they share a database, an API and Ray. Files run
+# in the order of their names: the long files of tests/flow come first. By default pytest-xdist would
+# run files with few tests last.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -25,14 +26,14 @@ test-newest:
 	$(NEWEST)/bin/pip list
 	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# schemathesis on a live service, CASES of them for each call and phase: 200 take 7 to 15 minutes.
+# schemathesis on a live service, with CASES cases for each call and phase: 200 take 7 to 15 minutes.
 CASES ?= 200
 fuzz: $(READY)
 	WARMSCALE_FUZZ_EXAMPLES=$(CASES) $(BIN)/python -m pytest -q -s tests/service/test_openapi.py -k does_not_say
 
 check: lint types imports
 
-# Fails on a known vulnerability; says so where the advisories cannot be reached.
+# Fails on a known vulnerability. If the advisories cannot be reached, it prints that and passes.
 audit: $(READY)
 	$(BIN)/python .ci/audit.py
 
@@ -61,8 +62,8 @@ MINUTES ?= 20
 chaos: $(READY)
 	$(BIN)/python -m benchmarks.chaos --seed $(SEED) --minutes $(MINUTES) --append benchmarks/chaos.md
 
-# torch goes first and pinned: where a small CPU build is provided, that is how pip finds it.
-# A torch that is already there (a GPU machine's own) is kept.
+# torch is installed first and pinned: pip then chooses a small CPU build if the index offers it.
+# An installed torch (of a GPU machine) is kept.
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet torch==2.13.0

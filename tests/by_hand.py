@@ -1,4 +1,4 @@
-"""A worker that trains nothing: it leases, reports and finishes as a test tells it."""
+"""A worker without a training: a test leases, reports and finishes by its methods."""
 
 import asyncio
 from dataclasses import replace
@@ -23,12 +23,12 @@ from service.protocol import (
 from service.web.services import find_service
 from service.web.shutdown import Shutdown
 
-# What a store takes for the one who asks, where a test calls it without a route.
+# The caller for tests that call a store directly, without a route.
 EVERYWHERE = Caller(key_id="key", scopes=frozenset(), project=None)
 
 
 class Worker:
-    """Leases, reports and finishes by hand."""
+    """A worker that leases, reports and finishes when a test calls it."""
 
     def __init__(self, client, name="by-hand"):
         self.client, self.name = client, name
@@ -78,12 +78,12 @@ class Worker:
 
 
 def forget_presence(api):
-    """Let the API be a process that has just started: it cannot tell how long it was away."""
+    """Let the API act like a process that has just started, after an outage of unknown length."""
     find_service(api.app, LeaseServices).presence._last_request = None
 
 
 def run_with_queue(api, scene, **settings):
-    """Run `scene` with a lease queue of its own, on an event loop of its own."""
+    """Run `scene` with a separate lease queue, on a new event loop."""
     services = find_service(api.app, LeaseServices)
     services = replace(services, settings=services.settings.model_copy(update=settings))
     wakeups = Wakeups(api.engine.url)
@@ -96,7 +96,7 @@ def run_with_queue(api, scene, **settings):
 
 
 def start_trial(sampler, study, spec):
-    """Start Optuna's next trial as a lease does, but leave it without a run."""
+    """Start Optuna's next trial as a lease does, without a run."""
     drawn = sampler.sample_trials(study, spec)
     with Session(sampler.engine) as session, session.begin():
         write_drafts(session, drawn)
@@ -105,7 +105,7 @@ def start_trial(sampler, study, spec):
 
 
 def end_trial(sampler, study, number, state, value=None):
-    """End a trial in Optuna as a finish does, with no run of ours."""
+    """End a trial in Optuna as a finish does, without a run."""
     diverged = state == "diverged"
     end = finish_trial.trial_end(state, diverged=diverged)
     with Session(sampler.engine) as session, session.begin():
@@ -115,7 +115,7 @@ def end_trial(sampler, study, number, state, value=None):
 
 
 def report_losses(sampler, study, number, losses):
-    """Give Optuna validation losses by evaluation number."""
+    """Report validation losses to Optuna; `losses` maps an evaluation number to a loss."""
     storage = sampler.storage
     trial = storage.get_trial_id_from_study_id_trial_number(
         storage.get_study_id_from_name(study), number

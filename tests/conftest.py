@@ -1,4 +1,4 @@
-"""Real parts for every test: one PostgreSQL per session, one database and one API per test."""
+"""Fixtures with real parts: a PostgreSQL for the session, a database and an API for each test."""
 
 import contextlib
 import itertools
@@ -21,23 +21,23 @@ _numbers = itertools.count()
 
 @contextlib.contextmanager
 def make_scratch_folder():
-    """A folder outside pytest's own, gone afterwards."""
-    # Not below pytest's own folder: every new pytest run closes that to other users, and the
-    # embedded server, where root runs the tests, is another user.
+    """Make a folder outside of pytest's folder, and delete it when the context ends."""
+    # Every new pytest run closes pytest's folder to other users. When root runs the tests, the
+    # embedded server runs as another user and could not read its data there.
     with tempfile.TemporaryDirectory(prefix="warmscale-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
 
 @pytest.fixture
 def home():
-    """A folder for `WARMSCALE_HOME`, gone after the test."""
+    """A folder for `WARMSCALE_HOME`, deleted after the test."""
     with make_scratch_folder() as folder:
         yield folder
 
 
 @pytest.fixture(scope="session")
 def postgres():
-    """A running server, with a database `template_warmscale` that has every table."""
+    """A running server with a database `template_warmscale` that has every table."""
     from sqlalchemy import create_engine, text
 
     from service.database import engine as db
@@ -46,13 +46,13 @@ def postgres():
     db.use_utc()
     with make_scratch_folder() as folder:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # platformdirs: no XDG_RUNTIME_DIR for root
+            warnings.simplefilter("ignore")  # platformdirs warns that root has no XDG_RUNTIME_DIR
             server = db.start_embedded(folder)
         with server:
             url = db.normalize_url(server.get_uri())
             admin = create_engine(url, isolation_level="AUTOCOMMIT")
             with admin.connect() as connection:
-                # No test cuts the power: what is synced to disk is only waited for.
+                # No test cuts the power, so an fsync would only cost time.
                 connection.execute(text("ALTER SYSTEM SET fsync = off"))
                 connection.execute(text("SELECT pg_reload_conf()"))
                 connection.execute(text("CREATE DATABASE template_warmscale"))
@@ -82,7 +82,7 @@ def database_url(postgres):
 
 @pytest.fixture
 def sampler(database_url):
-    """Optuna's storage in a fresh database, for calls of four threads at once."""
+    """A sampler on a fresh database, with connections for four threads."""
     from service.database.engine import optuna_url
     from service.optuna_bridge.sampler import Sampler
 
@@ -104,7 +104,7 @@ def settings(home):
 
 @contextlib.contextmanager
 def serve_api(settings, database_url):
-    """The API on a socket, in a thread of this process; `client` holds an admin key."""
+    """Serve the API in a thread of this process; `client` holds an admin key."""
     import uvicorn
 
     from service.access import keys
@@ -120,7 +120,7 @@ def serve_api(settings, database_url):
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
-        assert thread.is_alive(), "the API did not start: what it said is above"
+        assert thread.is_alive(), "the API did not start; see its log above"
         time.sleep(0.01)
     database = find_service(app, Database)
     with database.sessions.begin() as session:
@@ -145,14 +145,14 @@ def serve_api(settings, database_url):
 
 @pytest.fixture
 def api(database_url, settings):
-    """The API, serving; `api.client` holds an admin key."""
+    """A serving API; `api.client` holds an admin key."""
     with serve_api(settings, database_url) as api:
         yield api
 
 
 @pytest.fixture(scope="module")
 def shared_api(postgres):
-    """An API for all tests of a module: each of them leaves it without work."""
+    """An API for all tests of a module; each test leaves it without queued runs."""
     with (
         make_scratch_folder() as home,
         create_database(postgres) as url,
@@ -163,20 +163,20 @@ def shared_api(postgres):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item):
-    """After every test that had a database, what must always hold still does."""
-    found = ()
+    """Check the invariants after every test with an API, unless it is marked `tampers`."""
+    violations = ()
     try:
         api = getattr(item, "funcargs", {}).get("api")
         if api is not None and item.get_closest_marker("tampers") is None:
-            found = find_violations(api.engine)
+            violations = find_violations(api.engine)
     finally:
         result = yield
-    assert found == ()
+    assert violations == ()
     return result
 
 
 def find_violations(engine, **options):
-    """What `warmscale db check` would say."""
+    """Return the violations that `warmscale db check` would print."""
     from service.operations import invariants
 
     with invariants.open_snapshot(engine) as session:
@@ -209,7 +209,7 @@ def corpus(tmp_path) -> Path:
 
 @pytest.fixture
 def study_spec(corpus):
-    """A small study as a user would write it; keyword arguments replace its parts."""
+    """Make the spec of a small study; keyword arguments replace its parts."""
 
     def make(**changes):
         spec = {

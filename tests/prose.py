@@ -31,7 +31,7 @@ LAYOUT_TOKENS = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT
 
 @dataclass(frozen=True, kw_only=True)
 class Passage:
-    """A docstring, a comment (a block of own-line comments is one), or a page."""
+    """A docstring, a comment (a block of own-line comments counts once), or a page."""
 
     path: Path
     line: int
@@ -50,7 +50,7 @@ class Passage:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Sums over files; two of them add up."""
+    """Sums over files; `+` adds two of them."""
 
     files: int = 0
     words: int = 0
@@ -87,7 +87,7 @@ class Counts:
 
     @property
     def columns(self) -> dict[str, str | int]:
-        """The cells of a row, by their headings."""
+        """The cells of a row by heading."""
         return {
             "files": self.files,
             "words": self.words,
@@ -151,7 +151,7 @@ def passages_of(path: Path) -> list[Passage]:
 
 
 def count_code_lines(source: str) -> int:
-    """Lines that hold a token of the language, docstrings included, comments not."""
+    """Count the lines with a token of the language: docstrings included, comments excluded."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in (*LAYOUT_TOKENS, tokenize.COMMENT, tokenize.ENDMARKER):
@@ -210,7 +210,7 @@ def count(*paths: Path) -> Counts:
 
 
 def format_table(groups: dict[str, list[Path]]) -> str:
-    """A Markdown table: a row for each group of paths."""
+    """Return a Markdown table with a row for each group of paths."""
     rows = [["over", *Counts().columns], ["---"] * (len(Counts().columns) + 1)]
     rows.extend([name, *map(str, count(*paths).columns.values())] for name, paths in groups.items())
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

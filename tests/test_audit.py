@@ -1,4 +1,4 @@
-"""The audit fails on what is known, and never calls a look-up that did not happen a clean bill."""
+"""The audit fails on a known vulnerability, and reports look-ups that did not happen."""
 
 import importlib.util
 import json
@@ -14,28 +14,31 @@ BAD = {"name": "b", "version": "2", "vulns": [{"id": "CVE-1", "fix_versions": ["
 UNKNOWN = {"name": "c", "skip_reason": "Dependency not found on PyPI"}
 
 
-def said(*packages):
-    return audit.verdict(json.dumps({"dependencies": list(packages)}), "")
+def judge_packages(*packages):
+    return audit.judge_report(json.dumps({"dependencies": list(packages)}), "")
 
 
 def test_a_known_vulnerability_fails_and_is_named_with_its_remedy():
-    code, text = said(GOOD, BAD, UNKNOWN)
+    code, text = judge_packages(GOOD, BAD, UNKNOWN)
     assert code == 1
     assert "b 2: CVE-1 (fixed in 3)" in text
 
 
 def test_what_was_looked_up_is_counted():
-    assert said(GOOD, UNKNOWN) == (0, "audit: done, nothing known against 1 of 2 packages")
+    assert judge_packages(GOOD, UNKNOWN) == (
+        0,
+        "audit: done, nothing known against 1 of 2 packages",
+    )
 
 
 def test_an_index_without_advisories_is_no_clean_bill():
-    """Seen: pip-audit said 'No known vulnerabilities found' having skipped all 138 packages."""
-    code, text = said(UNKNOWN, UNKNOWN)
+    """pip-audit once skipped all 138 packages and printed 'No known vulnerabilities found'."""
+    code, text = judge_packages(UNKNOWN, UNKNOWN)
     assert (code, "NOT DONE" in text) == (0, True)
 
 
 def test_an_index_that_is_away_is_no_failure_and_no_clean_bill():
-    code, text = audit.verdict("", "ERROR:pip_audit: connection refused\n")
+    code, text = audit.judge_report("", "ERROR:pip_audit: connection refused\n")
     assert code == 0
     assert "NOT DONE" in text
     assert "connection refused" in text

@@ -1,4 +1,4 @@
-"""What the documents name is there."""
+"""Tests that every name in the documents exists."""
 
 import re
 import time
@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 NAME = re.compile(r"`((?:warmcore|service|workers)(?:\.\w+)+)`")
 
 
-def found(name):
-    """Whether a module, or what one defines, can be imported by its name."""
+def can_import(name):
+    """Return whether a module, or an attribute of a module, can be imported by its name."""
     module, _, attribute = name.rpartition(".")
     try:
         return hasattr(import_module(module), attribute) or bool(import_module(name))
@@ -28,13 +28,13 @@ def found(name):
 def test_every_function_that_the_method_names_is_there():
     names = NAME.findall((ROOT / "docs" / "method.md").read_text())
     assert len(names) > 40
-    assert not [name for name in names if not found(name)]
+    assert not [name for name in names if not can_import(name)]
 
 
 def test_a_name_that_is_not_there_is_seen():
-    assert found("warmcore.model.mup.factors")
-    assert not found("warmcore.model.mup.factor")
-    assert not found("warmcore.model.mupp.factors")
+    assert can_import("warmcore.model.mup.factors")
+    assert not can_import("warmcore.model.mup.factor")
+    assert not can_import("warmcore.model.mupp.factors")
 
 
 def test_the_list_of_metrics_is_that_of_the_exposition():
@@ -44,12 +44,12 @@ def test_the_list_of_metrics_is_that_of_the_exposition():
         re.MULTILINE,
     )
     listed = {name: (kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
-    assert listed == {name: (kind, labels) for name, kind, labels in exposed()}
+    assert listed == {name: (kind, labels) for name, kind, labels in list_metrics()}
     assert len(listed) > 12
 
 
-def exposed():
-    """Name, type and labels of everything that /metrics can say."""
+def list_metrics():
+    """Yield name, type and labels of every metric that /metrics can expose."""
     for collector in metrics.registry._collector_to_names:
         for family in collector.describe():
             total = "_total" if family.type == "counter" else ""
@@ -64,7 +64,7 @@ def test_the_example_for_receivers_of_webhooks_verifies_ours_and_no_others():
     text = (ROOT / "docs" / "observability.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     example = {}
-    exec(code, example)  # noqa: S102 - the example as it is printed
+    exec(code, example)  # noqa: S102 - runs the example of the document
     secret, body, now = signing.create_secret(), b'{"type": "run.failed"}', int(time.time())
     headers = signing.sign_message(secret, "msg_1", now, body)
     verify = example["verify"]

@@ -1,4 +1,4 @@
-"""Nothing that is loaded can run: no pickle, and nothing like it, anywhere on a load path."""
+"""No code of ours can execute the data that it loads: no pickle and no similar format."""
 
 import ast
 from pathlib import Path
@@ -12,36 +12,38 @@ MODULES = frozenset(
 BUILTINS = frozenset({"eval", "exec", "compile", "__import__"})
 
 
-def offences(source):
-    """What in this source could run what it reads."""
+def find_offences(source):
+    """List the places of a source that could execute loaded data."""
     return [
-        f"line {node.lineno}: {why}" for node in ast.walk(ast.parse(source)) for why in _of(node)
+        f"line {node.lineno}: {why}"
+        for node in ast.walk(ast.parse(source))
+        for why in _iterate_offences(node)
     ]
 
 
-def _of(node):
+def _iterate_offences(node):
     if isinstance(node, ast.Import):
         yield from (a.name for a in node.names if a.name.split(".")[0] in MODULES)
     if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in MODULES:
         yield str(node.module)
     if isinstance(node, ast.Call):
-        yield from _of_call(node)
+        yield from _iterate_offences_of_call(node)
 
 
-def _of_call(call):
+def _iterate_offences_of_call(call):
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     name = ast.unparse(call.func)
     if name in BUILTINS:
         yield name
-    if name.endswith("torch.load") and not _is(given.get("weights_only"), value=True):
+    if name.endswith("torch.load") and not _is_constant(given.get("weights_only"), value=True):
         yield "torch.load without weights_only=True"
-    if "allow_pickle" in given and not _is(given["allow_pickle"], value=False):
+    if "allow_pickle" in given and not _is_constant(given["allow_pickle"], value=False):
         yield "allow_pickle"
     if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
         yield name
 
 
-def _is(node, *, value):
+def _is_constant(node, *, value):
     return isinstance(node, ast.Constant) and node.value is value
 
 
@@ -50,7 +52,7 @@ FILES = [p for folder in ("warmcore", "workers", "service") for p in (ROOT / fol
 
 def test_no_file_of_ours_loads_what_can_run():
     assert len(FILES) > 100
-    found = {str(p.relative_to(ROOT)): offences(p.read_text(encoding="utf-8")) for p in FILES}
+    found = {str(p.relative_to(ROOT)): find_offences(p.read_text(encoding="utf-8")) for p in FILES}
     assert {path: why for path, why in found.items() if why} == {}
 
 
@@ -61,7 +63,7 @@ def test_no_file_of_ours_loads_what_can_run():
      "np.load('x', allow_pickle=flag)", "yaml.load(text, Loader)", "import os, shelve"],
 )  # fmt: skip
 def test_each_way_to_run_what_is_read_is_seen(source):
-    assert offences(source)
+    assert find_offences(source)
 
 
 @pytest.mark.parametrize(
@@ -70,4 +72,4 @@ def test_each_way_to_run_what_is_read_is_seen(source):
      "model.eval()", "re.compile('x')"],
 )  # fmt: skip
 def test_what_is_harmless_is_let_be(source):
-    assert offences(source) == []
+    assert find_offences(source) == []

@@ -1,4 +1,4 @@
-"""How plainly the code is written, counted by `tests/prose.py`."""
+"""Tests of `tests/prose.py`, and of our figures of plain writing."""
 
 from textwrap import dedent
 
@@ -42,7 +42,7 @@ def counted(tmp_path, text=SNIPPET, name="snippet.py"):
 
 def test_words_of_docstrings_and_comments_are_counted_without_code_and_markers(tmp_path):
     counts = counted(tmp_path)
-    # The words in backticks count in the simple count alone.
+    # Words in backticks count only in the simple count.
     assert (counts.vague, counts.simple) == (5, 7)
     assert counts.all_words == counts.words + 2 == 41
     assert counts.its == 1
