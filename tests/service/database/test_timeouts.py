@@ -49,7 +49,7 @@ def test_options_of_the_url_are_kept_beside_ours(database_url):
 @pytest.fixture
 def hasty(settings, database_url, monkeypatch):
     """An API with two connections and short timeouts."""
-    # On a machine with busy cores, a healthy request is itself idle in its transaction for a second.
+    # On a machine with busy cores, a healthy request can be idle in its transaction for a second.
     quick = "-c lock_timeout=4s -c idle_in_transaction_session_timeout=2s"
     monkeypatch.setattr(db, "_SESSION_OPTIONS", quick)
     monkeypatch.setattr(db, "_POOL_TIMEOUT_SECONDS", 0.25)

@@ -133,7 +133,9 @@ def test_a_listener_that_lost_its_connection_comes_back_and_says_so(
     asyncio.run(scene())
 
 
-def test_a_listener_goes_on_after_any_exception_and_says_so(database_url, say, monkeypatch, caplog):
+def test_a_listener_goes_on_after_any_exception_and_says_so(
+    database_url, write_event, monkeypatch, caplog
+):
     monkeypatch.setattr(wakeups, "_RECONNECT_SECONDS", 0.01)
     listen = Wakeups._listen
 
@@ -144,7 +146,7 @@ def test_a_listener_goes_on_after_any_exception_and_says_so(database_url, say, m
     async def scene():
         monkeypatch.setattr(Wakeups, "_listen", broken)
         async with replica(database_url, WORK) as [work]:
-            await asyncio.to_thread(say, "study.active")
+            await asyncio.to_thread(write_event, "study.active")
             assert await work.wait(LONG)
 
     asyncio.run(scene())
