@@ -1,10 +1,11 @@
 """Checkpoints: a folder of safetensors and a JSON manifest that holds the hash of every file.
 
-The hash of a checkpoint is the SHA-256 of its manifest's bytes, so it covers everything. A folder
-is written aside, synced and renamed: it exists whole or not at all. Nothing is ever unpickled.
+The hash of a checkpoint is the SHA-256 of its manifest's bytes. The manifest holds the hash of
+every other file, hence the hash of the checkpoint covers everything. A folder is written aside,
+synced and renamed: it exists whole or not at all. Nothing is ever unpickled.
 
-There is no generator to save: after initialisation, randomness is a function of the run's seed and
-the step (`warmcore.training.batches`), and both are in the manifest.
+A checkpoint saves no random generator: after initialisation, randomness is a function of the run's
+seed and the step (`warmcore.training.batches`), and the manifest holds both.
 """
 
 import hashlib
@@ -33,12 +34,12 @@ AVERAGES: Mapping[AverageName, str] = MappingProxyType(
 
 
 class CheckpointCorruptError(Exception):
-    """A file of a checkpoint is missing or is not what its hash says."""
+    """A file of a checkpoint is missing or differs from its hash."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """A verified checkpoint; `open_checkpoint` leaves its tensors on the disk."""
+    """A verified checkpoint with its tensors in memory."""
 
     manifest: CheckpointManifest
     hash: str
@@ -49,17 +50,17 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenCheckpoint(Checkpoint):
-    """A verified checkpoint on the disk, whose tensors are read one by one."""
+    """A verified checkpoint on the disk; each access reads a tensor from its file."""
 
     weights: TensorFile
     optimizer: TensorFile
     averages: Mapping[AverageName, TensorFile]
 
     def weights_named(self, name: BaseWeights) -> TensorFile:
-        """The run's last weights, or an average of them.
+        """Return the run's last weights, or an average of them.
 
         Raises:
-            ValueError: there is no such average here.
+            ValueError: the checkpoint does not have this average.
         """
         if name == "raw":
             return self.weights
@@ -71,7 +72,7 @@ class OpenCheckpoint(Checkpoint):
 
 @dataclass(frozen=True, kw_only=True)
 class SavedCheckpoint:
-    """Where a checkpoint is and what it is."""
+    """The place, hash and size of a saved checkpoint."""
 
     path: Path
     hash: str
@@ -94,8 +95,10 @@ def save_checkpoint(
     averages: Mapping[AverageName, TensorStream] = MappingProxyType({}),
     attached: Mapping[str, bytes] = MappingProxyType({}),
 ) -> SavedCheckpoint:
-    """Write the folder `path`, replacing one that is there; `attached` are files of any format."""
+    """Write the folder `path`, or replace it; `attached` holds the contents of further files."""
     with write_folder(path) as aside:
+        # Weights, optimizer, averages: other ranks gather sharded tensors in the same order
+        # (`Training.gather_for_save`).
         streams = {MODEL: weights, OPTIMIZER: optimizer}
         streams |= {AVERAGES[name]: stream for name, stream in averages.items()}
         files = {name: write_tensors(aside / name, stream) for name, stream in streams.items()}
@@ -112,6 +115,7 @@ def save_checkpoint(
             versions={name: version(name) for name in ("torch", "numpy", "safetensors")},
             files=files,
         )
+        # The manifest comes last: it needs the hashes of the others.
         content = manifest.model_dump_json(indent=2).encode()
         (aside / MANIFEST).write_bytes(content)
     return SavedCheckpoint(
@@ -141,12 +145,13 @@ def load_checkpoint(path: Path, *, expected_hash: str | None = None) -> Checkpoi
 
 
 def open_checkpoint(path: Path, *, expected_hash: str | None = None) -> OpenCheckpoint:
-    """Verify every hash of the folder `path`, and read nothing into memory.
+    """Verify every hash of the folder `path`, and leave the tensors on the disk.
 
     Raises:
         CheckpointCorruptError: a file is missing or differs from its hash.
     """
     manifest, found_hash = read_manifest(path, expected_hash=expected_hash)
+    # Hash the files before anything trusts them: a flipped bit would change a run silently.
     for name, facts in manifest.files.items():
         found = measure_file(path / name).sha256 if (path / name).is_file() else "no file"
         if found != facts.sha256:
@@ -167,7 +172,11 @@ def open_checkpoint(path: Path, *, expected_hash: str | None = None) -> OpenChec
 def read_manifest(
     path: Path, *, expected_hash: str | None = None
 ) -> tuple[CheckpointManifest, str]:
-    """Return the manifest alone, and its hash."""
+    """Return the manifest and its hash, without reading the other files.
+
+    Raises:
+        CheckpointCorruptError: the manifest is missing, malformed or differs from `expected_hash`.
+    """
     file = path / MANIFEST
     try:
         content = file.read_bytes()
@@ -189,10 +198,11 @@ def _corrupt_error(file: Path, *, expected: str, found: str) -> CheckpointCorrup
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Folder of a step's checkpoint in `directory`; names sort by step."""
+    """Return the folder of a step's checkpoint in `directory`; names sort by step."""
     return directory / f"step-{step:09d}"
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
-    """Complete or corrupt checkpoints in `directory`, newest first; none half-written."""
+    """Return the checkpoints in `directory`, newest first; a file in them may be damaged."""
+    # A half-written folder has a hidden name until its rename: it does not match the pattern.
     return sorted(directory.glob("step-*"), reverse=True)

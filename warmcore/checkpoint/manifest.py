@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: whose weights, how far trained, the hash of every file."""
+"""The manifest of a checkpoint: the origin of its weights, its progress, the hash of every file."""
 
 import hashlib
 from typing import Literal, Self
@@ -15,7 +15,7 @@ from warmcore.storage.file_facts import FileFacts
 
 
 class ImportedModel(Spec):
-    """A model that no run of ours trained, and the files that it was read from."""
+    """A model that no run of ours trained, and the files from which it was read."""
 
     model: ModelSpec
     context: PositiveInt
@@ -28,9 +28,9 @@ class ImportedModel(Spec):
 
 
 class CheckpointManifest(Spec):
-    """Everything about a checkpoint but the tensors: of a `run`, or `imported`.
+    """Everything about a checkpoint except its tensors; its origin is a `run`, or `imported`.
 
-    An imported one has no run, no data, no tokens and no optimizer: nobody here knows them.
+    An imported checkpoint has no run, data, tokens or optimizer, because we do not know them.
     """
 
     format_version: Literal[1] = 1
@@ -53,14 +53,15 @@ class CheckpointManifest(Spec):
 
     @property
     def model(self) -> ModelSpec:
-        """The model whose weights these are."""
+        """The model to which the weights belong."""
         origin = self.run or self.imported
         assert origin is not None
         return origin.model
 
     @property
     def tokenizer(self) -> str | None:
-        """`byte`, the hash of the tokenizer.json that is attached, or None: nobody says."""
+        """`byte`, the hash of the attached tokenizer.json, or None if it is unknown."""
+        # An imported byte tokenizer is a file with our own content: it counts as `byte`.
         if TOKENIZER in self.files:
             found = self.files[TOKENIZER].sha256
             return "byte" if found == hashlib.sha256(make_byte_json()).hexdigest() else found
@@ -69,7 +70,10 @@ class CheckpointManifest(Spec):
         return None
 
     def check_tokenizer(self, tokenizer: str | None) -> None:
-        """Raise ValueError where this model would be grown on tokens that it does not read."""
+        """Raise ValueError if a run with `tokenizer` has tokens that this model does not read.
+
+        `tokenizer` is as in the property. If either is unknown, nothing is compared.
+        """
         if None not in (self.tokenizer, tokenizer) and self.tokenizer != tokenizer:
             raise ValueError(
                 f"growth.base reads tokens of tokenizer {self.tokenizer}, this run's are of "
@@ -79,7 +83,7 @@ class CheckpointManifest(Spec):
 
     @property
     def context(self) -> int:
-        """The longest sequence that the model is for."""
+        """The longest sequence for which the model is made, in tokens."""
         if self.imported is not None:
             return self.imported.context
         assert self.run is not None
@@ -87,9 +91,9 @@ class CheckpointManifest(Spec):
 
     @property
     def trained_run(self) -> RunSpec:
-        """The run; ValueError if there is none."""
+        """The run that made this checkpoint; ValueError if it was imported."""
         if self.run is None:
-            raise ValueError("was imported, so no run goes on from it; name it as growth.base")
+            raise ValueError("was imported, and no run can continue it; name it as growth.base")
         return self.run
 
     def check_run(self, run: RunSpec, data_hash: str) -> None:
@@ -99,7 +103,9 @@ class CheckpointManifest(Spec):
         self._check_data(data_hash)
 
     def check_trunk_of(self, branch: RunSpec, data_hash: str) -> None:
-        """Raise ValueError unless this is a trunk on that data, where `branch` leaves it."""
+        """Raise ValueError unless this is the trunk's checkpoint from which `branch` starts."""
+        # Derive the branch from the trunk's own spec: a branch differs from its trunk in its budget
+        # and warmup, and any other difference would be in `expected`.
         expected = make_branch(self.trained_run, branch.train.tokens_per_param, branch.trunk)
         if expected != branch:
             raise ValueError(f"is of another run's trunk: {_describe_difference(expected, branch)}")
@@ -112,9 +118,10 @@ class CheckpointManifest(Spec):
             raise ValueError(f"was trained on data {self.data_hash}, not {data_hash}")
 
 
-def _describe_difference(saved: RunSpec, asked: RunSpec) -> str:
-    """Name the first field in which two specs differ, with both values."""
-    name, a, b = _find_first_difference(saved, asked)
+def _describe_difference(saved: RunSpec, requested: RunSpec) -> str:
+    """Return the first field in which two specs differ, with both values."""
+    name, a, b = _find_first_difference(saved, requested)
+    # Example: "train.lr is 0.01, not 0.02", and not the two train sections in full.
     if isinstance(a, Spec) and isinstance(b, Spec):
         field, a, b = _find_first_difference(a, b)
         name = f"{name}.{field}"

@@ -1,9 +1,9 @@
-"""Growth in depth: which base layer each layer of the target is made from (METHOD §3).
+"""Growth in depth: the base layer from which each layer of the target is made (METHOD §3).
 
-`stack` repeats the whole model (arXiv 2405.15319), `interleave` each layer in place; weights are
-copied as they are and the residual multiplier follows CompleteP, so k copies of a layer each add
-1/k of what it added. `identity` inserts layers that add nothing, spread evenly, and keeps the
-function: where the residual multiplier changes, the old layers' output projections undo it.
+`stack` repeats the whole model (arXiv 2405.15319), `interleave` repeats each layer in place. Both
+copy weights unchanged. The residual multiplier follows CompleteP, hence k copies of a layer each
+add 1/k of the output of that layer. `identity` inserts layers that add nothing, spread evenly, and
+keeps the function: if the residual multiplier changes, the old layers' output projections undo it.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,16 @@ OUTPUTS = ("o", "down")
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A target layer: the base layer it is made from, and whether that has been used before."""
+    """A target layer: its base layer, and `is_new` if a lower layer has the same base layer."""
 
     source: int
     is_new: bool
 
 
 def plan_layers(base: int, target: int, operator: DepthOperator | None) -> tuple[Layer, ...]:
-    """Layers of the target, from the bottom; depths are numbers of layers."""
+    """Return the layers of the target, from the bottom; depths are numbers of layers."""
+    # Example, depth 2 to 4: stack gives the sources 0 1 0 1, interleave and identity 0 0 1 1.
+    # Identity also grows by ratios that are no integer: depth 2 to 3 gives 0 0 1.
     match operator:
         case "stack" | None:
             sources = [layer % base for layer in range(target)]
@@ -40,7 +42,7 @@ def plan_layers(base: int, target: int, operator: DepthOperator | None) -> tuple
 
 @dataclass(frozen=True, kw_only=True)
 class Deepening:
-    """The base's tensors under the target's names, at the base's width."""
+    """The base with the target's depth: its tensors under the target's names, at its own width."""
 
     layers: tuple[Layer, ...]
     operator: DepthOperator | None
@@ -50,7 +52,8 @@ class Deepening:
     def plan(
         cls, base: ModelSpec, target: ModelSpec, operator: DepthOperator | None
     ) -> "Deepening":
-        """Choose the layers; the ratio is of the base's residual multiplier to the target's."""
+        """Choose the layers, and compute the ratio of the residual multipliers, base to target."""
+        # Example: depth 4 to 8 at base depth 4. The multipliers are 1 and 1/2, and the ratio is 2.
         return cls(
             layers=plan_layers(base.depth, target.depth, operator),
             operator=operator,
@@ -58,19 +61,22 @@ class Deepening:
         )
 
     def find_layer(self, name: str) -> Layer | None:
-        """Layer of a tensor; None outside the blocks."""
+        """Return the layer of a tensor; None outside the blocks."""
         parts = name.split(".")
         return self.layers[int(parts[1])] if parts[0] == "blocks" else None
 
     def base_name(self, name: str) -> str:
-        """Name in the base of the tensor that the target's `name` is made from."""
+        """Return the base's name of the tensor from which the target's `name` is made."""
         layer = self.find_layer(name)
         if layer is None:
             return name
         return ".".join(["blocks", str(layer.source), *name.split(".")[2:]])
 
     def deepen_tensor(self, base_tensors: Mapping[str, Tensor], name: str) -> Tensor:
-        """Return the tensor of the deepened base; W_out base/target multiplier for `identity`."""
+        """Return the tensor `name` of the deepened base.
+
+        For `identity` the output projections are scaled: by 0 in new layers, by the ratio in old.
+        """
         tensor = base_tensors[self.base_name(name)]
         if self.operator != "identity" or name.split(".")[-2] not in OUTPUTS:
             return tensor
@@ -79,10 +85,11 @@ class Deepening:
         return tensor * (0.0 if layer.is_new else self.residual_ratio)
 
     def gradient_scale(self, name: str) -> float:
-        """Gradient of an old layer's tensor over what it was in the base.
+        """Return the factor by which an old layer's gradient differs from the base's.
 
-        `identity` keeps the function, so only what was rescaled has another gradient. Elsewhere it
-        is first order: a branch that is multiplied by less gets less.
+        `identity` keeps the function: only rescaled tensors have another gradient. For the other
+        operators the factor is right to first order: a branch with half the multiplier gets half
+        the gradient.
         """
         if self.find_layer(name) is None:
             return 1.0

@@ -1,4 +1,4 @@
-"""A base checkpoint on the disk, grown tensor by tensor: into a model's memory or to the disk."""
+"""Growth of a base checkpoint tensor by tensor: into a model's memory or to the disk."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from warmcore.tensors.files import TensorStream, make_layout_like
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GrownTensors:
-    """A run's initial state, none of it in memory yet. Take the weights before the optimizer."""
+    """A run's initial tensors, none of them in memory yet. Read weights before the optimizer."""
 
     source: OpenCheckpoint
     growth: Growth
@@ -46,7 +46,7 @@ class GrownTensors:
 
     @property
     def weights(self) -> TensorStream:
-        """The target's weights."""
+        """The target's weights, grown when they are read."""
         growth, base = self.growth, self.source.weights_named(self.growth.options.base_weights)
         entries = ((n, growth.depth.base_name(n), tuple(s)) for n, s in growth.shapes.items())
         return TensorStream(
@@ -56,7 +56,7 @@ class GrownTensors:
 
     @property
     def optimizer(self) -> TensorStream:
-        """The target's optimizer; empty for a fresh one."""
+        """The target's optimizer state, grown when it is read; empty for a fresh optimizer."""
         growth, layout = self.growth, self.source.optimizer.layout
         entries = (
             (m.name, m.source, () if m.key == "step" else tuple(growth.shapes[m.parameter]))
@@ -69,21 +69,21 @@ class GrownTensors:
 
 
 def make_weights_generator(run: RunSpec) -> Generator:
-    """Draws the run's initial weights, and the noise of growth."""
+    """Return the generator of the run's initial weights, and of the noise of growth."""
     return Generator().manual_seed(derive_seed("weights", run.seed))
 
 
 def grow_checkpoint(
     base: Path, path: Path, *, run: RunSpec, data_hash: str | None = None
 ) -> SavedCheckpoint:
-    """Write the checkpoint that `run` begins with: step 0, to be resumed by `Training.resume`.
+    """Write the checkpoint of step 0 of `run`, for `Training.resume`.
 
-    Holds a few blocks of the target at a time, and the tensor they are made from. `data_hash` is of
-    the data that the run trains on; None: of the base's.
+    Only a few blocks of the target are in memory at a time, and the base tensor from which they are
+    made. `data_hash` is the hash of the run's data; None means the data of the base.
 
     Raises:
         ValueError: the base model cannot be grown into the run's, or `data_hash` is None and the
-            base, imported, has none.
+            base was imported, without data.
         CheckpointCorruptError: `base` is not the checkpoint that `run.growth` names.
     """
     grown = GrownTensors.from_base(run, base)
@@ -99,6 +99,7 @@ def grow_checkpoint(
         base_hash=grown.source.hash,
         tokens=0,
         progress=Progress(),
+        # The run reads the tokens of its base, hence also the base's tokenizer.
         attached={
             n: (base / n).read_bytes() for n in grown.source.manifest.files if n == TOKENIZER
         },

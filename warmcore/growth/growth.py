@@ -1,8 +1,8 @@
-"""Growth: a target's initial tensors, and its optimizer's, from a base checkpoint's (METHOD §3).
+"""Growth of a base's tensors, and its optimizer's, into a target's initial tensors (METHOD §3).
 
 The base is first deepened (`warmcore.growth.depth`), then widened (`warmcore.growth.width`). Each
-tensor depends only on its role, its base tensor and the generator, block of rows by block of rows.
-So the target can be streamed: no element depends on how its tensor is divided into blocks.
+tensor depends only on its role, its base tensor and the generator. Tensors are made in blocks of
+rows, and no element depends on the division into blocks: the target can be streamed.
 """
 
 from collections import defaultdict
@@ -34,7 +34,7 @@ from warmcore.tensors.row_blocks import make_ahead, split_rows
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """A tensor of the target's optimizer: `<parameter>.<key>`, and what it is made from."""
+    """A tensor of the target's optimizer, `<parameter>.<key>`, and the base tensor `source`."""
 
     parameter: str
     key: str
@@ -42,13 +42,13 @@ class Moment:
 
     @property
     def name(self) -> str:
-        """Its name among the optimizer's tensors."""
+        """The name among the optimizer's tensors."""
         return f"{self.parameter}.{self.key}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GrownBlock:
-    """Some rows of a target's tensor: their shape, and what they are made from."""
+    """Some rows of a target's tensor: their shape, and the base tensor and maps to make them."""
 
     name: str
     source: Tensor
@@ -58,7 +58,7 @@ class GrownBlock:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Growth:
-    """All that is decided before the first tensor: layers, copies, shapes."""
+    """The plan of a growth, decided before the first tensor: layers, copies, shapes."""
 
     base: ModelSpec
     target: ModelSpec
@@ -71,7 +71,7 @@ class Growth:
     def plan(
         cls, base: ModelSpec, target: ModelSpec, options: GrowthOptions, generator: Generator
     ) -> Self:
-        """Decide; only net2net draws.
+        """Plan the growth; only net2net takes random numbers from `generator`.
 
         Raises:
             ValueError: the operators cannot grow `base` into `target`.
@@ -91,6 +91,7 @@ class Growth:
         self, base_tensors: Mapping[str, Tensor], generator: Generator
     ) -> Iterator[tuple[str, Tensor]]:
         """Yield the target in blocks, in the order of its state dict and the dtype of the base."""
+        # Noise is drawn in a thread a few blocks ahead; the order of the draws stays the same.
         noises = make_ahead(self._draw_noises(generator))
         for name in self.shapes:
             for block in self._split_into_blocks(
@@ -99,7 +100,10 @@ class Growth:
                 yield name, self._widen_and_perturb(block, next(noises))
 
     def grow_moments(self, base_state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield Adam's state for the target, in blocks; nothing for a fresh optimizer."""
+        """Yield the target's optimizer state in blocks; nothing for a fresh optimizer."""
+        # Example: growth from width 64 to 128 by clone. A hidden weight w becomes w/2 at four
+        # places, each with half of the old gradient. The first moment m becomes m/2, the second
+        # moment v becomes v/4, and Adam's step m / sqrt(v) stays as large as in the base.
         for moment in self.list_moments(base_state):
             tensor = base_state[moment.source]
             if moment.key == "step":
@@ -109,7 +113,7 @@ class Growth:
                 yield moment.name, self._grow_moment(moment, block)
 
     def list_moments(self, base_names: Iterable[str]) -> list[Moment]:
-        """Tensors of the target's optimizer, in the order of `optimizer_tensors`."""
+        """Return the tensors of the target's optimizer, in the order of `optimizer_tensors`."""
         if self.options.optimizer_state == "reset":
             return []
         keys: dict[str, list[str]] = defaultdict(list)
@@ -125,7 +129,12 @@ class Growth:
         return sorted(moments, key=lambda moment: saving_order(moment.name))
 
     def _split_into_blocks(self, name: str, tensor: Tensor) -> Iterator[GrownBlock]:
-        """Split the target's tensor; padding takes the same rows of the base, if it has them."""
+        """Split the target's tensor into blocks of rows.
+
+        Copying selects the units of a block. Padding takes the same rows of the base, if it has
+        them. Example: of 24 base rows, target rows 0 to 15 get 16, 16 to 31 get 8, and 32 to 47
+        none.
+        """
         shape = self.shapes[name]
         maps: Maps = self.copies.maps_along_axes(name) if self.copies else ()
         for rows in split_rows(shape):
@@ -143,7 +152,10 @@ class Growth:
         return pad_shrunk(block.name, block.source, block.shape, shrink=shrink)
 
     def _draw_noises(self, generator: Generator) -> Iterator[Tensor | None]:
-        """Draw each block's noise, of the target's initial size; gains have none."""
+        """Draw the noise of each block, of the target's initial size; gains get no noise."""
+        # Every block consumes its random numbers, in the order of the state dict. The noise of a
+        # tensor is thus the same for any division into blocks, and for streaming to the disk.
+        # Example: a [1024, 512] tensor is drawn as two blocks of 512 rows, equal to a single draw.
         for name, shape in self.shapes.items():
             role = role_of(name)
             for rows in split_rows(shape):
@@ -154,10 +166,7 @@ class Growth:
                     yield draw_initial_(block, role, self.target, generator)
 
     def _widen_and_perturb(self, block: GrownBlock, noise: Tensor | None) -> Tensor:
-        """Widen, and add `options.noise_scale` of the noise.
-
-        Where noise covers what is padded, zeros need not be added to it.
-        """
+        """Widen a block, and add `options.noise_scale` times the noise."""
         if noise is None:
             return self._widen_block(block)
         role = role_of(block.name)
@@ -165,6 +174,7 @@ class Growth:
         old = tuple(slice(size) for size in block.source.shape)
         match self.options.operator:
             case "shrink_perturb":
+                # The padding is zero plus noise. Adding the old part to the noise saves the zeros.
                 noise[old] += self.options.shrink * block.source
                 return noise
             case "slice" | "zero_pad":
@@ -182,7 +192,7 @@ class Growth:
                 )
 
     def _is_reset(self, moment: Moment) -> bool:
-        """Whether it is of a new layer that begins afresh."""
+        """Return whether the tensor is of a new layer whose optimizer state starts at zero."""
         layer, rule = self.depth.find_layer(moment.parameter), self.options.optimizer_state
         fresh_layer = self.options.depth_operator == "identity" or rule != "transfer"
         return layer is not None and layer.is_new and fresh_layer
@@ -191,10 +201,8 @@ class Growth:
         return torch.zeros_like(tensor) if self._is_reset(moment) else tensor.clone()
 
     def _grow_moment(self, moment: Moment, block: GrownBlock) -> Tensor:
-        """Grow as the weights are, times the gradient's scale; squared for a second moment.
-
-        New units and layers that are to be reset have zeros.
-        """
+        """Grow a moment by the weights' maps, times the gradient's scale; reset parts get zeros."""
+        # The second moment `exp_avg_sq` is of squared gradients: its factor is squared too.
         name, tensor, maps = block.name, block.source, block.maps
         if self._is_reset(moment):
             return tensor.new_zeros(block.shape)

@@ -1,8 +1,8 @@
-"""Axes of tensors, the units that growth never splits, and which unit is a copy of which.
+"""Axes of tensors, the units that growth never splits, and maps from target units to base units.
 
-Each axis of a tensor is of one kind, and a kind is made of units: a feature of the residual stream,
-a feed-forward feature, a key/value head, or a query head together with all heads of its group.
-Query and key/value axes of a layer share one map, so that each query head still meets its own keys.
+Each axis of a tensor has a kind, and a kind consists of units: a feature of the residual stream, a
+feed-forward feature, a key/value head, or a query head together with all heads of its group. Query
+and key/value axes of a layer share a map. Each query head therefore still meets its own keys.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from warmcore.specs import CopyingOperator, ModelSpec
 
 Axis = Literal["vocab", "residual", "query", "key_value", "ffn"]
 
-# Matrices are [out, in]; what is not here is a gain.
+# Matrices are [out, in]. A tensor that is not in this table is a gain.
 AXES: dict[str, tuple[Axis, ...]] = {
     "embedding": ("vocab", "residual"),
     "unembedding": ("vocab", "residual"),
@@ -30,12 +30,14 @@ AXES: dict[str, tuple[Axis, ...]] = {
 
 
 def axis_kinds(name: str) -> tuple[Axis, ...]:
-    """Kinds of a tensor's axes."""
+    """Return the kinds of a tensor's axes."""
     return AXES.get(name.split(".")[-2], ("residual",))
 
 
 def unit_size(axis: Axis, model: ModelSpec) -> int:
-    """Features that stay together on this kind of axis: a whole group of query heads, METHOD §3."""
+    """Return the number of features in a unit of this kind of axis (METHOD §3)."""
+    # Example: head_dim 16 and group_size 4. A unit is 64 query features (4 heads), or the 16 key
+    # features that those 4 heads share.
     match axis:
         case "query":
             return model.head_dim * model.group_size
@@ -47,9 +49,11 @@ def unit_size(axis: Axis, model: ModelSpec) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UnitMap:
-    """Target unit j is a copy of base unit `source[j]`; every base unit has a copy.
+    """A map of an axis: target unit j is a copy of base unit `source[j]`.
 
-    That unit has `num_copies[j]` copies, and no earlier one where `is_first[j]`.
+    That base unit has `num_copies[j]` copies, and j is the first of them if `is_first[j]`. Every
+    base unit has a copy. Example: source (0, 1, 0) has num_copies (2, 1, 2) and is_first
+    (True, True, False).
     """
 
     source: Tensor
@@ -58,7 +62,8 @@ class UnitMap:
 
     @classmethod
     def from_sources(cls, source: Tensor) -> Self:
-        """Return the map of all units of an axis."""
+        """Return the map of all units of an axis, from the base unit of each."""
+        # `first[i]` becomes the smallest place of a copy of base unit i.
         place = torch.arange(len(source))
         first = torch.full_like(place, len(place)).scatter_reduce(0, source, place, "amin")
         return cls(
@@ -68,7 +73,7 @@ class UnitMap:
         )
 
     def select_units(self, units: slice) -> Self:
-        """Return the part of the map that is about some of the target's units."""
+        """Return the part of the map for some of the target's units."""
         return type(self)(
             source=self.source[units],
             num_copies=self.num_copies[units],
@@ -76,7 +81,8 @@ class UnitMap:
         )
 
     def expand_to_features(self, size: int) -> "UnitMap":
-        """Return the map of single features, for units of `size` of them."""
+        """Return the map of single features, for units of `size` features."""
+        # Example: source (0, 0) of heads of 2 features becomes (0, 1, 0, 1).
         features = self.source.view(-1, 1) * size + torch.arange(size)
         return UnitMap.from_sources(features.flatten())
 
@@ -84,11 +90,12 @@ class UnitMap:
 def make_unit_map(
     operator: CopyingOperator, num_base: int, num_target: int, generator: Generator
 ) -> UnitMap:
-    """Copies side by side (clone), in tiles (hyperclone), or at random but balanced (net2net).
+    """Return copies side by side (clone), in tiles (hyperclone), or balanced random (net2net).
 
-    net2net keeps the base's units first (arXiv 1511.05641) and then appends whole permutations, so
-    that at an integer ratio k every unit has exactly k copies, and else one more or one less.
+    net2net keeps the base's units first (arXiv 1511.05641) and then appends whole permutations. At
+    an integer ratio k every unit has exactly k copies, otherwise k or k + 1.
     """
+    # Example, 2 units to 4: clone 0 0 1 1, hyperclone 0 1 0 1, net2net 0 1 and then 0 1 or 1 0.
     place = torch.arange(num_target)
     match operator:
         case "clone":
@@ -102,7 +109,7 @@ def make_unit_map(
 
 
 class Copies:
-    """The maps of a whole model: one for the residual stream, one per layer for heads and ffn."""
+    """The maps of a model: of the residual stream, and per layer of the heads and of the ffn."""
 
     def __init__(
         self, base: ModelSpec, target: ModelSpec, operator: CopyingOperator, generator: Generator
@@ -110,6 +117,7 @@ class Copies:
         def draw_map(num_base: int, num_target: int) -> UnitMap:
             return make_unit_map(operator, num_base, num_target, generator)
 
+        # The order of these draws decides net2net's random maps: it must not change.
         self._base = base
         self._residual = draw_map(base.width, target.width)
         self._heads, self._ffn = [], []
@@ -118,7 +126,7 @@ class Copies:
             self._ffn.append(draw_map(base.ffn_width, target.ffn_width))
 
     def maps_along_axes(self, name: str) -> list[UnitMap | None]:
-        """Maps of features along each axis of the target's tensor `name`; None for the vocab."""
+        """Return the map of each axis of the target's tensor `name`; None for the vocabulary."""
         return [self._find_map(axis, name) for axis in axis_kinds(name)]
 
     def _find_map(self, axis: Axis, name: str) -> UnitMap | None:

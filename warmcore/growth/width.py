@@ -1,7 +1,7 @@
-"""Growth in width, one tensor at a time (METHOD §3). Two families of operators act on axes.
+"""Growth in width of a single tensor (METHOD §3), by two families of operators on axes.
 
-- padding keeps the base units first and appends new ones;
-- copying repeats units; function-preserving, as a sum over copies is divided by their number.
+- Padding keeps the base units first and appends new units.
+- Copying repeats units and divides each sum over copies by their number, to keep the function.
 """
 
 from collections.abc import Sequence
@@ -17,17 +17,17 @@ Maps = Sequence[UnitMap | None]
 
 
 def pad_shrunk(name: str, tensor: Tensor, shape: torch.Size, *, shrink: float) -> Tensor:
-    """Return s pad0(W_base); for gains, which do nothing at 1, 1 + s pad0(gain - 1).
+    """Return s pad0(W_base), or 1 + s pad0(gain - 1) for gains, which do nothing at 1.
 
-    With p eps, the target's own initial value over the whole tensor, this is `shrink_perturb`
-    (arXiv 2411.07340, after arXiv 1910.08475); s = 0 and p = 1 is a cold start.
+    Adding p times the target's initial value over the whole tensor gives `shrink_perturb` (arXiv
+    2411.07340, after arXiv 1910.08475). s = 0 and p = 1 is a cold start.
     """
     idle = 1.0 if role_of(name) in GAINS else 0.0
     return pad_to_shape(shrink * tensor + (1 - shrink) * idle, shape, fill=idle)
 
 
 def pad_to_shape(tensor: Tensor, shape: torch.Size, *, fill: float) -> Tensor:
-    """Put `tensor` first on every axis. Whole units are appended, as widths are whole units."""
+    """Put `tensor` first on every axis, and `fill` elsewhere; widths are whole units."""
     grown = tensor.new_full(shape, fill)
     grown[tuple(slice(size) for size in tensor.shape)] = tensor
     return grown
@@ -44,11 +44,14 @@ def copy_units(tensor: Tensor, maps: Maps) -> Tensor:
 def copy_and_divide(
     name: str, tensor: Tensor, maps: Maps, base: ModelSpec, target: ModelSpec
 ) -> Tensor:
-    """Copy each unit and divide what sums over copies by their number.
+    """Copy each unit, and divide the weights of inputs by the number of copies of the input.
 
-    Hidden matrices sum over all copies of each input. So does the unembedding, whose forward
-    multiplier already divides by the ratio of widths under muP; the rest is 1 at integer ratios.
+    Hidden matrices and the unembedding sum over all copies of each input. For the unembedding the
+    forward multiplier already divides by the ratio of widths under muP. The remaining divisor is 1
+    at integer ratios.
     """
+    # Example: y = W x with a single input and W = (6). With two copies of x, W becomes (3, 3):
+    # 3 x + 3 x = 6 x.
     copied = copy_units(tensor, maps)
     inputs = maps[-1]
     assert inputs is not None
@@ -64,11 +67,14 @@ def copy_and_divide(
 
 
 def cancel_over_copies_(noise: Tensor, inputs: UnitMap) -> Tensor:
-    """Take from the noise on each input's copies their mean, and keep its variance.
+    """Subtract from the noise the mean over the copies of each input, and restore its variance.
 
-    Copies have equal values, so noise that sums to zero over them keeps the function; for two
-    copies it is a pair of opposite signs (arXiv 2409.12903). An input with one copy gets none.
+    Copies have equal values, and noise that sums to zero over them keeps the function. For two
+    copies it is a pair of opposite signs (arXiv 2409.12903). An input with a single copy gets no
+    noise.
     """
+    # Subtracting the mean of c numbers multiplies their variance by (c - 1)/c: the last factor
+    # undoes that. Example, c = 2: noise (3, 1) becomes (1, -1) and then (1.41, -1.41).
     num_copies = inputs.num_copies.to(noise.dtype)
     sums = noise.new_zeros(len(noise), int(inputs.source.max()) + 1)
     sums.index_add_(1, inputs.source, noise)
@@ -77,12 +83,13 @@ def cancel_over_copies_(noise: Tensor, inputs: UnitMap) -> Tensor:
 
 
 def gradient_scale(name: str, maps: Maps, base: ModelSpec, target: ModelSpec) -> Tensor:
-    """Gradient of the target's tensor over the base's, as float64 that broadcasts.
+    """Return the target's gradient over the base's, in float64, to be broadcast over the tensor.
 
-    What is written to c copies has 1/c of the gradient, as its readers were divided by c. For the
-    unembedding it is the ratio of the logit multipliers. Without maps (padding) it is muP's own
-    scaling of gradients, 1/m, by which epsilon goes as well.
+    An output with c copies has 1/c of the gradient, because the weights that read it were divided
+    by c. For the unembedding the factor is the ratio of the logit multipliers. Without maps
+    (padding) it is muP's scaling of gradients, 1/m; epsilon scales in the same way.
     """
+    # The last axis of the embedding and the first axis of other tensors are outputs.
     role = role_of(name)
     if role == "unembedding":
         ratio = multipliers(target).logits / multipliers(base).logits
@@ -95,7 +102,7 @@ def gradient_scale(name: str, maps: Maps, base: ModelSpec, target: ModelSpec) ->
 
 
 def first_copy_mask(maps: Maps) -> Tensor:
-    """Whether an element is at the first copy of its unit on every axis, as a mask."""
+    """Return a mask of the elements at the first copy of their unit on every axis."""
     mask = torch.ones((), dtype=torch.bool)
     for unit_map in maps:
         mask = mask.unsqueeze(-1)

@@ -164,7 +164,7 @@ def test_a_run_grows_from_it_and_none_resumes_it(imported, run_spec, corpus, tmp
     list(training.train_to_end())
     assert training.base_hash == imported.hash
     assert training.step == 3
-    with pytest.raises(ValueError, match="was imported, so no run goes on from it"):
+    with pytest.raises(ValueError, match="was imported, and no run can continue it"):
         Training.resume(run, corpus, imported.path)
     with pytest.raises(ValueError, match="data_hash is None and the base was imported"):
         grow_checkpoint(imported.path, tmp_path / "grown", run=run)
