@@ -1,4 +1,4 @@
-"""Optuna's dashboard, behind keys and projects; read-only: its writes would bypass leases."""
+"""Optuna's dashboard behind API keys and projects, read-only because its writes bypass leases."""
 
 import base64
 import binascii
@@ -21,26 +21,26 @@ from service.web.services import find_service
 
 _READ_METHODS = frozenset({"GET", "HEAD"})
 _NOTE = re.compile(r"/api/studies/\d+(/\d+)?/note")
-# What shows no study, and what shows one, by its number in Optuna. Nothing else is let through:
-# a route that a newer dashboard brings is closed until somebody has looked at it.
+# Paths that show no study, and paths that show the study with this id in Optuna. Every other path
+# is a 404: a new route of a newer dashboard stays closed until a maintainer adds it here.
 _PAGES = re.compile(r"/|/dashboard(/.*)?|/static/.*|/favicon\.ico|/api/meta/?|/api/studies/?")
 _STUDY_PAGES = re.compile(r"/(?:api/studies|csv)/(\d+)(?:/.*)?")
 _BASIC = {"WWW-Authenticate": 'Basic realm="warmscale: any user, an API key as password"'}
 
 
 class Dashboard:
-    """Lets a request through with a key of scope `read`, as Bearer or as the password of Basic.
+    """An ASGI application that needs a key of scope `read`, as Bearer or as the password of Basic.
 
-    Basic is what a browser can send: any user name, the key as password. Notes may be written
-    with scope `write`; nothing else may. Every project has a dashboard of its own studies.
+    Browsers can send Basic: any user name, and the key as password. A key of scope `write` may
+    write notes, the only writes that are allowed. Every project has a dashboard of its studies.
     """
 
     def __init__(self, app: FastAPI) -> None:
         self._app = app
-        self._of_project: dict[str | None, ASGIApp] = {}
+        self._applications: dict[str | None, ASGIApp] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or refuse."""
+        """Answer a request, or refuse it with 403, 401 or 404; ignore everything but HTTP."""
         if scope["type"] != "http":
             return
         scope["app"] = self._app
@@ -70,18 +70,21 @@ class Dashboard:
         return name is not None and caller.can_see(name)
 
     def _get_dashboard(self, caller: Caller) -> ASGIApp:
-        known = self._of_project.get(caller.project)
-        if known is None:
+        application = self._applications.get(caller.project)
+        if application is None:
             wsgi = find_service(self._app, Sampler).make_dashboard(caller.can_see)
-            known = cast("ASGIApp", WSGIMiddleware(wsgi))  # two spellings of one type
-            self._of_project[caller.project] = known
-        return known
+            # a2wsgi and Starlette define the same ASGI type under two names.
+            application = cast("ASGIApp", WSGIMiddleware(wsgi))
+            self._applications[caller.project] = application
+        return application
 
 
 def _is_from_own_page(request: Request) -> bool:
-    """Whether a write comes from our own page: browsers send Basic credentials from any page."""
+    """Return True if a page of this service, or a program, has sent the request."""
+    # Browsers attach Basic credentials to requests from any site. Without this check, a malicious
+    # page could write notes as the user (cross-site request forgery).
     if request.headers.get("Authorization", "").lower().startswith("bearer "):
-        return True  # no browser sends that by itself
+        return True  # no browser adds a Bearer token by itself
     origin = urlsplit(request.headers.get("Origin", ""))
     return bool(origin.netloc) and origin.netloc == request.headers.get("Host")
 

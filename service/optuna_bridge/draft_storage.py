@@ -1,9 +1,9 @@
-"""Trials as Optuna starts them, held in memory until one transaction writes them all.
+"""Draft trials: Optuna starts them in memory, and a single transaction writes them.
 
-Optuna asks by writing: the trial, then a commit for every parameter. `DraftStorage` shows it the
-history as it was read once and keeps what it writes; Optuna's own code runs on it unchanged, so
-the draws are Optuna's to the last bit. `write` puts the drafts into Optuna's tables in the caller's
-transaction, beside the runs that they are for: neither is ever there without the other.
+Optuna's ask writes to its storage: the trial, then a commit for every parameter. `DraftStorage`
+is a storage in memory: Optuna reads the trial history from it, and it keeps Optuna's writes. Since
+Optuna's own code runs unchanged, the samples equal Optuna's to the last bit. `write_drafts` writes
+the drafts to Optuna's tables in the transaction that writes their runs: no trial is without a run.
 """
 
 import copy
@@ -20,16 +20,17 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-# TPE tells others by these what it has drawn and not yet written; here all is written at once.
+# TPE writes its samples to these attributes before it writes the parameters, for samplers that run
+# at the same time. A draft writes all its parameters at once, so the attributes have no use.
 _UNNEEDED = "tpe:relative_params"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftTrial:
-    """A trial to be started: its parameters as given out, and as Optuna's tables hold them."""
+    """A sampled trial that has not started: its parameters, and their rows for Optuna's tables."""
 
     number: int
-    trial_id: int | None  # of one that was enqueued; None: it is not there yet
+    trial_id: int | None  # of an enqueued trial; None for a trial without a row yet
     params: dict[str, Any]
     rows: tuple[tuple[str, float, str], ...]  # name, value, distribution
     attributes: dict[str, Any]
@@ -37,17 +38,22 @@ class DraftTrial:
 
 @dataclass(frozen=True, kw_only=True)
 class DraftBatch:
-    """Drafts of one study, good only while it has as many trials as when they were drawn."""
+    """Drafts of a study, valid while the study has as many trials as at the sampling."""
 
     study_id: int
     trials_before: int
-    running: tuple[int, ...]  # numbers of those that ran already
+    running: tuple[int, ...]  # numbers of the trials that ran before the sampling
     drafts: tuple[DraftTrial, ...]
     study_attributes: dict[str, Any]
 
 
 class DraftStorage:
-    """What Optuna needs of a storage to start trials of one study; nothing reaches the database."""
+    """The part of Optuna's storage interface that an ask calls; it never writes to the database."""
+
+    # Example: a study has trials 0 to 8, and a round samples two trials. The first ask calls
+    # `create_new_trial`, which appends trial 9 with the id -10, and `set_trial_param` for each
+    # parameter. The second ask gets all ten trials from `get_all_trials`: TPE counts trial 9 as
+    # running and chooses other parameters. Then `write_drafts` gives both trials real ids.
 
     def __init__(
         self, backend: BaseStorage, study_id: int, history: dict[int, FrozenTrial]
@@ -63,11 +69,11 @@ class DraftStorage:
 
     @property
     def num_trials(self) -> int:
-        """Trials of the study, drafts included."""
+        """The number of trials of the study, drafts included."""
         return len(self._trials)
 
     def collect_drafts(self) -> DraftBatch:
-        """What was started here."""
+        """Return the trials that Optuna has started on this storage."""
         return DraftBatch(
             study_id=self._study_id,
             trials_before=self._trials_before,
@@ -90,7 +96,7 @@ class DraftStorage:
 
     def create_new_trial(self, _: int) -> int:
         number = self.num_trials
-        trial_id = -1 - number  # of no row
+        trial_id = -1 - number  # negative: no row has this id
         trial = FrozenTrial(
             number=number,
             trial_id=trial_id,
@@ -108,7 +114,7 @@ class DraftStorage:
         return trial_id
 
     def set_trial_state_values(self, trial_id: int, state: TrialState) -> bool:
-        """Start an enqueued trial, which is all that an ask does by this."""
+        """Start an enqueued trial; an ask calls this method for nothing more."""
         assert state == TrialState.RUNNING
         trial = copy.deepcopy(self._history[trial_id])
         trial.state = state
@@ -116,6 +122,7 @@ class DraftStorage:
         return True
 
     def _start_trial(self, trial_id: int, trial: FrozenTrial) -> None:
+        # A new trial's number is the list's length: then the slice is empty, and this appends.
         self._trials[trial.number : trial.number + 1] = [trial]
         self._started[trial_id] = trial
 
@@ -160,45 +167,51 @@ def _make_draft(trial_id: int, trial: FrozenTrial) -> DraftTrial:
 
 
 class MovedOnError(Exception):
-    """The study is no more as it was when the drafts were drawn."""
+    """A study that has changed since the drafts were sampled."""
 
 
 class WentBackError(MovedOnError):
-    """It has fewer trials than it had: the database has gone back in time, so forget the study."""
+    """A study that has lost trials, because the database lost commits: evict it from the cache."""
 
 
-def write_drafts(session: Session, drawn: DraftBatch) -> datetime:
-    """Start the drafts' trials in this transaction, which has locked Optuna's study for it.
+def write_drafts(session: Session, batch: DraftBatch) -> datetime:
+    """Start the batch's trials in this transaction; the caller has locked Optuna's study.
 
-    Returns the database's time at which they were written.
+    Returns the database's time at the write.
 
     Raises:
-        MovedOnError: roll back, and draw again.
-        WentBackError: the same, after forgetting what is known of the study.
+        MovedOnError: the study has changed; roll back and sample again.
+        WentBackError: the study has lost trials; evict it from the cache, then do the same.
     """
-    at = {"study": drawn.study_id, "now": datetime.now(UTC).replace(tzinfo=None)}
-    popped = [d.trial_id for d in drawn.drafts if d.trial_id is not None]
-    params = [(d.number, *row) for d in drawn.drafts for row in d.rows]
-    rows = at | {
-        "before": drawn.trials_before,
+    popped = [draft.trial_id for draft in batch.drafts if draft.trial_id is not None]
+    params = [(draft.number, *row) for draft in batch.drafts for row in draft.rows]
+    rows = {
+        "study": batch.study_id,
+        "now": datetime.now(UTC).replace(tzinfo=None),
+        "before": batch.trials_before,
         "popped": popped,
-        "new": [d.number for d in drawn.drafts if d.trial_id is None],
+        "new": [draft.number for draft in batch.drafts if draft.trial_id is None],
         **_make_columns(("number", "name", "value", "kind"), params),
     }
     started = session.execute(_START, rows).all()
-    if len(started) < len(drawn.drafts):
-        there = session.execute(_COUNT, {"study": drawn.study_id}).scalar_one()
-        raise WentBackError if there < drawn.trials_before else MovedOnError
-    ids = {row.number: row.trial_id for row in started}
-    set_ = [
-        (ids[d.number], k, json.dumps(v)) for d in drawn.drafts for k, v in d.attributes.items()
-    ]
-    if set_:
-        session.execute(_SET_ATTRIBUTES, _make_columns(("trial", "name", "value"), set_))
-    for name, value in drawn.study_attributes.items():
-        row = {"study": drawn.study_id, "name": name, "value": json.dumps(value)}
-        session.execute(_SET_STUDY_ATTRIBUTE, row)
+    if len(started) < len(batch.drafts):
+        num_trials = session.execute(_COUNT, {"study": batch.study_id}).scalar_one()
+        raise WentBackError if num_trials < batch.trials_before else MovedOnError
+    _write_attributes(session, batch, {row.number: row.trial_id for row in started})
     return started[-1].now
+
+
+def _write_attributes(session: Session, batch: DraftBatch, ids: dict[int, int]) -> None:
+    attributes = [
+        (ids[draft.number], name, json.dumps(value))
+        for draft in batch.drafts
+        for name, value in draft.attributes.items()
+    ]
+    if attributes:
+        session.execute(_SET_ATTRIBUTES, _make_columns(("trial", "name", "value"), attributes))
+    for name, value in batch.study_attributes.items():
+        row = {"study": batch.study_id, "name": name, "value": json.dumps(value)}
+        session.execute(_SET_STUDY_ATTRIBUTE, row)
 
 
 def _make_columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict[str, list[Any]]:
@@ -206,7 +219,9 @@ def _make_columns(names: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> dict
 
 
 _COUNT = text("SELECT count(*) FROM optuna.trials WHERE study_id = :study")
-# Parameters in order: Optuna gives them in the order of their ids.
+# `same` guards both writes: if another transaction has started a trial since the sampling, the
+# statement starts none, and the caller sees too few rows. `popped` starts enqueued trials, `new`
+# inserts trials. Parameters are inserted in the spec's order, because Optuna returns them by id.
 _START = text("""
 WITH same AS (
   SELECT (SELECT count(*) FROM optuna.trials WHERE study_id = :study) = :before AS same

@@ -1,8 +1,8 @@
-"""Optuna hears of a trial's end in the transaction that ends its run.
+"""The end of a trial, written to Optuna's tables in the transaction that ends its run.
 
-The rows are those of Optuna's own `Study.tell`, which is ten statements and a commit of its own.
-A run that was cancelled, or whose lease ran out, leaves its trial untold until the next lease
-request tells it, by the same statements (`leases.repair`).
+The statement writes the rows that Optuna's `Study.tell` writes. `tell` needs ten statements and a
+separate commit. If a run is cancelled or its lease expires, its trial keeps running in Optuna until
+the next lease request finishes it with the same statement (`leases.repair`).
 """
 
 from typing import Literal
@@ -14,9 +14,10 @@ TrialEnd = Literal["COMPLETE", "PRUNED", "FAIL"]
 
 
 def trial_end(state: str, *, diverged: bool) -> TrialEnd:
-    """What Optuna calls the end of a run; a diverged trial is pruned at +inf, the worst there is.
+    """Return Optuna's name for the end of a run in the state `state`.
 
-    As a failure it would teach the sampler nothing.
+    A diverged trial counts as pruned with the loss +inf. A failure would not keep samplers from the
+    same region, because they ignore failed trials.
     """
     if diverged:
         return "PRUNED"
@@ -33,9 +34,10 @@ def finish_trial(
     value: float | None,
     diverged: bool,
 ) -> bool:
-    """End a trial, unless it has an end; False when Optuna has no such trial.
+    """Finish a running trial with its value; a finished trial stays as it is.
 
-    A pruned trial's value is its last validation loss. The rows are locked as Optuna locks them.
+    Returns False if Optuna has no trial with this number. The value of a pruned trial is its last
+    validation loss. The statement locks the rows that Optuna would lock.
     """
     values = {
         "study": optuna_name,
@@ -47,6 +49,11 @@ def finish_trial(
     return session.execute(_FINISH_TRIAL, values).first() is not None
 
 
+# `ended` changes the trial only if it runs, and every INSERT reads `ended`: for a finished trial
+# the statement writes nothing. `last` is the newest evaluation with a number. Example: trial 7
+# reported 3.0 at step 1 and 0.5 at step 2. If pruned, it gets the value 0.5. If diverged, step 2
+# and the value become +inf. If complete, it gets the final loss :value. The last SELECT returns a
+# row if trial 7 exists.
 _FINISH_TRIAL = text("""
 WITH trial AS (
     SELECT trial_id FROM optuna.trials JOIN optuna.studies USING (study_id)

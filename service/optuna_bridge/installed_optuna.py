@@ -1,14 +1,16 @@
-"""The Optuna that this version works with, and the error where another one is installed.
+"""The Optuna version that warmscale works with, and the error for any other version.
 
-`draft_storage.py`, `finish_trial.py` and `trial_history.py` read and write Optuna's tables by SQL.
-In other tables that SQL could damage a study, so `schema.py` compares the installed Optuna's
-migrations and columns with those below before anything is written. This module must not import
-Optuna: the command line imports the error, and Optuna takes a second to import.
+`draft_storage.py`, `finish_trial.py`, `trial_history.py` and `trial_queries.py` use SQL on Optuna's
+tables. In other tables that SQL could damage a study. Therefore `schema.py` compares the installed
+Optuna's migrations and columns with the constants below, before any write. This module must not
+import Optuna: the command line imports the error, and Optuna takes a second to import.
 """
 
 from importlib.metadata import version
 
 KNOWN_VERSIONS = "5.0.*"
+# The newest of Optuna's own Alembic migrations. Its name is older than Optuna 5, because the tables
+# have not changed since Optuna 3.2.
 KNOWN_REVISION = "v3.2.0.a"
 KNOWN_COLUMNS: dict[str, frozenset[str]] = {
     "studies": frozenset({"study_id", "study_name"}),

@@ -1,4 +1,4 @@
-"""Optuna's tables, created and upgraded by Optuna's own migrations, in schema `optuna`."""
+"""Creation and upgrade of Optuna's tables in the schema `optuna`, by Optuna's own migrations."""
 
 from functools import cache
 from pathlib import Path
@@ -18,22 +18,27 @@ from service.optuna_bridge.installed_optuna import (
     UnknownOptunaError,
 )
 
-try:  # private: only so can a backup be restored into Optuna's tables in one transaction
+# `_rdb.models` is private. A restore needs it to create Optuna's tables in its own transaction.
+try:
     from optuna.storages._rdb import models
 except ImportError as error:
     raise UnknownOptunaError(f"it has no {error.name}") from error
 
-# Optuna finds a trial by its number among all of its study.
+# Without this index, Optuna searches all trials of a study for a trial's number.
 _CREATE_INDEX = "CREATE INDEX IF NOT EXISTS ix_warmscale_number ON optuna.trials (study_id, number)"
 
 
 @cache
 def check_installed_optuna() -> None:
-    """Refuse an Optuna whose tables are not the known ones. Call before writing to them.
+    """Compare the installed Optuna's tables with the known tables; call before any write to them.
 
     Raises:
-        UnknownOptunaError: its newest revision, or a column of a table that we use, is unknown.
+        UnknownOptunaError: its newest revision, or the columns of a table that we use, differ.
     """
+    # Example: Optuna 6 moves `trials.state` to another table, in a migration named v6.0.0.a. Then
+    # our SQL would fail in the middle of a lease, or write rows that Optuna cannot read. The
+    # revision alone is no proof: a release can change the models without a migration. The check
+    # compares both, once per process.
     newest = list_revisions()[-1]
     if newest != KNOWN_REVISION:
         raise UnknownOptunaError(f"its tables are at revision {newest}")
@@ -45,7 +50,11 @@ def check_installed_optuna() -> None:
 
 
 def upgrade_tables(url: str) -> None:
-    """Create Optuna's tables, or bring them to the installed version. One caller at a time."""
+    """Create Optuna's tables, or upgrade them to the installed version; one caller at a time.
+
+    Raises:
+        UnknownOptunaError: see `check_installed_optuna`.
+    """
     check_installed_optuna()
     storage = RDBStorage(url, skip_compatibility_check=True)
     storage.upgrade()
@@ -55,16 +64,14 @@ def upgrade_tables(url: str) -> None:
 
 
 def list_revisions() -> tuple[str, ...]:
-    """The revisions that the installed Optuna knows, oldest first."""
+    """Return the revisions of the installed Optuna's migrations, oldest first."""
     return tuple(script.revision for script in _load_scripts().walk_revisions())[::-1]
 
 
 def create_tables(connection: Connection, revision: str) -> None:
-    """Create empty tables as they were at `revision`, in the connection's transaction.
-
-    At the newest they are those of a new installation; Optuna's migrations from nothing differ
-    from them in the name of an index.
-    """
+    """Create empty tables as of `revision`, in the connection's transaction."""
+    # At the newest revision, create the tables as a new installation has them: Optuna's migrations,
+    # run from the first on, give an index another name.
     _set_search_path(connection)
     if revision == list_revisions()[-1]:
         models.BaseModel.metadata.create_all(connection)
@@ -74,7 +81,7 @@ def create_tables(connection: Connection, revision: str) -> None:
 
 
 def migrate_tables(connection: Connection, revision: str) -> None:
-    """Bring the tables up to `revision`, in the connection's transaction."""
+    """Upgrade the tables to `revision`, in the connection's transaction."""
     _set_search_path(connection)
     context = _make_context(connection, revision)
     with Operations.context(context):
@@ -88,13 +95,14 @@ def migrate_tables(connection: Connection, revision: str) -> None:
 
 
 def _complete_tables(connection: Connection) -> None:
-    """What Optuna's migrations leave out: an index, and a word that came into a type with 1.2."""
+    # Optuna's migrations leave out our index, and the state WAITING, which came with Optuna
+    # 1.2: only the tables of a new installation have it in their type.
     connection.execute(text(_CREATE_INDEX))
     connection.execute(text("ALTER TYPE trialstate ADD VALUE IF NOT EXISTS 'WAITING'"))
 
 
 def _set_search_path(connection: Connection) -> None:
-    """Optuna's migrations name no schema."""
+    # Optuna's migrations name no schema: the search path decides where the tables go.
     connection.execute(text(f"SET LOCAL search_path TO {OPTUNA_SCHEMA}"))
 
 

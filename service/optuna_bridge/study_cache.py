@@ -1,7 +1,7 @@
-"""What this process knows of studies: the least recently used are forgotten first.
+"""A bounded cache of studies' trials: the least recently used study is evicted first.
 
-A study of 10 000 trials is about 40 MB here, and as much again where a pruner reads it. A study
-that has ended is asked for no more, so it goes as others come.
+A study of 10 000 trials takes about 40 MB, and twice as much if a pruner reads it. Finished studies
+are no longer requested: new studies evict them.
 """
 
 from collections import OrderedDict
@@ -16,38 +16,45 @@ _MAX_TRIALS = 100_000
 
 
 class CachedStudy:
-    """Of one study: its trials, and Optuna's cache of them."""
+    """A study's trials in memory: our history, and Optuna's own cache."""
 
     def __init__(self, rdb: RDBStorage, study: str) -> None:
         self.history = TrialHistory(rdb.get_study_id_from_name(study))
-        self.storage: BaseStorage = get_storage(rdb)  # caches finished trials, for ever
+        # Optuna's storage caches finished trials and never evicts any. One storage for each study:
+        # the evicted study takes its storage along.
+        self.storage: BaseStorage = get_storage(rdb)
 
     @property
     def num_trials(self) -> int:
-        """How many are held in memory."""
+        """The number of trials in memory."""
         return len(self.history)
 
 
 class StudyCache:
-    """By name. Safe to share between threads; who uses one keeps it though it is forgotten."""
+    """Cached studies by name; threads may share it.
+
+    A caller keeps a `CachedStudy` that it already has, even if the cache evicts it.
+    """
 
     def __init__(self, rdb: RDBStorage) -> None:
         self._rdb, self._lock = rdb, Lock()
         self._studies: OrderedDict[str, CachedStudy] = OrderedDict()
 
     def get_study(self, study: str) -> CachedStudy:
-        """What is known of this study; at first nothing."""
+        """Return the study's cache, empty at first, and mark the study as recently used."""
         with self._lock:
-            known = self._studies.get(study)
-        known = known or CachedStudy(self._rdb, study)  # asks the database: not under the lock
+            cached = self._studies.get(study)
+        # The constructor queries the database, so it runs without the lock. Two threads may both
+        # make a cache; `setdefault` keeps the first.
+        cached = cached or CachedStudy(self._rdb, study)
         with self._lock:
-            known = self._studies.setdefault(study, known)
+            cached = self._studies.setdefault(study, cached)
             self._studies.move_to_end(study)
             self._evict_oldest()
-        return known
+        return cached
 
     def evict_study(self, study: str) -> None:
-        """Know nothing of this study."""
+        """Drop the study: the next use reads all its trials again."""
         with self._lock:
             self._studies.pop(study, None)
 
@@ -55,8 +62,9 @@ class StudyCache:
         return len(self._studies)
 
     def _evict_oldest(self) -> None:
-        """The newest always stays, however large it is."""
-        num_trials = sum(known.num_trials for known in self._studies.values())
+        # The study in use always stays, even if it alone exceeds the limit: without it, each
+        # sampling of a study with 100 001 trials would read all trials again.
+        num_trials = sum(cached.num_trials for cached in self._studies.values())
         while len(self._studies) > 1 and (
             len(self._studies) > _MAX_STUDIES or num_trials > _MAX_TRIALS
         ):

@@ -1,8 +1,8 @@
-"""A study's spec in Optuna's terms: parameters, sampler, pruner.
+"""Translation of a study's spec to Optuna: distributions, sampler and pruner.
 
-A sampler is made anew for every draw, seeded by (study seed, trials so far): replicas and restarts
-then never repeat each other's draws. Grid and QMC need one seed for a whole study, and keep their
-place in the storage.
+Every trial gets a new sampler object with a seed derived from the study's seed and the number of
+trials. Therefore replicas and restarts never sample the same trial twice. Grid and QMC need one
+seed for the whole study; they keep their position in the storage.
 """
 
 from typing import Any
@@ -42,7 +42,7 @@ from warmcore.specs import derive_seed
 
 
 def make_distribution(dimension: Dimension) -> BaseDistribution:
-    """Optuna's word for a dimension."""
+    """Return Optuna's distribution for a dimension of the search space."""
     if isinstance(dimension, CategoricalDimension):
         return CategoricalDistribution(dimension.choices)
     if isinstance(dimension, FloatDimension):
@@ -55,7 +55,7 @@ def make_distribution(dimension: Dimension) -> BaseDistribution:
 
 
 def suggest_params(trial: Trial, spec: StudySpec) -> dict[str, Any]:
-    """Every parameter of the search space, in its order."""
+    """Sample every parameter of the search space, in the order of the spec."""
     return {name: _suggest_param(trial, name, dim) for name, dim in spec.search_space.items()}
 
 
@@ -70,13 +70,15 @@ def _suggest_param(trial: Trial, name: str, dimension: Dimension) -> Any:
 
 
 def make_sampler(spec: StudySpec, trials_so_far: int) -> BaseSampler:
-    """The sampler of a study for its next draw."""
+    """Return a new sampler for the study's next trial."""
     seed = spec.hpo.seed % 2**32
     draw = derive_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
     match spec.hpo.sampler:
         case "random":
             return RandomSampler(seed=draw)
         case "tpe":
+            # The first third of the trials, at most 10, is random: TPE needs trials to compare.
+            # `constant_liar` counts running trials as bad, so parallel trials differ.
             startup = min(10, max(1, spec.hpo.trials // 3))
             return TPESampler(n_startup_trials=startup, constant_liar=True, seed=draw)
         case "cmaes":
@@ -92,7 +94,7 @@ def make_sampler(spec: StudySpec, trials_so_far: int) -> BaseSampler:
 
 
 def make_pruner(spec: StudySpec) -> BasePruner:
-    """The pruner of a study; its resource is the number of the evaluation."""
+    """Return the study's pruner; its resource is the number of the evaluation."""
     evaluations = spec.train.evaluations
     match spec.hpo.pruner:
         case "none":

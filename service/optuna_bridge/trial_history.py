@@ -1,7 +1,7 @@
-"""What a study's trials are, read once: afterwards only what is new, in one statement.
+"""A study's trials in memory: the first read loads all trials, a later read only the changes.
 
-Optuna's cached storage asks eight times for the same, object by object: 8 ms for one new trial and
-seconds for ten thousand in a process that has just started.
+Optuna's cached storage needs eight queries for a read and builds rows object by object: 8 ms for a
+new trial, and seconds for 10 000 trials in a process that has just started.
 """
 
 import functools
@@ -15,11 +15,11 @@ from sqlalchemy import Connection, Row, text
 
 
 class TrialHistory:
-    """A study's trials in this process. One thread at a time; none of them is ever changed."""
+    """A cache of a study's trials, for one thread at a time; callers must not change the trials."""
 
     def __init__(self, study_id: int) -> None:
         self.study_id = study_id
-        self._trials: dict[int, FrozenTrial] = {}  # by id, and so by number
+        self._trials: dict[int, FrozenTrial] = {}  # by id; ids rise with the trials' numbers
         self._newest = -1
         self._unfinished: set[int] = set()
 
@@ -27,10 +27,13 @@ class TrialHistory:
         return len(self._trials)
 
     def read_trials(self, connection: Connection) -> dict[int, FrozenTrial]:
-        """Every trial by its id, in the order of their numbers.
+        """Return every trial by its id, in the order of the trials' numbers.
 
-        Ids of one study's trials are drawn under its lock: what comes later has a greater one.
+        One statement reads the new trials and the trials that had not finished before.
         """
+        # Example: trials 1 to 100 are in memory, and 97 and 99 were running at the last read. The
+        # statement reads 97, 99 and every id above 100. Ids rise: a trial gets its id while its
+        # study's row is locked, so no smaller id can appear later. A finished trial never changes.
         known = {"study": self.study_id, "newest": self._newest, "again": [*self._unfinished]}
         for row in connection.execute(_READ_TRIALS, known):
             trial = _make_frozen_trial(row)
@@ -63,6 +66,7 @@ def _make_frozen_trial(row: Row[Any]) -> FrozenTrial:
     )
 
 
+# A study has few distributions, and each trial repeats them as JSON.
 _parse_distribution = functools.lru_cache(maxsize=10_000)(json_to_distribution)
 
 
@@ -79,6 +83,9 @@ def _parse_value(value: float | None, kind: str) -> float:
             return float(value)
 
 
+# One row for each trial, with its rows of five other tables as JSON arrays: a join would repeat the
+# trial for every combination of parameter, value, attribute and evaluation. The order of the ids is
+# the order of writing; Optuna returns parameters in that order too.
 _READ_TRIALS = text("""
 SELECT trial_id, number, CAST(state AS text) AS state, datetime_start, datetime_complete,
   COALESCE((SELECT json_agg(json_build_array(param_name, param_value, distribution_json)
