@@ -73,6 +73,7 @@ def make_base(size: str, path: Path, *, optimizer: bool) -> SavedCheckpoint:
     model = init_weights_(Decoder(spec, context=1), spec, torch.Generator().manual_seed(0))
     run = RunSpec(model=spec, data=DataSpec(source="stdlib"))
     adam = build_optimizer(model.named_parameters(), spec, run.train)
+    # A step gives every parameter both moments of Adam, which growth then has to transfer.
     if optimizer:
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
@@ -98,6 +99,7 @@ def make_run_spec(size: str, base_hash: str, operator: str, rule: str) -> RunSpe
     growth = GrowthSpec.model_validate(
         options | {"base": CheckpointRef(uri="base", hash=base_hash)}
     )
+    # base_width and base_depth stay the base's: the target's muP factors depend on them.
     return RunSpec(model=target, data=DataSpec(source="stdlib"), growth=growth)
 
 

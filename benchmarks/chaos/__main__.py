@@ -37,11 +37,12 @@ def main() -> int:
         return 0
     signal.signal(signal.SIGALRM, _raise_out_of_time)
     signal.signal(signal.SIGTERM, _raise_out_of_time)
+    # A hang must not outlive the run: the alarm raises in the main thread, and the stack is closed.
     signal.alarm(int(_START_SECONDS + seconds + STUDY_SECONDS))
     # The path must be short: Ray puts sockets below it, and a socket's path has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     print(json.dumps({"folder": str(folder)}), flush=True)
-    folder.chmod(0o755)
+    folder.chmod(0o755)  # under root PostgreSQL runs as another user
     stack = Stack(folder=folder, fsync=not args.no_fsync)
     driver = Driver(
         stack=stack,

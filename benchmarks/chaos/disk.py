@@ -21,6 +21,7 @@ class Disk:
 
     def fill_up(self) -> None:
         """Leave no free space: shrink the disk to the size of its files."""
+        # Workers go on writing: a size that was enough a moment ago may be too small now.
         for _ in range(_TRIES):
             used = shutil.disk_usage(self.path).used
             if self._try_remount(str(max(used, 4096))):

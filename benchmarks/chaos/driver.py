@@ -75,6 +75,7 @@ class Driver:
                 raise ChaosError(f"study {name} did not end in {STUDY_SECONDS} s")
             self._run_tick()
         if state != "completed":
+            # Every trial has 10 attempts: no schedule of faults should exhaust them.
             self.errors.append(f"study {name} is {state}")
         self._settle_study(client, name)
 
@@ -209,6 +210,7 @@ class Driver:
 
     def format_evidence(self) -> str:
         """Return the errors, the states of all runs and the ends of all logs."""
+        # Counts first, logs last: the end of a long output is often cut off.
         lines = [*self.errors, *self.violations[:20]]
         with contextlib.suppress(DBAPIError), self.stack.engine.connect() as connection:
             query = """SELECT kind, state, count(*), max(attempt) AS attempts,

@@ -59,6 +59,7 @@ class Faults:
         process, runs = self.stack.fleets[i], self._leased_runs(i)
         if process is None:
             return None
+        # None keeps `check_running` from starting the fleet again before its repair is due.
         self.stack.fleets[i] = None
         below = kill_parent(process)  # its Ray must notice that by itself
         self.stack.seen += below

@@ -51,6 +51,7 @@ def _count_rows(driver: Driver) -> dict[str, int]:
 def format_row(summary: dict[str, Any]) -> str:
     recovery = summary["recovery_seconds"]
     faults = ", ".join(f"{kind} {n}" for kind, n in summary["faults"].items())
+    # The columns of the table in chaos.md, in its order.
     cells = [
         *(summary["seed"], summary["minutes"], sum(summary["faults"].values()), summary["studies"]),
         *(

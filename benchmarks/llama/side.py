@@ -34,6 +34,7 @@ def main(side: str, size: str, threads: str) -> None:
     build = {"ours": make_our_step, "transformers": make_transformers_step}[side]
     # A small step first: it loads libraries that torch loads lazily, before memory is measured.
     build(ModelSpec(width=16, depth=1, head_dim=16), window)()
+    # Peak memory counts from here: imports and the small step are equal on both sides.
     before = peak_mb()
     step = build(spec, window)
     for _ in range(3):

@@ -110,6 +110,7 @@ class ServiceCycle:
     def send_request(
         self, method: str, path: str, body: str | None, headers: dict[str, str]
     ) -> dict[str, Any]:
+        # Close it ourselves: a request on a connection that uvicorn is closing would fail.
         if time.monotonic() - self.used_at > _IDLE_SECONDS:
             self.http.close()
         self.http.request(method, path, body, headers)

@@ -79,6 +79,7 @@ def fill_trials(
         "highs": [d["high"] for d in SPACE.values()],
         "logs": [bool(d.get("log")) for d in SPACE.values()],
     }
+    # Trial 0 of the service is the template, so its rows begin at 1.
     with running.connect(side) as connection:
         for statement in (_DRAWN, _BOWL, _TRIALS):
             connection.execute(statement, values)

@@ -64,6 +64,7 @@ def _format_latency(row: Measured) -> str:
 
 
 def _format_percentiles(side: Spent, call: str) -> str:
+    # 99 cuts: the p-th percentile is cuts[p - 1].
     cuts = statistics.quantiles(side.calls[call], n=100, method="inclusive")
     return " / ".join(f"{1000 * cuts[p - 1]:.1f}" for p in (50, 95, 99))
 

@@ -70,6 +70,7 @@ def run_stack(folder: Path, *, replicas: int) -> Generator[Stack]:
 
 
 def _create_second_database(url: URL) -> str:
+    # Optuna's side has a database of its own: statistics and bloat of the sides stay apart.
     with psycopg.connect(
         url.set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True
     ) as connection:

@@ -31,6 +31,7 @@ class Processes:
             "WARMSCALE_DATABASE_URL": self.database_url.render_as_string(hide_password=False),
             "WARMSCALE_HOME": str(self.settings.home),
             "WARMSCALE_PORT": str(self.settings.port),
+            # Short leases: the runs of a killed fleet go on after 3 s.
             "WARMSCALE_LEASE_SECONDS": "3",
             "WARMSCALE_DATA_ROOTS": "/",
             "WARMSCALE_API_KEY": self.key,
@@ -74,6 +75,7 @@ class Processes:
         return (self.folder / f"{name}.log").read_text()
 
     def stop(self):
+        # The fleet first: it gives its runs back through the API.
         for process in (self.fleet, self.api):
             if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -82,10 +84,10 @@ class Processes:
                 try:
                     process.wait(30)
                 except subprocess.TimeoutExpired:
-                    kill(process)
+                    kill_process(process)
 
 
-def kill(process):
+def kill_process(process):
     os.kill(process.pid, signal.SIGKILL)
     process.wait(10)
 
@@ -123,12 +125,12 @@ def stack(postgres, tmp_path_factory):
 def processes(stack):
     stack.start_what_is_down()
     yield stack
-    check(stack.database_url)
+    check_invariants(stack.database_url)
     for name in ("api", "fleet"):  # pytest prints it when a test fails
         sys.stderr.write(f"--- {name}.log\n{stack.log(name)[-4000:]}\n")
 
 
-def check(url):
+def check_invariants(url):
     """Check every invariant, including the bytes of every checkpoint."""
     from service.operations import invariants
 
@@ -148,7 +150,7 @@ def home(home):
     for stack in (home, home / ".warmscale"):  # made by `up`, by `demo`
         if (stack / "artifacts").exists() and (stack / "postgres").exists():
             with db.start_embedded(stack) as server:
-                check(db.normalize_url(server.get_uri()))
+                check_invariants(db.normalize_url(server.get_uri()))
 
 
 @pytest.fixture
@@ -196,4 +198,6 @@ def flow():
     """Helpers of this file, for tests that cannot import it."""
     from types import SimpleNamespace
 
-    return SimpleNamespace(kill=kill, training_processes=training_processes, wait_for=wait_for)
+    return SimpleNamespace(
+        kill=kill_process, training_processes=training_processes, wait_for=wait_for
+    )

@@ -15,7 +15,7 @@ from warmcore.training.events import EvaluationEvent, StepEvent
 from warmcore.training.training import Training
 
 
-def leased_with_checkpoint(client, study):
+def find_leased_with_checkpoint(client, study):
     """Return a leased trial that has a checkpoint and is far from its end."""
     for run in client.get("/v1/runs", study=study, state="leased", kind="trial")["items"]:
         if client.get(f"/v1/runs/{run['id']}/checkpoints")["items"]:
@@ -23,7 +23,7 @@ def leased_with_checkpoint(client, study):
     return None
 
 
-def finished(client, study):
+def find_ended(client, study):
     view = client.get(f"/v1/studies/{study}")
     return view if view["state"] in ("completed", "failed", "cancelled") else None
 
@@ -46,6 +46,7 @@ def check_curve(client, run):
     points = client.get(f"/v1/runs/{run['id']}/measurements")["items"]
     steps = [p["step"] for p in points]
     train = run["spec"]["train"]
+    # Step 0 has only the evaluation before training, and no loss to log.
     logged = set(range(0, run["num_steps"] + 1, train["log_every"])) - {0}
     assert steps == sorted(set(steps))
     assert logged <= set(steps), sorted(logged - set(steps))[:5]
@@ -91,7 +92,7 @@ def check_same_as_uninterrupted(client, run_id):
 def running(client, small_study, flow):
     """The name of a study, and a running trial of it that has a checkpoint."""
     study = client.post("/v1/studies", small_study())["name"]
-    run = flow.wait_for(lambda: leased_with_checkpoint(client, study))
+    run = flow.wait_for(lambda: find_leased_with_checkpoint(client, study))
     return study, run
 
 
@@ -103,7 +104,7 @@ def test_a_killed_training_process_costs_an_attempt_and_nothing_else(
     assert victims
     for victim in victims:
         os.kill(victim.pid, signal.SIGKILL)
-    flow.wait_for(lambda: finished(client, study))
+    flow.wait_for(lambda: find_ended(client, study))
     check_study(client, study, processes)
     after = client.get(f"/v1/runs/{run['id']}")
     assert after["attempt"] > run["attempt"]
@@ -115,9 +116,10 @@ def test_a_killed_api_loses_nothing_and_stops_no_training(client, processes, run
     study, run = running
     flow.kill(processes.api)
     processes.start_api()
-    flow.wait_for(lambda: finished(client, study))
+    flow.wait_for(lambda: find_ended(client, study))
     check_study(client, study, processes)
     after = client.get(f"/v1/runs/{run['id']}")
+    # The worker retried its reports until the new API answered.
     assert (after["attempt"], after["failures"]) == (run["attempt"], 0)
     check_same_as_uninterrupted(client, run["id"])
 
@@ -134,13 +136,13 @@ def test_a_killed_fleet_leaves_no_process_and_the_next_one_resumes(
     psutil.wait_procs(training, timeout=60)
     assert [p for p in training if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     processes.start_fleet()
-    flow.wait_for(lambda: finished(client, study))
+    flow.wait_for(lambda: find_ended(client, study))
     check_study(client, study, processes)
     after = client.get(f"/v1/runs/{run['id']}")
     assert after["attempt"] > run["attempt"]
-    assert "expired" in str(events(client, processes, run["id"]))
+    assert "expired" in str(read_events(client, processes, run["id"]))
     check_same_as_uninterrupted(client, run["id"])
 
 
-def events(client, processes, run_id):
+def read_events(client, processes, run_id):
     return client.request("GET", f"/v1/runs/{run_id}/events").text

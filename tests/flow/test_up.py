@@ -173,6 +173,7 @@ def test_an_api_killed_with_9_is_started_again(up):
     url = stack.wait_ready()["url"]
     victim = find_serve_process(stack)
     victim.kill()
+    # The supervisor waits 0.5 s before it starts the API again.
     deadline = time.monotonic() + LONG
     while True:
         try:
@@ -224,6 +225,7 @@ def test_what_ctrl_c_interrupted_goes_on_where_it_was(up, connect, study_spec):
     assert after["id"] == before["id"]
     assert (after["attempt"], after["failures"]) == (2, 0)
     curve = client.get(f"/v1/runs/{after['id']}/measurements").json()["items"]
+    # The second attempt goes on after the checkpoint of the drain, at step 100 or later.
     firsts = {
         attempt: min(p["step"] for p in curve if p["attempt"] == attempt) for attempt in (1, 2)
     }

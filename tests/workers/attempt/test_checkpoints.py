@@ -86,6 +86,7 @@ def test_nothing_but_a_checkpoint_of_the_run_is_deleted(tmp_path: Path, other: s
         folder.mkdir(parents=True)
         (folder / MANIFEST).touch()
     (run / "attempt-001" / "link").symlink_to(elsewhere)
+    # The checkpoint, the run with a longer name, and the folder behind the link must all survive.
     with pytest.raises(ValueError, match="it is not deleted"):
         checkpoints.delete_checkpoint(f"{run.as_uri()}{other}", of_run=run.as_uri())
     assert len(list(tmp_path.rglob(MANIFEST))) == 3

@@ -63,6 +63,7 @@ def test_pinning_moves_every_thread_and_is_undone(
     stop = threading.Event()
     other = threading.Thread(target=stop.wait)
     other.start()
+    # A second thread stands for torch's pool, which outlives a run.
     threads_before = torch.get_num_threads()
     with cpus.pin_threads(1, folder=tmp_path) as num_threads:
         assert num_threads == torch.get_num_threads() == 1

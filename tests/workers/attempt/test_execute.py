@@ -121,6 +121,7 @@ def test_the_final_checkpoint_stands_before_the_run_is_finished(lease, run):
 def test_every_measurement_up_to_a_checkpoint_is_accepted_before_it(lease, run):
     _, sent = run(lease(num_steps=20, log_every=2), checkpoint_seconds=0.0)
     assert len(sent.checkpoints) > 10
+    # Every second step is logged; evaluations are at 5, 10, 15 and 20.
     measured = {0, *range(2, 21, 2), 5, 15}
     for checkpoint, steps in zip(sent.checkpoints, sent.steps_at_checkpoint, strict=True):
         assert steps == {step for step in measured if step <= checkpoint.step}
@@ -129,6 +130,7 @@ def test_every_measurement_up_to_a_checkpoint_is_accepted_before_it(lease, run):
 
 def test_a_resumed_run_ends_with_the_same_curve_bit_for_bit(lease, run, worker):
     leased = lease(log_every=1)
+    # The same run twice: uninterrupted, and drained after 8 steps and resumed.
     _, whole = run(leased)
     again = lease(log_every=1)
     assert again.spec == leased.spec

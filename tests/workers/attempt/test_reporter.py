@@ -21,6 +21,7 @@ def test_measurements_arrive_in_order_and_in_batches(fake, client, make_spec) ->
         reporter.flush()
     assert [m.step for m in run.curve] == list(range(2_500))
     assert all(len(batch.measurements) <= 1_000 for batch in run.batches)
+    # 2,500 measurements in batches of at most 1,000, and perhaps a small batch before them.
     assert len(run.batches) <= 4
 
 

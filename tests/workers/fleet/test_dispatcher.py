@@ -105,6 +105,7 @@ def test_a_refused_fleet_drains_and_says_why(fake, start) -> None:
 
 def test_a_fleet_outlives_a_service_that_is_away(fake, engine, start, make_spec) -> None:
     fake.away = True
+    # The first request fails at once; the fleet then pauses for 1 s and must not exit.
     _, result = start(exit_when_idle_seconds=60)
     time.sleep(0.5)
     assert not result.done()
@@ -145,6 +146,7 @@ def test_a_run_that_ray_refuses_fails_alone(
 
 def test_resources_that_ray_does_not_know_are_no_run_s_on_any_fleet(fake, make_spec) -> None:
     lease = fake.leased(make_spec()).lease
+    # Ray counts GPUs in ten-thousandths and refuses a smaller share.
     lease = lease.model_copy(update={"resources": Resources.model_construct(cpus=1, gpus=1e-5)})
     with pytest.raises(UnrunnableError, match="num_gpus"):
         Engine.submit_lease(Mock(), lease, "0" * 56, Mock(), 1.0)
@@ -158,6 +160,7 @@ def test_an_idle_fleet_exits_after_as_long_as_it_was_told(fake, start) -> None:
 
 
 def test_only_one_nodes_resources_are_offered_at_a_time(fake, engine, start, make_spec) -> None:
+    # The nodes have 1 and 2 CPUs. Together they would fit a run of 2 and half of the second run.
     runs = [fake.offer(make_spec(), cpus=2) for _ in range(2)]
     _, _ = start()
     fake.wait_for(lambda: any(run.leased_at for run in runs))
@@ -173,6 +176,7 @@ def test_a_lease_that_arrives_while_draining_is_given_back(
     monkeypatch.setattr(dispatching, "_KILLED_SECONDS", _LONG_SECONDS)
     dispatcher, result = start()
     fake.wait_for(lambda: fake.requests)
+    # The pending request is a long poll: the offer answers it after the drain began.
     dispatcher.drain()
     time.sleep(0.2)
     run = fake.offer(make_spec())
@@ -195,6 +199,7 @@ def test_a_run_that_does_not_drain_is_killed_and_given_back(fake, engine, start,
 def test_a_run_that_waits_in_ray_is_given_back_before_its_lease_runs_out(
     fake, engine, start, make_spec
 ) -> None:
+    # The run waits in Ray's queue: the fleet gives it back after half of its lease, 4 s.
     engine.is_full = True
     run = fake.offer(make_spec(), lease_seconds=8.0)
     start(exit_when_idle_seconds=60)
@@ -208,6 +213,7 @@ def test_a_run_that_has_begun_is_left_alone(fake, engine, start, make_spec) -> N
     run = fake.offer(make_spec(), lease_seconds=0.3)
     start(exit_when_idle_seconds=60)
     _wait_until_submitted(engine, run)
+    # Longer than the lease, which nothing renews here: only a waiting run may be given back.
     time.sleep(1)
     assert not engine.submitted[run.id].drained
 
@@ -222,6 +228,7 @@ def test_what_a_failed_group_holds_is_freed_once_no_other_group_runs(
     fake.wait_for(lambda: alone.leased_at)
     _crash(engine, alone)
     fake.wait_for(lambda: alone.finish)
+    # Freeing the groups now would also free the group that still runs.
     assert engine.num_freed == 0
     _crash(engine, first)
     fake.wait_for(lambda: first.finish)

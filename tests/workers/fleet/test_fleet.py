@@ -28,6 +28,7 @@ def test_trials_run_in_warm_processes_and_start_in_under_two_seconds(
     runs = [shared_fake.offer(make_spec()) for _ in range(6)]
     shared_fake.wait_for(lambda: all(run.finish for run in runs))
     assert {run.finish.outcome for run in runs} == {"succeeded"}
+    # No process was started for a run: all six ran in the two processes of the warm-up.
     assert fleet.worker_pids() == pids
     assert statistics.median(run.finish.timing.startup_seconds for run in runs) < 2.0
 
@@ -37,6 +38,7 @@ def test_a_slot_that_falls_free_is_leased_again_at_once(fleet, shared_fake, make
     shared_fake.wait_for(lambda: all(run.finish for run in runs))
     ends = sorted(run.finished_at for run in runs)
     starts = sorted(run.leased_at for run in runs)
+    # Two slots: the third start follows the first end, and so on.
     waits = [start - end for start, end in zip(starts[2:], ends, strict=False)]
     assert statistics.median(waits) < 0.4  # a poll may wait for 1 s
 
@@ -44,6 +46,7 @@ def test_a_slot_that_falls_free_is_leased_again_at_once(fleet, shared_fake, make
 def test_a_run_is_only_asked_for_when_its_resources_are_free(fleet, shared_fake, make_spec) -> None:
     run = shared_fake.offer(make_spec(**_LONG))
     shared_fake.wait_for(lambda: run.curve)
+    # The request that is pending may still offer both CPUs.
     asked = len(shared_fake.requests)
     shared_fake.wait_for(lambda: len(shared_fake.requests) > asked + 1)
     assert {r.resources.cpus for r in shared_fake.requests[asked + 1 :]} == {1}
@@ -103,6 +106,7 @@ def test_sigterm_publishes_a_checkpoint_gives_every_run_back_and_leaves_no_proce
     assert fleet.process.wait(timeout=_LONG_SECONDS) == 0
     for run in runs:
         assert run.finish.outcome == "released"
+        # The curve ends at the checkpoint, or at the last logged step before it.
         assert run.checkpoints[-1].step == run.curve[-1].step or run.curve[-1].step % 50 == 0
         assert run.checkpoints[-1].step >= run.curve[-1].step
         assert run.state == "queued"
