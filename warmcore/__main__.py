@@ -1,12 +1,10 @@
-"""`python -m warmcore run.yaml`: one run, no service; a trunk with the run of each of its branches.
+"""The command `python -m warmcore run.yaml`: a run without a service, and its branches.
 
-`python -m warmcore coord-check run.yaml` is in `warmcore.coord_check.cli`.
-
-Writes `measurements.jsonl` and checkpoints below `--out`, and continues from the newest good
-checkpoint there. The curve has one line per evaluation and per `log_every` steps, in the order of
-events; at a checkpoint their number follows from the run's progress, so that whatever a killed
-process wrote after it is cut off and written again. A branch has the same in a folder of its own
-(`tpp-5` at 5 tokens per parameter), where its curve begins at its trunk's checkpoint.
+It writes `measurements.jsonl` and checkpoints below `--out`, and continues from the newest good
+checkpoint in that folder. The curve has a line per evaluation and per `log_every` steps, in the
+order of events. A branch has the same files in a folder of its own (`tpp-5` at 5 tokens per
+parameter); its curve begins at its trunk's checkpoint. `python -m warmcore coord-check run.yaml` is
+in `warmcore.coord_check.cli`.
 
 Exit codes: 0 finished, 2 bad spec, 3 diverged, 130 interrupted (run it again to continue).
 """
@@ -28,8 +26,9 @@ from warmcore.training.ranks import ALONE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parse the arguments, run what they name, and return the exit code."""
+    """Parse the arguments, run the command, and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # `coord-check` has a parser of its own: it shares few options with a run.
     if arguments[:1] == ["coord-check"]:
         return cli.main(arguments[1:])
     options = _make_parser().parse_args(arguments)
@@ -37,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out=options.out or Path("runs") / options.spec.stem,
         checkpoint_seconds=options.checkpoint_seconds,
     )
+    # A partial of a module's function: other processes receive it by pickle.
     run = functools.partial(run_spec_file, options.spec, location)
     if options.processes > 1:
         launch = LaunchOptions(
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             num_threads=options.threads,
         )
         return lead_processes(run, launch)
+    # With several processes, `lead_processes` sets the threads of each.
     if options.threads:
         torch.set_num_threads(options.threads)
     return run(ALONE, options.device)
@@ -58,9 +59,14 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads (torch's default)")
     parser.add_argument("--checkpoint-seconds", type=float, default=60.0, help="default 60")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default cpu")
-    parser.add_argument("--processes", type=_parse_count, default=1, help="that share the run; 1")
     parser.add_argument(
-        "--strategy", default="ddp", choices=get_args(Strategy), help="of several processes"
+        "--processes", type=_parse_count, default=1, help="that share the run; default 1"
+    )
+    parser.add_argument(
+        "--strategy",
+        default="ddp",
+        choices=get_args(Strategy),
+        help="of several processes; default ddp",
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""One run and its branches without a service: trains, measures, checkpoints, resumes."""
+"""A run and its branches without a service: training, measurements, checkpoints, resuming."""
 
 import dataclasses
 import json
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("warmcore")
 FINISHED, BAD_SPEC, DIVERGED, INTERRUPTED = 0, 2, 3, 130
-NUM_KEPT = 2  # the newest checkpoint, and the one before it in case that is damaged
+NUM_KEPT = 2  # checkpoints; the older is used if the newest is damaged
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunLocation:
-    """Where and how a run runs, and what it leaves there."""
+    """The folder of a run, the device, and the interval between checkpoints."""
 
     out: Path
     checkpoint_seconds: float = 60.0
@@ -42,10 +42,8 @@ class RunLocation:
 
 
 def run_spec_file(path: Path, location: RunLocation, ranks: Ranks, device: str) -> int:
-    """Run the spec in the file `path` as the rank that leads; return the exit code.
-
-    Another process may call this, so it sets up the log here.
-    """
+    """Run the spec in the file `path` as rank 0, and return the exit code."""
+    # Set up the log here and not in `__main__`: rank 0 of several ranks is a process of its own.
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         spec = read_spec(path)
@@ -60,7 +58,7 @@ def run_spec_file(path: Path, location: RunLocation, ranks: Ranks, device: str) 
 
 
 def train_with_branches(spec: RunSpec, corpus: Corpus, location: RunLocation) -> int:
-    """Run `spec`, and then each of its branches in turn; return the exit code."""
+    """Run `spec` and then each branch of it, and return the exit code of the last run."""
     run = LocalRun(spec, corpus, location)
     code = run.run_to_end()
     for budget, step in zip(spec.branches, spec.branch_steps, strict=True):
@@ -75,7 +73,7 @@ def train_with_branches(spec: RunSpec, corpus: Corpus, location: RunLocation) ->
 
 
 class LocalRun:
-    """A run with its folder: resumes or starts, trains, measures, checkpoints."""
+    """A run in a folder: it starts or resumes, trains, measures and saves."""
 
     def __init__(self, spec: RunSpec, corpus: Corpus, location: RunLocation) -> None:
         self._spec = spec
@@ -89,6 +87,7 @@ class LocalRun:
 
     def run_to_end(self) -> int:
         """Train to the end and return the exit code."""
+        # The handler only sets a flag: a checkpoint is possible between two events, not inside.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note_interrupt)
         training = self._training
@@ -114,9 +113,14 @@ class LocalRun:
         return isinstance(event, EvaluationEvent) and event.step in self._spec.branch_steps
 
     def _note_interrupt(self, _number: int, _frame: object) -> None:
-        self._interrupted = True  # the state is whole only between events
+        self._interrupted = True
 
     def _resume_newest(self, corpus: Corpus) -> LeadingTraining | None:
+        """Resume from the newest usable checkpoint; return None if there is none."""
+        # A process may have been killed at any point. A checkpoint counts only with the
+        # measurements up to its step; the lines after them are cut, and the steps are done again.
+        # Example: 40 lines on the disk, and a checkpoint of step 30 with log_every 1 and 3
+        # evaluations. Lines 34 to 40 are cut, and the steps after 30 write them again.
         for path in list_checkpoints(self.checkpoints):
             try:
                 training = LeadingTraining.resume(
@@ -146,14 +150,15 @@ class LocalRun:
         return training
 
     def _count_measured(self, training: LeadingTraining) -> int:
-        """Lines up to here; those up to a branch's beginning are its trunk's."""
+        """Return the number of lines in measurements.jsonl up to this step."""
+        # Lines up to the start of a branch are in the trunk's file.
         log_every, start = self._spec.train.log_every, self._spec.start_step
         before = sum(step <= start for step in self._spec.evaluation_steps) if start else 0
         evaluations = len(training.progress.val_losses_nats) - before
         return training.step // log_every - start // log_every + evaluations
 
     def _cut_measurements(self, num_lines: int) -> None:
-        """Keep the first `num_lines`; what follows belongs to steps that will be done again."""
+        """Keep the first `num_lines` lines; the steps of the other lines will be done again."""
         path = self._measurements
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         if len(lines) < num_lines:
@@ -174,7 +179,8 @@ class LocalRun:
         file.write(json.dumps(dataclasses.asdict(event)) + "\n")
 
     def _save_checkpoint(self, file: TextIO) -> None:
-        """Measurements reach the disk before the checkpoint that counts on them."""
+        """Save the measurements, then the checkpoint; delete checkpoints that are not needed."""
+        # In this order: a checkpoint without its measurements could not be resumed.
         if self._saved == self._training.progress:
             return
         file.flush()
@@ -182,6 +188,7 @@ class LocalRun:
         saved = self._training.save(checkpoint_path(self.checkpoints, self._training.step))
         self._saved = self._training.progress
         log.info("checkpoint %s hash=%s", saved.path, saved.hash)
+        # Keep the checkpoints at which branches start, and the newest of the others.
         kept = {checkpoint_path(self.checkpoints, step) for step in self._spec.branch_steps}
         others = [path for path in list_checkpoints(self.checkpoints) if path not in kept]
         for old in others[NUM_KEPT:]:
@@ -195,4 +202,4 @@ def _format_losses(event: EvaluationEvent) -> str:
 
 
 class _MeasurementsMissingError(Exception):
-    """A checkpoint counts on measurements that are not there."""
+    """The measurements up to a checkpoint are not on the disk."""

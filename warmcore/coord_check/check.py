@@ -1,11 +1,12 @@
-"""Coordinate check (arXiv 2203.03466, appendix D.1): do activations stay in place as models grow?
+"""The coordinate check (arXiv 2203.03466, appendix D.1): sizes of activations as models grow.
 
-Under muP mean |x| after a few steps does not depend on width, so that the slope of log mean |x|
-against log n is 0 for every kind of layer; under CompleteP (arXiv 2505.01618) the same holds of
-depth. Under standard parametrization neither does.
+Under muP mean |x| after a few steps does not depend on width: the slope of log mean |x| against
+log n is 0 for every kind of layer. Under CompleteP (arXiv 2505.01618) the same holds for depth.
+Under standard parametrization both depend on the size.
 
-The sum of what L branches are drawn with falls as 1/sqrt(L) under CompleteP, by design: in depth
-the stream is flat once what was learned outweighs it, by its steps or by a small `init_std`.
+Under CompleteP the sum of L initial branches falls as 1/sqrt(L), by design. In depth the residual
+stream is flat once the learned part outweighs the initial part: after enough steps, or with a small
+`init_std`.
 """
 
 import logging
@@ -31,7 +32,7 @@ Sizes = dict[Kind, float]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckSetup:
-    """How the models of a check are trained: `num_steps` at constant lr, once per seed."""
+    """The training of the models of a check: `num_steps` at constant lr, for each seed."""
 
     tokens: Tokens
     train: TrainSpec
@@ -42,11 +43,12 @@ class CheckSetup:
 
 
 def check_axis(setup: CheckSetup, model: ModelSpec, axis: Axis, sizes: Sequence[int]) -> AxisCheck:
-    """Train `model` at each size and average over seeds.
+    """Train `model` at each size and average the activations over seeds.
 
     Raises:
-        ValueError: a size that the model cannot have, or training that left the finite numbers.
+        ValueError: the model cannot have a size, or an activation is not finite.
     """
+    # All sizes are valid before the first model is trained: training takes minutes.
     by_size = [
         _average_over_seeds(setup, spec) for spec in [resize_model(model, axis, n) for n in sizes]
     ]
@@ -58,7 +60,9 @@ def check_axis(setup: CheckSetup, model: ModelSpec, axis: Axis, sizes: Sequence[
 
 
 def resize_model(model: ModelSpec, axis: Axis, size: int) -> ModelSpec:
-    """The model at another size; what a missing base width or depth stood for is kept."""
+    """Return the model at another size of `axis`, with the same base width and depth."""
+    # A missing base width means the model's own width. Write it down before the width changes, or
+    # every size would be at its own base, where muP does nothing.
     base = {"base_width": model.base_width or model.width}
     base |= {"base_depth": model.base_depth or model.depth}
     return ModelSpec.model_validate(model.model_dump() | base | {axis: size})
@@ -72,13 +76,13 @@ def _average_over_seeds(setup: CheckSetup, spec: ModelSpec) -> list[Sizes]:
 
 
 def measure_activations(setup: CheckSetup, spec: ModelSpec, seed: int) -> list[Sizes]:
-    """Mean |x| of each kind of layer's output after 0, 1, ..., `num_steps` steps.
+    """Return mean |x| of the output of each kind of layer after 0, 1, ..., `num_steps` steps.
 
-    What t steps made of the model is measured on batch t, the first that has not been trained on.
+    The model after t steps is measured on batch t, the first batch that it has not seen.
     """
     model = init_weights_(Decoder(spec, context=setup.context), spec, Generator().manual_seed(seed))
     optimizer = build_optimizer(model.to(setup.device).named_parameters(), spec, setup.train)
-    read = _hook_activations(model)
+    read_sizes = _hook_activations(model)
     measured: list[Sizes] = []
     for step in range(setup.num_steps + 1):
         batch = read_train_batch(
@@ -88,9 +92,10 @@ def measure_activations(setup: CheckSetup, spec: ModelSpec, seed: int) -> list[S
             batch_size=setup.train.batch_size,
             context=setup.context,
         )
-        with fused.disable_fused():  # or only the blocks would have outputs
+        # The fused functions skip the modules inside a block, and the hooks would see nothing.
+        with fused.disable_fused():
             loss = loss_nats(model, batch.to(setup.device))
-        measured.append(_check_finite(read(), spec, step))
+        measured.append(_check_finite(read_sizes(), spec, step))
         if step < setup.num_steps:
             optimizer.zero_grad()
             loss.backward()
@@ -99,27 +104,28 @@ def measure_activations(setup: CheckSetup, spec: ModelSpec, seed: int) -> list[S
 
 
 def _hook_activations(model: Decoder) -> Callable[[], Sizes]:
-    """Hook the model; what is returned reads the sizes of the forward pass since the last read."""
+    """Hook the model; return a function that reads the sizes since its last call."""
     outputs: dict[Kind, list[Tensor]] = {kind: [] for kind in KINDS}
 
-    def collect(module: torch.nn.Module, kind: Kind) -> None:
-        def hook(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
+    def add_hook(module: torch.nn.Module, kind: Kind) -> None:
+        def note_output(_module: torch.nn.Module, _inputs: object, output: Tensor) -> None:
             outputs[kind].append(output.detach().abs().mean())
 
-        module.register_forward_hook(hook)
+        module.register_forward_hook(note_output)
 
-    def read() -> Sizes:
-        sizes: Sizes = {k: float(torch.stack(found).mean()) for k, found in outputs.items()}
-        for found in outputs.values():
-            found.clear()
+    def read_sizes() -> Sizes:
+        sizes: Sizes = {k: float(torch.stack(means).mean()) for k, means in outputs.items()}
+        for means in outputs.values():
+            means.clear()
         return sizes
 
     for name, module in model.named_modules():
         for kind in KINDS:
             if name.rsplit(".", 1)[-1] == kind:
-                collect(module, kind)
-    collect(model.blocks[-1], "stream")
-    return read
+                add_hook(module, kind)
+    # The residual stream is the output of the last block.
+    add_hook(model.blocks[-1], "stream")
+    return read_sizes
 
 
 def _check_finite(sizes: Sizes, spec: ModelSpec, step: int) -> Sizes:

@@ -1,6 +1,6 @@
-"""`python -m warmcore coord-check run.yaml`: slopes over width and depth, to slopes.json.
+"""The command `python -m warmcore coord-check run.yaml`: slopes over sizes, in slopes.json.
 
-Exit codes: 0 all slopes within the tolerance, 1 not, 2 bad spec.
+Exit codes: 0 all slopes are within the tolerance, 1 a slope is not, 2 bad spec.
 """
 
 import argparse
@@ -23,12 +23,12 @@ log = logging.getLogger("warmcore")
 
 FLAT, NOT_FLAT, BAD_SPEC = 0, 1, 2
 FILE = "slopes.json"
-# Below 128 finite-width effects are still 5 % of an activation; below depth 4 likewise.
+# Below width 128 and below depth 4, effects of finite size are still 5 % of an activation.
 WIDTHS, DEPTHS = (128, 256, 512), (4, 8, 16, 32)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Parse, check, write, and return the exit code."""
+    """Parse the arguments, check the model, write the slopes, and return the exit code."""
     options = _make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if options.threads:
@@ -48,16 +48,17 @@ def main(arguments: Sequence[str]) -> int:
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coord-check",
-        description="Do activations keep their size as the model grows? Trains the run's model at "
-        "several widths and depths for a few steps. Exit codes: 0 flat, 1 not flat, 2 bad spec.",
+        description="Check that activations keep their size as the model grows: train the run's "
+        "model at several widths and depths for a few steps. Exit codes: 0 flat, 1 not flat, "
+        "2 bad spec.",
     )
     add = parser.add_argument
     add("spec", type=Path, help="run.yaml, see examples/run.yaml")
     add("--out", type=Path, default=Path("coord-check"), help=f"folder for {FILE}")
     add("--widths", type=_parse_sizes, default=WIDTHS, help="default 128,256,512; none: no check")
     add("--depths", type=_parse_sizes, default=DEPTHS, help="default 4,8,16,32; none: no check")
-    add("--steps", type=_parse_positive, default=5, help="after which slopes are judged; default 5")
-    add("--seeds", type=_parse_positive, default=4, help="to average over; default 4")
+    add("--steps", type=_parse_positive, default=5, help="steps before the slopes; default 5")
+    add("--seeds", type=_parse_positive, default=4, help="seeds to average over; default 4")
     add("--optimizer", choices=get_args(OptimizerName), help="default: the run's")
     add("--parametrization", choices=get_args(Parametrization), help="default: the run's")
     add("--lr", type=float, help="default: the run's")
@@ -65,7 +66,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--batch-size", type=_parse_positive, default=8, help="sequences; default 8: few are enough"
     )
     add("--context", type=_parse_positive, default=32, help="tokens; default 32: few are enough")
-    add("--tolerance", type=float, default=TOLERANCE, help="of a slope; default 0.05")
+    add("--tolerance", type=float, default=TOLERANCE, help="largest flat slope; default 0.05")
     add("--threads", type=int, help="CPU threads (torch's default)")
     add("--device", default="cpu", help="default cpu")
     add("--json", action="store_true", help=f"print {FILE} instead of a table")
@@ -77,7 +78,7 @@ def _parse_sizes(text: str) -> tuple[int, ...]:
         return ()
     sizes = tuple(sorted({_parse_positive(part) for part in text.split(",")}))
     if len(sizes) == 1:
-        raise argparse.ArgumentTypeError(f"{text} is one size; a slope needs two, or none")
+        raise argparse.ArgumentTypeError(f"{text} is a single size; a slope needs two, or none")
     return sizes
 
 
@@ -89,18 +90,19 @@ def _parse_positive(text: str) -> int:
 
 
 def check_run_model(run: RunSpec, options: argparse.Namespace) -> CoordCheck:
-    """Check the run's model, with what the options change.
+    """Check the run's model, after the changes in `options`.
 
     Raises:
-        ValueError: an option, or a size, that the model or the training cannot have.
+        ValueError: the model or the training cannot have an option or a size.
     """
     if not options.widths and not options.depths:
-        raise ValueError("widths and depths are both none; give sizes to one of them")
+        raise ValueError("widths and depths are both none; give sizes for either")
     model = ModelSpec.model_validate(
         run.model.model_dump() | _list_given(options, "parametrization")
     )
     changed = _list_given(options, "optimizer", "lr", "batch_size")
     train = TrainSpec.model_validate(run.train.model_dump() | changed)
+    # Short sequences and small batches suffice: the sizes are means over many activations.
     setup = CheckSetup(
         tokens=prepare_corpus(run.data).train,
         train=train,
@@ -109,6 +111,7 @@ def check_run_model(run: RunSpec, options: argparse.Namespace) -> CoordCheck:
         num_seeds=options.seeds,
         device=options.device,
     )
+    # The base sizes come from the run, and each axis keeps the run's size on the other axis.
     axes: list[AxisCheck] = []
     if options.widths:
         axes.append(check_axis(setup, model, "width", options.widths))
@@ -130,7 +133,8 @@ def _list_given(options: argparse.Namespace, *names: str) -> dict[str, object]:
 
 
 def format_table(check: CoordCheck) -> str:
-    """The last slopes, a line per kind, with what is beyond the tolerance marked."""
+    """Return the slopes after the last step, a line per kind, with a mark at steep slopes."""
+    # Example of a line: "attention        +0.012 pass   -0.081 FAIL".
     lines = ["".join(["kind".ljust(14), *(f"{axis.axis:>14}" for axis in check.axes)])]
     for kind in KINDS:
         cells: list[str] = []

@@ -1,9 +1,9 @@
-"""`config.json` of Hugging Face and our `ModelSpec`, both ways (torch-free). METHOD §1.
+"""Conversion between Hugging Face's `config.json` and our `ModelSpec` (torch-free). METHOD §1.
 
-Our decoder at m = l = 1 is `LlamaForCausalLM`. Mistral without its sliding window, and Qwen2
-without its biases, are the same function under other names. Whatever in a config would make another
-function is refused here, by its field. What transformers assumes where a field is missing is from
-its 5.23: `configuration_{llama,mistral,qwen2}.py` and `modeling_rope_utils.py`.
+Our decoder at m = l = 1 is `LlamaForCausalLM`. Mistral without a sliding window, and Qwen2 without
+biases, are the same function under other names. A field that would make another function is refused
+by name. The values for missing fields are those of transformers 5.23, from
+`configuration_{llama,mistral,qwen2}.py` and `modeling_rope_utils.py`.
 """
 
 import json
@@ -19,7 +19,7 @@ from warmcore.specs.fields import TokenIds
 CONFIG = "config.json"
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# Key/value heads where the config does not say; None: as many as query heads.
+# The number of key/value heads if the config has none; None: as many as query heads.
 _KV_HEADS: dict[str, int | None] = {
     "LlamaForCausalLM": None,
     "MistralForCausalLM": 8,
@@ -30,7 +30,7 @@ _DEFAULT_ROPE_THETA = 10_000.0
 
 
 class HfConfig(BaseModel):
-    """The fields of a `config.json` on which the function depends; the others are ignored."""
+    """The fields of a `config.json` that decide the function; all other fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -60,10 +60,10 @@ class HfConfig(BaseModel):
 
     @classmethod
     def read_folder(cls, folder: Path) -> "HfConfig":
-        """Read a model's folder.
+        """Return the config in a model's folder.
 
         Raises:
-            ValueError: the field that is missing, malformed or of another architecture.
+            ValueError: a field is missing, malformed or of another architecture.
         """
         try:
             config = cls.model_validate_json((folder / CONFIG).read_bytes())
@@ -81,19 +81,21 @@ class HfConfig(BaseModel):
 
     @property
     def architecture(self) -> str:
-        """The name of its class in transformers."""
+        """The name of the model's class in transformers."""
         return self.architectures[0]
 
     @property
     def num_kv_heads(self) -> int:
-        """Key/value heads."""
+        """The number of key/value heads."""
+        # An explicit null means as many as query heads, and not the default of the architecture.
         given = "num_key_value_heads" in self.model_fields_set
         value = self.num_key_value_heads if given else _KV_HEADS[self.architecture]
         return value or self.num_attention_heads
 
     @property
     def model(self) -> ModelSpec:
-        """The same model as ours, at its own base: every muP factor is 1."""
+        """The same model as a `ModelSpec` at its own base: every muP factor is 1."""
+        # A config with initializer_range 0 says nothing about initial weights: keep our defaults.
         std = self.initializer_range
         stds = ("init_std", "embedding_std", "unembedding_std")
         drawn = dict.fromkeys(stds, std) if std > 0 else {}
@@ -122,7 +124,7 @@ class HfConfig(BaseModel):
             ) from error
 
     def check_supported(self) -> None:
-        """Raise ValueError if a field makes another function than ours."""
+        """Raise ValueError if a field makes a function that our decoder cannot compute."""
         if len(self.architectures) != 1 or self.architecture not in _KV_HEADS:
             _refuse_field("architectures", list(self.architectures), f"{', '.join(_KV_HEADS)} work")
         if self.quantization_config is not None:
@@ -130,6 +132,7 @@ class HfConfig(BaseModel):
             _refuse_field(
                 "quantization_config", method, "float32, bfloat16 or float16 weights work"
             )
+        # `auto_map` names Python code in the model's folder, and we run no code from there.
         if self.auto_map is not None:
             _refuse_field(
                 "auto_map", self.auto_map, "only the code of transformers itself is known here"
@@ -160,6 +163,8 @@ class HfConfig(BaseModel):
         return float(self._rope.get("rope_theta") or self.rope_theta or _DEFAULT_ROPE_THETA)
 
     def _check_rope(self) -> None:
+        # transformers 5 writes `rope_parameters`, 4 `rope_scaling` and `rope_theta` beside it.
+        # Example: Llama 3.1 has rope_type llama3, with other angles than ours: refused.
         rope, field = self._rope, "rope_scaling" if self.rope_scaling else "rope_parameters"
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind != "default" or any(isinstance(value, dict) for value in rope.values()):
@@ -172,7 +177,9 @@ class HfConfig(BaseModel):
             _refuse_field("partial_rotary_factor", partial, "1 works: every pair of a head rotates")
 
     def _check_window(self) -> None:
-        """A window as long as the context masks nothing; Llama has none."""
+        """Refuse a sliding window that is shorter than the context."""
+        # A window as long as the context masks nothing, and Llama has no window. Qwen2 configs
+        # name a window but use it only with use_sliding_window.
         can_slide = self.architecture == "MistralForCausalLM" or (
             self.architecture == "Qwen2ForCausalLM" and self.use_sliding_window
         )
@@ -182,7 +189,7 @@ class HfConfig(BaseModel):
                 "sliding_window",
                 window,
                 f"null works, or max_position_embeddings {window} in place of {context}: "
-                "shorter sequences never meet the window",
+                "shorter sequences never reach the window",
             )
 
 
@@ -193,11 +200,9 @@ def _refuse_field(field: str, value: object, works: str) -> NoReturn:
 def make_llama_config(
     model: ModelSpec, *, context: int, dtype: Dtype, bos: TokenIds, eos: TokenIds
 ) -> dict[str, Any]:
-    """`config.json` of a model whose multipliers are folded into its weights.
-
-    transformers 5 reads `rope_parameters` and `dtype`, 4 reads `rope_theta` and `torch_dtype`. Left
-    out, bos and eos would be 1 and 2.
-    """
+    """Return the `config.json` of a model after its multipliers are folded into its weights."""
+    # transformers 5 reads `rope_parameters` and `dtype`, 4 reads `rope_theta` and `torch_dtype`.
+    # Without bos and eos, transformers would take tokens 1 and 2.
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -228,10 +233,10 @@ def make_llama_config(
 
 
 def make_generation_config(*, bos: TokenIds, eos: TokenIds) -> dict[str, Any]:
-    """`generation_config.json`: greedy unless asked otherwise, to the end of a document."""
+    """Return the `generation_config.json`: greedy by default, to the end of a document."""
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": None, "do_sample": False}
 
 
 def encode_json(fields: Mapping[str, Any]) -> bytes:
-    """A JSON file as people read it."""
+    """Return a JSON file with a field per line."""
     return (json.dumps(fields, indent=2) + "\n").encode()

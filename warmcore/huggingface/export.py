@@ -1,7 +1,8 @@
-"""A checkpoint as a folder that `transformers` loads as `LlamaForCausalLM`, with equal logits.
+"""Export of a checkpoint to a folder that `transformers` loads as `LlamaForCausalLM`.
 
-The muP multipliers are folded into the weights (`warmcore.huggingface.tensors`). Tensors are read,
-folded and written one at a time, so that no second model is ever in memory.
+The logits are equal: the muP multipliers are folded into the weights
+(`warmcore.huggingface.tensors`). Each tensor is read, folded and written before the next, and no
+second model is ever in memory.
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,13 +35,13 @@ DTYPES: dict[Dtype, torch.dtype] = {
 MAX_SHARD_BYTES = 5_000_000_000
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# transformers 4 refuses a file that does not say which framework its tensors are of.
+# transformers 4 refuses a file without the framework of its tensors.
 _METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written, and the hash of the checkpoint that it was made from."""
+    """The written files, and the hash of the exported checkpoint."""
 
     path: Path
     checkpoint_hash: str
@@ -60,11 +61,12 @@ def export_hf(
     """Write the folder `out`: weights, configuration and tokenizer.
 
     Raises:
-        ValueError: `out` is there already, the checkpoint has no such weights, or a weight is
+        ValueError: `out` exists already, the checkpoint does not have `weights`, or a weight is
             beyond the range of `dtype`.
         CheckpointCorruptError: a file differs from its hash.
     """
     check_free(out)
+    # Hash the checkpoint before writing: a damaged checkpoint leaves no folder.
     source = open_checkpoint(checkpoint, expected_hash=expected_hash)
     with write_folder(out) as aside:
         _write_weights(source, weights, aside, DTYPES[dtype], max_shard_bytes)
@@ -99,12 +101,12 @@ def _make_text_files(source: OpenCheckpoint, checkpoint: Path, dtype: Dtype) -> 
 
 def _write_weights(
     source: OpenCheckpoint,
-    which: BaseWeights,
+    name_of_weights: BaseWeights,
     folder: Path,
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
-    weights = source.weights_named(which)
+    weights = source.weights_named(name_of_weights)
     shapes = parameter_shapes(source.manifest.model)
     infos = {name: TensorInfo(dtype=dtype, shape=tuple(s)) for name, s in shapes.items()}
     shards = list(_split_into_shards(infos, max_shard_bytes))
@@ -124,7 +126,9 @@ def _write_weights(
 
 
 def _split_into_shards(infos: Mapping[str, TensorInfo], max_bytes: int) -> Iterator[list[str]]:
-    """Names in order, as many to a file as it may hold; a tensor is never split."""
+    """Yield the names of each file: in order, at most `max_bytes`, without splitting a tensor."""
+    # A single tensor may exceed the limit. Example: sizes 3, 4, 9 and 1 at limit 8 give the files
+    # [3, 4], [9] and [1].
     shard, num_bytes = list[str](), 0
     for name, info in infos.items():
         if shard and num_bytes + info.num_bytes > max_bytes:
@@ -140,6 +144,7 @@ def _fold_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     for name in names:
         tensor = weights[name]
+        # Multiply in float32 and round once; rounding before too would add a second error.
         folded = tensor.mul_(folded_factor(name, model)).to(dtype)
         if not is_finite(folded):
             raise ValueError(

@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a checkpoint that can be grown: Llama, and what equals it.
+"""Import of a Hugging Face folder as a checkpoint that can be grown: Llama, and equal functions.
 
-Its weights become float32, its tied embeddings two tensors, its tokenizer is carried along. Nothing
-is unpickled: folders of `.bin` files are refused. Read and written tensor by tensor.
+Weights become float32, tied embeddings become two tensors, and the tokenizer's files are copied.
+Tensors are read and written singly. Nothing is unpickled: folders of `.bin` files are refused.
 """
 
 import json
@@ -35,7 +35,7 @@ _CONVERT = (
 
 @dataclass(frozen=True, kw_only=True)
 class _Source:
-    """The tensors of all shards by their Hugging Face names, left on the disk."""
+    """The tensors of all shards by their Hugging Face names; each access reads the disk."""
 
     files: Mapping[str, TensorFile]
 
@@ -50,8 +50,7 @@ def import_hf(folder: Path, out: Path) -> SavedCheckpoint:
     """Write the checkpoint `out` with the weights of the model in `folder`.
 
     Raises:
-        ValueError: what is wrong with the model or its files, and what would work; or `out` is
-            there already.
+        ValueError: our decoder cannot compute the model, its files are damaged, or `out` exists.
     """
     check_free(out)
     config = HfConfig.read_folder(folder)
@@ -60,6 +59,7 @@ def import_hf(folder: Path, out: Path) -> SavedCheckpoint:
     source = _open_shards(shards)
     shapes = {name: tuple(shape) for name, shape in parameter_shapes(model).items()}
     places = {name: _find_source_name(name, config) for name in shapes}
+    # Check everything before the first byte is written: a refused model leaves no folder.
     _check_names(source, places, config)
     _check_tensors(source, places, shapes)
     used = {source.read_info(place).dtype for place in places.values()}
@@ -93,7 +93,7 @@ def import_hf(folder: Path, out: Path) -> SavedCheckpoint:
 
 
 def _find_source_name(name: str, config: HfConfig) -> str:
-    """Where a tensor of ours is found; of tied embeddings, both in one place."""
+    """Return the Hugging Face name of our tensor; tied embeddings share a name."""
     place = hf_name(name)
     return EMBEDDING if config.tie_word_embeddings and place == LM_HEAD else place
 
@@ -117,7 +117,7 @@ def _describe_pickles(folder: Path) -> str:
     found = [path.name for kind in _PICKLES for path in sorted(folder.glob(kind))]
     if not found:
         return ""
-    return f", only {found[0]}, a pickle, which can run code when it is read; {_CONVERT}"
+    return f", only {found[0]}, a pickle, and reading a pickle can run code; {_CONVERT}"
 
 
 def _read_shard_names(index: Path) -> list[str]:
@@ -126,9 +126,10 @@ def _read_shard_names(index: Path) -> list[str]:
         names = sorted({str(name) for name in weight_map.values()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{index} is corrupt: it has no weight_map of tensors to files") from error
+    # An index is untrusted: the name "../x" would read a file outside the folder.
     outside = [name for name in names if Path(name).name != name]
     if outside or not names:
-        raise ValueError(f"{index} is corrupt: {outside or 'nothing'} is no file beside it")
+        raise ValueError(f"{index} is corrupt: {outside or 'nothing'} is no file in its folder")
     return names
 
 
@@ -139,13 +140,14 @@ def _open_shards(shards: list[Path]) -> _Source:
         file = TensorFile(path)
         twice = files.keys() & file.keys()
         if twice:
-            raise ValueError(f"{path} has {min(twice)}, as another shard has; one of them is stale")
+            raise ValueError(f"{path} has {min(twice)}, and another shard too; one shard is stale")
         files |= dict.fromkeys(file, file)
     return _Source(files=files)
 
 
 def _check_readable(path: Path) -> None:
-    """The library checks that header and length agree; dtypes we do not read are refused."""
+    """Raise ValueError if a file is damaged or has a dtype that we do not read."""
+    # `safe_open` checks that header and length agree; `TensorFile` does not.
     try:
         with safe_open(path, framework="pt") as file:
             dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -157,7 +159,9 @@ def _check_readable(path: Path) -> None:
 
 
 def _check_names(source: _Source, places: Mapping[str, str], config: HfConfig) -> None:
-    """Every tensor is there, and no other, but for what is the same as nothing."""
+    """Raise ValueError if a tensor is missing, or if another tensor would have an effect."""
+    # Tensors without effect are accepted: biases of zeros, a tied lm_head, and the RoPE frequencies
+    # that old versions of transformers saved.
     missing = sorted(set(places.values()) - source.files.keys())
     if missing:
         raise ValueError(
@@ -168,7 +172,7 @@ def _check_names(source: _Source, places: Mapping[str, str], config: HfConfig) -
         if name.endswith(".bias"):
             _check_zero(source, name)
         elif name != LM_HEAD and not name.endswith(".rotary_emb.inv_freq"):
-            raise ValueError(f"{name} is no tensor of {config.architecture} as we know it")
+            raise ValueError(f"{name} is no known tensor of {config.architecture}")
 
 
 def _check_zero(source: _Source, name: str) -> None:

@@ -1,7 +1,7 @@
-"""Our tensors and those of `LlamaForCausalLM`: names, and what the forward pass multiplies by.
+"""Names and factors that turn our tensors into those of `LlamaForCausalLM`.
 
 Our decoder multiplies at four places (`warmcore.model.mup`), Llama only by 1/sqrt(H) in attention.
-Each of our multipliers follows or precedes a matrix, so that it can be folded into the matrix:
+Each of our multipliers follows or precedes a matrix. It can therefore be folded into the matrix:
 
 =============================  ========================  ====================
 ours                           folded into               factor
@@ -39,7 +39,8 @@ _IN_BLOCK = {
 
 
 def hf_name(name: str) -> str:
-    """`blocks.3.attention.q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
+    """Return the Hugging Face name of our tensor `name`."""
+    # Example: `blocks.3.attention.q.weight` is `model.layers.3.self_attn.q_proj.weight`.
     if name in _OUTSIDE:
         return _OUTSIDE[name]
     _, layer, *inner, weight = name.split(".")
@@ -47,7 +48,10 @@ def hf_name(name: str) -> str:
 
 
 def folded_factor(name: str, model: ModelSpec) -> float:
-    """What a tensor of ours is multiplied by to be Llama's."""
+    """Return the factor that turns our tensor `name` into Llama's."""
+    # No rows are reordered: like Llama we rotate halves of a head, not neighbouring features.
+    # Example: head_dim 64 and attention_multiplier 2. We multiply q k^T by 2/8 and Llama by 1/8:
+    # the factor of q_proj is 2. RoPE is linear, hence the factor may come before the rotation.
     ours = multipliers(model)
     match name.split("."):
         case ["embedding", _]:

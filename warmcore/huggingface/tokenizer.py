@@ -1,4 +1,4 @@
-"""The tokenizer files of an exported model: what encodes text as the run's corpus was encoded."""
+"""The tokenizer files of an exported model; they encode text like the run's corpus."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from warmcore.huggingface.config import encode_json
 from warmcore.specs.fields import TokenIds
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-# What a model's folder may say about its tokenizer; carried along as it is.
+# The files about a tokenizer in a model's folder; an import copies them unchanged.
 TOKENIZER_FILES = (
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -34,7 +34,8 @@ class HfTokenizer:
 
 
 def load_hf_tokenizer(manifest: CheckpointManifest, checkpoint: Path) -> HfTokenizer:
-    """The tokenizer that a checkpoint's model was trained with; no files where nobody knows it."""
+    """Return the tokenizer of a checkpoint's model; without files if it is unknown."""
+    # An imported model keeps the files with which it came.
     names = manifest.files.keys() & set(TOKENIZER_FILES)
     files = {name: (checkpoint / name).read_bytes() for name in sorted(names)}
     if manifest.imported is not None:
@@ -51,7 +52,9 @@ def load_hf_tokenizer(manifest: CheckpointManifest, checkpoint: Path) -> HfToken
 def _make_hf_tokenizer(
     content: bytes, eos: int | None, eos_name: str | None, context: int
 ) -> HfTokenizer:
-    """No token goes before a text; the separator goes after a document, not after a prompt."""
+    """Return the files of a tokenizer of ours: a JSON file and its configuration."""
+    # No bos: our corpora put no token before a text. eos is the separator after a document. The
+    # tokenizer adds neither, because a prompt is not a whole document.
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,

@@ -125,4 +125,4 @@ def test_one_size_has_no_slope(run_yaml, capsys):
     with pytest.raises(SystemExit) as ended:
         checked(run_yaml, "--widths", "64")
     assert ended.value.code == 2
-    assert "64 is one size; a slope needs two" in capsys.readouterr().err
+    assert "64 is a single size; a slope needs two" in capsys.readouterr().err

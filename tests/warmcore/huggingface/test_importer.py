@@ -279,7 +279,7 @@ REFUSED = [
     (MISTRAL | {"max_position_embeddings": 8192}, "sliding_window is 4096"),
     (QWEN2 | {"use_sliding_window": True, "sliding_window": 32}, "sliding_window is 32"),
     ({"num_hidden_layers": 3}, r"model.layers.2.* is missing, and 8 more of 30 tensors"),
-    ({"num_hidden_layers": 1}, "model.layers.1.* is no tensor of LlamaForCausalLM"),
+    ({"num_hidden_layers": 1}, "model.layers.1.* is no known tensor of LlamaForCausalLM"),
     ({"intermediate_size": 32}, r"gate_proj.weight is \[24, 16\]; config.json makes it \[32, 16\]"),
     ({"vocab_size": 300}, r"embed_tokens.weight is \[256, 16\]; config.json makes it \[300, 16\]"),
 ]
@@ -310,7 +310,10 @@ TENSORS = [
         put(Q_BIAS, torch.full((16,), 0.5)),
         f"{Q_BIAS} has values up to 0.5; our models have no biases",
     ),
-    (put("model.layers.0.self_attn.q_norm.weight", torch.ones(4)), "q_norm.weight is no tensor of"),
+    (
+        put("model.layers.0.self_attn.q_norm.weight", torch.ones(4)),
+        "q_norm.weight is no known tensor of",
+    ),
     (lambda tensors: tensors.pop(Q), f"{Q} is missing, and 0 more of 21 tensors"),
     (lambda tensors: tensors.pop("lm_head.weight"), "lm_head.weight is missing"),
     (put(Q, torch.ones(16, 8)), rf"{Q} is \[16, 8\]; config.json makes it \[16, 16\]"),
@@ -355,7 +358,7 @@ FILES = [
         {INDEX: b'{"weight_map": {"a": "model-1.safetensors"}}'},
         "lacks 1 of 1 shards, first model-1",
     ),
-    ({INDEX: b'{"weight_map": {"a": "../model.safetensors"}}'}, "is no file beside it"),
+    ({INDEX: b'{"weight_map": {"a": "../model.safetensors"}}'}, "is no file in its folder"),
     ({INDEX: b'{"weight_map": {}}'}, "is corrupt"),
     ({INDEX: b"[]"}, "is corrupt: it has no weight_map"),
     (
@@ -394,7 +397,7 @@ def test_a_tensor_in_two_shards_is_refused(copy, tmp_path):
     (folder / "b.safetensors").write_bytes((folder / WEIGHTS).read_bytes())
     weight_map = {"weight_map": {"a": WEIGHTS, "b": "b.safetensors"}}
     (folder / INDEX).write_text(json.dumps(weight_map))
-    with pytest.raises(ValueError, match="as another shard has"):
+    with pytest.raises(ValueError, match="and another shard too"):
         import_hf(folder, tmp_path / "ours")
 
 
