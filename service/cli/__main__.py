@@ -1,4 +1,4 @@
-"""`python -m service.cli`: the command line, where the program `warmscale` is not on the path."""
+"""`python -m service.cli`: the command line without the installed program `warmscale`."""
 
 from service.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`warmscale export` and `warmscale import`: this process becomes the one that has torch."""
+"""`warmscale export` and `warmscale import`: this process turns into `workers.convert`."""
 
 import os
 import sys
@@ -12,14 +12,15 @@ if TYPE_CHECKING:
 
 
 def export_checkpoint(run: str, home: Path, options: list[str], *, as_json: bool) -> NoReturn:
-    """Export a folder's checkpoint, or the final one of a run that the service knows."""
+    """Export the checkpoint in the folder `run`, or the final checkpoint of the run `run`."""
     if Path(run).exists():
         source = [run]
     elif run.startswith("run_"):
+        # The converter compares the files with the hash: it refuses a damaged copy.
         checkpoint = _find_checkpoint(run, home)
         source = [checkpoint.uri, "--hash", checkpoint.hash]
     else:
-        fail(Exit.USAGE, f"{run} is neither a folder here nor the id of a run, run_…")
+        fail(Exit.USAGE, f"{run} is neither an existing folder nor the id of a run, run_…")
     _run_converter("export", [*source, *options], as_json=as_json)
 
 
@@ -29,7 +30,7 @@ def import_folder(folder: Path, options: list[str], *, as_json: bool) -> NoRetur
 
 
 def _find_checkpoint(run_id: str, home: Path) -> "CheckpointView":
-    """The final checkpoint, or the newest of a run that has not ended well."""
+    """Return the run's final checkpoint; without a final checkpoint, the newest checkpoint."""
     from urllib.parse import quote
 
     from service.runs.schemas import CheckpointList
@@ -43,5 +44,7 @@ def _find_checkpoint(run_id: str, home: Path) -> "CheckpointView":
 
 
 def _run_converter(command: str, arguments: list[str], *, as_json: bool) -> NoReturn:
+    # The converter needs torch, which this process must not import: exec replaces this process, and
+    # the converter's output and exit code become those of the command.
     program = [sys.executable, "-m", "workers.convert", *(["--json"] if as_json else []), command]
-    os.execv(program[0], [*program, *arguments])  # noqa: S606 - it takes this process over
+    os.execv(program[0], [*program, *arguments])  # noqa: S606 - our own command

@@ -1,4 +1,7 @@
-"""The command line: `warmscale …`. Commands import what they need, so that help comes at once."""
+"""The command line `warmscale …`: its top commands, and the groups of the other modules.
+
+Commands import their modules when they run: `--help` and shell completion must answer at once.
+"""
 
 import argparse
 import os
@@ -15,11 +18,12 @@ from service.local_stack.home import DEFAULT_HOME
 
 app = typer.Typer(
     name="warmscale",
-    help="Tune on small proxy models, grow the best checkpoint, train the target, and tell whether "
-    f"growing paid.\n\n{EXIT_CODES}",
+    help="Tune on small proxy models, grow the best checkpoint, train the target, and report "
+    f"whether growing was worth its cost.\n\n{EXIT_CODES}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+# Typer lists the commands in the order of their registration.
 app.add_typer(study.study, name="study")
 app.add_typer(study.run, name="run")
 for command in (
@@ -37,8 +41,8 @@ app.add_typer(checkpoints.checkpoints, name="checkpoints")
 app.add_typer(webhooks.webhook, name="webhook")
 
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
-Port = Annotated[int | None, typer.Option(help="Port of the API; 0 takes any free one.")]
-Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs for training; all when not given.")]
+Port = Annotated[int | None, typer.Option(help="Port of the API; 0: any free port.")]
+Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs for training; all CPUs by default.")]
 
 
 def _print_version(value: bool) -> None:  # noqa: FBT001 - typer's callback
@@ -71,9 +75,10 @@ def up(
     cpus: Cpus = None,
     as_json: Json = False,
 ) -> None:
-    """Start database, API and fleet on this machine. Ctrl-C stops them; everything resumes."""
+    """Start database, API and fleet on this machine. Ctrl-C stops them; the next start resumes."""
     from service.cli import up as cli_up
 
+    # None starts no fleet; an empty list starts a fleet with its default options.
     fleet_options = [*(["--cpus", str(cpus)] if cpus else [])] if fleet else None
     cli_up.run_stack_until_stopped(load_settings(home, port=port), fleet_options, as_json=as_json)
 
@@ -86,7 +91,7 @@ def serve(
     port: Port = None,
     supervised: Supervised = False,
 ) -> None:
-    """Start the API alone, on a database that `warmscale db upgrade` has prepared."""
+    """Start the API alone; `warmscale db upgrade` must have prepared its database."""
     from service.cli import serve
 
     serve.run_api(load_settings(home, host=host, port=port), supervised=supervised)
@@ -102,7 +107,9 @@ def serve(
 def fleet(
     context: typer.Context, *, home: Home = DEFAULT_HOME, supervised: Supervised = False
 ) -> None:
-    """Start a fleet, which trains what the service leases. `fleet --help` has its options."""
+    """Start a fleet, which trains the runs that the service leases. Options: `fleet --help`."""
+    # The fleet parses its own options. This process finds the service's URL and key, because
+    # `workers.fleet` reads no home folder. --help needs no key.
     arguments = list(context.args)
     environment = dict(os.environ)
     if not {"--help", "-h"} & set(arguments):
@@ -112,24 +119,25 @@ def fleet(
         found = find_access(home, url=given.url)
         environment["WARMSCALE_API_KEY"] = found.key
         arguments = ["--url", found.url, *others]
+    # Before exec: the kernel keeps the request to end with the parent for the new program.
     if supervised:
         from service.local_stack.child_process import die_with_parent
 
         die_with_parent()
     command = [sys.executable, "-m", "workers.fleet", *arguments]
-    os.execve(command[0], command, environment)  # noqa: S606 - the fleet takes this process over
+    os.execve(command[0], command, environment)  # noqa: S606 - our own command
 
 
 @app.command()
 def demo(
     *,
-    folder: Annotated[
-        Path, typer.Option(help="Has spec.yaml; gets results.json and report.html.")
-    ] = Path("demo"),
+    folder: Annotated[Path, typer.Option(help="Folder of spec.yaml, and of the results.")] = Path(
+        "demo"
+    ),
     cpus: Annotated[int, typer.Option(min=1, help="CPUs for training.")] = 2,
     as_json: Json = False,
 ) -> None:
-    """Run a small study on real text from nothing to its verdict, in minutes."""
+    """Run a small study on real text from its start to its verdict, in minutes."""
     from service.cli import demo as demonstration
 
     demonstration.run_demo(folder, cpus=cpus, as_json=as_json)
@@ -139,20 +147,20 @@ def demo(
 def export_model(
     *,
     run: Annotated[
-        str, typer.Argument(metavar="RUN", help="A run's id, or a folder: a checkpoint, a run.")
+        str, typer.Argument(metavar="RUN", help="A run's id, or the folder of a checkpoint or run.")
     ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     output_format: Annotated[
-        Literal["hf"], typer.Option("--format", help="hf: transformers loads it.")
+        Literal["hf"], typer.Option("--format", help="hf: a folder for transformers.")
     ] = "hf",
     weights: Annotated[
-        Literal["raw", "ema", "swa"], typer.Option(help="The last ones, or an average of them.")
+        Literal["raw", "ema", "swa"], typer.Option(help="The last weights, or an average.")
     ] = "raw",
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="The type of the weights.")
     ] = "float32",
     max_shard_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Of a file of weights; 5 GB when not given.")
+        int | None, typer.Option(min=1, help="Largest file of weights; 5 GB by default.")
     ] = None,
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
@@ -173,7 +181,7 @@ def import_model(
     out: Annotated[str, typer.Option(help="The checkpoint to write: a folder, or a URI.")],
     as_json: Json = False,
 ) -> None:
-    """Make a Llama, Mistral or Qwen2 a base checkpoint to grow; print what a spec takes."""
+    """Convert a Llama, Mistral or Qwen2 to a base checkpoint; print the fields for a spec."""
     from service.cli import convert
 
     convert.import_folder(folder, ["--out", out], as_json=as_json)
@@ -188,17 +196,19 @@ def import_model(
     },
 )
 def coord_check(context: typer.Context) -> None:
-    """Check that activations depend on neither width nor depth: slopes and a page of plots."""
+    """Check that activations do not depend on width or depth; write slopes and a page of plots."""
     from service.cli import coord_check as cli_coord
 
     cli_coord.run_check(list(context.args))
 
 
 def main() -> None:
-    """Run the command line; a fault of ours shows its trace, a user's never does."""
+    """Run the command line. A traceback means a bug: errors of a user print a message."""
     try:
         app(prog_name="warmscale")
     except BrokenPipeError:
+        # The reader of a pipe has exited, for example in `warmscale study list | head`. At exit
+        # Python flushes stdout and would print an error: point stdout to /dev/null before that.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(Exit.FAILED)
 

@@ -35,18 +35,22 @@ if TYPE_CHECKING:
 _DATABASE_PATIENCE_SECONDS = 60.0
 _START_PAUSES = every(0.5)
 _log = logging.getLogger(__name__)
-_GRACEFUL_SECONDS = 10  # the supervisor kills after 15, Kubernetes after 30
+# The supervisor kills the API after 15 s, and Kubernetes after 30 s.
+_GRACEFUL_SECONDS = 10
 
 
 def run_api(settings: Settings, *, supervised: bool) -> None:
-    """Run the API in this process. A supervised or embedded one prepares its database itself."""
+    """Run the API in this process until a signal stops it.
+
+    An API under a supervisor or with the embedded database upgrades its database at the start.
+    """
     end_on_sigterm()
     use_utc()
-    # Before any upgrade: Optuna's silences every logger there is if the root has no handler.
+    # Before any upgrade: Optuna's migration disables all loggers if the root logger has no handler.
     logs.configure_logging(settings.log_format)
     if not settings.is_loopback:
         _log.warning(
-            "plain HTTP: keys can be read on the way; put a proxy with TLS in front",
+            "plain HTTP: others on the network can read the keys; put a proxy with TLS in front",
             extra={"host": settings.host},
         )
     if supervised:
@@ -66,13 +70,14 @@ def run_api(settings: Settings, *, supervised: bool) -> None:
 
 
 def _make_application(settings: Settings, url: URL, *, supervised: bool) -> "FastAPI":
-    """The API on its database; where that goes away in between, it is waited for again."""
+    """Return the API on its prepared database; retry for 60 s while the database is away."""
     try:
         from service.app import create_app  # a second of imports
         from service.optuna_bridge.sampler import TRANSIENT
     except UnknownOptunaError as error:
         fail(Exit.CONFLICT, str(error))
 
+    # PostgreSQL can restart between two statements of the start, for example in a failover.
     deadline = time.monotonic() + _DATABASE_PATIENCE_SECONDS
 
     def start() -> "FastAPI":
@@ -82,7 +87,9 @@ def _make_application(settings: Settings, url: URL, *, supervised: bool) -> "Fas
         return create_app(settings, url)
 
     def log_failure(error: Exception) -> None:
-        _log.warning("the database went away at the start", extra={"error": _describe_error(error)})
+        _log.warning(
+            "the database went away during the start", extra={"error": _describe_error(error)}
+        )
 
     try:
         return retry(
@@ -99,7 +106,10 @@ def _describe_error(error: Exception) -> str:
 
 @contextmanager
 def send_traces() -> Generator[None]:
-    """Send traces while inside, if the environment asks for them; exit where that cannot be."""
+    """Export traces during the block, if the environment asks for traces.
+
+    Exits with code 2 if the packages for traces are missing.
+    """
     try:
         with tracing.export_traces(os.environ):
             yield
@@ -108,7 +118,8 @@ def send_traces() -> Generator[None]:
 
 
 def _prepare_database(url: URL, *, upgraded: bool) -> None:
-    """Upgrade the database, or only see that somebody has: one that is not would fail at random."""
+    """Upgrade the database if `upgraded`, and exit unless it has this version's revisions."""
+    # Without this check, the API would start on old tables and fail later, in single requests.
     try:
         wait_until_reachable(url, _DATABASE_PATIENCE_SECONDS)
     except OperationalError as error:
@@ -125,10 +136,10 @@ def _prepare_database(url: URL, *, upgraded: bool) -> None:
 
 
 def admit_keys(url: URL, key: str, fleet_key: str) -> None:
-    """Let the supervisor's own key in, and its fleet's.
+    """Add the supervisor's key and its fleet's key to the database, unless they are there.
 
     Raises:
-        SystemExit: the supervisor's was revoked, so it stays out.
+        SystemExit: the supervisor's key was revoked.
     """
     from service.access import keys  # imports FastAPI
 
@@ -140,5 +151,6 @@ def admit_keys(url: URL, key: str, fleet_key: str) -> None:
     with Session(engine) as session, session.begin():
         session.execute(insert(ApiKey).values(rows).on_conflict_do_nothing())
         caller = keys.find_caller(session, key)
+    # The insert left an existing key as it was: a revoked key stays revoked at the next start.
     if caller is None:
-        raise SystemExit("the key in client.json was revoked; delete that file for a new one")
+        raise SystemExit("the key in client.json was revoked; delete that file to get a new key")

@@ -1,4 +1,4 @@
-"""Spec files: YAML to what the API takes, with relative sources made absolute."""
+"""Spec files: YAML in the form of the API's JSON, with relative paths made absolute."""
 
 import json
 from pathlib import Path
@@ -16,19 +16,20 @@ from warmcore.storage import plain_yaml
 
 
 class SpecError(ValueError):
-    """The file is no spec; the message says where and what works."""
+    """A file that is no spec; the message names the place and a value that would work."""
 
 
 def load_spec(path: Path, folder: Path) -> dict[str, Any]:
-    """The spec in `path`, its relative data.source below `folder`.
+    """Return the spec in `path`, with relative paths in `data` placed below `folder`.
 
     Raises:
-        SpecError: it cannot be read, is no YAML, is no mapping, or holds what JSON cannot say.
+        SpecError: the file is unreadable, no YAML or no mapping, or a value has no JSON form.
     """
     try:
         spec = plain_yaml.read_yaml(path)
     except ValueError as error:
         raise SpecError(str(error)) from None
+    # YAML has values without a JSON form, for example .inf and a lone surrogate.
     try:
         json.dumps(spec, allow_nan=False, ensure_ascii=False).encode()
     except ValueError as error:
@@ -40,7 +41,11 @@ def load_spec(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The spec with relative paths below `folder`; a name such as `stdlib` or `byte` stays."""
+    """Return the spec with relative paths below `folder`.
+
+    A name that is no path, for example `stdlib` or `byte`, stays.
+    """
+    # The service may run in another directory, so it must get absolute paths.
     data = spec.get("data")
     if not isinstance(data, dict):
         return spec
@@ -63,7 +68,7 @@ def _anchor_tokenizer(name: str, folder: Path) -> str:
     try:
         tokenizer = parse_tokenizer(name)
     except ValueError:
-        return name  # the service refuses it and says what would work
+        return name  # the service refuses it, and its message names the values that work
     return _join_path(str(tokenizer.path), folder) if isinstance(tokenizer, TokenizerFile) else name
 
 
@@ -71,7 +76,7 @@ def _join_path(path: str, folder: Path) -> str:
     try:
         return str(folder / Path(path).expanduser())
     except RuntimeError:
-        raise SpecError(f"data: {path!r}: there is no such user; a whole path works") from None
+        raise SpecError(f"data: {path!r}: there is no such user; an absolute path works") from None
 
 
 def _is_elsewhere(source: str) -> bool:

@@ -1,4 +1,4 @@
-"""`warmscale study` and `warmscale run`: what a user asks of a running service."""
+"""`warmscale study` and `warmscale run`: commands that need a running service."""
 
 import json
 import uuid
@@ -23,9 +23,12 @@ from service.local_stack.home import DEFAULT_HOME
 if TYPE_CHECKING:
     from service.client import Client
 
+# The largest page that the API returns.
 _PAGE = 200
-study = typer.Typer(help="Studies: submit, follow, read, steer.", no_args_is_help=True)
-run = typer.Typer(help="Runs: one training each.", no_args_is_help=True)
+study = typer.Typer(
+    help="Studies: create, watch, show, pause, resume, cancel.", no_args_is_help=True
+)
+run = typer.Typer(help="Runs: each is a single training.", no_args_is_help=True)
 study.command()(study_start.enqueue)
 study.command()(study_start.targets)
 
@@ -34,12 +37,14 @@ study.command()(study_start.targets)
 def create(
     *,
     spec: Annotated[Path, typer.Option("--file", "-f", help="The study's spec, YAML or JSON.")],
-    name: Annotated[str | None, typer.Option(help="Instead of the name in the file.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="A name that replaces the name in the file.")
+    ] = None,
     project: Project = None,
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Submit a study. A relative data.source is taken from the working directory."""
+    """Submit a study. A relative data.source starts at the working directory."""
     from service.cli.spec_file import SpecError, load_spec  # reads YAML
 
     try:
@@ -48,20 +53,21 @@ def create(
         fail(Exit.USAGE, str(error))
     with connect_client(home, project) as client:
         created = submit_study(client, body | ({"name": name} if name else {}))
+    # On stderr: a script reads the study's id from stdout.
     for warning in created["warnings"]:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(json.dumps(created) if as_json else f"{created['name']} ({created['id']})")
 
 
 def submit_study(client: "Client", spec: dict[str, Any]) -> dict[str, Any]:
-    """Submit a study under a key of its own, so that a retry cannot make a second one."""
+    """Submit a study under a new idempotency key: a retry creates no second study."""
     return client.post("/v1/studies", spec, idempotency_key=str(uuid.uuid4()))
 
 
 @study.command(name="list")
 def list_studies(
     *,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, help="The largest number of studies to list.")] = 50,
     project: Project = None,
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
@@ -104,15 +110,16 @@ def show(
 def watch(
     name: StudyName, *, project: Project = None, home: Home = DEFAULT_HOME, as_json: Json = False
 ) -> None:
-    """Follow a study until it ends. Ctrl-C leaves the study as it is."""
+    """Show the progress of a study until it ends. Ctrl-C leaves the study as it is."""
     from service.cli.output import watch as watching
 
     try:
+        # `watch_study` retries by itself and shows that it waits, so the client must not retry.
         with connect_client(home, project, patience_seconds=0) as client:
             style = watching.choose_style(as_json=as_json)
             ended = watching.watch_study(client, quote_name(name), style)
     except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        raise typer.Exit(130) from None  # 128 + SIGINT, as shells do
     if ended.state != "completed":
         raise typer.Exit(Exit.FAILED)
 
@@ -121,18 +128,19 @@ def watch(
 def results(
     *,
     name: StudyName,
-    html: Annotated[Path | None, typer.Option(help="Save the report, one HTML page, here.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Save the report, an HTML page, here.")] = None,
     project: Project = None,
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Show what a study found: the verdict, the runs behind it, what it cost."""
+    """Show a study's results: the verdict, its runs and their costs."""
     from service.cli.output import tables
     from service.results.schemas import StudyResults
 
     with connect_client(home, project) as client:
         found = client.get(f"/v1/studies/{quote_name(name)}/results")
         page = client.request("GET", f"/v1/studies/{quote_name(name)}/report").text if html else ""
+    # Save the page first: a study without a verdict has a report too, and exits with code 1.
     if html:
         _save_report(html, page)
     if as_json:
@@ -153,24 +161,25 @@ def _save_report(path: Path, text: str) -> None:
 
 @study.command()
 def pause(name: StudyName, *, project: Project = None, home: Home = DEFAULT_HOME) -> None:
-    """Lease nothing more of a study; what runs goes on to its end."""
+    """Stop leasing runs of a study; running trials continue to their end."""
     _change_state(home, project, name, "pause")
 
 
 @study.command()
 def resume(name: StudyName, *, project: Project = None, home: Home = DEFAULT_HOME) -> None:
-    """Lease again."""
+    """Lease runs of a paused study again."""
     _change_state(home, project, name, "resume")
 
 
 @study.command()
 def cancel(name: StudyName, *, project: Project = None, home: Home = DEFAULT_HOME) -> None:
-    """End a study; a running worker hears it at its next report."""
+    """End a study; a running trial stops at its next report."""
     _change_state(home, project, name, "cancel")
 
 
 def _change_state(home: Path, project: str | None, name: str, verb: str) -> None:
     with connect_client(home, project) as client:
+        # To pause a paused study changes nothing, so a retry is safe.
         changed = client.post(f"/v1/studies/{quote_name(name)}/{verb}", retry=True)
     typer.echo(f"{changed['name']} is {changed['state']}")
 

@@ -1,4 +1,4 @@
-"""`warmscale study enqueue` and `study targets`: what a user starts by hand in a study."""
+"""`warmscale study enqueue` and `study targets`: trials and targets that a user starts by hand."""
 
 import json
 import uuid
@@ -23,7 +23,7 @@ Key = Annotated[
     str | None,
     typer.Option(
         "--idempotency-key",
-        help="The same key starts nothing twice; one of its own when not given.",
+        help="A repeated command with the same key starts nothing; a new key by default.",
     ),
 ]
 
@@ -31,7 +31,7 @@ Key = Annotated[
 def enqueue(
     study: StudyName,
     params: Annotated[
-        list[str], typer.Argument(metavar="NAME=VALUE…", help="The others are sampled.")
+        list[str], typer.Argument(metavar="NAME=VALUE…", help="Other parameters are sampled.")
     ],
     *,
     key: Key = None,
@@ -39,7 +39,7 @@ def enqueue(
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Try given parameters next: `warmscale study enqueue my-study lr=0.003 beta2=0.95`."""
+    """Use given parameters for the next trial: `study enqueue my-study lr=0.003 beta2=0.95`."""
     body = {"params": _parse_params(params)}
     trial = _post_once(home, project, f"/v1/studies/{quote_name(study)}/trials", body, key)
     if as_json:
@@ -52,25 +52,29 @@ def enqueue(
 def targets(
     study: StudyName,
     *,
-    width: Annotated[int | None, typer.Option(help="Of the target.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the target.")] = None,
     depth: Annotated[
-        int | None, typer.Option(help="Of the target; the base's if not given.")
+        int | None, typer.Option(help="Depth of the target; the base's by default.")
     ] = None,
-    trial: Annotated[int | None, typer.Option(help="To grow; the best if not given.")] = None,
-    checkpoint: Annotated[int | None, typer.Option(help="To grow, by its id.")] = None,
+    trial: Annotated[
+        int | None, typer.Option(help="Number of the trial to grow; the best by default.")
+    ] = None,
+    checkpoint: Annotated[int | None, typer.Option(help="Id of the checkpoint to grow.")] = None,
     base: Annotated[
-        Path | None, typer.Option(help="To grow: what `warmscale import --json` printed.")
+        Path | None, typer.Option(help="JSON of `warmscale import --json`, a base to grow.")
     ] = None,
     request: Annotated[
         Path | None,
-        typer.Option("--file", "-f", help="YAML with `target` and, if need be, `warmstart`."),
+        typer.Option("--file", "-f", help="YAML with `target`, and optionally `warmstart`."),
     ] = None,
     key: Key = None,
     project: Project = None,
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Start a warmstart by hand, warm runs and cold ones, beside the one that ends the study."""
+    """Start targets by hand, warm and cold runs, besides the targets that the study starts."""
+    # Options override fields of the file. Example: `-f request.yaml --width 64` takes the training
+    # of the target from the file and the width from the option.
     body = _load_mapping(request) if request else {}
     given = {
         "trial": trial,
@@ -80,7 +84,7 @@ def targets(
     body |= {name: value for name, value in given.items() if value is not None}
     sizes = {"width": width, "depth": depth}
     target = body.get("target", {})
-    if isinstance(target, dict):  # else the service says what it should be
+    if isinstance(target, dict):  # otherwise the service refuses it and names the right type
         body["target"] = target | {name: size for name, size in sizes.items() if size is not None}
     runs = _post_once(home, project, f"/v1/studies/{quote_name(study)}/targets", body, key)
     if as_json:
@@ -103,13 +107,15 @@ def _parse_params(given: list[str]) -> dict[str, Any]:
 
 
 def _parse_value(name: str, text: str) -> Any:
-    """A number, true or false; else the text itself, which may be a choice."""
+    """Return a number or a boolean; any other text stays text, for example a choice's name."""
 
-    def refused(constant: str) -> Any:
+    # Python's JSON parser accepts NaN and Infinity, which the API cannot take.
+    def refuse_constant(constant: str) -> Any:
         fail(Exit.USAGE, f"params.{name}: finite numbers work (got {constant!r})")
 
+    # Example: `lr=3e-3` is a number, `tied=true` a boolean, and `schedule=cosine` text.
     try:
-        return json.loads(text, parse_constant=refused)
+        return json.loads(text, parse_constant=refuse_constant)
     except ValueError:
         return text
 
@@ -126,7 +132,12 @@ def _load_mapping(path: Path) -> dict[str, Any]:
 def _post_once(
     home: Path, project: str | None, path: str, body: dict[str, Any], key: str | None
 ) -> dict[str, Any]:
-    """The answer; where none came, how to ask again without starting it twice."""
+    """Post under an idempotency key and return the response.
+
+    Without a response, prints the option that repeats the command without a second effect.
+    """
+    # Example: the service starts the targets, and the connection breaks before its response. The
+    # user repeats the command with the printed key, and the service returns the same targets.
     chosen = key or str(uuid.uuid4())
     try:
         with connect_client(home, project) as client:
@@ -134,5 +145,8 @@ def _post_once(
     except typer.Exit as end:
         if end.exit_code == Exit.UNREACHABLE:
             again = f"--idempotency-key {chosen}"
-            typer.echo(f"it may have been done; to repeat it, never twice: {again}", err=True)
+            typer.echo(
+                f"the service may have done this; to repeat it without a second effect: {again}",
+                err=True,
+            )
         raise

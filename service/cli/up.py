@@ -1,4 +1,4 @@
-"""`warmscale up`: the whole stack on this machine."""
+"""`warmscale up`: database, API and fleet on this machine."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from service.settings import Settings
 
 
 def run_stack_until_stopped(settings: Settings, fleet: list[str] | None, *, as_json: bool) -> None:
-    """Hold a stack up until told to stop."""
+    """Run a stack until Ctrl-C or SIGTERM, and exit with code 1 or 4 if it cannot run."""
     try:
         with run_stack(settings, fleet=fleet, notify=print_message) as running:
             seconds = running.wait_until_ready()
@@ -29,11 +29,12 @@ def run_stack_until_stopped(settings: Settings, fleet: list[str] | None, *, as_j
 
 
 def print_message(message: str) -> None:
-    """Tell the person at the terminal; standard output stays for results."""
+    """Print a message on stderr: stdout is for results."""
     typer.echo(message, err=True)
 
 
 def _print_ready(settings: Settings, running: Stack, seconds: float, *, as_json: bool) -> None:
+    # A program reads the URL, and the process id to stop, from the JSON line.
     url = running.access.url
     if as_json:
         typer.echo(json.dumps({"url": url, "ready_seconds": round(seconds, 3), "pid": os.getpid()}))

@@ -1,4 +1,4 @@
-"""`warmscale db events`: who did what, from the audit log in the database."""
+"""`warmscale db events`: the audit log of the database."""
 
 import json
 from datetime import UTC
@@ -20,24 +20,30 @@ if TYPE_CHECKING:
 def events(
     *,
     study: Annotated[
-        str | None, typer.Option(help="Only of this study: its id, its name, or PROJECT/NAME.")
+        str | None,
+        typer.Option(help="Only events of this study: its id, its name, or PROJECT/NAME."),
     ] = None,
     actor: Annotated[
-        str | None, typer.Option(help="Only what this key's id, operator or service did.")
+        str | None,
+        typer.Option(help="Only events of this actor: a key's id, operator, or service."),
     ] = None,
     type_: Annotated[
-        str | None, typer.Option("--type", help="Only these: run.failed, or key. for all of keys.")
+        str | None,
+        typer.Option("--type", help="Only this type: run.failed, or key. for all events of keys."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100_000, help="The newest so many.")] = 100,
+    limit: Annotated[
+        int, typer.Option(min=1, max=100_000, help="The number of events: the newest are printed.")
+    ] = 100,
     as_json: Json = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Print the audit log, oldest first: when, who, what, and of which run."""
+    """Print the audit log, oldest first: time, actor, event type, run or study, details."""
     with begin_transaction(home) as session:
-        of = None if study is None else _find_study_id(session, study)
-        rows = session.scalars(_select_events(of, actor, type_).limit(limit)).all()[::-1]
-        told = [_make_record(row) for row in rows]
-    typer.echo(json.dumps(told) if as_json else "\n".join(map(_format_record, told)))
+        study_id = None if study is None else _find_study_id(session, study)
+        # The newest `limit` events, printed in the order of time.
+        rows = session.scalars(_select_events(study_id, actor, type_).limit(limit)).all()[::-1]
+        records = [_make_record(row) for row in rows]
+    typer.echo(json.dumps(records) if as_json else "\n".join(map(_format_record, records)))
 
 
 def _find_study_id(session: "Session", study: str) -> str:
@@ -64,8 +70,9 @@ def _select_events(study_id: str | None, actor: str | None, type_: str | None) -
     if actor is not None:
         query = query.where(Event.actor == actor)
     if type_ is not None:
-        same = Event.type.startswith(type_, autoescape=True)
-        query = query.where(same if type_.endswith(".") else Event.type == type_)
+        # `run.` selects every type of runs; without the dot, `run` would be a whole type.
+        is_in_group = Event.type.startswith(type_, autoescape=True)
+        query = query.where(is_in_group if type_.endswith(".") else Event.type == type_)
     return query
 
 
@@ -82,7 +89,7 @@ def _make_record(row: "Event") -> dict[str, Any]:
     }
 
 
-def _format_record(one: dict[str, Any]) -> str:
-    who, about = one["actor"] or "unknown", one["run_id"] or one["study_id"] or ""
-    at, what = one["at"][:19].replace("T", " "), json.dumps(one["payload"])
-    return f"{one['id']}  {at}  {who}  {one['type']}  {about}  {what}"
+def _format_record(record: dict[str, Any]) -> str:
+    actor, subject = record["actor"] or "unknown", record["run_id"] or record["study_id"] or ""
+    at, details = record["at"][:19].replace("T", " "), json.dumps(record["payload"])
+    return f"{record['id']}  {at}  {actor}  {record['type']}  {subject}  {details}"

@@ -1,4 +1,4 @@
-"""`warmscale checkpoints gc`: on the database and the artifacts themselves."""
+"""`warmscale checkpoints gc`: deletion of checkpoints, on the database and the artifact store."""
 
 import json
 from pathlib import Path
@@ -21,26 +21,32 @@ checkpoints = typer.Typer(help="Checkpoints.", no_args_is_help=True)
 @checkpoints.callback()
 def _keep_group() -> None:
     """Checkpoints."""
+    # typer turns a group with a single command into that command; a callback keeps it a group.
 
 
 @checkpoints.command()
 def gc(
     *,
-    study: Annotated[str | None, typer.Option(help="Its id or name; all when not given.")] = None,
-    project: Annotated[str | None, typer.Option(help="All projects when not given.")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="A study's id or name; all studies by default.")
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="A project; all projects by default.")] = None,
     older_than_days: Annotated[
-        float, typer.Option(min=0, help="Younger ones are kept; no less than backups are apart.")
+        float,
+        typer.Option(
+            min=0, help="Keep younger checkpoints; choose at least the days between backups."
+        ),
     ] = 7.0,
     orphans_older_than_hours: Annotated[
-        float, typer.Option(min=1, help="For folders that were never published.")
+        float, typer.Option(min=1, help="Keep younger folders that were never published.")
     ] = 24.0,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete; without it, only say what would be.")
+        bool, typer.Option("--delete", help="Delete; without this option, only print the choice.")
     ] = False,
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
-    """Say, or delete, which checkpoints no run can need any more, and why the others are kept."""
+    """Print or delete the checkpoints that no run can need, and print why the others are kept."""
     from service.operations.checkpoint_cleanup.collect import CleanupOptions
 
     options = CleanupOptions(
@@ -48,12 +54,12 @@ def gc(
         orphans_older_than_hours=orphans_older_than_hours,
         delete=delete,
     )
-    found = _collect_checkpoints(home, study, project, options)
+    results = _collect_checkpoints(home, study, project, options)
     if as_json:
-        typer.echo(json.dumps([_make_record(one) for one in found]))
+        typer.echo(json.dumps([_make_record(result) for result in results]))
     else:
-        _print_results(found, options)
-    if any(one.skipped for one in found):
+        _print_results(results, options)
+    if any(result.skipped for result in results):
         raise typer.Exit(Exit.FAILED)
 
 
@@ -71,11 +77,12 @@ def _collect_checkpoints(
         sessions = sessionmaker(create_engine(url, poolclass=NullPool), expire_on_commit=False)
         with sessions() as session:
             ids = _choose_studies(session, study, project)
-        return [collect_checkpoints(sessions, one, chosen.artifact_root, options) for one in ids]
+        # A transaction for each study: a long clean-up must not hold locks of all studies.
+        return [collect_checkpoints(sessions, id_, chosen.artifact_root, options) for id_ in ids]
 
 
 def _choose_studies(session: "Session", study: str | None, project: str | None) -> list[str]:
-    """Ids of the studies to look at: a name says one of them, or nothing is done."""
+    """Return the ids of the chosen studies; exit with code 4 if a name fits no study or several."""
     from sqlalchemy import select
 
     from service.access.caller import Caller
@@ -83,6 +90,7 @@ def _choose_studies(session: "Session", study: str | None, project: str | None) 
     from service.database.tables import Study
     from service.problems import Problem
 
+    # The operator of the database sees every project, or the project of --project.
     operator = Caller(key_id="", scopes=frozenset(), project=project)
     if study is None:
         query = select(Study.id).where(operator.study_filter).order_by(Study.created_at)
@@ -93,11 +101,12 @@ def _choose_studies(session: "Session", study: str | None, project: str | None) 
         fail(Exit.CONFLICT, problem.detail.replace("?project=", "--project"))
 
 
-def _make_record(one: "CleanupResult") -> dict[str, Any]:
+def _make_record(result: "CleanupResult") -> dict[str, Any]:
     rows = [
         {"uri": d.fact.uri, "bytes": d.fact.num_bytes, "keep": d.keep, "reason": d.reason}
-        for d in one.decisions
+        for d in result.decisions
     ]
+    # Folders without a row in the database: a worker has written them and not published them.
     rows += [
         {
             "uri": r.folder.uri,
@@ -105,18 +114,23 @@ def _make_record(one: "CleanupResult") -> dict[str, Any]:
             "keep": not r.delete,
             "reason": r.reason,
         }
-        for r in one.unpublished
+        for r in result.unpublished
     ]
-    return {"study": one.study_id, "bytes": one.num_bytes, "folders": rows, "left": one.skipped}
+    return {
+        "study": result.study_id,
+        "bytes": result.num_bytes,
+        "folders": rows,
+        "left": result.skipped,
+    }
 
 
-def _print_results(found: "list[CleanupResult]", options: "CleanupOptions") -> None:
+def _print_results(results: "list[CleanupResult]", options: "CleanupOptions") -> None:
     verb = "deleted" if options.delete else "would delete"
-    for one in found:
-        for row in _make_record(one)["folders"]:
-            did = "keep" if row["keep"] else verb
-            typer.echo(f"{did:12}  {row['bytes']:>14,}  {row['uri']}  ({row['reason']})")
-        for line in one.skipped:
-            typer.echo(f"left alone: {line}", err=True)
-    total = sum(one.num_bytes for one in found)
+    for result in results:
+        for row in _make_record(result)["folders"]:
+            action = "keep" if row["keep"] else verb
+            typer.echo(f"{action:12}  {row['bytes']:>14,}  {row['uri']}  ({row['reason']})")
+        for line in result.skipped:
+            typer.echo(f"skipped: {line}", err=True)
+    total = sum(result.num_bytes for result in results)
     typer.echo(f"{verb} {total:,} bytes" + ("" if options.delete else "; say --delete to do so"))

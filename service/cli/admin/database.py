@@ -1,4 +1,4 @@
-"""`warmscale db current · history · downgrade · backup · restore`."""
+"""`warmscale db`: upgrade, check, current, history, downgrade, backup and restore."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from service.operations.backup.archive import BackupManifest
 
-BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup's one file.")]
+BackupFile = Annotated[Path, typer.Argument(metavar="FILE", help="The backup's file.")]
 
 
 @contextmanager
@@ -30,6 +30,7 @@ def _open_database(home: Path) -> Generator["URL"]:
 
     try:
         with exit_on_database_errors(), db.open_database(load_settings(home)) as url:
+            # Optuna's tables hold times without a zone.
             db.use_utc()
             yield url
     except (BackupError, InUseError, NotEmptyError) as error:
@@ -37,7 +38,7 @@ def _open_database(home: Path) -> Generator["URL"]:
 
 
 def current(*, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
-    """Print the revision of both schemas; exit code 4 when one is not this version's."""
+    """Print the revision of both schemas; exit with code 4 if a revision is not this version's."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
@@ -61,7 +62,7 @@ def current(*, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
 
 
 def history() -> None:
-    """Print the revisions that this version knows, oldest first."""
+    """Print the revisions of this version, oldest first."""
     from service.operations.migrations import list_scripts
 
     for script in list_scripts():
@@ -71,10 +72,12 @@ def history() -> None:
 def downgrade(
     *,
     to: Annotated[str, typer.Option(help="The earlier revision, as `db history` names it.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Lose what it says will be lost.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Delete the data that the command lists.")
+    ] = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Take our tables to an earlier revision, for an earlier version of warmscale."""
+    """Downgrade our tables to an earlier revision, for an earlier version of warmscale."""
     from sqlalchemy import create_engine
     from sqlalchemy.pool import NullPool
 
@@ -86,6 +89,7 @@ def downgrade(
         engine = create_engine(url, poolclass=NullPool)
         with engine.connect() as connection:
             steps = migrations.list_lost_data(read_revision(connection, SCHEMA), to)
+        # Print the losses before the question of --yes: the user must see them to decide.
         for revision, lost in steps:
             typer.echo(f"undo {revision}: {lost}", err=True)
         if not yes:
@@ -95,9 +99,9 @@ def downgrade(
 
 
 def backup(path: BackupFile, *, home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
-    """Write both schemas, as of one moment, to one file that only you can read.
+    """Write a snapshot of both schemas to a file that only you can read.
 
-    The service goes on meanwhile. The hashes of API keys are in it; checkpoints' files are not.
+    The service may run meanwhile. The file holds the hashes of API keys, and no checkpoints' files.
     """
     from service.operations.backup.dump import write_backup as write
 
@@ -110,14 +114,15 @@ def restore(
     path: BackupFile,
     *,
     replace: Annotated[
-        bool, typer.Option("--replace", help="Delete everything that the database holds now.")
+        bool, typer.Option("--replace", help="Delete the present content of the database.")
     ] = False,
     home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Restore a backup into an empty database, in one transaction; stop the service first.
 
-    A backup of an earlier version is upgraded. Its API keys are good again, those made since not.
+    A backup of an earlier version is upgraded. API keys of the backup are valid again; newer keys
+    are gone.
     """
     from service.operations.backup.load import restore_backup as read
 
@@ -131,7 +136,7 @@ def restore(
 
 @contextmanager
 def _show_progress(*, as_json: bool) -> Generator[Callable[[str, int], None]]:
-    """How many bytes of which table have gone through, on the terminal."""
+    """Show a progress bar for each table on stderr; yields a function that adds bytes."""
     from rich.console import Console
     from rich.progress import DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -139,12 +144,12 @@ def _show_progress(*, as_json: bool) -> Generator[Callable[[str, int], None]]:
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=Console(stderr=True), disable=as_json) as bar:
 
-        def heard(name: str, num_bytes: int) -> None:
+        def add_bytes(name: str, num_bytes: int) -> None:
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=None)
             bar.advance(tasks[name], num_bytes)
 
-        yield heard
+        yield add_bytes
 
 
 def _print_manifest(done: str, path: Path, manifest: "BackupManifest", *, as_json: bool) -> None:
@@ -158,6 +163,8 @@ def _print_manifest(done: str, path: Path, manifest: "BackupManifest", *, as_jso
     if as_json:
         typer.echo(json.dumps(fields))
         return
+    # Example: `backed up to a.backup: 120 rows (4096 bytes) of 2026-01-01 12:00:00 UTC, at
+    # warmscale 0006, optuna v3.2.0.a`.
     at = ", ".join(f"{schema} {revision}" for schema, revision in manifest.revisions.items())
     typer.echo(
         f"{done} {path}: {manifest.num_rows} rows ({path.stat().st_size} bytes) of "
@@ -171,9 +178,10 @@ db = typer.Typer(help="The database.", no_args_is_help=True)
 @db.command()
 def upgrade(home: Home = DEFAULT_HOME) -> None:
     """Create the tables, or bring them to the newest version. Safe to repeat."""
-    from service.database import engine  # a second of imports
+    from service.database import engine
     from service.operations import migrations
 
+    # Optuna's migration disables all loggers if the root logger has no handler.
     logging.basicConfig(level=logging.WARNING)
     with exit_on_database_errors(), engine.open_database(load_settings(home)) as url:
         engine.use_utc()
@@ -185,21 +193,26 @@ def upgrade(home: Home = DEFAULT_HOME) -> None:
 def check(
     *,
     files: Annotated[
-        bool, typer.Option("--files", help="Read every kept checkpoint; for when nothing trains.")
+        bool,
+        typer.Option("--files", help="Read every kept checkpoint; use it when nothing trains."),
     ] = False,
     at_rest: Annotated[
-        bool, typer.Option("--at-rest", help="Nothing is under way: what is pending is wrong too.")
+        bool,
+        typer.Option(
+            "--at-rest", help="Count pending repairs as violations; use it when nothing runs."
+        ),
     ] = False,
     as_json: Json = False,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Check what must always hold (docs/guarantees.md); 0: it does. Changes nothing."""
+    """Check the guarantees of docs/guarantees.md, without changes; exit with 0 if they hold."""
     from sqlalchemy import NullPool, create_engine
 
     from service.database.engine import open_database
     from service.operations import invariants
 
     with exit_on_database_errors(), open_database(load_settings(home)) as url:
+        # A snapshot: the service may write while the check reads.
         engine = create_engine(url, poolclass=NullPool)
         with invariants.open_snapshot(engine) as session:
             report = invariants.check_database(session, at_rest=at_rest, with_files=files)

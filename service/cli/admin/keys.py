@@ -1,4 +1,4 @@
-"""`warmscale db` and `warmscale key`: on the database itself, with or without a running service."""
+"""`warmscale key`: API keys, on the database itself, with or without a running service."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, cast, get_args
@@ -18,22 +18,22 @@ key = typer.Typer(help="API keys.", no_args_is_help=True)
 @key.command()
 def create(
     *,
-    name: Annotated[str, typer.Argument(help="What the key is for.")],
+    name: Annotated[str, typer.Argument(help="The purpose of the key.")],
     scope: Annotated[
         list[str], typer.Option(help=f"{', '.join(SCOPES)}; give it once for each scope.")
     ],
     project: Annotated[
         str | None,
         typer.Option(
-            help="The one that it sees. When not given: default; or every one, for a key of "
-            "scope admin, or of work or metrics alone."
+            help="The project that the key sees. By default: the project `default`; every project "
+            "for a key of scope admin, or of work or metrics alone."
         ),
     ] = None,
     expires_days: Annotated[int | None, typer.Option(min=1, help="Days until it expires.")] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Make a key and print it: this is the only time that it is shown."""
-    from service.access import keys  # imports SQLAlchemy
+    """Make a key and print it; no later command shows the key again."""
+    from service.access import keys  # imports SQLAlchemy, which takes long
 
     scopes = _check_scopes(scope)
     project = check_project(project)
@@ -42,13 +42,14 @@ def create(
         key_id, text = keys.create_key(
             session, name, scopes, project=project, expires_at=expires_at
         )
+    # The key alone goes to stdout: `export WARMSCALE_API_KEY=$(warmscale key create …)` works.
     typer.echo(f"{key_id}  {name}  {', '.join(scope)}", err=True)
     typer.echo(text)
 
 
 @key.command(name="list")
 def list_keys(home: Home = DEFAULT_HOME, *, as_json: Json = False) -> None:
-    """List the keys, newest first: what each may do and where, and when it was last used."""
+    """List the keys, newest first: scopes, project, state and last use."""
     from service.access import keys
 
     with begin_transaction(home) as session:
@@ -56,6 +57,7 @@ def list_keys(home: Home = DEFAULT_HOME, *, as_json: Json = False) -> None:
     if as_json:
         print_json(views)
         return
+    # A key's text is not stored, only its hash: the list identifies keys by id and name.
     for view in views:
         project = view.project or "every project"
         used = (
@@ -74,12 +76,12 @@ def revoke(
     key_id: Annotated[str, typer.Argument(help="The key's id, key_….")], home: Home = DEFAULT_HOME
 ) -> None:
     """Revoke a key for good."""
-    from service.access import keys  # imports FastAPI
+    from service.access import keys
 
     with begin_transaction(home) as session:
         revoked = keys.revoke_key(session, key_id)
     if not revoked:
-        fail(Exit.CONFLICT, f"there is no key {key_id!r} that is still good")
+        fail(Exit.CONFLICT, f"there is no valid key {key_id!r}")
     typer.echo(f"{key_id} is revoked")
 
 

@@ -1,4 +1,4 @@
-"""One transaction on the database for an admin command, and the message when that fails."""
+"""A database transaction for an admin command, and the messages of its errors."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 @contextmanager
 def begin_transaction(home: Path) -> Generator["Session"]:
-    """One transaction on the database, embedded or not."""
+    """Open a session in a transaction, on the configured or the embedded database."""
     from sqlalchemy import NullPool, create_engine
     from sqlalchemy.orm import Session
 
     from service.database.engine import open_database
 
     with exit_on_database_errors(), open_database(load_settings(home)) as url:
+        # A command uses a single connection and then exits, so a pool has no use.
         engine = create_engine(url, poolclass=NullPool)
         with Session(engine) as session, session.begin():
             yield session
@@ -27,7 +28,10 @@ def begin_transaction(home: Path) -> Generator["Session"]:
 
 @contextmanager
 def exit_on_database_errors() -> Generator[None]:
-    """Say shortly that a database cannot be reached, or is not as this version needs it."""
+    """Turn database errors in the block into a short message and an exit code.
+
+    3: the database cannot be reached. 4: its tables are not of this version. 2: a bad setting.
+    """
     from sqlalchemy.exc import OperationalError, ProgrammingError
 
     from service.operations.migrations import LockBusyError

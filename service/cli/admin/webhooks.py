@@ -1,4 +1,4 @@
-"""`warmscale webhook`: on the database itself, with or without a running service."""
+"""`warmscale webhook`: webhooks, on the database itself, with or without a running service."""
 
 import asyncio
 from typing import Annotated
@@ -10,24 +10,24 @@ from service.cli.common import Exit, Home, Json, check_project, fail, load_setti
 from service.local_stack.home import DEFAULT_HOME
 
 webhook = typer.Typer(
-    help="Tell other programs when a study or a run has ended.", no_args_is_help=True
+    help="Notify other programs when a study or a run has ended.", no_args_is_help=True
 )
 Id = Annotated[str, typer.Argument(metavar="ID", help="The webhook's id, wh_….")]
 
 
 @webhook.command()
 def add(
-    url: Annotated[str, typer.Argument(help="http:// or https://.")],
+    url: Annotated[str, typer.Argument(help="An address, http:// or https://.")],
     *,
     events: Annotated[
-        str, typer.Option(help="Types of events, with commas between; all by default.")
+        str, typer.Option(help="Event types, separated by commas; all by default.")
     ] = "",
     project: Annotated[
-        str | None, typer.Option(help="Only its studies'; every project's when not given.")
+        str | None, typer.Option(help="Only this project's events; all projects by default.")
     ] = None,
     home: Home = DEFAULT_HOME,
 ) -> None:
-    """Add a webhook and print its secret: this is the only time that it is shown."""
+    """Add a webhook and print its secret; no later command shows the secret again."""
     from service.events.audit_log import NOTIFIED
     from service.webhooks import addresses, store
 
@@ -42,31 +42,32 @@ def add(
     with begin_transaction(home) as session:
         row, secret = store.add_webhook(session, url, types, project)
         webhook_id = row.id
+    # The secret alone goes to stdout, for scripts.
     typer.echo(f"{webhook_id}  {url}  {', '.join(types)}", err=True)
     typer.echo(secret)
 
 
 @webhook.command(name="list")
 def list_webhooks(home: Home = DEFAULT_HOME, *, as_json: Json = False) -> None:
-    """List webhooks: what waits, what was delivered in the last week, what was given up."""
+    """List webhooks with their deliveries: waiting, delivered in the last week, given up."""
     from service.webhooks import store
 
     with begin_transaction(home) as session:
-        found = store.list_webhooks(session)
+        views = store.list_webhooks(session)
     if as_json:
-        print_json(found)
+        print_json(views)
         return
-    for one in found:
-        counts = f"waiting {one.waiting}, delivered {one.delivered}, dead {one.dead}"
-        where = one.project or "every project"
-        typer.echo(f"{one.id}  {one.url}  {', '.join(one.events)}  {where}  {counts}")
-        if one.last_error:
-            typer.echo(f"  last failure: {one.last_error}")
+    for view in views:
+        counts = f"waiting {view.waiting}, delivered {view.delivered}, dead {view.dead}"
+        project = view.project or "every project"
+        typer.echo(f"{view.id}  {view.url}  {', '.join(view.events)}  {project}  {counts}")
+        if view.last_error:
+            typer.echo(f"  last failure: {view.last_error}")
 
 
 @webhook.command()
 def remove(webhook_id: Id, home: Home = DEFAULT_HOME) -> None:
-    """Remove a webhook, and what waits for it."""
+    """Remove a webhook and its waiting deliveries."""
     from service.webhooks import store
 
     with begin_transaction(home) as session:
@@ -78,7 +79,7 @@ def remove(webhook_id: Id, home: Home = DEFAULT_HOME) -> None:
 
 @webhook.command()
 def retry(webhook_id: Id, home: Home = DEFAULT_HOME) -> None:
-    """Try anew what was given up."""
+    """Try again to send the deliveries that were given up."""
     from service.webhooks import store
 
     with begin_transaction(home) as session:
@@ -88,20 +89,21 @@ def retry(webhook_id: Id, home: Home = DEFAULT_HOME) -> None:
 
 @webhook.command(name="test")
 def send_test_event(webhook_id: Id, home: Home = DEFAULT_HOME) -> None:
-    """Send a signed message of type `webhook.test` from here, now, once."""
+    """Send a signed message of type `webhook.test` from this machine, once."""
     from service.database.tables import Webhook
 
     with begin_transaction(home) as session:
         row = session.get(Webhook, webhook_id)
         if row is None:
             fail(Exit.CONFLICT, f"there is no webhook {webhook_id!r}")
+        # Copy the fields: the row is unusable after the session.
         url, secret = row.url, row.secret
     error = asyncio.run(
         _send_test(url, secret, allow_private=load_settings(home).webhook_allow_private)
     )
     if error is not None:
         fail(Exit.FAILED, f"{url}: {error}")
-    typer.echo(f"{url} took it")
+    typer.echo(f"{url} accepted it")
 
 
 async def _send_test(url: str, secret: str, *, allow_private: bool) -> str | None:

@@ -1,4 +1,4 @@
-"""What the commands print for people. Text of users is never read as markup."""
+"""Tables that the commands print. Rich must never parse users' text as markup."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -25,12 +25,13 @@ from service.results.wording import (
 from service.runs.schemas import CheckpointView, RunView
 from service.studies.schemas import RunCounts, StudyView, TrialView
 
-_FILE_WIDTH = 200  # not a terminal: nobody's screen is to be fitted
+# Width of the output to a file or a pipe, which has no screen to fit.
+_FILE_WIDTH = 200
 _MAX_TRIALS = 50
 
 
 def make_console() -> Console:
-    """Standard output."""
+    """Return a console on stdout that prints text as it is."""
     plain = Console(markup=False, highlight=False, emoji=False)
     if not plain.is_terminal:
         plain.width = _FILE_WIDTH
@@ -38,14 +39,18 @@ def make_console() -> Console:
 
 
 def print_parts(*parts: RenderableType) -> None:
-    """Print the parts one below another."""
+    """Print each part below the previous part."""
+    # Sentences wrap at the terminal's edge; tables shorten their columns to fit.
     out = make_console()
     for part in parts:
         out.print(part, soft_wrap=isinstance(part, str))
 
 
 def _make_table(title: str, columns: str, rows: Iterable[Sequence[str]]) -> Table:
-    """A table; a column whose title begins with `<` is text, any other is a number."""
+    """Return a table; `columns` holds titles, separated by `|`.
+
+    A column with `<` before its title is aligned left, for text; other columns hold numbers.
+    """
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for column in columns.split("|"):
         left = column.startswith("<")
@@ -64,7 +69,7 @@ def _make_facts_grid(rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def format_counts(runs: RunCounts) -> str:
-    """Runs by state, the states that there are."""
+    """Return the number of runs in each state that occurs, e.g. `1 queued, 2 leased`."""
     return ", ".join(f"{n} {state}" for state, n in runs.model_dump().items() if n) or "none yet"
 
 
@@ -73,7 +78,7 @@ def _format_params(params: dict[str, Any]) -> str:
 
 
 def make_studies_table(views: Iterable[StudyView]) -> Table:
-    """One row a study."""
+    """Return a table with a row for each study."""
     rows = [
         (
             view.name,
@@ -90,7 +95,7 @@ def make_studies_table(views: Iterable[StudyView]) -> Table:
 
 
 def make_study_grid(view: StudyView) -> Table:
-    """A study's facts."""
+    """Return a study's facts as a grid of names and values."""
     return _make_facts_grid(
         [
             ("study", f"{view.name} ({view.id})"),
@@ -114,7 +119,7 @@ def _format_best_trial(view: StudyView) -> str:
 
 
 def make_trials_table(views: Sequence[TrialView]) -> Table:
-    """The best trials first, then the ones without a result."""
+    """Return a table of at most 50 trials: the best first, trials without a result last."""
     ordered = sorted(views, key=_rank_trial)[:_MAX_TRIALS]
     rows = [
         (
@@ -132,27 +137,33 @@ def make_trials_table(views: Sequence[TrialView]) -> Table:
 
 
 def _find_error_line(error: str | None) -> str:
-    """Of a trace, the line that names the error."""
+    # The last line of a traceback names the error: `ValueError: …`.
     lines = (error or "").strip().splitlines()
     return lines[-1] if lines else ""
 
 
 def _rank_trial(trial: TrialView) -> tuple[bool, float, int]:
+    # False sorts before True: succeeded trials first, by loss, and equal trials by number.
     loss = trial.val_loss_nats
     return trial.state != "succeeded", float("inf") if loss is None else loss, trial.number
 
 
-def make_results_parts(found: StudyResults) -> list[RenderableType]:
-    """The verdict and what it rests on."""
-    verdict = found.verdict
-    said = verdict.sentence if verdict else f"{write_headline(None)}: {found.pending}."
-    parts: list[RenderableType] = [write_budget_prefix(found) + said]
-    if found.budgets:
-        parts += ["", _make_budgets_table(found.budgets)]
+def make_results_parts(study_results: StudyResults) -> list[RenderableType]:
+    """Return the verdict and the tables behind it."""
+    verdict = study_results.verdict
+    sentence = verdict.sentence if verdict else f"{write_headline(None)}: {study_results.pending}."
+    parts: list[RenderableType] = [write_budget_prefix(study_results) + sentence]
+    if study_results.budgets:
+        parts += ["", _make_budgets_table(study_results.budgets)]
     if verdict is not None:
         parts += ["", _make_pairs_table(verdict)]
-    if found.targets:
-        parts += ["", _make_targets_table(found.targets), "", _make_costs_table(found.costs)]
+    if study_results.targets:
+        parts += [
+            "",
+            _make_targets_table(study_results.targets),
+            "",
+            _make_costs_table(study_results.costs),
+        ]
     return parts
 
 
@@ -210,25 +221,24 @@ def _make_targets_table(runs: Iterable[TargetRun]) -> Table:
 
 
 def _make_costs_table(costs: Costs) -> Table:
-    """Both accountings, side by side."""
+    """Return a table of the costs, with the base and the search counted and not counted."""
     rows = [
         ("one warm run, the base sunk", format_flops(costs.warm_flops)),
         ("one warm run, the base counted", format_flops(costs.warm_base_counted_flops)),
         ("one cold run", format_flops(costs.cold_flops)),
         ("the base (the best trial)", format_flops(costs.base_flops)),
         ("the search (all trials)", format_flops(costs.search_flops)),
-        *((what, format_flops(cost)) for what, cost in shared_costs(costs)),
+        *((name, format_flops(cost)) for name, cost in shared_costs(costs)),
         ("everything", format_flops(costs.total_flops)),
     ]
     return _make_table("costs", "<what|FLOPs", rows)
 
 
 def make_run_parts(view: RunView, checkpoints: Sequence[CheckpointView]) -> list[RenderableType]:
-    """A run's facts and the checkpoints that are kept."""
-    what = label_run(view)
+    """Return a run's facts, and a table of its kept checkpoints."""
     facts = _make_facts_grid(
         [
-            ("run", f"{view.id}, {what}, of {view.study_name}"),
+            ("run", f"{view.id}, {label_run(view)}, of {view.study_name}"),
             ("state", view.state),
             ("progress", f"step {view.step}/{view.num_steps}, {format_tokens(view.tokens)} tokens"),
             ("validation", f"{format_nats(view.val_loss_nats)} nats/token"),

@@ -82,9 +82,9 @@ def test_a_watch_outlives_a_restart_of_the_service(api, submit, worker, capsys):
     name = submit(hpo=HPO, target=None)["name"]
     with Flaky(api.url, api.key, patience_seconds=0) as client:
         moments = follow_study(client, name, lambda: None)
-        assert not next(moments).away
+        assert not next(moments).unreachable
         client.failures = 2
-        assert [next(moments).away for _ in range(3)] == [True, True, False]
+        assert [next(moments).unreachable for _ in range(3)] == [True, True, False]
 
 
 def test_a_study_that_is_not_there_is_no_restart(api):
@@ -166,18 +166,18 @@ def test_a_ladder_counts_every_rung_and_one_cold_run_a_seed():
 def test_a_steady_pace_is_measured_exactly(speed, seconds):
     pace = Pace()
     for second in range(seconds):
-        pace.see(float(second), speed * second)
+        pace.note_cost(float(second), speed * second)
     assert pace.flops_per_second == pytest.approx(speed)
 
 
 def test_a_pace_needs_time_and_progress():
     pace = Pace()
     assert pace.flops_per_second is None
-    pace.see(0.0, 0.0)
-    pace.see(1.0, 5.0)
+    pace.note_cost(0.0, 0.0)
+    pace.note_cost(1.0, 5.0)
     assert pace.flops_per_second is None
     for second in range(2, 200):
-        pace.see(float(second), 5.0)
+        pace.note_cost(float(second), 5.0)
     assert pace.flops_per_second is None
 
 
