@@ -1,4 +1,4 @@
-"""Trunks and branches: runs of several token budgets that share one constant phase.
+"""Trunks and branches: runs of several token budgets that share a constant phase.
 
 METHOD §4; arXiv 2405.18392. A WSD run of N steps begins to cool down at step t0 = N - ceil(c N),
 with c the cooldown's fraction. Before t0 the learning rate does not depend on N, provided that the
@@ -26,7 +26,7 @@ def check_budgets(budgets: Sequence[float]) -> None:
     """Raise ValueError unless there are several budgets, in ascending order."""
     if len(budgets) == 1:
         raise ValueError(
-            f"one budget needs no trunk; give two, or train.tokens_per_param {budgets[0]:g}"
+            f"a single budget needs no trunk; give two, or train.tokens_per_param {budgets[0]:g}"
         )
     if any(a >= b for a, b in pairwise(budgets)):
         works = ", ".join(f"{budget:g}" for budget in sorted(set(budgets)))
@@ -48,7 +48,7 @@ def check_trunk_train(train: TrainSpec, num_budgets: int) -> None:
             f"train.swa_fraction {train.swa_fraction:g} would begin before the cooldown of its "
             f"branch; {train.cooldown_fraction:g} or less works"
         )
-    # A trunk is evaluated wherever one of its branches would be.
+    # A trunk is evaluated at the steps of all its branches.
     if train.evaluations * num_budgets > MAX_EVALUATIONS:
         most = MAX_EVALUATIONS // num_budgets
         raise ValueError(f"train.evaluations {train.evaluations}: {most} at most for a trunk")
@@ -82,7 +82,7 @@ def select_branch_losses(
 
     Args:
         losses_nats: Validation losses of the trunk up to the branch's t0.
-        trunk_steps: Steps at which the trunk is evaluated, one for each loss or more.
+        trunk_steps: Steps at which the trunk is evaluated; at least as many as losses.
         branch_steps: Steps at which the branch is evaluated.
     """
     by_step = zip(trunk_steps, losses_nats, strict=False)

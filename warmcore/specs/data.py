@@ -1,4 +1,4 @@
-"""Where text comes from and how it becomes tokens (torch-free)."""
+"""The data of a run: a source of text and a tokenizer (torch-free)."""
 
 from typing import Annotated, Literal
 
@@ -18,7 +18,7 @@ from warmcore.specs.sources import (
 
 
 class DataSpec(Spec):
-    """Where text comes from and how it becomes tokens.
+    """A source of text, and the tokenizer that turns the text into tokens.
 
     `source` is `stdlib`, a file, a folder, a glob, or `hf:` and a data set. The extension of a file
     decides how it is read (`warmcore.corpus.source_files.KINDS`). `hash` pins the content of the
@@ -38,7 +38,7 @@ class DataSpec(Spec):
     vocab_size: VocabSize | None = Field(
         default=None,
         validate_default=True,
-        description="to be given with tokenizer none",
+        description="required with tokenizer none",
     )
     token_dtype: Literal["uint16", "uint32"] | None = Field(
         default=None, description="of .bin files, which have no header; little-endian"
@@ -55,12 +55,12 @@ class DataSpec(Spec):
     @field_validator("vocab_size")
     @classmethod
     def _check_vocab_size(cls, size: int | None, info: ValidationInfo) -> int | None:
-        if "tokenizer" not in info.data:  # refused already, by its own name
+        if "tokenizer" not in info.data:  # pydantic already reports that field
             return size
         name = info.data["tokenizer"]
         tokenizer = parse_tokenizer(name)
         if isinstance(tokenizer, NoTokenizer) and size is None:
-            raise ValueError("tokenizer none says nothing of the ids; give how many there are")
+            raise ValueError("tokenizer none does not say how many ids there are; give vocab_size")
         known = _known_size(tokenizer)
         if None not in (size, known) and size != known:
             raise ValueError(f"{size} is not the {known} of tokenizer {name}; leave it out")
@@ -78,7 +78,7 @@ class DataSpec(Spec):
 
     @property
     def known_vocab_size(self) -> int | None:
-        """Ids of the tokenizer; None for a tokenizer.json that nobody has looked into yet."""
+        """Number of ids; None for a tokenizer.json until an inspection has read the file."""
         return _known_size(self.parsed_tokenizer) or self.vocab_size
 
 

@@ -1,4 +1,4 @@
-"""Kinds of numbers that the specs have, with bounds far beyond any model (torch-free)."""
+"""Types of fields, the base class of all specs, and errors that name a field (torch-free)."""
 
 import functools
 import hashlib
@@ -24,7 +24,7 @@ OpenFraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 InnerFraction = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-# Bounds far beyond any model, so that every size that follows from them can be computed and stored.
+# Bounds far beyond any model: every size that follows from them can still be computed and stored.
 Width = Annotated[int, Field(gt=0, le=2**20)]
 Depth = Annotated[int, Field(gt=0, le=10_000)]
 VocabSize = Annotated[int, Field(gt=0, le=2**24)]
@@ -34,13 +34,14 @@ TokenIds = int | tuple[int, ...] | None
 
 
 def derive_seed(*parts: object) -> int:
-    """A seed in [0, 2^63) that depends on every part and on nothing else."""
+    """Return a seed in [0, 2^63) that is a function of all the parts and of nothing more."""
+    # `hash()` would differ from process to process; SHA-256 gives the same seed on every machine.
     digest = hashlib.sha256(" ".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 class Spec(BaseModel):
-    """Frozen, keyword-only, and strict about unknown keys and about true and false as numbers."""
+    """Base of all specs: frozen, keyword-only, strict about unknown keys and about booleans."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -49,7 +50,8 @@ class Spec(BaseModel):
     def _refuse_truth_for_numbers(
         cls, given: Any, validate: ModelWrapValidatorHandler[Self]
     ) -> Self:
-        """YAML reads `on`, `yes` and `no` as true and false, which pydantic would make 1 and 0."""
+        """Refuse true and false for numbers: YAML reads `on`, `yes` and `no` as true and false."""
+        # Python's bool is a subclass of int, so pydantic would convert true to 1 without an error.
         if isinstance(given, dict):
             wrong = {
                 name: v
@@ -67,12 +69,13 @@ def _contains_truth(value: object) -> bool:
 
 @functools.cache
 def _find_number_fields(spec: type[BaseModel]) -> frozenset[str]:
-    """Names of the fields that are numbers, or several, and never true or false."""
+    """Return the names of fields that hold a number or a list of numbers, and never a boolean."""
     kinds = {name: set(_find_types(f.annotation)) for name, f in spec.model_fields.items()}
     return frozenset(name for name, k in kinds.items() if k & {int, float} and bool not in k)
 
 
 def _find_types(annotation: Any) -> Iterator[Any]:
+    # `tuple[float, ...] | None` yields the union itself, the tuple, float, `...` and NoneType.
     yield annotation
     for inner in get_args(annotation):
         yield from _find_types(inner)
@@ -85,7 +88,7 @@ def _make_truth_error(spec: type[BaseModel], wrong: dict[str, Any]) -> Validatio
 
 
 class FieldError(ValueError):
-    """A bad field below the level at which it was found; `path` is relative to there."""
+    """An invalid field, found by a check of a whole spec; `path` is relative to that spec."""
 
     def __init__(self, path: str, value: object, message: str) -> None:
         self.path = path
@@ -94,7 +97,7 @@ class FieldError(ValueError):
 
 
 def format_reason(error: ValueError) -> str:
-    """The first complaint of a validation, in its own words."""
+    """Return the message of the first problem of a validation."""
     if isinstance(error, ValidationError):
         return error.errors()[0]["msg"].removeprefix("Value error, ")
     return str(error)

@@ -1,4 +1,4 @@
-"""How a base checkpoint becomes a target's initial weights (torch-free)."""
+"""Options of growth: from a base checkpoint to a target's initial weights (torch-free)."""
 
 from typing import Literal
 
@@ -8,6 +8,7 @@ from warmcore.specs.fields import Fraction, NonNegative, Spec
 from warmcore.specs.train import AverageName
 
 BaseWeights = Literal["raw"] | AverageName
+# Padding operators append new units to the base's; copying operators repeat the base's units.
 PaddingOperator = Literal["shrink_perturb", "slice", "zero_pad"]
 CopyingOperator = Literal["clone", "hyperclone", "net2net"]
 WidthOperator = PaddingOperator | CopyingOperator
@@ -16,28 +17,30 @@ OptimizerStateRule = Literal["reset", "transfer", "transfer_old_reset_new"]
 
 
 class CheckpointRef(Spec):
-    """A checkpoint by place and content: `hash` is the SHA-256 of its manifest."""
+    """A checkpoint by place and content: `hash` is the SHA-256 of the manifest."""
 
     uri: str = Field(min_length=1)
     hash: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class GrowthOptions(Spec):
-    """How a base checkpoint becomes the target's initial weights (METHOD §3)."""
+    """Rules that turn a base checkpoint into the target's initial weights (METHOD §3)."""
 
     operator: WidthOperator = Field(default="shrink_perturb", description="in width")
     depth_operator: DepthOperator | None = Field(
         default="stack", description="None refuses a target of another depth"
     )
-    shrink: Fraction = Field(default=0.4, description="shrink_perturb and slice: of base weights")
+    shrink: Fraction = Field(
+        default=0.4, description="shrink_perturb and slice: factor of the base's weights"
+    )
     perturb: NonNegative = Field(
         default=1.0,
-        description="shrink_perturb: std of noise over init std; slice: not in the padding",
+        description="shrink_perturb and slice: std of noise over init std; none in slice's padding",
     )
     noise: NonNegative = Field(
         default=0.0,
-        description="clone: std of noise over init std; hyperclone and net2net: of noise that "
-        "cancels over copies and so keeps the function",
+        description="clone: std of noise over init std; hyperclone and net2net: likewise, of noise "
+        "that cancels over copies and keeps the function",
     )
     optimizer_state: OptimizerStateRule = "reset"
     base_weights: BaseWeights = Field(
@@ -46,7 +49,7 @@ class GrowthOptions(Spec):
 
     @property
     def copying_operator(self) -> CopyingOperator | None:
-        """The operator if it repeats units, None if it appends new ones."""
+        """The operator if it repeats units; None if it appends new units."""
         match self.operator:
             case "clone" | "hyperclone" | "net2net":
                 return self.operator

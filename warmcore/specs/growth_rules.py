@@ -1,4 +1,4 @@
-"""What growth admits and what a user should know about it (torch-free). METHOD §3."""
+"""Pairs of models that growth accepts, and warnings about them (torch-free). METHOD §3."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ from warmcore.specs.growth import GrowthOptions
 from warmcore.specs.model import ModelSpec
 from warmcore.specs.train import TrainSpec
 
+# No operator changes these, therefore base and target must agree on them.
 SAME = (
     "head_dim",
     "group_size",
@@ -15,7 +16,7 @@ SAME = (
     "norm_eps",
     "parametrization",
 )
-# The cloned unembedding makes up for another output multiplier; nothing does for these.
+# Copying rescales the unembedding for another output multiplier. Nothing rescales for these two.
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier")
 
 
@@ -29,6 +30,7 @@ def check_growth(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> 
                 f"{name} must be the same in base and target: "
                 f"{getattr(base, name)} is not {getattr(target, name)}"
             )
+    # Outside of muP no factor depends on a base size. None stands for the model's own size.
     if target.parametrization == "mup":
         _check_same_base("width", base.base_width or base.width, target.base_width or target.width)
         _check_same_base("depth", base.base_depth or base.depth, target.base_depth or target.depth)
@@ -49,6 +51,7 @@ def check_depth(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> N
             f"target depth {target.depth} differs from base depth {base.depth} and depth_operator "
             f"is None; use depth {base.depth}, or depth_operator stack, interleave or identity"
         )
+    # Stacking depth 4 into 10 would repeat two layers three times and two layers twice.
     if operator in ("stack", "interleave") and target.depth % base.depth:
         below = target.depth // base.depth * base.depth
         raise ValueError(
@@ -81,6 +84,7 @@ def _check_same_base(axis: str, base: int, target: int) -> None:
 
 
 def _check_noise(options: GrowthOptions) -> None:
+    # `noise` belongs to the copying operators, `perturb` to the padding operators.
     if options.noise and options.copying_operator is None:
         raise ValueError(
             f"noise {options.noise:g} needs operator clone, hyperclone or net2net, "
@@ -92,7 +96,7 @@ def _check_optimizer_state(options: GrowthOptions) -> None:
     if options.optimizer_state == "transfer" and options.copying_operator is None:
         raise ValueError(
             f"optimizer_state transfer needs operator clone, hyperclone or net2net: "
-            f"{options.operator} appends units that have no past; "
+            f"{options.operator} appends units that have no optimizer state; "
             "use transfer_old_reset_new or reset"
         )
 
@@ -118,7 +122,7 @@ def check_optimizers(options: GrowthOptions, base: TrainSpec | None, target: Tra
 
 
 def check_base_weights(options: GrowthOptions, base: TrainSpec) -> None:
-    """Raise ValueError unless the base's run keeps the weights that are to be grown."""
+    """Raise ValueError unless the base's run keeps the weights that growth will read."""
     needs = {"raw": None, "ema": "ema_half_life", "swa": "swa_fraction"}[options.base_weights]
     if needs is not None and getattr(base, needs) is None:
         raise ValueError(
@@ -128,7 +132,7 @@ def check_base_weights(options: GrowthOptions, base: TrainSpec) -> None:
 
 
 def find_warnings(options: GrowthOptions, base: ModelSpec, target: ModelSpec) -> Iterator[str]:
-    """Where the target will not compute its base's function although the operator says so."""
+    """Yield why the target will not compute the base's function as the operator promises."""
     if options.copying_operator is None:
         return
     if target.width % base.width:
@@ -152,6 +156,6 @@ def find_warnings(options: GrowthOptions, base: ModelSpec, target: ModelSpec) ->
 
 
 def _find_exact_widths(base: ModelSpec, target: ModelSpec) -> tuple[int, int]:
-    """Widths nearest to the target's that are a multiple of the base's."""
+    """Return the two multiples of the base's width around the target's width."""
     below = target.width // base.width * base.width
     return below, below + base.width

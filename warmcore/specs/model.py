@@ -1,4 +1,4 @@
-"""What a model is (torch-free)."""
+"""The architecture of a model (torch-free)."""
 
 from typing import Annotated, Literal, Self
 
@@ -14,8 +14,9 @@ Parametrization = Literal["mup", "standard"]
 class ModelSpec(Spec):
     """A Llama-style decoder. All widths are in units of features, depth in blocks.
 
-    `base_width` and `base_depth` are where every muP factor is 1 (METHOD: the same for all models
-    of one study); None means the model's own, so a lone model equals its standard twin.
+    At `base_width` and `base_depth` every muP factor is 1 (METHOD: the same for all models of a
+    study). None stands for the model's own sizes: without a base, muP equals the standard
+    parametrization.
     """
 
     width: Width
@@ -29,7 +30,7 @@ class ModelSpec(Spec):
     )
     vocab_size: VocabSize = Field(
         default=BYTE_VOCAB_SIZE,
-        description="where it is not given, the tokenizer's; a larger one pads the embedding",
+        description="by default the tokenizer's; a larger number pads the embedding",
     )
     base_width: Width | None = None
     base_depth: Depth | None = None
@@ -47,6 +48,7 @@ class ModelSpec(Spec):
     def _check_shapes(self) -> Self:
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even: RoPE rotates pairs")
+        # Example: head_dim 64 and group_size 4 give widths that are multiples of 256.
         block = self.head_dim * self.group_size
         for name in ("width", "base_width"):
             width = getattr(self, name)
@@ -57,6 +59,7 @@ class ModelSpec(Spec):
                     f"{name} {width} is not a multiple of {block} "
                     f"(head_dim {self.head_dim} x group_size {self.group_size}); {works} would work"
                 )
+        # 2.6666667 x 768 is 2048.00003: a ratio with 7 digits is accepted.
         ffn = self.ffn_ratio * self.width
         if abs(ffn - round(ffn)) > 1e-6 * ffn or round(ffn) < 1:
             raise ValueError(
@@ -65,10 +68,10 @@ class ModelSpec(Spec):
         return self
 
     def for_data(self, data: DataSpec) -> "ModelSpec":
-        """This model with the vocabulary of `data`, unless it has one of its own.
+        """Return this model with the vocabulary of `data`, unless the user gave a vocabulary.
 
         Raises:
-            ValueError: its own is too small for the tokenizer's ids.
+            ValueError: the given vocabulary is too small for the tokenizer's ids.
         """
         size = data.known_vocab_size
         if size is None:

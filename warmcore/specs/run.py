@@ -1,4 +1,4 @@
-"""One training run: model, data, training, growth, and the steps they imply (torch-free).
+"""A training run: model, data, training, growth, and the steps they imply (torch-free).
 
 A run may be a trunk or a branch: `warmcore.specs.branching` explains both and has the rules.
 """
@@ -21,11 +21,10 @@ from warmcore.specs.tunable import MODEL_PARAMS, TRAIN_PARAMS, TUNABLE_PARAMS
 
 
 class RunSpec(Spec):
-    """One training run, complete: the same spec gives the same curve, bit for bit on CPU.
+    """A complete training run: the same spec gives the same curve, bit for bit on a CPU.
 
-    With `branches` it is a trunk: it trains the phases that runs of these budgets have in common,
-    up to where the last of them cools down. With `trunk` it is one of those runs and goes on from
-    the trunk's checkpoint (`warmcore.specs.branching`).
+    With `branches` the run is a trunk: it trains the phase that the runs of these budgets share.
+    With `trunk` it is a branch: it continues from the trunk's checkpoint.
     """
 
     model: ModelSpec
@@ -34,7 +33,8 @@ class RunSpec(Spec):
     growth: GrowthSpec | None = None
     seed: Seed = 0
     trunk: CheckpointRef | None = Field(
-        default=None, description="the run so far: a trunk's checkpoint where this cools down"
+        default=None,
+        description="a trunk's checkpoint at the step where this run begins to cool down",
     )
     branches: Annotated[tuple[TokensPerParam, ...], Field(max_length=16)] = Field(
         default=(), description="budgets, ascending, in place of train.tokens_per_param"
@@ -49,7 +49,7 @@ class RunSpec(Spec):
     def _check_branches(
         cls, branches: tuple[float, ...], info: ValidationInfo
     ) -> tuple[float, ...]:
-        """What is wrong elsewhere is told there: without those fields nothing is checked here."""
+        """Check the budgets, unless a field before is invalid: pydantic reports that field."""
         if branches and {"model", "data", "train", "trunk"} <= info.data.keys():
             _check_trunk(cls.model_construct(**info.data, branches=branches))
         return branches
@@ -61,12 +61,13 @@ class RunSpec(Spec):
 
     @property
     def start_checkpoint(self) -> CheckpointRef | None:
-        """What the run starts from: its trunk, else the base that it grows from, else nothing."""
+        """The checkpoint of the trunk or of the base of growth; None for a start from scratch."""
         return self.trunk or (self.growth.base if self.growth else None)
 
     @model_validator(mode="after")
     def _take_vocabulary(self) -> Self:
-        # Frozen for others; `model` is whole only when `data` is known.
+        # `data` is a later field than `model`: no validator of `model` can see it. For other code
+        # the spec is frozen.
         object.__setattr__(self, "model", self.model.for_data(self.data))
         return self
 
@@ -77,7 +78,7 @@ class RunSpec(Spec):
 
     @property
     def budget_steps(self) -> int:
-        """Optimizer steps of the (largest) token budget, rounded up, at least 1."""
+        """Optimizer steps of the token budget (a trunk's largest), rounded up, at least 1."""
         tokens_per_param = self.branches[-1] if self.branches else self.train.tokens_per_param
         tokens = self.train.num_tokens or tokens_per_param * count_params(self.model).total
         return max(1, math.ceil(tokens / self.tokens_per_step))
@@ -95,7 +96,7 @@ class RunSpec(Spec):
 
     @property
     def num_tokens(self) -> int:
-        """D: the tokens that the run trains on, in whole batches."""
+        """D: tokens that the run trains on, in whole batches."""
         return self.num_steps * self.tokens_per_step
 
     @property
@@ -104,7 +105,7 @@ class RunSpec(Spec):
         return self.count_flops(self.num_tokens)
 
     def count_flops(self, num_tokens: int) -> float:
-        """FLOPs of training on `num_tokens` tokens."""
+        """Return the FLOPs of training on `num_tokens` tokens."""
         return flops_per_token(self.model, self.data.context) * num_tokens
 
     @property
@@ -116,20 +117,20 @@ class RunSpec(Spec):
     def evaluation_steps(self) -> tuple[int, ...]:
         """Steps at which the run is evaluated, ascending.
 
-        A trunk is evaluated at each branch's start, and wherever a branch that is still ahead would
-        have been evaluated. So each branch inherits all evaluations up to its t0.
+        A trunk is evaluated at each t0, and before a t0 at each step of that branch's evaluations.
+        Each branch therefore inherits all evaluations up to its t0.
         """
         return _find_evaluation_steps(self)
 
     def with_data(self, data: DataSpec) -> "RunSpec":
-        """This run on `data`; its model takes that vocabulary unless it was given one."""
+        """Return this run on `data`, with that vocabulary unless the model was given another."""
         return self.model_copy(update={"data": data, "model": self.model.for_data(data)})
 
     def with_params(self, params: dict[str, Any]) -> "RunSpec":
-        """Return this spec with tuned hyperparameters put where they belong.
+        """Return this spec with hyperparameters of the search in `model` and `train`.
 
         Raises:
-            ValueError: a name that is not tunable, or a value its field refuses.
+            ValueError: a name is not tunable, or a field refuses the value.
         """
         unknown = sorted(set(params) - TUNABLE_PARAMS)
         if unknown:
@@ -138,6 +139,9 @@ class RunSpec(Spec):
             )
         model = {k: v for k, v in params.items() if k in MODEL_PARAMS}
         train = {k: v for k, v in params.items() if k in TRAIN_PARAMS}
+        # Validate again: a value may fit the field and contradict another field. Without
+        # `exclude_unset` the default vocabulary would count as given, and a tokenizer.json that is
+        # read later could not set it.
         tuned = {
             "model": ModelSpec.model_validate(self.model.model_dump(exclude_unset=True) | model),
             "train": TrainSpec.model_validate(self.train.model_dump() | train),
@@ -168,7 +172,7 @@ def _find_evaluation_steps(run: RunSpec) -> tuple[int, ...]:
 def make_branch(
     trunk: RunSpec, tokens_per_param: float, checkpoint: CheckpointRef | None
 ) -> RunSpec:
-    """Return the run of one of the trunk's budgets, from `checkpoint` (None: the same run, whole).
+    """Return the run of a trunk's budget: from `checkpoint`, or without a trunk if that is None.
 
     Raises:
         ValueError: the trunk has no such budget.
@@ -176,6 +180,7 @@ def make_branch(
     if tokens_per_param not in trunk.branches:
         works = ", ".join(f"{budget:g}" for budget in trunk.branches) or "no budget at all"
         raise ValueError(f"has no branch at {tokens_per_param:g} tokens per parameter but {works}")
+    # The warmup of the largest budget, in steps: a fraction of this budget would be another warmup.
     budget = {
         "tokens_per_param": tokens_per_param,
         "warmup_steps": count_warmup_steps(trunk.budget_steps, trunk.train),
@@ -196,7 +201,7 @@ def _check_warmup(run: RunSpec) -> None:
 
 
 def _check_trunk(trunk: RunSpec) -> None:
-    """Raise ValueError unless each budget has a cooldown that starts at a step of its own."""
+    """Raise ValueError unless the run can be a trunk and each cooldown starts at another step."""
     check_budgets(trunk.branches)
     if trunk.trunk is not None:
         raise ValueError("a run that has a trunk is a branch itself; give one of the two")

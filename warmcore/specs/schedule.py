@@ -1,11 +1,11 @@
-"""Learning rate over its peak, as pure functions of the step (METHOD §4).
+"""Learning rate as a fraction of the peak, by pure functions of the step (METHOD §4).
 
-Step i is 0-based. Each phase of T steps is read at the T interior points t = 1..T of [0, T + 1],
-so that the first step trains already and the last one still does.
+Step i is 0-based. A phase of T steps uses the T interior points t = 1..T of [0, T + 1]: the rate
+is above 0 at the first step and at the last.
 
-`rewarm` is for training that continues from trained weights, such as a warm run after growth: they
-come from the end of a schedule, where the rate had decayed, and neither that rate nor the peak at
-once suits them.
+`rewarm` is for training that continues from trained weights, for example after growth. These
+weights come from the end of a schedule: the rate had decayed to a small value there. That rate is
+too small for them now, and a jump to the peak is too large.
 """
 
 import math
@@ -14,7 +14,7 @@ from warmcore.specs.train import CooldownShape, TrainSpec
 
 
 def lr_factor(step: int, num_steps: int, train: TrainSpec) -> float:
-    """Factor of `train.lr` at 0-based `step` of `num_steps`."""
+    """Return the factor of `train.lr` at the 0-based `step` of `num_steps`."""
     factor = _factor_from_zero(step, num_steps, train)
     return rewarm(factor, train.lr_floor) if train.schedule == "rewarm" else factor
 
@@ -29,47 +29,49 @@ def _factor_from_zero(step: int, num_steps: int, train: TrainSpec) -> float:
         case "cosine" | "rewarm":
             return cosine(step + 1 - num_warmup, num_steps - num_warmup)
         case "wsd":
+            # Before t0 the argument t is 0 or negative, and the factor is 1.
             start = cooldown_start(num_steps, train)
             return cooldown(step + 1 - start, num_steps - start, train.cooldown)
 
 
 def count_warmup_steps(num_steps: int, train: TrainSpec) -> int:
-    """Steps of the warmup: as given, else its fraction of the run, rounded up."""
+    """Return the steps of the warmup: as given, or the given fraction of the run, rounded up."""
     if train.warmup_steps is not None:
         return train.warmup_steps
     return math.ceil(train.warmup_fraction * num_steps)
 
 
 def cooldown_start(num_steps: int, train: TrainSpec) -> int:
-    """t0 = N - ceil(c N): the steps that are done when WSD begins to cool down."""
+    """Return t0 = N - ceil(c N), the number of steps before WSD begins to cool down."""
     return num_steps - math.ceil(train.cooldown_fraction * num_steps)
 
 
 def spread_evaluations(total: int, evaluations: int) -> list[int]:
-    """Steps 0 = k_0 < ... < k_E = total, evenly spaced; fewer when there are fewer steps."""
+    """Return evenly spaced steps 0 = k_0 < ... < k_E = total; fewer if `total` is below E."""
+    # 10 evaluations of 4 steps: the rounded steps repeat, and 0, 1, 2, 3, 4 are left.
     return sorted({round(k * total / evaluations) for k in range(evaluations + 1)})
 
 
 def warmup(t: int, num_steps: int) -> float:
-    """Linear, t / T: full at the last step of the warmup."""
+    """Return t / T, the linear warmup: 1 at its last step."""
     return t / num_steps
 
 
 def cosine(t: int, num_steps: int) -> float:
-    """(1 + cos(pi t / (T + 1))) / 2, arXiv 1608.03983 without restarts."""
+    """Return (1 + cos(pi t / (T + 1))) / 2: arXiv 1608.03983 without restarts."""
     return (1 + math.cos(math.pi * t / (num_steps + 1))) / 2
 
 
 def rewarm(factor: float, floor: float) -> float:
-    """f0 + (1 - f0) f, with f0 the floor and f linear warmup and cosine decay; arXiv 2308.04014.
+    """Return f0 + (1 - f0) f for a floor f0 and a factor f of warmup and cosine; arXiv 2308.04014.
 
-    So the rate rises linearly from the floor to the peak and returns to the floor.
+    The rate rises linearly from the floor to the peak, then returns to the floor.
     """
     return floor + (1 - floor) * factor
 
 
 def cooldown(t: int, num_steps: int, shape: CooldownShape) -> float:
-    """1 - x or 1 - sqrt(x) at x = t / (T + 1), and 1 before; arXiv 2405.18392."""
+    """Return 1 - x or 1 - sqrt(x) at x = t / (T + 1), and 1 before t = 1; arXiv 2405.18392."""
     if t <= 0:
         return 1.0
     x = t / (num_steps + 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BYTE_VOCAB_SIZE = 256
-# 256 bytes and the end of a document; the upper bound is four times that of the largest models.
+# 256 bytes and the end of a document; the largest models have a quarter of the upper bound.
 MIN_BPE_VOCAB_SIZE, MAX_BPE_VOCAB_SIZE = BYTE_VOCAB_SIZE + 1, 2**20
 HUB_PREFIX = "hf:"
 _BYTE, _NONE, _BPE, _STDLIB = "byte", "none", "bpe", "stdlib"
@@ -107,5 +107,5 @@ def parse_source(source: str) -> ParsedSource:
     if not source.startswith(HUB_PREFIX):
         return Files(source)
     name = source.removeprefix(HUB_PREFIX)
-    # The same rule as a shell's: a name that begins so is a path, and no data set is named so.
+    # As in a shell, a name that begins like this is a path. No data set has such a name.
     return SavedDataset(Path(name)) if name.startswith((".", "/", "~")) else HubDataset(name)

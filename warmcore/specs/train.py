@@ -1,4 +1,4 @@
-"""How a model is trained (torch-free)."""
+"""The training of a model: optimizer, schedule, budget, evaluation (torch-free)."""
 
 from typing import Annotated, Literal, Self
 
@@ -28,7 +28,7 @@ AverageName = Literal["ema", "swa"]
 
 
 class TrainSpec(Spec):
-    """Optimizer, schedule and budget: `tokens_per_param`, unless `num_tokens` is set."""
+    """Optimizer, schedule and budget; `num_tokens` overrides the budget in `tokens_per_param`."""
 
     batch_size: Annotated[int, Field(gt=0, le=2**20)] = Field(
         default=16, description="sequences of `context` tokens per step"
@@ -36,7 +36,8 @@ class TrainSpec(Spec):
     tokens_per_param: TokensPerParam = 20.0
     num_tokens: TokenCount | None = None
     optimizer: OptimizerName = Field(
-        default="adamw", description="muon: of hidden matrices; all else stays with adamw"
+        default="adamw",
+        description="muon: for hidden matrices; all other parameters stay with adamw",
     )
     lr: Positive = 0.012
     muon_lr_ratio: Positive = Field(
@@ -55,26 +56,28 @@ class TrainSpec(Spec):
     cooldown_fraction: Fraction = 0.2
     cooldown: CooldownShape = "1-sqrt"
     lr_floor: OpenFraction = Field(
-        default=0.1, description="rewarm: over the peak, where lr rises from and decays to"
+        default=0.1, description="rewarm: lr over the peak, at the start and at the end"
     )
     precision: Precision = Field(
         default="float32", description="of matrix products; weights and optimizer stay float32"
     )
     compile: bool = Field(default=False, description="torch.compile of the training step's loss")
     accumulate: PositiveInt = Field(
-        default=1, description="parts of a batch whose gradients are added up: memory for time"
+        default=1,
+        description="equal parts of a batch; their gradients are added up: less memory, more time",
     )
     activation_checkpointing: bool = Field(
-        default=False, description="blocks are computed again in the backward pass: likewise"
+        default=False,
+        description="blocks are computed again in the backward pass: less memory, more time",
     )
     ema_half_life: InnerFraction | None = Field(
         default=None,
-        description="average of the weights, half of it of this last share of the steps so far, "
-        "e.g. 0.05; 4 bytes per parameter and an evaluation of its own",
+        description="moving average of the weights, half of it from this last share of the past "
+        "steps, e.g. 0.05; costs 4 bytes per parameter and a second evaluation",
     )
     swa_fraction: PositiveFraction | None = Field(
         default=None,
-        description="equal average of the weights over this last share of the run; likewise",
+        description="equal average of the weights over this last share of the run; costs the same",
     )
     evaluations: Annotated[int, Field(gt=0, le=10_000)] = Field(
         default=8, description="evenly spaced, the last one at the end"
@@ -89,6 +92,7 @@ class TrainSpec(Spec):
                 f"warmup_fraction {self.warmup_fraction} + cooldown_fraction "
                 f"{self.cooldown_fraction} exceed 1; lower one of them"
             )
+        # Without a warmup, rewarm would begin at the peak.
         rises = self.warmup_fraction if self.warmup_steps is None else self.warmup_steps
         if self.schedule == "rewarm" and not rises:
             raise ValueError("schedule rewarm needs a warmup; warmup_fraction 0.01 works")
@@ -104,7 +108,7 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _check_accumulate(self) -> Self:
-        """So that the mean of the parts' means is the batch's mean."""
+        """Refuse unequal parts: the mean of their means would not be the mean of the batch."""
         if self.batch_size % self.accumulate:
             below = self.batch_size // self.accumulate * self.accumulate
             works = " or ".join(str(n) for n in (below, below + self.accumulate) if n)
@@ -116,6 +120,7 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _check_muon_fields(self) -> Self:
+        # A value that has no effect is probably a mistake: say it now, and not after the run.
         for name in ("muon_lr_ratio", "muon_momentum"):
             value, default = getattr(self, name), type(self).model_fields[name].default
             if self.optimizer != "muon" and value != default:
@@ -127,9 +132,11 @@ class TrainSpec(Spec):
 
 
 def check_parallel_training(train: TrainSpec, processes: int, strategy: Strategy) -> None:
-    """Raise ValueError unless every process gets as many rows, and the optimizer what it needs."""
+    """Raise ValueError unless the processes can share the batches and the optimizer's work."""
     if processes == 1:
         return
+    # Each process computes an equal number of rows in each part: 4 processes with accumulate 2 need
+    # a multiple of 8.
     unit = processes * train.accumulate
     if train.batch_size % unit:
         below = train.batch_size // unit * unit
@@ -140,7 +147,9 @@ def check_parallel_training(train: TrainSpec, processes: int, strategy: Strategy
             f"{works} would work"
         )
     if train.compile:
-        raise ValueError(f"compile true is for one process, not {processes}; set compile to false")
+        raise ValueError(
+            f"compile true is for a single process, not {processes}; set compile to false"
+        )
     if strategy == "fsdp" and train.optimizer == "muon":
         raise ValueError(
             "optimizer muon needs whole matrices, and strategy fsdp shards them; "

@@ -1,4 +1,4 @@
-"""Hyperparameters that a study may tune, and the ones that do not transfer (torch-free)."""
+"""Hyperparameters that a study may tune, and those that do not transfer (torch-free)."""
 
 MODEL_PARAMS = frozenset(
     {
@@ -26,7 +26,7 @@ TRAIN_PARAMS = frozenset(
 )
 TUNABLE_PARAMS = MODEL_PARAMS | TRAIN_PARAMS
 WHOLE_PARAMS = frozenset({"batch_size"})
-# METHOD §2: these do not carry over from a proxy to a wider target, or only mostly.
+# METHOD §2: a value that is best for a proxy is not, or not quite, best for a wider target.
 NOT_TRANSFERABLE = {
     "batch_size": "the best batch size changes with model and data size",
     "weight_decay": "weight decay transfers as lr x weight_decay, and only mostly",

@@ -162,5 +162,6 @@ def test_tokens_need_who_made_them_and_do_not_mix_with_text(tmp_path):
     save(tmp_path / "c.npy", ids(0, 500, "uint32"))
     assert "mixes uint16" in problem(tmp_path / "*.npy")
     assert problem(tmp_path / "a.bin", token_dtype="uint16").endswith("or hf:NAME")  # noqa: S106
-    with pytest.raises(ValueError, match="tokenizer none says nothing of the ids"):
+    message = "tokenizer none does not say how many ids there are; give vocab_size"
+    with pytest.raises(ValueError, match=message):
         spec_of(tmp_path, vocab_size=None)

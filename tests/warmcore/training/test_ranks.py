@@ -192,7 +192,7 @@ def test_a_batch_without_equal_parts_is_refused_with_what_works(run_spec, corpus
 def test_compiling_is_for_one_process(run_spec):
     train = run_spec(compile=True).train
     check_parallel_training(train, 1, "ddp")
-    with pytest.raises(ValueError, match="compile true is for one process, not 2"):
+    with pytest.raises(ValueError, match="compile true is for a single process, not 2"):
         check_parallel_training(train, 2, "ddp")
 
 
