@@ -8,7 +8,7 @@ from service.database.tables import Study
 from service.problems import bad_field
 from service.specs.study import StudySpec
 from service.studies import store
-from warmcore.corpus.documents import CorpusFacts
+from warmcore.corpus.facts import CorpusFacts
 from warmcore.corpus.inspection import inspect_corpus
 from warmcore.corpus.source_files import SourceFile, list_files
 from warmcore.specs import DataSpec

@@ -14,15 +14,12 @@ from functools import cached_property
 from io import BufferedReader
 from itertools import chain
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from warmcore.corpus import records, tokenizer
 from warmcore.corpus.source_files import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.sources import ByteTokens
 
-# Above this, `inspect` adds up file sizes and does not read: a request must not hash gigabytes.
-MAX_INSPECTED_BYTES = 64 * 2**20
 # A document above this share of the corpus is cut, and a validation share has about 8 pieces.
 MAX_DOCUMENT_SHARE = 1 / 20
 PIECES_PER_SHARE = 8
@@ -89,59 +86,6 @@ class Split:
             digest.update(f"{side} {len(documents)}\n".encode())
             digest.update("".join(f"{document.hash}\n" for document in documents).encode())
         return digest.hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CorpusFacts:
-    """What `inspect` found.
-
-    Token counts are None where only the tokenizer can tell; they and the hash are None for a corpus
-    too large to read in a request. `tokenizer_hash` and `vocab_size` are of a tokenizer.json.
-    """
-
-    num_documents: int
-    num_bytes: int
-    num_train_tokens: int | None = None
-    num_val_tokens: int | None = None
-    data_hash: str | None = None
-    tokenizer_hash: str | None = None
-    vocab_size: int | None = None
-
-    def pin_spec(self, spec: DataSpec) -> DataSpec:
-        """Return `spec`, which these facts are of, tied to this corpus and this tokenizer."""
-        pins: dict[str, object] = {"hash": self.data_hash or spec.hash}
-        if self.tokenizer_hash is not None:
-            pins |= {"tokenizer_hash": self.tokenizer_hash, "vocab_size": self.vocab_size}
-        return spec.model_copy(update=pins)
-
-
-def inspect_documents(spec: DataSpec, files: list[SourceFile]) -> CorpusFacts:
-    """Facts of the text in `files`; ValueError when there is nothing to train on."""
-    num_bytes = sum(file.num_bytes for file in files)
-    if num_bytes > MAX_INSPECTED_BYTES:
-        _check_first_record(files, spec)
-        return CorpusFacts(num_documents=len(files), num_bytes=num_bytes)
-    are_bytes = isinstance(spec.parsed_tokenizer, ByteTokens)
-    with TemporaryDirectory(prefix="warmscale-") as folder:
-        split = split_corpus(files, spec, Path(folder) / "records")
-        documents = (*split.train, *split.val)
-        if not are_bytes:
-            for document in documents:
-                document.read_text()
-    return CorpusFacts(
-        num_documents=len(documents),
-        num_bytes=num_bytes,
-        num_train_tokens=count_tokens(split.train) if are_bytes else None,
-        num_val_tokens=count_tokens(split.val) if are_bytes else None,
-        data_hash=split.data_hash,
-    )
-
-
-def _check_first_record(files: Iterable[SourceFile], spec: DataSpec) -> None:
-    """A wrong field is wrong in the first record, too."""
-    first = next((file for file in files if file.kind == "records"), None)
-    if first is not None:
-        next(records.read_texts(first, spec.text_field), None)
 
 
 def count_tokens(documents: Iterable[Document]) -> int:

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from warmcore.corpus import documents, tokenizer
-from warmcore.corpus.documents import CorpusFacts
+from warmcore.corpus import tokenizer
+from warmcore.corpus.facts import CorpusFacts, inspect_documents
 from warmcore.corpus.module_process import run_module
 from warmcore.corpus.source_files import SourceFile, holds_tokens, list_files
 from warmcore.specs.data import DataSpec
@@ -40,7 +40,7 @@ def inspect_corpus(spec: DataSpec, files: list[SourceFile] | None = None) -> Cor
     if plain and isinstance(spec.parsed_tokenizer, ByteTokens):
         files = list_files(spec.source) if files is None else files
         if all(file.kind == "text" for file in files):
-            return documents.inspect_documents(spec, files)
+            return inspect_documents(spec, files)
     return _inspect_in_process(spec, files)
 
 
@@ -84,7 +84,7 @@ def inspect_here(spec: DataSpec, files: list[SourceFile] | None = None) -> Corpu
             "files (.npy, .bin); byte, bpe:N or a tokenizer.json would work",
         )
     else:
-        facts = documents.inspect_documents(spec, files)
+        facts = inspect_documents(spec, files)
     return dataclasses.replace(facts, tokenizer_hash=tokenizer_hash, vocab_size=vocab_size)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
+SEPARATOR = b"\0"  # ends a document of byte tokens
 END_OF_TEXT = "<|endoftext|>"
 # As GPT-2 and Qwen, Llama 3, Llama 2 and Mistral, Gemma, BERT spell it.
 END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")

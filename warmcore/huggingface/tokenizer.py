@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from warmcore.checkpoint.manifest import CheckpointManifest
-from warmcore.corpus.prepare import SEPARATOR
-from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer, make_byte_json
+from warmcore.corpus.tokenizer import SEPARATOR, TOKENIZER, TextTokenizer, make_byte_json
 from warmcore.huggingface.config import encode_json
 from warmcore.specs.fields import TokenIds
 

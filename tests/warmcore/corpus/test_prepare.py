@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from warmcore.corpus import prepare as data_module
+from warmcore.corpus import tokenize_documents
 from warmcore.corpus.documents import split_corpus
 from warmcore.corpus.prepare import prepare_corpus
 from warmcore.corpus.source_files import list_files
@@ -46,7 +47,7 @@ def test_a_preparer_killed_half_way_leaves_nothing_that_is_taken_for_a_corpus(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data_module, "_write_tokens", killed)
+        patch.setattr(tokenize_documents, "_write_tokens", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus(data_spec, tmp_path)
     (tmp_path / f".{'0' * 64}-left").mkdir()  # what kill -9 leaves
@@ -84,7 +85,7 @@ def test_concurrent_preparers_agree(data_spec, tmp_path, tokenizer):
 def test_losing_the_race_to_publish_is_no_error(data_spec, tmp_path, monkeypatch):
     first = prepare_corpus(data_spec, tmp_path)
     split = split_corpus(list_files(data_spec.source), data_spec)
-    real = data_module._write_tokens
+    real = tokenize_documents._write_tokens
 
     folder = tmp_path / first.data_hash
     folder.rename(tmp_path / "other")
@@ -94,6 +95,6 @@ def test_losing_the_race_to_publish_is_no_error(data_spec, tmp_path, monkeypatch
         if not folder.exists():
             (tmp_path / "other").rename(folder)
 
-    monkeypatch.setattr(data_module, "_write_tokens", publish_first)
-    data_module._write_split(split, data_spec, tmp_path)
+    monkeypatch.setattr(tokenize_documents, "_write_tokens", publish_first)
+    tokenize_documents.write_split(split, data_spec, tmp_path)
     assert sorted(p.name for p in folder.iterdir()) == ["train.u16", "val.u16"]

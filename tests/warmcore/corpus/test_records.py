@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from warmcore.corpus import hub, records, source_files
-from warmcore.corpus.documents import inspect_documents, split_corpus
+from warmcore.corpus.documents import split_corpus
+from warmcore.corpus.facts import inspect_documents
 from warmcore.corpus.prepare import prepare_corpus
 from warmcore.corpus.source_files import list_files
 from warmcore.specs import DataSpec
