@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore.corpus import documents as corpus_module
-from warmcore.corpus import facts
+from warmcore.corpus import documents as documents_module
+from warmcore.corpus import facts as facts_module
 from warmcore.corpus.documents import split_corpus
 from warmcore.corpus.inspection import inspect_corpus
 from warmcore.corpus.source_files import list_files
@@ -144,8 +144,8 @@ def test_facts_of_a_small_corpus_are_those_of_its_split(tmp_path):
 
 
 def test_a_large_corpus_is_measured_but_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(facts, "MAX_INSPECTED_BYTES", 3999)
-    monkeypatch.setattr(facts, "split_corpus", None)
+    monkeypatch.setattr(facts_module, "MAX_INSPECTED_BYTES", 3999)
+    monkeypatch.setattr(facts_module, "split_corpus", None)
     (tmp_path / "a").write_bytes(words(0, 4000))
     facts = inspect_corpus(DataSpec(source=str(tmp_path)))
     assert (facts.num_documents, facts.num_bytes, facts.data_hash) == (1, 4000, None)
@@ -197,7 +197,7 @@ def test_an_unreadable_file_is_named(tmp_path, monkeypatch):
     def refuse(self):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(corpus_module, "_hash_file", refuse)  # root may read everything
+    monkeypatch.setattr(documents_module, "_hash_file", refuse)  # root may read everything
     assert f"cannot be read: [Errno 13] Permission denied: '{path}'" in message_of(tmp_path)
 
 
