@@ -1,4 +1,4 @@
-"""The same laws on a CUDA device; each test skips by itself where there is none."""
+"""The same laws on a CUDA device; without a device each test skips by itself."""
 
 import pytest
 import torch
@@ -53,7 +53,8 @@ def test_a_clone_starts_at_its_bases_loss(run_spec, corpus, tmp_path):
     assert all(loss < saved.val_loss_nats + 1 for loss in losses(warm))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own use of it
+# torch's inductor itself uses the deprecated torch.jit.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("fields", [{"compile": True}, {"precision": "bf16"},
                                     {"compile": True, "precision": "bf16", "accumulate": 2,
                                      "activation_checkpointing": True}])  # fmt: skip

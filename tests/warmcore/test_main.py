@@ -1,4 +1,4 @@
-"""`python -m warmcore` as a user runs it, killed as a machine kills it."""
+"""`python -m warmcore` from a user's command line, also killed and resumed."""
 
 import json
 import logging
@@ -60,14 +60,14 @@ def run(spec, out, *options):
 
 
 def start(spec, out, *options):
-    """Begin the same in a process of its own, with a checkpoint after every event."""
+    """Begin the same run in a process of its own, with a checkpoint after every event."""
     command = [sys.executable, "-m", "warmcore", str(spec), "--out", str(out)]
     command += ["--threads", "1", "--checkpoint-seconds", "0"]
     return subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
 
 
 def measurements(out):
-    """The curve, without how long it took."""
+    """Return the curve without its durations."""
     lines = (out / "measurements.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
@@ -115,6 +115,7 @@ def test_a_terminated_run_saves_and_goes_on(write, fields, tmp_path, uninterrupt
     wait_for_lines(out, process, 10)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 130
+    # A run that was stopped has measured a part of the curve, and its checkpoint less or the same.
     stopped_at = len(measurements(out))
     assert 10 <= stopped_at < len(uninterrupted)
     newest = list_checkpoints(out / "checkpoints")[0]
@@ -152,6 +153,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used(
     assert run(write(fields), out, "--checkpoint-seconds", "0") == 0
     newest, before = list_checkpoints(out / "checkpoints")
     damage(newest)
+    # The measurements after the older checkpoint must be cut, or they would be there twice.
     with caplog.at_level(logging.INFO):
         assert run(write(fields), out) == 0
     assert f"skipped {newest / MODEL} is corrupt" in caplog.text
@@ -170,6 +172,7 @@ def test_lost_measurements_are_made_again(write, fields, tmp_path, uninterrupted
 def test_a_finished_run_is_left_as_it_is(write, fields, tmp_path):
     out = tmp_path / "out"
     assert run(write(fields), out) == 0
+    # Bytes, not values: a second run must not even write the file again in another form.
     before = (out / "measurements.jsonl").read_bytes()
     assert run(write(fields), out) == 0
     assert (out / "measurements.jsonl").read_bytes() == before
@@ -190,7 +193,8 @@ def test_a_base_may_be_just_a_path(write, fields, tmp_path, scheme):
 
 def test_a_diverged_run_exits_with_3_and_says_why_in_its_curve(write, fields, tmp_path):
     fields["train"] |= {"lr": 10.0, "grad_clip": None}
-    for _ in range(2):  # resuming it does not save it
+    # The second run resumes before the divergence and diverges again, in a curve without repeats.
+    for _ in range(2):
         assert run(write(fields), tmp_path / "out") == 3
         curve = measurements(tmp_path / "out")
         assert "for 20 steps in a row" in curve[-1]["reason"]
@@ -198,7 +202,7 @@ def test_a_diverged_run_exits_with_3_and_says_why_in_its_curve(write, fields, tm
 
 
 def test_a_trunk_is_followed_by_its_branches_and_they_are_whole_runs(write, fields, tmp_path):
-    """Also where the branch was stopped half-way; what is finished is not done again."""
+    """Also if a branch was stopped half-way; finished runs are not done again."""
     fields["train"] |= {"num_tokens": None, "cooldown_fraction": 0.4, "warmup_steps": 2}
     spec = write(fields | {"branches": [0.05, 0.1]})
     out = tmp_path / "out"
@@ -210,6 +214,7 @@ def test_a_trunk_is_followed_by_its_branches_and_they_are_whole_runs(write, fiel
     assert measurements(out / "tpp-0.05") == later != []
     expected = [measurements(out / name) for name in ("tpp-0.05", "tpp-0.1")]
     written = {path: path.stat().st_mtime_ns for path in out.glob("checkpoints/*")}
+    # Without its last checkpoint, a branch is a run that was stopped half-way.
     shutil.rmtree(list_checkpoints(out / "tpp-0.05" / "checkpoints")[0])
     assert run(spec, out) == 0
     assert [measurements(out / name) for name in ("tpp-0.05", "tpp-0.1")] == expected

@@ -1,3 +1,5 @@
+"""Checkpoints: equal states give equal hashes, and damage is refused."""
+
 import hashlib
 import json
 import shutil
@@ -56,6 +58,7 @@ def test_the_hash_is_the_manifests_and_equal_states_have_equal_hashes(training, 
 def test_one_flipped_bit_is_refused(saved, file):
     path = saved.path / file
     content = bytearray(path.read_bytes())
+    # The middle of a file of tensors is in the tensors, behind the header.
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     found = hashlib.sha256(content).hexdigest()
@@ -92,11 +95,12 @@ def test_an_unknown_format_is_refused(saved):
 def test_saving_half_way_leaves_no_checkpoint(training, tmp_path, monkeypatch):
     directory = tmp_path / "checkpoints"
 
-    def killed(path):
+    def raise_interrupt(path):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic_writes, "_sync", killed)
+        # The files are written by then, and the folder is not yet renamed.
+        patch.setattr(atomic_writes, "_sync", raise_interrupt)
         with pytest.raises(KeyboardInterrupt):
             training.save(checkpoint_path(directory, 5))
     assert list(directory.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The coordinate check itself; what it finds of our models is beside their parametrizations."""
+"""The coordinate check itself; tests of the parametrizations apply it to our models."""
 
 import json
 import logging
@@ -60,7 +60,8 @@ def test_step_0_precedes_training_and_each_step_is_measured(corpus):
         assert len(long.means[kind]) == 4
         assert long.means[kind][:2] == short.means[kind]
         assert long.means[kind][1] != long.means[kind][2]
-    assert long.means["unembedding"][0] == (0, 0)  # which starts at 0
+    # The unembedding starts at 0, and with it the logits.
+    assert long.means["unembedding"][0] == (0, 0)
 
 
 @pytest.fixture

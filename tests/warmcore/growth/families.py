@@ -27,7 +27,7 @@ def grow_optimizer(state, base, target, options, generator=None):
 
 
 def tensors_of(spec, seed=0):
-    """Random in every element, gains included."""
+    """Return tensors with random values in every element, gains included."""
     generator = seeded(seed)
     return {
         name: torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -94,14 +94,14 @@ any_ratio = st.sampled_from([1, 2, 3, 4])
 
 @st.composite
 def families(draw, ratios=any_ratio, added_layers=none):
-    """A base and a wider target of one family, maybe deeper."""
+    """Draw a base and a wider target of the same family, deeper by some layers."""
     base = draw(bases())
     return base, wider(base, draw(ratios), depth=base.depth + draw(added_layers))
 
 
 @st.composite
 def unequal_families(draw, added_layers=none):
-    """Targets of any width that is whole heads, not only multiples of the base's."""
+    """Draw a target of any width in whole heads, multiples of the base's width or not."""
     base = draw(bases())
     block = base.head_dim * base.group_size
     width = base.width + block * draw(st.integers(1, 4))

@@ -97,6 +97,7 @@ def test_identity_keeps_the_function_and_the_residual_multiplier_must_be_undone(
     grown = grow(tensors, base, target, options, seeded())
     expected = logits(base, tensors)
     assert relative_gap(logits(target, grown), expected) < 1e-9
+    # The negative control: without the ratio in the old projections the function changes.
     if target.parametrization == "mup":
         ratio = multipliers(base).residual / multipliers(target).residual
         for name in grown:
@@ -122,9 +123,13 @@ def test_repeated_layers_are_the_bases_and_the_function_is_not(operator, base, r
 
 @pytest.mark.parametrize("residual", ["the target's", "the base's"])
 def test_stacks_of_small_branches_keep_the_function_to_first_order(residual):
-    """k copies that each add 1/k add what one added; with the base's multiplier they add k."""
+    """k copies that each add 1/k of a layer's output add as much as that layer.
+
+    With the base's multiplier they add k times as much: the negative control.
+    """
     base = ModelSpec(width=8, depth=2, head_dim=4, vocab_size=7)
     target, tensors = wider(base, 1, depth=8), tensors_of(base)
+    # Small branches: the input of every layer is then nearly the embedding.
     for name in tensors:
         if name.split(".")[-2] in ("o", "down"):
             tensors[name] *= 1e-4

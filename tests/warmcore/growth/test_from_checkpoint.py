@@ -1,4 +1,4 @@
-"""Growth on the disk is growth in memory, and holds one tensor at a time."""
+"""Growth on the disk equals growth in memory, and holds a single tensor at a time."""
 
 import subprocess
 import sys
@@ -99,12 +99,12 @@ def test_a_run_without_growth_is_refused(run_spec, base, tmp_path):
 def test_growth_that_is_killed_leaves_no_checkpoint(grown_run, base, tmp_path, monkeypatch):
     whole = Growth.grow_weights
 
-    def killed(self, tensors, generator):
+    def stop_after_five(self, tensors, generator):
         for _, grown in zip(range(5), whole(self, tensors, generator), strict=False):
             yield grown
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Growth, "grow_weights", killed)
+    monkeypatch.setattr(Growth, "grow_weights", stop_after_five)
     with pytest.raises(KeyboardInterrupt):
         grow_checkpoint(base.path, tmp_path / "grown", run=grown_run())
     assert not (tmp_path / "grown").exists()
@@ -115,11 +115,11 @@ def test_tensors_of_the_base_are_read_one_at_a_time(grown_run, base, monkeypatch
     alive = []
     read = TensorFile.__getitem__
 
-    def watched(self, name):
+    def record_read(self, name):
         alive.append(name)
         return read(self, name)
 
-    monkeypatch.setattr(TensorFile, "__getitem__", watched)
+    monkeypatch.setattr(TensorFile, "__getitem__", record_read)
     for taken, _ in enumerate(grown.weights.tensors, start=1):
         assert len(alive) == taken
 
@@ -173,7 +173,8 @@ def test_peak_memory_is_a_few_tensors_and_not_a_checkpoint(run_spec, tmp_path):
         check=True,
     )
     num_bytes = (tmp_path / "grown" / MODEL).stat().st_size
-    in_flight = 20e6  # of the contract's 300 MB, most of which the imports take
+    # The contract allows 300 MB, and the imports take most of them.
+    in_flight = 20e6
     allowed = 0.2 * num_bytes + 2 * (3 * 512 * 512 * 4) + in_flight
     peaks = [int(line) for line in child.stdout.splitlines()]
     assert len(peaks) == len(EVERY_OPERATOR)

@@ -1,4 +1,4 @@
-"""The laws of METHOD §3 for weights. Exact ones have no tolerance; the others are in float64."""
+"""The laws of METHOD §3 for weights: exact laws without tolerance, the others in float64."""
 
 import itertools
 
@@ -30,7 +30,7 @@ CLONE = GrowthOptions(operator="clone")
 several = st.sampled_from([2, 3, 4])
 
 
-# Law 1
+# Law 1: copying operators keep the function.
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_net2net_is_a_balanced_map_that_keeps_the_base_first(family, seed):
                 assert (unit_map.num_copies == target.width // base.width).all()
 
 
-# Law 4
+# Law 4: padding keeps the base's values, and its new units do nothing.
 
 
 def base_block(tensor, like):
@@ -194,7 +194,7 @@ def test_with_another_seed_shrink_or_perturb_it_is_not_that_cold_start(change, f
     options = GrowthOptions(depth_operator="identity", **scales)
     cold = init_weights_(Decoder(target, context=CONTEXT), target, seeded(seed)).state_dict()
     grown = grow(tensors, base, target, options, seeded(change.get("seed", seed)))
-    # Without those that new identity layers have at zero, whatever the scale.
+    # Without the tensors that are zero in new identity layers, whatever the scale.
     drawn = [name for name in cold if name.split(".")[-2] in ("embedding", "q", "v", "up")]
     assert not any(torch.equal(grown[name], cold[name]) for name in drawn)
 
@@ -235,7 +235,7 @@ def test_slice_is_shrink_perturb_without_noise_in_the_padding(family, shrink, pe
         assert (rest_of(grown, tensors[name]) == nothing).all()
 
 
-# Law 5
+# Law 5: growing to the same size changes nothing.
 
 
 @settings(max_examples=75)

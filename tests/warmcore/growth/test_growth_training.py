@@ -36,7 +36,7 @@ from warmcore.training.optimizer import (
 
 CLONE = GrowthOptions(operator="clone")
 
-# Law 2
+# Law 2: a copy with its optimizer state trains exactly like its base.
 
 
 ADAMW = TrainSpec(lr=4e-3, weight_decay=0.1, grad_clip=0.1, eps=1e-5)
@@ -45,7 +45,8 @@ SIDE_BY_SIDE_STEPS = 200
 
 
 def in_the_gradients_precision(gradient, coefficients, num_steps, eps):
-    """The library's Newton-Schulz without its bfloat16, which would hide what is exact."""
+    """Compute the library's Newton-Schulz steps in the gradient's precision."""
+    # The library computes them in bfloat16. Equality up to 1e-9 could not be tested there.
     a, b, c = coefficients
     x = gradient.T if len(gradient) > len(gradient.T) else gradient
     x = x / x.norm().clamp(min=eps)
@@ -84,7 +85,7 @@ def gaps(
     noise=0.0,
     seed=3,
 ):
-    """Yield differences of losses over 200 batches that a base and its copy are trained on."""
+    """Yield the differences of the losses of a base and its copy over 200 training batches."""
     generator = seeded(seed)
     windows = torch.randint(
         base.vocab_size, (SIDE_BY_SIDE_STEPS, 4, CONTEXT + 1), generator=generator
@@ -109,11 +110,12 @@ def gaps(
         other, _ = train_step(clone, clone_optimizer, vector_norm_weight(clip, target), window)
         yield abs(loss - other)
         clipped += norm > train.grad_clip
-    assert clipped > 20  # or else clipping is not under test
+    # Without clipped steps the test would say nothing about clipping.
+    assert clipped > 20
 
 
 def as_at_the_base(clone_optimizer, optimizer):
-    """Without the factors that depend on width: the base's eps and decay, and Muon's lr."""
+    """Remove the factors that depend on width: set the base's eps, decay and Muon's lr."""
     of_base = {group["role"]: group for group in optimizer.param_groups}
     for group in clone_optimizer.param_groups:
         same = of_base[group["role"]]
@@ -129,7 +131,7 @@ def trained(**fields):
 
 @st.composite
 def trained_families(draw, ratios=(2, 3, 4), group_sizes=(1, 2, 3)):
-    """Small bases of several widths, depths and groups; the base width is theirs or half."""
+    """Draw small bases of several widths, depths and groups; base_width is the width or half."""
     group_size = draw(st.sampled_from(group_sizes))
     head_dim = draw(st.sampled_from([2, 4]))
     half = head_dim * group_size * draw(st.integers(1, 2))
@@ -209,13 +211,13 @@ def test_repeating_query_heads_one_by_one_does_not(family):
 
 
 def test_identity_layers_start_with_the_bases_loss_and_then_learn_something_of_their_own():
-    """Law 2 has no side of depth: a new layer's output projections are zero and get gradients."""
+    """Law 2 does not hold for depth: new output projections are zero, and get gradients."""
     found = gaps(GQA, wider(GQA, 2, depth=3))
     assert next(found) < 1e-9
     assert any(gap > 1e-4 for gap in found)
 
 
-# Law 3
+# Law 3: the width-weighted gradient norm of a copy equals that of its base.
 
 
 @given(families(ratios=st.sampled_from([2, 3, 4])), st.sampled_from(COPYING), st.integers(0, 99))

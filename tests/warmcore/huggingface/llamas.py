@@ -1,4 +1,4 @@
-"""Models of transformers and checkpoints of ours to compare; nothing is ever downloaded."""
+"""Models of transformers and checkpoints of ours to compare, without any download."""
 
 import os
 
@@ -39,7 +39,7 @@ CONFIGS = {"Llama": LlamaConfig, "Mistral": MistralConfig, "Qwen2": Qwen2Config}
 
 
 def theirs(family="Llama", *, seed=0, **fields):
-    """A random model, its gains and biases too: they begin at 1 and 0, which would hide faults."""
+    """Return a random model; gains and biases too, because their 1 and 0 would hide faults."""
     if family == "Mistral":
         fields = {"sliding_window": None} | fields
     model = AutoModelForCausalLM.from_config(CONFIGS[family](**SHAPE | fields)).eval()
@@ -75,7 +75,7 @@ def decoder_of(checkpoint):
 
 
 def random_weights(model):
-    """As at init, but with random gains, and an unembedding that is not zero."""
+    """Return initial weights, but with random gains and a random unembedding."""
     generator = seeded()
     drawn = init_weights_(Decoder(model, context=1), model, generator)
     tensors = dict(drawn.state_dict())

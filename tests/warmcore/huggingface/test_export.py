@@ -1,4 +1,4 @@
-"""What transformers loads is the function that was trained."""
+"""An exported model computes in transformers the function that we trained."""
 
 import json
 import weakref
@@ -29,7 +29,7 @@ from warmcore.specs import ModelSpec
 from warmcore.tensors.files import TensorFile
 from warmcore.training.training import Training
 
-# Every factor of the fold differs from 1.
+# With these options every folded factor differs from 1.
 SCALED = {
     "width": 32,
     "depth": 2,
@@ -40,7 +40,7 @@ SCALED = {
     "embedding_multiplier": 3.0,
     "output_multiplier": 0.7,
     "attention_multiplier": 1.9,
-    "unembedding_std": 2.0,  # so that a few steps do not end at one token for ever
+    "unembedding_std": 2.0,  # after a few steps, greedy text must not repeat a single token
 }
 
 
@@ -96,11 +96,13 @@ def test_positions_are_rotated_by_the_same_angles_to_the_last_bit(head_dim, thet
     our_cos, to_first, to_second = rope_table(1, head_dim, 4096, theta)[:, :, 0]
     our_sin = to_second - to_first
     assert torch.equal(our_cos, cos[0])
-    assert torch.equal(our_sin.abs(), sin[0].abs())  # ours has the sign of the rotation in it
+    # Our table includes the sign of the rotation; theirs does not.
+    assert torch.equal(our_sin.abs(), sin[0].abs())
 
 
 def test_logits_are_equal_in_a_long_context_too(run_spec, tmp_path):
-    run = run_spec(width=64, head_dim=16, depth=2, init_std=0.3)  # attention that looks closely
+    # Large weights make attention sharp, hence sensitive to angles at large positions.
+    run = run_spec(width=64, head_dim=16, depth=2, init_std=0.3)
     run = run.model_copy(update={"data": run.data.model_copy(update={"context": 2048})})
     saved = checkpoint_of(run, tmp_path / "ours")
     export_hf(saved.path, tmp_path / "theirs")
@@ -259,14 +261,14 @@ def test_no_more_than_three_tensors_are_held_at_a_time(trained, tmp_path, monkey
     held, most = [], 0
     read = TensorFile.__getitem__
 
-    def watched(self, name):
+    def record_read(self, name):
         nonlocal most
         tensor = read(self, name)
         held.append(weakref.ref(tensor))
         most = max(most, sum(ref() is not None for ref in held))
         return tensor
 
-    monkeypatch.setattr(TensorFile, "__getitem__", watched)
+    monkeypatch.setattr(TensorFile, "__getitem__", record_read)
     export_hf(trained.path, tmp_path / "theirs")
     assert len(held) == num_weights
     assert 0 < most <= 3

@@ -1,4 +1,4 @@
-"""What transformers wrote is the function that is grown and trained here, or is refused."""
+"""A folder of transformers is imported with an equal function, or refused."""
 
 import json
 
@@ -32,7 +32,7 @@ from warmcore.training.training import Training
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A folder of transformers, with the tokenizer that an exported model has."""
+    """Make a folder of transformers, with the tokenizer of an exported model."""
     folder = tmp_path_factory.mktemp("original")
     theirs().save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(make_byte_json())
@@ -46,7 +46,7 @@ def imported(original, tmp_path_factory):
 
 @pytest.fixture
 def copy(original, tmp_path):
-    """A copy of the folder, its config changed."""
+    """Copy the folder and change its config."""
 
     def make(**fields):
         folder = tmp_path / "copy"
@@ -227,7 +227,7 @@ def test_tied_embeddings_become_two_tensors(tmp_path):
 
 
 def test_an_old_config_means_what_it_meant(copy, imported, tmp_path):
-    """Of version 4: no rope_parameters, torch_dtype; a null rope_scaling."""
+    """Version 4 wrote no rope_parameters, a torch_dtype, and a null rope_scaling."""
     folder = copy(
         rope_parameters=LEFT_OUT, rope_theta=10000.0, rope_scaling=None, head_dim=LEFT_OUT
     )

@@ -1,3 +1,5 @@
+"""The decoder's function, causality and initial values."""
+
 import math
 
 import pytest
@@ -18,7 +20,8 @@ def seeded(seed=0):
 
 
 def model_of(spec, *, context=12, seed=0):
-    """A model whose every tensor is random, so that no law holds because something is 0 or 1."""
+    """Return a model with random values in every tensor."""
+    # Zeros and ones would let a law hold by accident: a gain of 1 cannot reveal a missing gain.
     model = init_weights_(Decoder(spec, context=context), spec, seeded(seed)).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -69,7 +72,7 @@ def test_no_token_sees_a_later_one(spec, position):
 
 
 def reference_logits(weights, spec, tokens):
-    """The same function from its formulas, one head and one position at a time."""
+    """Compute the same function from its formulas, for each head and each position singly."""
 
     def norm(x, name):
         rms = torch.sqrt((x * x).mean(-1, keepdim=True) + spec.norm_eps)
@@ -129,7 +132,8 @@ def test_logits_are_their_formula(group_size):
     )
     model, tokens = model_of(spec), tokens_of(spec, batch=1)
     expected = reference_logits(model.state_dict(), spec, tokens[0])
-    assert torch.allclose(model(tokens)[0], expected, rtol=1e-6, atol=1e-8)  # float32 RoPE tables
+    # The RoPE table of the model is in float32, and the formulas are in float64.
+    assert torch.allclose(model(tokens)[0], expected, rtol=1e-6, atol=1e-8)
 
 
 def test_a_fresh_model_knows_nothing_and_says_so():

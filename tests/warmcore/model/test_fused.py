@@ -1,4 +1,4 @@
-"""The fused branches are the modules' own compositions, for less memory."""
+"""The fused branches equal the modules' compositions, and need less memory."""
 
 import pytest
 import torch
@@ -27,7 +27,8 @@ def specs(draw):
 
 
 def model_of(spec, dtype=torch.float64):
-    """A model whose every tensor is random, so that no law holds because something is 0 or 1."""
+    """Return a model with random values in every tensor."""
+    # Zeros and ones would let a law hold by accident: a gain of 1 cannot reveal a missing gain.
     generator = torch.Generator().manual_seed(0)
     model = init_weights_(Decoder(spec, context=12), spec, generator).to(dtype)
     with torch.no_grad():
@@ -86,6 +87,7 @@ def test_a_wrong_backward_pass_is_seen(monkeypatch, wrong):
     else:
         monkeypatch.setattr(fused, "_backpropagate_norm", lambda *a: [g * 1.001 for g in norm(*a)])
     made = loss_and_gradients(model, window)
+    # The forward pass is right: only the gradients can reveal the fault.
     assert made[0].item() == pytest.approx(composed[0].item(), rel=1e-12)
     assert not close(made[1:], composed[1:])
 
@@ -107,7 +109,7 @@ def test_a_scaled_loss_has_scaled_gradients():
 
 
 def bytes_kept(model, window):
-    """Of distinct tensors that the backward pass will read, parameters aside."""
+    """Return the bytes that autograd keeps for the backward pass, parameters excluded."""
     kept = {}
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
 

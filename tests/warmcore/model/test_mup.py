@@ -1,3 +1,5 @@
+"""muP's table of factors, and activations that do not depend on width."""
+
 import math
 
 import pytest
@@ -23,6 +25,7 @@ def test_at_the_base_width_training_is_the_standard_twins_bit_for_bit(run_spec, 
     assert losses(Training.start(mup, corpus)) == losses(Training.start(standard, corpus))
 
 
+# The negative control: equality at the base would prove nothing if it held everywhere.
 def test_away_from_the_base_width_training_is_not_the_standard_twins(run_spec, corpus):
     mup = run_spec(parametrization="mup", base_width=8)
     standard = run_spec(parametrization="standard")
@@ -74,7 +77,7 @@ def slopes_of(corpus):
             num_steps=3,
             num_seeds=num_seeds,
         )
-        # At 64 finite-width effects are still 5 % of an activation.
+        # At width 64, effects of finite width are still 5 % of an activation.
         return check_axis(setup, model, "width", (128, 256, 512)).last_slopes
 
     return measure

@@ -1,4 +1,4 @@
-"""Averages are what their formulas say, and nothing of the run knows of them."""
+"""Averages equal their formulas, and do not influence the run."""
 
 import math
 
@@ -26,7 +26,10 @@ lengths, half_lives = st.integers(2, 60), st.floats(0.01, 0.9)
 
 
 class Path(nn.Module):
-    """Weights that are e_t after step t: their average is the weights that steps have in it."""
+    """Weights that equal the unit vector e_t after step t.
+
+    Element t of an average is then the weight of step t in the average.
+    """
 
     def __init__(self, num_steps):
         super().__init__()
@@ -89,7 +92,7 @@ def test_averages_change_no_bit_of_the_run(run_spec, corpus):
 
 @pytest.fixture(scope="module")
 def averaged(run_spec, corpus, tmp_path_factory):
-    """A finished run with both averages: its training, events, raw weights by step, checkpoint."""
+    """Return a finished run with both averages: training, events, weights by step, checkpoint."""
     training, events, path = Training.start(run_spec(steps=30, **BOTH), corpus), [], []
     for event in training.train_to_end():
         events.append(event)

@@ -1,3 +1,5 @@
+"""Batches and validation windows as pure functions of the seed and the step."""
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -16,7 +18,7 @@ contexts = st.integers(2, 9)
 
 
 def corpus_of(num_windows, context):
-    """Tokens whose value is their position; every window begins at a multiple of the context."""
+    """Return tokens that equal their position; windows begin at multiples of the context."""
     return np.arange(num_windows * context + 1, dtype=np.uint16)
 
 
@@ -41,6 +43,7 @@ def test_a_batch_is_a_function_of_the_step_alone(num_windows, context, batch_siz
     tokens = corpus_of(num_windows, context)
     keywords = {"seed": 3, "batch_size": batch_size, "context": context}
     once = read_train_batch(tokens, step=step, **keywords)
+    # Neither the cache nor an earlier call may influence a batch.
     epoch_order.cache_clear()
     read_train_batch(tokens, step=step + 1, **keywords)
     assert torch.equal(once, read_train_batch(tokens, step=step, **keywords))

@@ -1,3 +1,5 @@
+"""Divergence: a run that is lost ends, and a run that only learns slowly goes on."""
+
 import dataclasses
 import itertools
 import math
@@ -128,6 +130,7 @@ def test_a_warm_start_that_loses_much_of_what_it_knew_is_no_divergence(run_spec,
     assert not any(isinstance(event, DivergedEvent) for event in events)
     first, *_ = (event.val_loss_nats for event in events if isinstance(event, EvaluationEvent))
     losses = [event.loss_nats for event in events if isinstance(event, StepEvent)]
-    assert abs(first - trained.val_loss_nats) < 0.3  # it does start warm
-    assert sum(loss > first + 0.3 for loss in losses) > 20  # a rule of "above its own start" fails
+    # It starts warm, and a rule "above its own first loss" would end it wrongly.
+    assert abs(first - trained.val_loss_nats) < 0.3
+    assert sum(loss > first + 0.3 for loss in losses) > 20
     assert dataclasses.asdict(events[-1])["step"] == 60

@@ -14,17 +14,17 @@ def log(monkeypatch):
     log = []
     monkeypatch.setattr(Ranks, "announce_act", lambda _, act: log.append(("announced", act)))
 
-    def note(name):
+    def record_calls_of(name):
         act = getattr(Training, name)
 
-        def noted(self, *arguments):
+        def record_and_do(self, *arguments):
             log.append(("done", name))
             return act(self, *arguments)
 
-        monkeypatch.setattr(Training, name, noted)
+        monkeypatch.setattr(Training, name, record_and_do)
 
     for name in ("__init__", "advance", "save"):
-        note(name)
+        record_calls_of(name)
     return log
 
 

@@ -1,3 +1,5 @@
+"""The loss and its gradient: precision, accumulation, compilation."""
+
 from functools import partial
 from itertools import islice
 
@@ -71,7 +73,7 @@ def test_accumulated_gradients_are_the_whole_batchs(parts):
 def test_an_accumulated_run_clips_its_whole_gradient_and_has_the_curve_of_one_part(
     run_spec, corpus
 ):
-    # Clipped part by part, the norm of the sum could not exceed the limit.
+    # If each part were clipped, the norm of the sum could not exceed the limit.
     _, expected = trained(run_spec(grad_clip=0.05), corpus)
     _, found = trained(run_spec(grad_clip=0.05, accumulate=4), corpus)
     steps = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, StepEvent)]
@@ -153,7 +155,7 @@ def test_a_compiled_run_is_the_run_compiles_once_and_resumes_under_the_same_name
     # and has its test on a GPU, and its run in the log.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    # 10 windows of validation in one batch, and in training 2 parts of 2: other shapes.
+    # Validation has a batch of 10 windows, training 2 parts of 2 windows: two shapes.
     fields = {"steps": 6, "batch_size": 4, "accumulate": 2, "eval_tokens": 160}
     plain, expected = trained(run_spec(**fields), corpus)
     compiled = Training.start(run_spec(**fields, compile=True), corpus)

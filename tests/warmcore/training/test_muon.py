@@ -1,4 +1,4 @@
-"""Muon: its muP scaling, its state, its growth."""
+"""Muon: muP scaling, state and growth."""
 
 import dataclasses
 import itertools
@@ -45,7 +45,7 @@ def test_the_table_at_four_times_the_base_width_and_twice_its_depth():
 
 
 def updates_of(model, train, scale=1.0):
-    """What one step without decay adds to each hidden matrix, for random gradients."""
+    """Return the update of each hidden matrix by a step without decay, for random gradients."""
     generator = torch.Generator().manual_seed(0)
     decoder = init_weights_(Decoder(model, context=4), model, generator)
     before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
@@ -171,7 +171,7 @@ def test_state_goes_on_only_in_the_same_optimizer(optimizer, grown_run, base, co
 
 
 def setup_of(corpus, num_seeds):
-    # At ten times AdamW's update what is learned in three steps outweighs what was drawn.
+    # At ten times AdamW's update, three steps outweigh the initial weights.
     train = TrainSpec(lr=4e-3, batch_size=8, optimizer="muon", muon_lr_ratio=10.0)
     return CheckSetup(
         tokens=corpus.train, train=train, context=32, num_steps=3, num_seeds=num_seeds
@@ -208,7 +208,7 @@ def test_with_another_scale_they_do(lr_factor, sign, corpus, monkeypatch):
 
 
 def depth_slopes_under(parametrization, corpus, num_seeds):
-    # A small init: the sum of what L branches are drawn with falls as 1/sqrt(L) by design.
+    # A small init: by design the sum of L initial branches falls as 1/sqrt(L).
     model = ModelSpec(
         width=64,
         depth=4,

@@ -1,3 +1,5 @@
+"""The optimizer's groups and state, and clipping that weighs vector-like tensors."""
+
 import math
 
 import pytest

@@ -1,4 +1,4 @@
-"""Two gloo processes against one, with the same batches."""
+"""Two gloo processes compared with a single process, on the same batches."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ from warmcore.training.training import Training
 # Relative: the same sums in another order, in float32 (6e-8), added up over the steps.
 LOSS, NORM = 1e-6, 1e-5
 STRATEGIES = ("ddp", "fsdp")
-NUM_BEFORE = 8  # events before a run is resumed by another number of processes
+NUM_BEFORE = 8  # events before another number of processes resumes a run
 FAULTS = [
     ("ddp", "all read the first rows"),
     ("fsdp", "all read the first rows"),
@@ -36,14 +36,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wide(run_spec):
-    """Clipped at every step, by a norm that weighs its parts; some batches of validation left."""
+    """A run that is clipped at every step by a weighted norm.
+
+    The number of its validation batches is odd: in the last turn rank 1 has no batch.
+    """
     fields = {"width": 32, "base_width": 16, "depth": 2, "grad_clip": 0.02}
     return run_spec(steps=16, eval_tokens=4096 * 3 - 1, **fields)
 
 
 @pytest.fixture(scope="module")
 def grown(run_spec, corpus, folder, wide):
-    """From a base whose optimizer grows too; in parts, blocks computed twice, with averages."""
+    """A run grown with its base's optimizer, in parts, with recomputed blocks and averages."""
     training = Training.start(run_spec(steps=8, depth=2), corpus)
     list(training.train_to_end())
     saved = training.save(folder / "base")
@@ -57,8 +60,8 @@ def grown(run_spec, corpus, folder, wide):
 
 @pytest.fixture(scope="module")
 def one(wide, grown, corpus, folder):
-    """The curves of one process, and its checkpoints in the middle and at the end."""
-    torch.set_num_threads(1)  # as the other two have
+    """The curves of a single process; it saves checkpoints in the middle and at the end."""
+    torch.set_num_threads(1)  # as in the two processes
     curves = {}
     for name, spec, base in (("cold", wide, None), ("grown", grown, folder / "base")):
         training = Training.start(spec, corpus, base=base)
@@ -72,7 +75,8 @@ def one(wide, grown, corpus, folder):
 
 @pytest.fixture(scope="module")
 def two(one, wide, grown, folder, cache):
-    """The curves of two, by strategy and what was planned; all in one pair of processes."""
+    """The curves of two processes, by strategy and name of the planned run."""
+    # A single pair of processes does all runs: starting a pair takes seconds.
     plan = {}
 
     def add(strategy, name, spec, how="start", checkpoint=None, fault=None):
@@ -101,7 +105,7 @@ def two(one, wide, grown, folder, cache):
 
 
 def distance(curve, other):
-    """Largest relative difference of losses and of gradient norms; the events must be the same."""
+    """Return the largest relative differences of losses and norms; the events must be equal."""
     for a, b in zip(curve, other, strict=True):
         assert (a.keys(), a["step"], a["tokens"]) == (b.keys(), b["step"], b["tokens"])
         assert [name for name in a if a[name] is None] == [name for name in b if b[name] is None]

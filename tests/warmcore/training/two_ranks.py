@@ -1,7 +1,7 @@
 """Runs on two gloo processes: `python two_ranks.py plan.json`, for `test_ranks.py`.
 
-A planned run is `strategy`, `how` it begins, `spec` and `checkpoint`, the folder `out` to save at
-the end, `middle` to save in after `num_before` events, and the `fault` that is put in.
+A planned run has a `strategy`, `how` it begins, `spec` and `checkpoint`, the folder `out` for its
+last checkpoint, the folder `middle` for a checkpoint after `num_before` events, and a `fault`.
 """
 
 import contextlib
