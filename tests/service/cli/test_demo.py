@@ -6,10 +6,12 @@ from service.runs.schemas import RunView
 
 
 def run(first, last, inside, *, startup=0.5, kind="trial", number=0):
+    """Return a run with steps from `first` to `last` s, of which it trained for `inside` s."""
     spec = {
         "model": {"width": 32, "depth": 1, "head_dim": 16},
         "data": {"source": "stdlib"},
     }
+    # Every field is None unless the test needs it.
     none = dict.fromkeys(RunView.model_fields)
     return RunView.model_validate(
         none
@@ -50,6 +52,7 @@ def test_two_slots_that_always_train_are_used_wholly():
 
 
 def test_a_slot_that_stands_idle_counts_against_the_fleet():
+    # Each slot trains for 10 of 20 seconds.
     runs = [run(100, 110, 10), run(110, 120, 10)]
     assert measure_fleet(runs, 2)["utilization"] == 0.5
 

@@ -26,6 +26,7 @@ hpo: {trials: 2, sampler: random, pruner: none}
 """
 
 
+# A developer's shell may set these; each test starts without them.
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     for name in ("WARMSCALE_URL", "WARMSCALE_API_KEY", "WARMSCALE_HOME", "WARMSCALE_PORT"):
@@ -34,7 +35,7 @@ def no_environment(monkeypatch):
 
 @pytest.fixture
 def local(tmp_path, api):
-    """A home whose client.json names the test's API."""
+    """Return a home with a client.json of the test's API."""
     folder = tmp_path / "local"
     folder.mkdir()
     homes.write_access(folder, Access(url=api.url, key=api.key))
@@ -43,7 +44,7 @@ def local(tmp_path, api):
 
 @pytest.fixture
 def warmscale(local):
-    """Run a command against the test's API."""
+    """Return a function that runs a command against the test's API."""
 
     def call(*arguments):
         return runner.invoke(app, [*arguments, "--home", str(local)])
@@ -86,6 +87,7 @@ def test_completion_prints_a_script_for_bash_and_loads_neither_optuna_nor_torch(
         ["bash", "-c", command], cwd=root, capture_output=True, text=True, check=True, timeout=60
     )
     assert "complete -o default -F _warmscale_completion warmscale" in done.stdout
+    # `-X importtime` writes a line for each imported module to stderr.
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "typer" in loaded
     assert not {"optuna", "torch", "sqlalchemy", "fastapi"} & loaded
@@ -116,8 +118,8 @@ def test_a_relative_source_is_taken_from_the_working_directory(warmscale, spec_f
 
 def test_steering_says_what_the_study_is_now(warmscale, spec_file):
     warmscale("study", "create", "-f", str(spec_file))
-    said = [warmscale("study", v, "a-study").stdout for v in ("pause", "resume", "cancel")]
-    assert said == ["a-study is paused\n", "a-study is active\n", "a-study is cancelled\n"]
+    lines = [warmscale("study", v, "a-study").stdout for v in ("pause", "resume", "cancel")]
+    assert lines == ["a-study is paused\n", "a-study is active\n", "a-study is cancelled\n"]
     refused = warmscale("study", "resume", "a-study")
     assert refused.exit_code == 4
     assert "cancelled" in refused.stderr
@@ -126,6 +128,7 @@ def test_steering_says_what_the_study_is_now(warmscale, spec_file):
 def test_a_cancelled_study_s_watch_fails(warmscale, spec_file):
     warmscale("study", "create", "-f", str(spec_file))
     warmscale("study", "cancel", "a-study")
+    # A study that did not complete gives exit code 1, after its last state was printed.
     watched = warmscale("study", "watch", "a-study", "--json")
     assert watched.exit_code == 1
     assert json.loads(watched.stdout.splitlines()[-1])["state"] == "cancelled"
@@ -152,6 +155,7 @@ def test_a_run_is_shown_with_its_checkpoints(warmscale, spec_file, worker):
 
 
 def test_text_of_a_user_is_never_markup(warmscale, spec_file, worker):
+    # Rich would fail on the unknown tag [/nope] if it parsed the error as markup.
     warmscale("study", "create", "-f", str(spec_file))
     lease = worker.lease_one()
     worker.finish(lease, "failed", error="[bold]boom[/nope]", retryable=False)
@@ -161,7 +165,7 @@ def test_text_of_a_user_is_never_markup(warmscale, spec_file, worker):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("hpo:", "hop:"), "hop: unknown key"),
         (("high: 3e-2", "high: 1e-4"), "search_space.lr"),
@@ -169,11 +173,11 @@ def test_text_of_a_user_is_never_markup(warmscale, spec_file, worker):
         (("width: 32", "width: 33"), "proxy"),
     ],
 )
-def test_a_bad_spec_names_its_field_and_value(warmscale, spec_file, change, said):
+def test_a_bad_spec_names_its_field_and_value(warmscale, spec_file, change, message):
     spec_file.write_text(SPEC.replace(*change))
     refused = warmscale("study", "create", "-f", str(spec_file))
     assert refused.exit_code == 2
-    assert said in refused.stderr
+    assert message in refused.stderr
     assert "got" in refused.stderr
     assert "Traceback" not in refused.output
 
@@ -183,6 +187,7 @@ def test_a_name_that_is_taken_is_a_conflict(warmscale, spec_file):
     again = warmscale("study", "create", "-f", str(spec_file))
     assert again.exit_code == 4
     assert "a-study" in again.stderr
+    # --name makes the same file a second study.
     other = warmscale("study", "create", "-f", str(spec_file), "--name", "another")
     assert other.exit_code == 0
 
@@ -196,6 +201,7 @@ def test_what_is_not_there_is_not_found(warmscale, command):
 
 def test_a_service_that_is_away_is_said_to_be_unreachable(tmp_path, monkeypatch):
     monkeypatch.setattr("service.cli.common.PATIENCE_SECONDS", 0.0)
+    # Port 9 (discard) has no listener.
     homes.write_access(tmp_path, Access(url="http://127.0.0.1:9", key="ws_x"))
     refused = runner.invoke(app, ["study", "watch", "x", "--home", str(tmp_path)])
     assert refused.exit_code == 3
@@ -203,11 +209,12 @@ def test_a_service_that_is_away_is_said_to_be_unreachable(tmp_path, monkeypatch)
 
 
 def test_a_page_in_place_of_an_answer_is_said_shortly(warmscale, monkeypatch):
+    # A proxy in front of the service may respond with its own page.
     page = httpx.Response(200, text="<html>", request=httpx.Request("GET", "http://proxy/"))
     monkeypatch.setattr("service.client.Client.request", lambda *_, **__: page)
     refused = warmscale("study", "list")
     assert refused.exit_code == 3
-    assert "'<html>' of http://proxy/ is no JSON" in refused.stderr
+    assert "'<html>' of http://proxy/ is not JSON" in refused.stderr
     assert "Traceback" not in refused.output
 
 
@@ -223,6 +230,7 @@ def test_a_wrong_key_is_refused(warmscale, monkeypatch):
 
 
 def test_a_home_s_key_is_never_sent_to_another_service(warmscale, monkeypatch):
+    # The home's file names the test's API, so its key must not go to this URL.
     monkeypatch.setenv("WARMSCALE_URL", "http://127.0.0.1:9")
     refused = warmscale("study", "list")
     assert refused.exit_code == 5
@@ -231,7 +239,7 @@ def test_a_home_s_key_is_never_sent_to_another_service(warmscale, monkeypatch):
 
 @pytest.fixture
 def became(monkeypatch):
-    """The command lines that were to take over the process."""
+    """Return the command lines of `os.execv`, which the test replaces."""
     found = []
     monkeypatch.setattr("os.execv", lambda _, command: found.append(command[1:]))
     return found
@@ -240,6 +248,7 @@ def became(monkeypatch):
 def test_a_run_s_final_checkpoint_is_exported(warmscale, spec_file, worker, became):
     warmscale("study", "create", "-f", str(spec_file))
     lease = worker.lease_one()
+    # Before the run completes it has no checkpoint.
     assert warmscale("export", lease.run_id, "--out", "hf").exit_code == 4
     assert became == []
     worker.complete(lease)
@@ -276,7 +285,7 @@ def test_what_cannot_be_exported_is_named(warmscale, became, run):
 
 @pytest.fixture
 def started(monkeypatch):
-    """The command lines and the keys of the fleets that were to take over the process."""
+    """Return command line and API key of each `os.execve`, which the test replaces."""
     found = []
     monkeypatch.setattr(
         "os.execve", lambda _, command, env: found.append((command[3:], env["WARMSCALE_API_KEY"]))
@@ -302,7 +311,7 @@ def test_a_fleet_of_the_home_s_service_needs_no_key_beside_it(warmscale, started
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: [", "no YAML"),
         ("- a\n- b\n", "a spec is a mapping"),
@@ -313,10 +322,10 @@ def test_a_fleet_of_the_home_s_service_needs_no_key_beside_it(warmscale, started
         ("lr: .inf\n", "JSON"),
     ],
 )
-def test_a_file_that_is_no_spec_says_why(tmp_path, text, said):
+def test_a_file_that_is_no_spec_says_why(tmp_path, text, message):
     path = tmp_path / "spec.yaml"
     path.write_text(text)
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=message):
         load_spec(path, tmp_path)
 
 
@@ -377,6 +386,7 @@ def test_a_damaged_access_file_says_what_to_do(tmp_path):
 def test_a_home_has_one_holder_at_a_time(tmp_path):
     with homes.hold_home(tmp_path), pytest.raises(HomeInUseError, match="in use by another"):
         homes.hold_home(tmp_path).__enter__()
+    # The lock is free again after the block.
     with homes.hold_home(tmp_path):
         pass
 

@@ -17,7 +17,7 @@ HPO = {"trials": 2, "parallel": 2, "sampler": "random", "pruner": "none"}
 
 @pytest.fixture
 def script(worker):
-    """A `tick` that acts one step at a time, as workers would while somebody watches."""
+    """Return a function that makes a `tick`: each call of the tick does the next step."""
 
     def make(*steps):
         left = list(steps)
@@ -27,6 +27,8 @@ def script(worker):
 
 
 def finishing(worker, loss):
+    """Return a step that completes the next trial with this loss."""
+
     def step():
         lease = worker.lease_one()
         worker.evaluate(lease, 1, loss)
@@ -50,6 +52,7 @@ def test_a_run_that_was_seen_running_is_told_to_have_ended(api, submit, worker, 
     leases = list(worker.lease(2))
     moments = follow_study(api.client, name, lambda: None)
     assert {run.id for run in next(moments).running} == {lease.run_id for lease in leases}
+    # The run ends between two polls.
     worker.complete(leases[0], loss=2.5)
     now = next(moments)
     assert [run.id for run in now.ended] == [leases[0].run_id]
@@ -58,6 +61,7 @@ def test_a_run_that_was_seen_running_is_told_to_have_ended(api, submit, worker, 
 
 def test_json_lines_are_printed_only_on_change(api, submit, worker, script, capsys):
     name = submit(hpo=HPO, target=None)["name"]
+    # Several polls without a change: 12 ticks are more than two polls.
     nothing = [lambda: None] * 12
     tick = script(*nothing, finishing(worker, 2.5), *nothing, finishing(worker, 2.25))
     watch_study(api.client, name, "json", tick)
@@ -67,14 +71,14 @@ def test_json_lines_are_printed_only_on_change(api, submit, worker, script, caps
 
 
 class Flaky(Client):
-    """A client whose service is away for a while."""
+    """A client that cannot reach the service for the next `failures` requests."""
 
     failures = 0
 
     def get(self, path, **params):
         if self.failures > 0:
             self.failures -= 1
-            raise httpx.ConnectError("away")
+            raise httpx.ConnectError("unreachable")
         return super().get(path, **params)
 
 
@@ -83,6 +87,7 @@ def test_a_watch_outlives_a_restart_of_the_service(api, submit, worker, capsys):
     with Flaky(api.url, api.key, patience_seconds=0) as client:
         moments = follow_study(client, name, lambda: None)
         assert not next(moments).unreachable
+        # Two polls fail, and the third succeeds again.
         client.failures = 2
         assert [next(moments).unreachable for _ in range(3)] == [True, True, False]
 
@@ -145,6 +150,7 @@ def view(trials=None, targets=None, cost=0.0, **changes):
 
 def test_a_fresh_study_has_all_of_its_flops_to_spend():
     study = view()
+    # 4 trials, and 4 targets: two seeds, each warm and cold.
     trial, target = study.spec.trial_run(0).train_flops, study.spec.rung_run(0, 0).train_flops
     assert count_remaining_flops(study, []) == pytest.approx(4 * trial + 4 * target)
 
@@ -176,6 +182,7 @@ def test_a_pace_needs_time_and_progress():
     pace.note_cost(0.0, 0.0)
     pace.note_cost(1.0, 5.0)
     assert pace.flops_per_second is None
+    # The cost stays at 5 FLOPs: without progress the pace has no speed.
     for second in range(2, 200):
         pace.note_cost(float(second), 5.0)
     assert pace.flops_per_second is None

@@ -56,6 +56,7 @@ def test_a_child_that_keeps_dying_is_given_up_with_the_end_of_its_log(child, mon
     messages = []
     with pytest.raises(ChildError, match=r"5 times in a row.*\n(.*\n)*  no such thing"):
         wait_for(lambda: thing.restart_if_exited(messages.append))
+    # Four restarts, and the fifth exit raises.
     assert len(messages) == 4
 
 
@@ -117,6 +118,7 @@ def test_nothing_of_a_child_s_session_outlives_it(parent):
 
 def test_what_a_dead_child_leaves_is_killed_before_it_is_started_again(parent):
     thing, grandchild = parent
+    # The kill leaves the grandchild in the session.
     thing.process.kill()
     messages = []
     wait_for(lambda: thing.restart_if_exited(messages.append) or messages)

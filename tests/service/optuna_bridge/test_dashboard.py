@@ -1,4 +1,4 @@
-"""The dashboard shows a key its project's studies, and takes notes from its own pages alone."""
+"""The dashboard shows the studies of the key's project, and saves notes of its own pages alone."""
 
 import re
 
@@ -14,6 +14,7 @@ def api(shared_api):
 
 
 def key_of(api, project, *scopes):
+    """Create a key of the project, with the scopes read and write by default."""
     with api.sessions.begin() as session:
         return keys.create_key(session, "test", list(scopes or ["read", "write"]), project=project)[
             1
@@ -22,7 +23,7 @@ def key_of(api, project, *scopes):
 
 @pytest.fixture
 def made(api, study_spec):
-    """A study in each of two projects: their names, and their numbers in Optuna."""
+    """Create a study in each of two projects; yield their ids in Optuna, and their common name."""
     spec, numbers = study_spec(), {}
     for project in ("a", "b"):
         api.client.request("POST", "/v1/studies", body=spec, params={"project": project})
@@ -53,7 +54,9 @@ def test_a_key_of_a_project_sees_its_studies_in_the_list_and_an_admin_all(api, m
 def test_what_shows_a_study_of_another_project_is_not_there(api, made, path):
     numbers, _ = made
     key = key_of(api, "a")
-    get(api, path.format(numbers["b"]), api.key)  # in the dashboard's memory
+    # The admin's request puts the study into the dashboard's cache.
+    get(api, path.format(numbers["b"]), api.key)
+    # A foreign study and a missing study must give the same response.
     foreign = get(api, path.format(numbers["b"]), key)
     nowhere = get(api, path.format(10**9), key)
     assert (foreign.status_code, nowhere.status_code) == (404, 404)
@@ -62,7 +65,7 @@ def test_what_shows_a_study_of_another_project_is_not_there(api, made, path):
 
 
 def test_every_route_of_the_dashboard_is_a_page_of_a_study_or_closed(api):
-    """A dashboard of a newer version may have routes that nobody here has looked at."""
+    """A newer dashboard can have new routes; they must stay closed until a maintainer adds them."""
     from service.optuna_bridge import dashboard
 
     bottle = api.sampler.make_dashboard(lambda _: True)
@@ -90,6 +93,7 @@ def note(api, key, number, **headers):
 def test_a_note_is_taken_from_our_own_page_and_from_no_other_site(api, made):
     numbers, _ = made
     key = key_of(api, "a")
+    # Without an Origin, or with another site's, a browser may act for a foreign page.
     for headers in ({}, {"Origin": "https://evil.example"}, {"Origin": "null"}):
         assert note(api, key, numbers["a"], **headers).status_code == 403
     assert note(api, key, numbers["a"], Origin=api.url).status_code == 204

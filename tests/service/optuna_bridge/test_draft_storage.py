@@ -1,4 +1,4 @@
-"""Drafts: Optuna's own draws, written whole or not at all."""
+"""Drafts: they equal Optuna's own samples, and all or none are written."""
 
 import random
 
@@ -38,7 +38,7 @@ def spec(study_spec):
 
 
 def plain(spec, trials_so_far):
-    """Optuna's sampler as anybody would make it, seeded as ours is."""
+    """Return Optuna's sampler without our code, with the seed of our sampler."""
     draw = derive_seed(spec.hpo.seed, "ask", trials_so_far) % 2**32
     startup = min(10, max(1, spec.hpo.trials // 3))
     match spec.hpo.sampler:
@@ -56,7 +56,7 @@ def plain(spec, trials_so_far):
 
 
 class PlainOptuna:
-    """The same study in memory, asked as Optuna's manual says: ask, then suggest."""
+    """The same study in memory, used as Optuna's manual shows: ask, then suggest."""
 
     def __init__(self, spec):
         self.spec, self.storage = spec, optuna.storages.InMemoryStorage()
@@ -75,12 +75,13 @@ class PlainOptuna:
             trial_id = self.study.get_trials(deepcopy=False)[number]._trial_id
             self.storage.set_trial_intermediate_value(trial_id, 2, value)
         end = {"pruned": TrialState.PRUNED, "failed": TrialState.FAIL}.get(state)
+        # As in our finish, no sampler takes part in `tell`.
         self.study.sampler = RandomSampler()
         self.study.tell(number, value if end is None else None, state=end)
 
 
 def attributes(trial):
-    """Without what the pruner notes, and what TPE says to others before it has written."""
+    """Return the attributes without the pruner's, and without TPE's note of unwritten samples."""
     other = ("tpe:relative", "completed_rung")
     return {k: v for k, v in trial.system_attrs.items() if not k.startswith(other)}
 
@@ -91,7 +92,8 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
     study = spec(name, pruner=pruner)
     theirs = PlainOptuna(study)
     sampler.create_study(study.name)
-    chance = random.Random(1)  # noqa: S311 - a scene, no secret
+    chance = random.Random(1)  # noqa: S311 - a test needs no secrets
+    # Enqueued trials with some of their parameters; GridSampler takes none.
     for given in ({"lr": 0.002}, {"lr": 0.02, "batch_size": 8}):
         if name != "grid":
             sampler.enqueue_trial(study.name, given)
@@ -101,7 +103,8 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
         asked = start_trial(sampler, study.name, study)
         assert (asked.number, asked.params) == theirs.ask()
         running.append(asked.number)
-        while len(running) > chance.randrange(4):  # up to three run beside the next ask
+        # Up to three trials keep running during the next ask.
+        while len(running) > chance.randrange(4):
             number = running.pop(chance.randrange(len(running)))
             state = chance.choice(["succeeded", "succeeded", "pruned", "failed"])
             loss = chance.random()
@@ -112,9 +115,8 @@ def test_a_study_draws_what_plain_optuna_draws(sampler, spec, name, pruner):
     study_id = sampler.storage.get_study_id_from_name(study.name)
     ours = sampler.storage.get_all_trials(study_id)
     with sampler.engine.connect() as connection:
-        assert [
-            *sampler._cache.get_study(study.name).history.read_trials(connection).values()
-        ] == ours
+        history = sampler._cache.get_study(study.name).history
+        assert [*history.read_trials(connection).values()] == ours
         assert [*TrialHistory(study_id).read_trials(connection).values()] == ours
     for mine, other in zip(ours, theirs.study.trials, strict=True):
         assert list(mine.params.items()) == list(other.params.items())
@@ -141,6 +143,7 @@ def test_drafts_of_a_study_that_has_moved_on_are_not_written(sampler, spec):
     study = spec("random")
     sampler.create_study(study.name)
     stale = sampler.sample_trials(study.name, study)
+    # Another trial starts between the sampling and the write.
     start_trial(sampler, study.name, study)
     with pytest.raises(MovedOnError), Session(sampler.engine) as session, session.begin():
         write_drafts(session, stale)
@@ -166,6 +169,8 @@ def test_what_is_rolled_back_leaves_nothing(sampler, spec):
         session.rollback()
         for table in ("trials", "trial_params", "study_system_attributes"):
             count = session.scalar(text(f"SELECT count(*) FROM optuna.{table}"))
-            assert count == (1 if table == "study_system_attributes" else 0)  # the metric's name
+            # The study's attribute is the metric's name, written when the study was created.
+            assert count == (1 if table == "study_system_attributes" else 0)
+    # The rollback left no trace: the same trials are sampled again.
     again = sampler.sample_trials(study.name, study, 3)
     assert [d.params for d in again.drafts] == [d.params for d in drawn.drafts]

@@ -1,4 +1,4 @@
-"""What Optuna is told stands in the rows that its own `tell` writes, and stands with the run."""
+"""The end of a trial: the rows of Optuna's own `tell`, in the transaction that ends the run."""
 
 import contextlib
 
@@ -22,7 +22,7 @@ ENDS = {
 
 
 def rows(sampler, study):
-    """A trial of this study as the tables hold it, but for its ids and its times."""
+    """Return the rows of this study's trials, without ids and exact times."""
     query = text("""
         SELECT t.number, t.state::text, t.datetime_start IS NOT NULL, t.datetime_complete IS NULL,
             abs(extract(epoch FROM t.datetime_complete - (now() AT TIME ZONE 'UTC'))) < 600,
@@ -36,13 +36,13 @@ def rows(sampler, study):
         return [tuple(row) for row in connection.execute(query, {"study": study})]
 
 
-@pytest.mark.parametrize("heard", [{}, {1: 3.0}, {1: 3.0, 2: 0.5, 4: -2.25}])
+@pytest.mark.parametrize("losses", [{}, {1: 3.0}, {1: 3.0, 2: 0.5, 4: -2.25}])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_trial_that_we_end_has_the_rows_of_one_that_optuna_ends(sampler, end, heard):
+def test_a_trial_that_we_end_has_the_rows_of_one_that_optuna_ends(sampler, end, losses):
     for name in ("ours", "theirs"):
         sampler.create_study(name)
         optuna.load_study(study_name=name, storage=sampler.storage).ask()
-        report_losses(sampler, name, 0, heard)
+        report_losses(sampler, name, 0, losses)
     assert end_trial(sampler, "ours", 0, end, 1.5)
     study = optuna.load_study(study_name="theirs", storage=sampler.storage)
     study.tell(0, 1.5 if end == "succeeded" else None, state=ENDS[end])
@@ -55,15 +55,15 @@ def test_a_trial_that_we_end_has_the_rows_of_one_that_optuna_ends(sampler, end, 
 
 
 def test_a_diverged_trial_is_the_worst_there_is_whatever_it_reported(sampler):
-    for name, heard in (("a", {}), ("b", {1: 3.0, 2: 0.5})):
+    for name, losses in (("a", {}), ("b", {1: 3.0, 2: 0.5})):
         sampler.create_study(name)
         study = optuna.load_study(study_name=name, storage=sampler.storage)
         study.ask()
-        report_losses(sampler, name, 0, heard)
+        report_losses(sampler, name, 0, losses)
         end_trial(sampler, name, 0, "diverged")
         (trial,) = study.trials
         assert (trial.state.name, trial.value) == ("PRUNED", float("inf"))
-        assert trial.intermediate_values == heard | {max(heard, default=1): float("inf")}
+        assert trial.intermediate_values == losses | {max(losses, default=1): float("inf")}
 
 
 def test_the_first_end_stands(sampler):
@@ -72,6 +72,7 @@ def test_the_first_end_stands(sampler):
     report_losses(sampler, "s", 0, {1: 3.0})
     assert end_trial(sampler, "s", 0, "succeeded", 1.5)
     before = rows(sampler, "s")
+    # No later end changes a row of a finished trial.
     for end in ("failed", "pruned", "diverged", "succeeded"):
         assert end_trial(sampler, "s", 0, end, 7.0)
     assert rows(sampler, "s") == before
@@ -87,7 +88,7 @@ def test_optuna_sees_an_end_though_it_holds_the_trial_as_running(sampler):
     study = optuna.load_study(study_name="s", storage=sampler.storage)
     for _ in range(3):
         study.ask()
-    assert [t.state.name for t in study.trials] == ["RUNNING"] * 3  # now in Optuna's cache
+    assert [t.state.name for t in study.trials] == ["RUNNING"] * 3  # fills Optuna's cache
     end_trial(sampler, "s", 2, "succeeded", 1.5)
     end_trial(sampler, "s", 0, "failed")
     assert [t.state.name for t in study.trials] == ["FAIL", "RUNNING", "COMPLETE"]
@@ -108,6 +109,7 @@ def test_a_finish_that_fails_is_unheard_of_by_optuna_too(api, submit, worker, mo
     def away(*_):
         raise OperationalError("", {}, Exception("away"))
 
+    # The study's advance follows the finish of the trial in the same transaction.
     with monkeypatch.context() as patch:
         patch.setattr(attempts, "advance_study", away)  # after the trial was finished in Optuna
         with pytest.raises(ServiceError, match="503"):
@@ -125,6 +127,7 @@ def test_a_finish_that_fails_is_unheard_of_by_optuna_too(api, submit, worker, mo
 
 @contextlib.contextmanager
 def counted(engine):
+    """Count the statements and commits of an engine during the block."""
     counts = {"statements": 0, "commits": 0}
 
     def on_statement(*_):
@@ -146,7 +149,8 @@ def test_a_report_is_one_statement_and_a_finish_one_commit(api, submit, worker):
     worker.evaluate(lease, 1, 3.0)
     with counted(api.sessions.kw["bind"]) as counts, counted(api.sampler.engine) as more:
         worker.evaluate(lease, 2, 2.0)
-        assert (counts["statements"], counts["commits"]) == (1, 0)  # which commits by itself
+        # A report is a single statement in autocommit mode: it needs no commit.
+        assert (counts["statements"], counts["commits"]) == (1, 0)
         worker.finish(lease)
     assert (counts["commits"], more["commits"], more["statements"]) == (1, 0, 0)
 

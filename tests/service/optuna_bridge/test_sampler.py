@@ -1,4 +1,4 @@
-"""Optuna behind the sampler: every sampler searches, restarts do not repeat, ends agree."""
+"""The sampler: every algorithm searches, a restart repeats no sample, and the first end counts."""
 
 import math
 import subprocess
@@ -41,7 +41,7 @@ def spec(study_spec):
 
 
 def search(sampler, spec, n):
-    """Ask and tell `n` times; the loss is least at lr = 0.01."""
+    """Start and finish `n` trials; the loss is least at lr = 0.01."""
     asked = []
     for _ in range(n):
         suggestion = start_trial(sampler, spec.name, spec)
@@ -61,6 +61,7 @@ def test_every_sampler_stays_in_its_space_and_repeats_nothing(make, spec, name):
         assert 1e-3 <= suggestion.params["lr"] <= 3e-2
         assert suggestion.params["batch_size"] in (4, 8, 12, 16)
         assert min(abs(suggestion.params["beta2"] - b / 100) for b in range(90, 99, 2)) < 1e-9
+    # The learning rate is continuous, so equal values would be a repetition.
     assert len({s.params["lr"] for s in asked}) == 12
 
 
@@ -69,7 +70,8 @@ def test_tpe_finds_the_minimum_better_than_chance(make, spec):
     sampler.create_study(study.name)
     late = search(sampler, study, 30)[15:]
     near = sum(abs(math.log(s.params["lr"] / 0.01)) < math.log(2) for s in late)
-    assert near >= 10  # chance: 6 of 15
+    # Random search would find 6 of 15 within a factor of 2 of the minimum.
+    assert near >= 10
 
 
 def test_a_grid_visits_every_point_once_and_its_end_is_no_error(make, spec):
@@ -88,6 +90,7 @@ def test_a_grid_visits_every_point_once_and_its_end_is_no_error(make, spec):
 def test_a_restart_does_not_repeat_the_draws_before_it(make, spec, name):
     study = spec(name)
     make().create_study(study.name)
+    # Each `make()` is a new sampler, as after a restart of the service.
     before = search(make(), study, 5)
     after = search(make(), study, 5)
     drawn = [s.params["lr"] for s in before + after]
@@ -96,10 +99,10 @@ def test_a_restart_does_not_repeat_the_draws_before_it(make, spec, name):
 
 def test_the_same_seed_draws_the_same_trials(make, spec):
     sampler = make()
-    one, two, other = spec(seed=3), spec(seed=3), spec(seed=4)
-    for study in (one, two, other):
+    same, again, other = spec(seed=3), spec(seed=3), spec(seed=4)
+    for study in (same, again, other):
         sampler.create_study(study.name)
-    drawn = [[s.params for s in search(sampler, study, 4)] for study in (one, two, other)]
+    drawn = [[s.params for s in search(sampler, study, 4)] for study in (same, again, other)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -134,6 +137,7 @@ def test_every_pruner_stops_the_worst_and_keeps_the_best(make, spec, pruner):
     sampler, study = make(), spec(pruner=pruner, trials=24)
     sampler.create_study(study.name)
     stopped = {}
+    # Trial n has the constant loss n: the first trial is the best.
     for loss in [*range(24)]:
         number = start_trial(sampler, study.name, study).number
         stopped[loss] = False

@@ -1,4 +1,4 @@
-"""An Optuna with other tables is refused before anything is written."""
+"""An Optuna with unknown tables: the service refuses it before any write."""
 
 import builtins
 import importlib
@@ -26,7 +26,7 @@ WORKS = r"pip install 'optuna==5\.0\.\*'"
 
 @pytest.fixture
 def forget_checks():
-    """Let the checks of this process run again, as in a process that has just started."""
+    """Clear the caches, so that the checks run again as in a new process."""
     caches = (schema.check_installed_optuna, migrations.known_revisions)
     for cache in caches:
         cache.cache_clear()
@@ -64,6 +64,7 @@ def test_another_revision_of_the_tables_is_refused_by_name(unknown_optuna):
 
 
 def test_a_new_column_without_a_new_revision_is_refused_by_name(forget_checks, monkeypatch):
+    # As if the installed Optuna had the new column `state`.
     known = KNOWN_COLUMNS | {"trials": KNOWN_COLUMNS["trials"] - {"state"}}
     monkeypatch.setattr(schema, "KNOWN_COLUMNS", known)
     with pytest.raises(UnknownOptunaError, match=f"table trials has the columns .*{WORKS}"):
@@ -73,6 +74,7 @@ def test_a_new_column_without_a_new_revision_is_refused_by_name(forget_checks, m
 def test_an_optuna_that_moved_its_tables_definition_is_refused_by_name(monkeypatch):
     load = builtins.__import__
 
+    # The module may move in a later Optuna: then the import of its old name fails.
     def import_moved(name, *rest):
         if name == "optuna.storages._rdb":
             raise ImportError(name=name)

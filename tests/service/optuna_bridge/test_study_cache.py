@@ -1,4 +1,4 @@
-"""What a process knows of studies is bounded, and forgetting changes no draw."""
+"""The study cache is bounded, and an eviction changes no sample."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,7 +23,7 @@ def studies(sampler, study_spec):
 
 
 def search(sampler, spec, n):
-    """Ask, evaluate, judge and tell; the parameters that were drawn."""
+    """Start, evaluate, ask the pruner and finish `n` trials; return their parameters."""
     drawn = []
     for _ in range(n):
         suggestion = start_trial(sampler, spec.name, spec)
@@ -40,22 +40,25 @@ def test_no_more_studies_are_known_than_there_may_be(sampler, studies, monkeypat
     specs = studies(5)
     for spec in specs:
         search(sampler, spec, 1)
-    search(sampler, specs[2], 1)  # used again: it outlives the next
+    # Study 2 is used again, so study 3 is evicted before it.
+    search(sampler, specs[2], 1)
     search(sampler, specs[0], 1)
     assert [*sampler._cache._studies] == [specs[i].name for i in (4, 2, 0)]
-    cached = [one.storage._studies for one in sampler._cache._studies.values()]
-    assert [len(one) for one in cached] == [1, 1, 1]  # Optuna's own cache goes with it
-    assert not any(one.trials for one in sampler.storage._studies.values())
+    # Optuna's own cache of a study is evicted together with the study.
+    cached = [study.storage._studies for study in sampler._cache._studies.values()]
+    assert [len(studies) for studies in cached] == [1, 1, 1]
+    assert not any(study.trials for study in sampler.storage._studies.values())
 
 
 def test_no_more_trials_are_known_than_there_may_be_but_one_study_always_is(
     sampler, studies, monkeypatch
 ):
     monkeypatch.setattr(study_cache, "_MAX_TRIALS", 6)
-    one, two, large = studies(3)
-    search(sampler, one, 3)
-    search(sampler, two, 3)
-    assert [*sampler._cache._studies] == [one.name, two.name]
+    first, second, large = studies(3)
+    search(sampler, first, 3)
+    search(sampler, second, 3)
+    assert [*sampler._cache._studies] == [first.name, second.name]
+    # 8 trials exceed the limit of 6: the other studies are evicted, the study in use stays.
     search(sampler, large, 8)
     assert [*sampler._cache._studies] == [large.name]
 
@@ -64,11 +67,12 @@ def test_what_is_forgotten_draws_as_if_it_had_not_been(sampler, studies, monkeyp
     same, other = studies(2)
     expected = search(sampler, same, 16)
     monkeypatch.setattr(study_cache, "_MAX_STUDIES", 1)
-    found = []
+    params = []
     for _ in range(16):
-        found += search(sampler, other, 1)
+        # Each use of a study evicts the other study.
+        params += search(sampler, other, 1)
         sampler._cache.get_study(same.name)
-    assert found == expected
+    assert params == expected
 
 
 def test_studies_are_forgotten_under_draws_that_run(sampler, studies, monkeypatch):
@@ -76,7 +80,7 @@ def test_studies_are_forgotten_under_draws_that_run(sampler, studies, monkeypatc
     specs = studies(4)
     with ThreadPoolExecutor(4) as pool:
         drawn = [*pool.map(lambda spec: search(sampler, spec, 8), specs)]
-    assert [len(one) for one in drawn] == [8] * 4
+    assert [len(params) for params in drawn] == [8] * 4
     assert len(sampler._cache) == 1
     for spec in specs:
         states = sampler.read_states(spec.name)
@@ -86,7 +90,7 @@ def test_studies_are_forgotten_under_draws_that_run(sampler, studies, monkeypatc
 
 @pytest.mark.tampers
 def test_a_study_that_went_back_in_time_is_read_anew_at_once(api, submit, worker, monkeypatch):
-    """As a promoted standby has it that lacked the last commits."""
+    """A promoted standby can lack the last commits: the test deletes the newest trial."""
     name = submit(hpo={"trials": 8, "parallel": 8, "sampler": "random", "pruner": "none"})["name"]
     for lease in worker.lease(3):
         worker.complete(lease)
@@ -97,6 +101,7 @@ def test_a_study_that_went_back_in_time_is_read_anew_at_once(api, submit, worker
         connection.execute(text("DELETE FROM optuna.trial_params WHERE trial_id = 3"))
         connection.execute(text("DELETE FROM optuna.trial_values WHERE trial_id = 3"))
         connection.execute(text("DELETE FROM optuna.trials WHERE trial_id = 3 AND number = 2"))
+    # The first sampling finds the loss and evicts the study; the second reads it again.
     draws, draw = [], api.sampler.sample_trials
 
     def counted(*arguments):
