@@ -9,6 +9,7 @@ import psutil
 import pytest
 import yaml
 
+pytestmark = pytest.mark.timeout(900)  # a machine that is busy with something else
 DEMO = (sys.executable, "-m", "service.cli", "demo")
 
 
@@ -25,7 +26,7 @@ def demo(home, study_spec):
             env=environment | {"XDG_CACHE_HOME": str(home / "cache")},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
             check=False,
         )
 

@@ -14,6 +14,8 @@ from warmcore.specs import RunSpec
 from warmcore.training.events import EvaluationEvent, StepEvent
 from warmcore.training.training import Training
 
+pytestmark = pytest.mark.timeout(900)  # a machine that is busy with something else
+
 
 def find_leased_with_checkpoint(client, study):
     """Return a leased trial that has a checkpoint and is far from its end."""

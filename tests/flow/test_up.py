@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import make_scratch_folder
 
+pytestmark = pytest.mark.timeout(900)  # seconds, on a busy machine
 LONG = 90  # long enough for a busy machine
 
 

@@ -10,6 +10,7 @@ from warmcore.corpus.prepare import prepare_corpus
 from warmcore.training.events import StepEvent
 from warmcore.training.training import Training
 
+pytestmark = pytest.mark.timeout(900)  # a machine that is busy with something else
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 5}
 _FLOAT32 = 1e-5  # relative error: gradients are summed in another order, a few hundred times
 
