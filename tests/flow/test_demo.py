@@ -9,7 +9,7 @@ import psutil
 import pytest
 import yaml
 
-pytestmark = pytest.mark.timeout(900)  # a machine that is busy with something else
+pytestmark = pytest.mark.timeout(900)  # seconds, on a busy machine
 DEMO = (sys.executable, "-m", "service.cli", "demo")
 
 

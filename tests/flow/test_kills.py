@@ -14,7 +14,7 @@ from warmcore.specs import RunSpec
 from warmcore.training.events import EvaluationEvent, StepEvent
 from warmcore.training.training import Training
 
-pytestmark = pytest.mark.timeout(900)  # a machine that is busy with something else
+pytestmark = pytest.mark.timeout(900)  # seconds, on a busy machine
 
 
 def find_leased_with_checkpoint(client, study):

@@ -25,7 +25,7 @@ class FleetProcess:
                 stderr=stream,
             )
 
-    def wait_until_ready(self, seconds: float = 120.0) -> None:
+    def wait_until_ready(self, seconds: float = 240.0) -> None:
         deadline = time.monotonic() + seconds
         while "message=ready" not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()

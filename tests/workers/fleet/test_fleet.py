@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # seconds, on a busy machine
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 50}
 _LONG_SECONDS = 90.0  # long enough for a busy machine
 _DRAIN_SECONDS = 60.0  # the limit that the fleet is given for runs that do not end

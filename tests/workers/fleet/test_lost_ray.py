@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.timeout(900)  # seconds, on a busy machine
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 50}
 
 

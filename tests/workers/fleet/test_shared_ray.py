@@ -24,6 +24,8 @@ streams = ray_logging.WorkerStandardStreamDispatcher
 add = streams.add_handler
 streams.add_handler = lambda self, name, handler, level=0: add(self, name, handler)
 from workers.fleet.__main__ import main
+
+pytestmark = pytest.mark.timeout(900)  # seconds, on a busy machine
 sys.exit(main())
 """
 _LONG_SECONDS = 90.0  # long enough for a busy machine

@@ -10,7 +10,7 @@ from warmcore.corpus.prepare import prepare_corpus
 from warmcore.training.events import StepEvent
 from warmcore.training.training import Training
 
-pytestmark = pytest.mark.timeout(900)  # a machine that is busy with something else
+pytestmark = pytest.mark.timeout(900)  # seconds, on a busy machine
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 5}
 _FLOAT32 = 1e-5  # relative error: gradients are summed in another order, a few hundred times
 
@@ -18,7 +18,7 @@ _FLOAT32 = 1e-5  # relative error: gradients are summed in another order, a few 
 @pytest.fixture(scope="module")
 def fleet(shared_url, start_fleet):
     fleet = start_fleet(shared_url, "--cpus", "2", "--checkpoint-seconds", "0.5")
-    fleet.wait_until_ready(seconds=240)
+    fleet.wait_until_ready()
     return fleet
 
 
