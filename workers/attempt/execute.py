@@ -17,7 +17,7 @@ from warmcore.storage.backoff import Backoff, retry
 from warmcore.training.events import DivergedEvent, EvaluationEvent, StepEvent
 from warmcore.training.training import Training
 from workers.attempt import checkpoints
-from workers.attempt.measurements import Curve, finite_or_none
+from workers.attempt.measurements import Curve, add_step_time, finite_or_none
 from workers.attempt.options import AttemptOptions
 from workers.attempt.provenance import collect_provenance
 from workers.attempt.reporter import CancelledError, Reporter
@@ -149,17 +149,8 @@ class _Attempt:
         if (measurement := self._curve.add_event(event)) is not None:
             self._reporter.add_measurement(measurement)
         if isinstance(event, StepEvent):
-            self._timing = self._add_step_time(event, time.time())
-
-    def _add_step_time(self, event: StepEvent, now: float) -> Timing:
-        before = self._timing
-        first = before.first_step_at or now - event.seconds
-        return Timing(
-            first_step_at=first,
-            last_step_at=now,
-            startup_seconds=max(0.0, first - self._options.leased_at),
-            train_seconds=before.train_seconds + event.seconds,
-        )
+            leased_at = self._options.leased_at
+            self._timing = add_step_time(self._timing, event, now=time.time(), leased_at=leased_at)
 
     def _save_and_release(self) -> Ending:
         if self._training.step > self._saved_step:

@@ -2,7 +2,7 @@
 
 import math
 
-from service.protocol import Measurement
+from service.protocol import Measurement, Timing
 from warmcore.training.events import EvaluationEvent, StepEvent
 
 
@@ -64,6 +64,19 @@ class Curve:
             tokens_per_second=finite_or_none(num_tokens / seconds) if seconds else None,
             train_seconds=seconds,
         )
+
+
+def add_step_time(timing: Timing, event: StepEvent, *, now: float, leased_at: float) -> Timing:
+    """Return `timing` with a further step that ended at `now`; moments are Unix seconds."""
+    # The first step began `event.seconds` before it was reported. Leased at 100.0, with a first
+    # step of 0.5 s that ends at 102.5: the start-up took 2.0 s.
+    first = timing.first_step_at or now - event.seconds
+    return Timing(
+        first_step_at=first,
+        last_step_at=now,
+        startup_seconds=max(0.0, first - leased_at),
+        train_seconds=timing.train_seconds + event.seconds,
+    )
 
 
 def finite_or_none(value: float | None) -> float | None:

@@ -1,8 +1,9 @@
 import dataclasses
 import math
 
+from service.protocol import Timing
 from warmcore.training.events import EvaluationEvent, StepEvent
-from workers.attempt.measurements import Curve
+from workers.attempt.measurements import Curve, add_step_time
 
 
 def _step(step: int, *, seconds: float = 0.5, loss: float = 2.0, norm: float = 1.0) -> StepEvent:
@@ -82,3 +83,11 @@ def test_losses_of_averages_stand_beside_the_weights_own() -> None:
     measurement = _curve().add_event(event)
     assert (measurement.val_loss_nats, measurement.ema_val_loss_nats) == (3, 2.5)
     assert measurement.swa_val_loss_nats is None
+
+
+def test_the_time_before_the_first_step_is_start_up_and_steps_add_up() -> None:
+    first = add_step_time(Timing(), _step(1, seconds=0.5), now=102.5, leased_at=100.0)
+    assert (first.first_step_at, first.startup_seconds, first.train_seconds) == (102.0, 2.0, 0.5)
+    second = add_step_time(first, _step(2, seconds=0.25), now=103.0, leased_at=100.0)
+    assert (second.first_step_at, second.last_step_at) == (102.0, 103.0)
+    assert (second.startup_seconds, second.train_seconds) == (2.0, 0.75)
