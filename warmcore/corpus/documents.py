@@ -1,10 +1,12 @@
-"""Source -> documents -> train/validation split; standard library only, so the service can look.
+"""Files of a source -> documents -> split into training and validation.
 
 A document is a text file or a record of a JSONL, Parquet or Arrow file. The split orders distinct
-documents by the SHA-256 of their content and gives the first of them to validation, so it depends
-on content alone: not on paths, listing order or how often a document occurs. A document too large
-to be moved as a whole is cut at line ends into pieces, which are then documents of their own; a
-lone text file has a split that way.
+documents by the SHA-256 of their content and gives the first documents to validation. It therefore
+depends on content alone: not on paths, not on the order of files, not on repetitions. A large
+document is cut at line ends into pieces, and each piece is a document: otherwise a single text file
+could not be split.
+
+The module needs the standard library alone, because the service inspects corpora with it.
 """
 
 import hashlib
@@ -20,24 +22,27 @@ from warmcore.corpus.source_files import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.sources import ByteTokens
 
-# A document above this share of the corpus is cut, and a validation share has about 8 pieces.
+# A document above 5 % of the corpus is cut, into pieces of about an eighth of the validation share.
+# With val_fraction 0.05, a single file of 8 MB is cut into 160 pieces of 50 kB; about 8 of them are
+# for validation.
 MAX_DOCUMENT_SHARE = 1 / 20
 PIECES_PER_SHARE = 8
 MAX_PIECE_BYTES = 2**20
 # Pieces end at a line's end within this many bytes, or within another piece size.
 LINE_BYTES = 256
-# A tokenizer makes fewer tokens than bytes, and how many is known only when it has run (bpe:N is
-# even trained on one side of the split). Of English and of code it makes 2 to 5 bytes a token, so
-# with this many bytes for each a side has the tokens that it needs.
+# A split must leave enough tokens on both sides, but the tokenizer runs after the split: bpe:N is
+# trained on the training side. Tokens of English and of code have 2 to 5 bytes. A side with 8 bytes
+# for each token that it needs therefore has enough tokens.
 BYTES_PER_TOKEN = 8
-# A tokenizer holds a document in memory several times; a larger one is cut. Bytes are not.
+# A tokenizer holds several copies of a document in memory, so larger documents are cut. Byte tokens
+# need no copies.
 MAX_ENCODED_BYTES = 16 * 2**20
 CONTINUATION_BYTES = bytes(range(0x80, 0xC0))  # of UTF-8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """`num_bytes` bytes of `path` from `offset`, known by the hash of their content."""
+    """`num_bytes` bytes of `path` from `offset`, with the SHA-256 of these bytes as identity."""
 
     path: Path
     offset: int
@@ -50,7 +55,7 @@ class Document:
         return self.num_bytes + 1
 
     def read_bytes(self) -> bytes:
-        """Read the content again; ValueError when it is no longer what was hashed."""
+        """Read the content again; raise ValueError if it has changed since it was hashed."""
         with self.path.open("rb") as file:
             file.seek(self.offset)
             content = file.read(self.num_bytes)
@@ -59,20 +64,20 @@ class Document:
         return content
 
     def read_text(self) -> str:
-        """Read the content again as text; ValueError where it is none."""
+        """Read the content again as text; raise ValueError if it is not UTF-8."""
         content = self.read_bytes()
         try:
             return content.decode()
         except UnicodeDecodeError as error:
             raise ValueError(
-                f"{self.path} is no UTF-8 at byte {self.offset + error.start}; convert or remove "
-                "it, or tokenizer byte, which takes any bytes, would work"
+                f"{self.path} is no UTF-8 at byte {self.offset + error.start}; convert it, "
+                "remove it, or set tokenizer byte: that takes any bytes"
             ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Documents of both sides, each in order of content hash; none is in both."""
+    """Documents of both sides, each side in order of content hash; no document is on both."""
 
     train: tuple[Document, ...]
     val: tuple[Document, ...]
@@ -89,7 +94,7 @@ class Split:
 
 
 def count_tokens(documents: Iterable[Document]) -> int:
-    """Tokens of documents laid end to end."""
+    """Return the number of tokens of all documents together."""
     return sum(document.num_tokens for document in documents)
 
 
@@ -97,7 +102,7 @@ def split_corpus(files: Iterable[SourceFile], spec: DataSpec, scratch: Path | No
     """Hash every document, then split by hash. Records are unpacked into the file `scratch`.
 
     Raises:
-        ValueError: unreadable files, or a side with less than one context and its next token.
+        ValueError: a file cannot be read, or a side has fewer than context + 1 tokens.
     """
     try:
         documents = list(_collect_documents(list(files), spec, scratch))
@@ -117,11 +122,19 @@ def split_documents(
     unit: str = "tokens",
     per_token: int = 1,
 ) -> Split:
-    """Give documents to validation, in order of hash, until it has its share.
+    """Give documents to validation, in order of hash, until it has `val_fraction` of all tokens.
+
+    Args:
+        documents: Distinct documents, in any order.
+        spec: Context and `val_fraction`.
+        identity: The tokenizer, as it enters the data hash.
+        unit: Word for the error: the things that `Document.num_tokens` counts.
+        per_token: Units that stand for a token, where the tokenizer has not run yet.
 
     Raises:
-        ValueError: a side has less than one context and its next token.
+        ValueError: a side has fewer than context + 1 tokens.
     """
+    # The order by hash is random with respect to content, and the same on every machine.
     documents = sorted(documents, key=lambda document: document.hash)
     size, needed = count_tokens(documents), (spec.context + 1) * per_token
     wanted = max(needed, round(spec.val_fraction * size))
@@ -145,9 +158,10 @@ def split_documents(
 def _collect_documents(
     files: list[SourceFile], spec: DataSpec, scratch: Path | None
 ) -> Iterable[Document]:
-    """Distinct documents: files, records, and the pieces of those that are more than a share."""
+    """Return distinct documents: files and records, the large documents cut into pieces."""
     texts = (_hash_file(file.path) for file in files if file.kind == "text")
     whole = drop_duplicates(chain(texts, _hash_records(files, spec, scratch)))
+    # A document above the validation share could not go to validation without exceeding it.
     share = min(MAX_DOCUMENT_SHARE, spec.val_fraction) * sum(d.num_bytes for d in whole)
     are_bytes = isinstance(spec.parsed_tokenizer, ByteTokens)
     if not are_bytes:
@@ -165,18 +179,20 @@ def _collect_documents(
 
 
 def _choose_piece_size(share: float, spec: DataSpec) -> int:
-    """Bytes of a piece of what is larger than `share` bytes."""
+    """Return the bytes of a piece, for documents of more than `share` bytes."""
     per_token = 1 if isinstance(spec.parsed_tokenizer, ByteTokens) else BYTES_PER_TOKEN
+    # A side of a single piece is then long enough.
     needed = (spec.context + 1) * per_token
     return min(MAX_PIECE_BYTES, max(round(share / PIECES_PER_SHARE), needed))
 
 
 def drop_duplicates(documents: Iterable[Document]) -> Iterable[Document]:
-    """One document of each content."""
+    """Keep a single document of each content."""
     return {document.hash: document for document in documents}.values()
 
 
 def _hash_file(path: Path) -> Document:
+    # In chunks: a file may be larger than the memory.
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return Document(path=path, offset=0, num_bytes=file.tell(), hash=digest)
@@ -196,12 +212,14 @@ def _hash_records(
 
 
 def _cut_document(document: Document, size: int, *, whole_characters: bool) -> Iterator[Document]:
-    """Cut after at least `size` bytes, at a line's end where there is one soon enough."""
+    """Yield pieces of `size` bytes, each extended to the end of its last line if that is near."""
     path, offset = document.path, document.offset
     end = offset + document.num_bytes
     with path.open("rb") as file:
         file.seek(offset)
         while piece := file.read(min(size, end - offset)):
+            # Only a full piece can end inside a line. `readline` stops at its limit, and a text
+            # without newlines is then cut anywhere.
             if len(piece) == size:
                 piece += file.readline(min(max(size, LINE_BYTES), end - file.tell()))
             if whole_characters:
@@ -212,6 +230,6 @@ def _cut_document(document: Document, size: int, *, whole_characters: bool) -> I
 
 
 def _read_rest_of_character(file: BufferedReader, end: int) -> bytes:
-    """The continuation bytes that come next, 3 at most: tokenizers take whole characters."""
+    """Read the continuation bytes that come next, 3 at most: tokenizers need whole characters."""
     ahead = file.peek(3)[: min(3, end - file.tell())]
     return file.read(len(ahead) - len(ahead.lstrip(CONTINUATION_BYTES)))

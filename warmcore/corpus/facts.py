@@ -11,16 +11,17 @@ from warmcore.corpus.source_files import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.sources import ByteTokens
 
-# Above this, `inspect` adds up file sizes and does not read: a request must not hash gigabytes.
+# Larger corpora are measured by their file sizes and not read: a request must not hash gigabytes.
 MAX_INSPECTED_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusFacts:
-    """What `inspect` found.
+    """Results of an inspection.
 
-    Token counts are None where only the tokenizer can tell; they and the hash are None for a corpus
-    too large to read in a request. `tokenizer_hash` and `vocab_size` are of a tokenizer.json.
+    Token counts are None if the tokenizer would have to run. The counts and the hash are None for a
+    corpus that is too large to be read in a request. `tokenizer_hash` and `vocab_size` are of a
+    tokenizer.json.
     """
 
     num_documents: int
@@ -32,7 +33,7 @@ class CorpusFacts:
     vocab_size: int | None = None
 
     def pin_spec(self, spec: DataSpec) -> DataSpec:
-        """Return `spec`, which these facts are of, tied to this corpus and this tokenizer."""
+        """Return the inspected `spec` with the hashes of its corpus and its tokenizer."""
         pins: dict[str, object] = {"hash": self.data_hash or spec.hash}
         if self.tokenizer_hash is not None:
             pins |= {"tokenizer_hash": self.tokenizer_hash, "vocab_size": self.vocab_size}
@@ -40,7 +41,7 @@ class CorpusFacts:
 
 
 def inspect_documents(spec: DataSpec, files: list[SourceFile]) -> CorpusFacts:
-    """Facts of the text in `files`; ValueError when there is nothing to train on."""
+    """Return the facts of the text in `files`; raise ValueError if training on it is impossible."""
     num_bytes = sum(file.num_bytes for file in files)
     if num_bytes > MAX_INSPECTED_BYTES:
         _check_first_record(files, spec)
@@ -49,6 +50,7 @@ def inspect_documents(spec: DataSpec, files: list[SourceFile]) -> CorpusFacts:
     with TemporaryDirectory(prefix="warmscale-") as folder:
         split = split_corpus(files, spec, Path(folder) / "records")
         documents = (*split.train, *split.val)
+        # A tokenizer fails on text that is not UTF-8: report the file and the byte now.
         if not are_bytes:
             for document in documents:
                 document.read_text()
@@ -62,7 +64,7 @@ def inspect_documents(spec: DataSpec, files: list[SourceFile]) -> CorpusFacts:
 
 
 def _check_first_record(files: Iterable[SourceFile], spec: DataSpec) -> None:
-    """A wrong field is wrong in the first record, too."""
+    """Raise ValueError if the first record lacks the field: the spec probably has a wrong name."""
     first = next((file for file in files if file.kind == "records"), None)
     if first is not None:
         next(records.read_texts(first, spec.text_field), None)

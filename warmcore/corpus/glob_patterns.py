@@ -1,6 +1,7 @@
-"""Patterns -> paths: as `glob`, but through no link that leads back to where the walk came from.
+"""Glob patterns -> paths, without the links that lead back to a folder on the walk's own way.
 
-Such a link has `*/*/*` find the same files under many names, and doubles the walk at every `*`.
+The module `glob` follows these links. With a link `loop -> .` the pattern `*/*/*` finds each file
+under many names, and every `*` doubles the walk.
 """
 
 import fnmatch
@@ -10,27 +11,29 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+# Listing 100 000 folders takes seconds on a local disk, and a request waits for it.
 _MOST_LOOKS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Folder:
-    """A folder that was come to; `via` is where it and those above it really are."""
+    """A folder on the walk; `via` are the resolved paths of it and of the folders above."""
 
     path: Path
     via: tuple[Path, ...]
 
     def leads_back(self, to: Path) -> bool:
-        """Whether a link to there leads to a folder that this one was come to through."""
+        """Return True if `to` is, or contains, a folder on the way to this folder."""
         return any(place.is_relative_to(to) for place in self.via)
 
 
 def find_matches(pattern: Path) -> Iterator[Path]:
-    """What matches a pattern, which has a `*`, `?` or `[`; hidden names only by a dot.
+    """Yield the matches of a pattern with `*`, `?` or `[`. Hidden names need a dot in the pattern.
 
     Raises:
-        ValueError: it leads through too many folders.
+        ValueError: the pattern leads through too many folders.
     """
+    # data/**/x*/*.txt: the walk starts at data, goes down `**` and `x*`, and lists `*.txt`.
     parts = pattern.parts
     first = next(i for i, part in enumerate(parts) if glob.has_magic(part))
     start = Path(*parts[:first])
@@ -38,7 +41,7 @@ def find_matches(pattern: Path) -> Iterator[Path]:
     walk = _Walk(pattern)
     try:
         folders = [_Folder(path=start, via=(start.resolve(),))]
-    except (OSError, RuntimeError):  # a link to itself; which of the two is Python's version's
+    except (OSError, RuntimeError):  # a link to itself: RuntimeError before Python 3.13
         return
     for part in above:
         step = (
@@ -50,41 +53,42 @@ def find_matches(pattern: Path) -> Iterator[Path]:
 
 
 class _Walk:
-    """One pattern's way through the folders; it ends."""
+    """The walk of a single pattern; it ends after a fixed number of listed folders."""
 
     def __init__(self, pattern: Path) -> None:
         self._pattern, self._looks = pattern, 0
 
     def list_names(self, folder: _Folder, part: str) -> list[str]:
-        """The names in a folder that match."""
+        """Return the names in a folder that match `part`."""
         self._looks += 1
         if self._looks > _MOST_LOOKS:
             raise ValueError(
                 f"source {self._pattern} leads through more than {_MOST_LOOKS} folders; a folder, "
-                "or a pattern with fewer of them, would work"
+                "or a pattern with fewer folders, would work"
             )
         if not glob.has_magic(part):
             return [part] if os.path.lexists(folder.path / part) else []
         try:
             found = fnmatch.filter([path.name for path in folder.path.iterdir()], part)
-        except OSError:  # as glob has it
+        except OSError:  # a folder that cannot be read matches nothing, as in `glob`
             return []
         return [name for name in found if part.startswith(".") or not name.startswith(".")]
 
     def find_folders(self, folders: Iterable[_Folder], part: str) -> Iterator[_Folder]:
-        """The folders in these whose names match."""
+        """Yield the folders inside of `folders` with a name that matches `part`."""
         for folder in folders:
             for name in self.list_names(folder, part):
                 path = folder.path / name
                 if not path.is_dir():
                     continue
+                # A link to a folder elsewhere is followed; a link back up would never end.
                 place = path.resolve()
                 if path.is_symlink() and folder.leads_back(place):
                     continue
                 yield _Folder(path=path, via=(*folder.via, place))
 
     def find_folders_below(self, folders: Iterable[_Folder]) -> Iterator[_Folder]:
-        """These folders and all below them."""
+        """Yield these folders and all folders below them."""
         left = list(folders)
         while left:
             folder = left.pop()

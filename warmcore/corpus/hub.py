@@ -1,8 +1,8 @@
-"""`hf:` sources -> Arrow files on this disk. Nothing is downloaded, here or anywhere in a run.
+"""`hf:` sources -> Arrow files on this disk. No run downloads anything.
 
-`hf:./folder` is what `Dataset.save_to_disk` wrote; `hf:NAME` and `hf:NAME:CONFIG` are looked up in
-the cache of `datasets`. That library is large and reads its settings when it is imported, so the
-look-up is in a process of its own, once per name.
+`hf:./folder` names a folder that `Dataset.save_to_disk` wrote. `hf:NAME` and `hf:NAME:CONFIG` name
+a data set in the cache of the library `datasets`. That library is large and reads its settings at
+import. A process of its own therefore looks a name up, once per name.
 """
 
 import json
@@ -17,6 +17,7 @@ from warmcore.corpus.module_process import run_module
 
 SPLIT = "train"
 _PART = r"(?!\.+(?:[/:]|$))[\w.-]+"  # no `.` and no `..`
+# NAME, OWNER/NAME, NAME:CONFIG or OWNER/NAME:CONFIG.
 _NAME = re.compile(f"{_PART}(/{_PART})?(:{_PART})?", re.ASCII)
 _SECONDS = 120
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -26,7 +27,8 @@ def find_cached_files(name: str) -> list[Path]:
     """Return the files of the train split of the data set `name`, in order.
 
     Raises:
-        ValueError: no such data set on this machine, with the command that would download it.
+        ValueError: this machine has no data set of that name; the message has the command that
+            downloads it.
     """
     if not _NAME.fullmatch(name):
         works = "hf:NAME, hf:OWNER/NAME:CONFIG or hf:./x"
@@ -72,13 +74,13 @@ def _look_up(name: str) -> tuple[str, ...]:
         raise ValueError(f"source hf:{name} needs: pip install 'warmscale[datasets]'")
     names = ", ".join(repr(part) for part in name.split(":"))
     raise ValueError(
-        f"source hf:{name} is not in this machine's cache ({reason}); runs download nothing: first "
+        f"source hf:{name} is not in this machine's cache ({reason}); runs download nothing; run "
         f"python -c \"import datasets; datasets.load_dataset({names}, split='{SPLIT}')\""
     )
 
 
 def main(name: str) -> None:
-    """Print the files of the data set as JSON; `NAME:CONFIG` names a configuration."""
+    """Print the files of the data set as JSON; `name` may be `NAME:CONFIG`."""
     import datasets  # noqa: PLC0415 - of the extra `datasets`
 
     parts = [part for part in name.split(":") if part]

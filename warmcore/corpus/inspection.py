@@ -1,8 +1,8 @@
-"""`inspect`: what the service sees of a corpus before it takes a study.
+"""The inspection of a corpus: the service calls `inspect_corpus` before it accepts a study.
 
-Text for the byte tokenizer is looked at here, with the standard library alone. Everything else
-needs libraries and, for a large tokenizer.json, hundreds of megabytes that a process would keep:
-that is done in a process of its own, which is gone afterwards.
+Plain text for the byte tokenizer needs the standard library alone and is inspected in this process.
+Every other corpus needs libraries and, for a large tokenizer.json, hundreds of megabytes. A process
+of its own inspects it, because a long-lived service would not get that memory back.
 """
 
 import dataclasses
@@ -31,10 +31,11 @@ _SECONDS = 300
 
 
 def inspect_corpus(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFacts:
-    """Facts of the corpus at `spec.source`; `files` is its listing, if the caller has it.
+    """Return the facts of the corpus at `spec.source`; `files` is its listing, if known already.
 
     Raises:
-        ValueError: there is nothing to train on, or no tokenizer to read it with.
+        ValueError: training on the corpus is impossible, or the tokenizer cannot read it. A
+            FieldError names the field of `spec` to change.
     """
     plain = isinstance(spec.parsed_source, StandardLibrary | Files)
     if plain and isinstance(spec.parsed_tokenizer, ByteTokens):
@@ -45,11 +46,13 @@ def inspect_corpus(spec: DataSpec, files: list[SourceFile] | None = None) -> Cor
 
 
 def _inspect_in_process(spec: DataSpec, files: list[SourceFile] | None) -> CorpusFacts:
+    # The input is two lines of JSON: the spec and the listing. The answer is a JSON object: facts,
+    # or with the exit code BAD_SPEC the path, value and message of a FieldError.
     found = run_module(
         __name__,
         text=f"{spec.model_dump_json()}\n{_dump_files(files)}",
         seconds=_SECONDS,
-        too_slow=f"looking at source {spec.source} took over {_SECONDS} s",
+        too_slow=f"the inspection of source {spec.source} took over {_SECONDS} s",
     )
     if found.returncode == 0:
         return CorpusFacts(**json.loads(found.stdout))
@@ -59,6 +62,7 @@ def _inspect_in_process(spec: DataSpec, files: list[SourceFile] | None) -> Corpu
 
 
 def _dump_files(files: list[SourceFile] | None) -> str:
+    # A listing costs a stat for each file: the child process does not repeat it.
     rows = None if files is None else [(str(f.path), f.num_bytes, f.mtime_ns) for f in files]
     return json.dumps(rows)
 
@@ -71,7 +75,7 @@ def _load_files(text: str) -> list[SourceFile] | None:
 
 
 def inspect_here(spec: DataSpec, files: list[SourceFile] | None = None) -> CorpusFacts:
-    """`inspect`, in this process."""
+    """Return the facts as `inspect_corpus` does, but compute them in this process."""
     files = list_files(spec.source) if files is None else files
     vocab_size, tokenizer_hash = _read_tokenizer_facts(spec)
     if holds_tokens(files, spec.source):
@@ -97,7 +101,7 @@ def _inspect_token_files(
 
 
 def _read_tokenizer_facts(spec: DataSpec) -> tuple[int | None, str | None]:
-    """Ids of the tokenizer and the hash of its file, where it has one."""
+    """Return the number of ids and the hash of a tokenizer.json; None for unknown values."""
     if not isinstance(spec.parsed_tokenizer, TokenizerFile):
         return spec.known_vocab_size, None
     loaded = tokenizer.TextTokenizer.from_json(tokenizer.read_tokenizer_json(spec), spec.tokenizer)
@@ -128,7 +132,7 @@ def main() -> int:
 
 
 def _print_answer(fields: dict[str, Any]) -> None:
-    print(json.dumps(fields))  # noqa: T201 - read by the process that started this one
+    print(json.dumps(fields))  # noqa: T201 - `_inspect_in_process` reads it
 
 
 if __name__ == "__main__":

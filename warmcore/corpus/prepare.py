@@ -1,10 +1,12 @@
-"""Tokenize a corpus once into memory-mapped files, shared by every run on this machine.
+"""A cache of tokenized corpora in memory-mapped files, shared by all runs on this machine.
 
-The cache has a folder per content (`<data_hash>/train.u16`, `val.u16`, or `.u32` above 65 536 ids,
-and the `tokenizer.json` that made them) and a small file per listing that names it, so that an
-unchanged listing of paths, sizes and times costs no reading. Folders are written aside and renamed:
-concurrent preparers and a kill half-way leave whole folders only. Files that hold tokens already
-are not copied; their listing's file says which blocks of them are on which side.
+The cache has a folder for each content: `<data_hash>/train.u16` and `val.u16`, or `.u32` above
+65 536 ids, and the `tokenizer.json` that made the tokens. A small file for each listing of paths,
+sizes and times names the folder of that listing: no file of an unchanged corpus is read again.
+Folders are written aside and renamed: concurrent preparers and a kill leave whole folders only.
+
+Files that hold tokens already are not copied. The file of their listing has the blocks of both
+sides.
 """
 
 import fcntl
@@ -43,7 +45,8 @@ Tokens = Ids | Segments
 class Corpus:
     """Tokens of both sides, memory-mapped.
 
-    `tokenizer_json` made the tokens; None: they are bytes, or (`is_byte` false) nobody says.
+    `tokenizer_json` is the tokenizer that made the tokens. If it is None, the tokens are bytes, or
+    with `is_byte` false of an unknown tokenizer.
     """
 
     train: Tokens
@@ -55,18 +58,18 @@ class Corpus:
 
     @property
     def tokenizer(self) -> str | None:
-        """`byte`, the hash of the tokenizer.json, or None where nobody says."""
+        """`byte`, the hash of the tokenizer.json, or None for an unknown tokenizer."""
         if self.tokenizer_json is not None:
             return hashlib.sha256(self.tokenizer_json).hexdigest()
         return "byte" if self.is_byte else None
 
     @property
     def attached(self) -> dict[str, bytes]:
-        """Files that a checkpoint carries, so that its tokens can be read anywhere."""
+        """Files for the run's checkpoints: with them the tokens can be decoded anywhere."""
         return {} if self.tokenizer_json is None else {TOKENIZER: self.tokenizer_json}
 
     def pin_spec(self, spec: DataSpec) -> DataSpec:
-        """Return `spec`, which this is the corpus of, tied to its tokenizer.json if it has one."""
+        """Return the `spec` of this corpus with the hash of the tokenizer.json that it names."""
         if not isinstance(spec.parsed_tokenizer, TokenizerFile):
             return spec
         pins = {"tokenizer_hash": self.tokenizer, "vocab_size": self.vocab_size}
@@ -84,17 +87,17 @@ class Corpus:
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/warmscale/corpora`, by default below `~/.cache`."""
+    """Return `$XDG_CACHE_HOME/warmscale/corpora`, by default below `~/.cache`."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "warmscale" / "corpora"
 
 
 def prepare_corpus(spec: DataSpec, cache_dir: Path | None = None) -> Corpus:
-    """Return the corpus of `spec`, tokenized at most once for its content.
+    """Return the corpus of `spec`, tokenized now unless the cache has it.
 
     Raises:
-        ValueError: as `DataSpec.inspect`, the tokens of a side are fewer than a context, or the
-            corpus or the tokenizer.json is not the one that the spec pins.
+        ValueError: as `inspect_corpus`; or a side has fewer than context + 1 tokens; or the hash of
+            the corpus or of the tokenizer.json is not the hash that the spec pins.
     """
     cache_dir = cache_dir or default_cache_dir()
     files = list_files(spec.source)
@@ -114,10 +117,10 @@ def prepare_corpus(spec: DataSpec, cache_dir: Path | None = None) -> Corpus:
 def make_tokenizer_json(spec: DataSpec, cache_dir: Path | None = None) -> bytes | None:
     """Return the tokenizer.json of the corpus; None for tokens that no known tokenizer made.
 
-    `bpe:N` is trained on the corpus, so the corpus is prepared unless it is already.
+    `bpe:N` is trained on the corpus: the corpus is prepared, unless the cache has it.
 
     Raises:
-        ValueError: as `prepare`.
+        ValueError: as `prepare_corpus`.
     """
     match spec.parsed_tokenizer:
         case NoTokenizer():
@@ -133,6 +136,7 @@ def make_tokenizer_json(spec: DataSpec, cache_dir: Path | None = None) -> bytes 
 
 def _prepare_text(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> Corpus:
     listing = cache_dir / f"{_hash_listing(files, spec)}.listing"
+    # Check again under the lock: another process may have prepared the corpus meanwhile.
     if not _is_prepared(listing):
         with _lock_listing(listing):
             if not _is_prepared(listing):
@@ -141,6 +145,7 @@ def _prepare_text(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> C
 
 
 def _is_prepared(listing: Path) -> bool:
+    # A listing outlives its folder if a user deletes folders to free space.
     if not listing.exists():
         return False
     folder = listing.parent / listing.read_text()
@@ -159,16 +164,18 @@ def _prepare_token_files(files: list[SourceFile], spec: DataSpec, cache_dir: Pat
 
 
 def _find_tokenizer(spec: DataSpec) -> tuple[int, bytes | None]:
-    """Ids that tokens may have, and the tokenizer that is said to have made them."""
+    """Return the number of ids, and the tokenizer.json that made the token files, if given."""
     if isinstance(spec.parsed_tokenizer, NoTokenizer):
-        assert spec.vocab_size is not None, "DataSpec asks for it"
+        assert spec.vocab_size is not None, "DataSpec requires it"
         return spec.vocab_size, None
     loaded = TextTokenizer.from_json(tokenizer.read_tokenizer_json(spec), spec.tokenizer)
     return loaded.vocab_size, loaded.json
 
 
+# Cached: the trials of a study share the corpus, and a process maps its files once.
 @lru_cache(maxsize=8)
 def _open_corpus(folder: Path, name: str) -> Corpus:
+    # "u16" names the file, "<u2" is NumPy's name for little-endian numbers of 2 bytes.
     dtype = "u16" if (folder / "train.u16").exists() else "u32"
     train, val = (
         np.memmap(folder / f"{side}.{dtype}", dtype=f"<{dtype[0]}{int(dtype[1:]) // 8}", mode="r")
@@ -200,7 +207,7 @@ def _open_token_files(listing: Path, made_by: bytes | None, vocab_size: int) -> 
 
 
 def _count_ids(name: str, content: bytes) -> int:
-    """N of bpe:N, although fewer merges may have been found."""
+    """Return N of bpe:N, even if training found fewer merges, or the ids of the tokenizer.json."""
     parsed = parse_tokenizer(name)
     if isinstance(parsed, BpeTokens):
         return parsed.vocab_size
@@ -208,7 +215,7 @@ def _count_ids(name: str, content: bytes) -> int:
 
 
 def _hash_listing(files: Iterable[SourceFile], spec: DataSpec) -> str:
-    """Everything that the split is computed from, as the file system shows it."""
+    """Return a hash of all that determines the split, without reading a file of text."""
     files = list(files)
     lines = [f"listing 1 {tokenizer.identify_tokenizer(spec)} {spec.context} {spec.val_fraction!r}"]
     if any(file.kind != "text" for file in files):
@@ -219,16 +226,16 @@ def _hash_listing(files: Iterable[SourceFile], spec: DataSpec) -> str:
 
 @contextmanager
 def _lock_listing(listing: Path) -> Generator[None]:
-    """One preparer of a listing at a time on this machine; the others wait for what it finds."""
+    """Let a single process of this machine prepare the listing; other processes wait here."""
     listing.parent.mkdir(parents=True, exist_ok=True)
     with listing.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # ends with the process, whatever ends that
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel releases it when the process ends
         yield
 
 
 def _write_corpus(files: list[SourceFile], spec: DataSpec, cache_dir: Path) -> str:
-    """Split and tokenize; the data hash."""
-    # In the cache's folder, because records may need more space than /tmp has.
+    """Split and tokenize the files; return the data hash."""
+    # Below the cache and not in /tmp: unpacked records may need more space than /tmp has.
     scratch = TemporaryDirectory(prefix=".records-", dir=cache_dir, ignore_cleanup_errors=True)
     with scratch as folder:
         split = split_corpus(files, spec, Path(folder) / "records")

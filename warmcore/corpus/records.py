@@ -1,7 +1,7 @@
-"""Files that hold a document per record: JSONL, Parquet and Arrow, read a batch at a time.
+"""Files with a document in each record: JSONL, Parquet and Arrow, read in batches.
 
-The texts are written end to end into one scratch file, where any of them can be read again by its
-offset: the split orders documents by content, and no table can be read in that order.
+The split orders documents by the hash of their content, and no table can be read in that order.
+All texts are therefore written into a scratch file. There a document is read again by its offset.
 """
 
 import gzip
@@ -15,15 +15,16 @@ from typing import IO, Any, cast
 from warmcore.corpus.source_files import SourceFile
 from warmcore.specs.fields import FieldError
 
+# 1024 documents of some kB each: a few MB in memory, however large the file is.
 _BATCH_ROWS = 1024
-_NUM_SHOWN = 10
+_NUM_SHOWN = 10  # keys or columns in an error
 
 
 def read_texts(file: SourceFile, field: str) -> Iterator[str]:
-    """The field `field` of every record, in the file's order.
+    """Return the field `field` of every record, in the order of the file.
 
     Raises:
-        ValueError: a record without that field, or a file that is not what its name says.
+        ValueError: a record lacks the field, or the extension does not fit the content.
     """
     if file.extension in (".jsonl", ".jsonl.gz"):
         return _read_json_lines(file, field)
@@ -45,6 +46,7 @@ def unpack_records(
 
 
 def _encode_text(text: str, path: Path, number: int) -> bytes:
+    # JSON may hold half of a surrogate pair, "\ud800": it has no bytes in UTF-8.
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -72,7 +74,7 @@ def _open_file(file: SourceFile) -> AbstractContextManager[IO[bytes]]:
 
 
 def _parse_line(line: bytes, field: str, place: str) -> str | None:
-    """The line's text; null is no document, as it is in a table."""
+    """Return the text in a line of JSON; None for null, which is no document in tables either."""
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -87,10 +89,10 @@ def _parse_line(line: bytes, field: str, place: str) -> str | None:
                 "text_field",
                 field,
                 f"{place}: {found} in this record; its keys are: {keys}; "
-                "text_field names another one, and its value must be a string",
+                "text_field can name another key, if its value is a string",
             )
         case _:
-            raise ValueError(f'{place} is no object; a line such as {{"{field}": "…"}} works')
+            raise ValueError(f'{place} is no object; a line like {{"{field}": "…"}} works')
 
 
 def _read_column(file: SourceFile, field: str) -> Iterator[str]:
@@ -115,9 +117,10 @@ def _read_batches(file: SourceFile, field: str) -> Iterator[Any]:
         table = pq.ParquetFile(file.path)
         _check_column(table.schema_arrow, field, file.path)
         return table.iter_batches(batch_size=_BATCH_ROWS, columns=[field])
+    # Arrow has two formats with the same extension: a stream of batches, and a file with an index.
     mapped = pa.memory_map(str(file.path))
     try:
-        return iter(pa.ipc.open_stream(mapped))  # what `datasets` writes
+        return iter(pa.ipc.open_stream(mapped))  # `datasets` writes streams
     except pa.ArrowInvalid:
         reader = pa.ipc.open_file(mapped)
         return map(reader.get_batch, range(reader.num_record_batches))
@@ -126,10 +129,11 @@ def _read_batches(file: SourceFile, field: str) -> Iterator[Any]:
 def _check_column(schema: Any, field: str, path: Path) -> None:
     import pyarrow as pa  # noqa: PLC0415
 
+    # Strings only: bytes have no known encoding, and numbers are no text.
     names = cast("list[str]", schema.names)
     if field not in names:
         columns = ", ".join(chain(sorted(names)[:_NUM_SHOWN], ["…"] * (len(names) > _NUM_SHOWN)))
-        message = f"{path}: no column {field!r}; text_field names one of: {columns}"
+        message = f"{path}: no column {field!r}; text_field can name: {columns}"
         raise FieldError("text_field", field, message)
     kind = schema.field(field).type
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):

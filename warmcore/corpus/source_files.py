@@ -1,4 +1,4 @@
-"""Source -> files, and what each file is: by its extension (standard library only)."""
+"""Source -> files, and the kind of each file by its extension (standard library only)."""
 
 import glob
 import os
@@ -12,10 +12,11 @@ from warmcore.corpus import hub
 from warmcore.corpus.glob_patterns import find_matches
 from warmcore.specs.sources import Files, HubDataset, SavedDataset, StandardLibrary, parse_source
 
+# Packages that are installed there, and tests: their text differs between machines.
 STDLIB_SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 
 Kind = Literal["text", "records", "tokens"]
-# Every other file is text, and is one document. Records have a document each; tokens have none.
+# Each record is a document. Token files have no documents. Every other file is a document of text.
 KINDS: dict[str, Kind] = {
     ".jsonl": "records",
     ".jsonl.gz": "records",
@@ -28,7 +29,7 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """A file as the listing sees it; equal listings mean an unchanged corpus."""
+    """A file as the file system describes it; equal listings mean an unchanged corpus."""
 
     path: Path
     num_bytes: int
@@ -36,18 +37,22 @@ class SourceFile:
 
     @property
     def extension(self) -> str:
-        """The one that decides, `.jsonl.gz` being one; `.txt` and all others give ''."""
+        """The extension in `KINDS`, for example `.jsonl.gz`; '' for `.txt` and all others."""
         name = self.path.name.lower()
         return next((extension for extension in KINDS if name.endswith(extension)), "")
 
     @property
     def kind(self) -> Kind:
-        """How the file is read."""
+        """The way to read the file."""
         return KINDS.get(self.extension, "text")
 
 
 def list_files(source: str) -> list[SourceFile]:
-    """Non-empty files at `source`: the standard library, a file, a folder, a glob or a data set."""
+    """Return the non-empty files of a source, in order of their paths.
+
+    Raises:
+        ValueError: the source is not there, cannot be read or is empty.
+    """
     try:
         facts = [(path, path.stat()) for path in sorted(_find_paths(source)) if path.is_file()]
     except OSError as error:
@@ -63,10 +68,10 @@ def list_files(source: str) -> list[SourceFile]:
 
 
 def holds_tokens(files: Iterable[SourceFile], source: str) -> bool:
-    """Whether all files are tokens already, or none of them is.
+    """Return True if all files hold tokens, False if no file does.
 
     Raises:
-        ValueError: some are and some are not.
+        ValueError: some files hold tokens and some do not.
     """
     files = list(files)
     tokens = [file for file in files if file.kind == "tokens"]
@@ -74,7 +79,7 @@ def holds_tokens(files: Iterable[SourceFile], source: str) -> bool:
         other = next(file for file in files if file.kind != "tokens")
         raise ValueError(
             f"source {source} holds tokens ({tokens[0].path}) and text ({other.path}); "
-            "a glob such as shards/*.npy takes one of them"
+            "a glob like shards/*.npy takes the files of a single kind"
         )
     return bool(tokens)
 
@@ -102,6 +107,7 @@ def _expand_home(path: Path, source: str) -> Path:
 
 def _find_files(path: Path, source: str) -> Iterator[Path]:
     """Yield the file at `path`, the files below it, or the matches of a pattern."""
+    # A name that exists is no pattern, even with a `[` in it.
     if path.is_dir():
         yield from _walk_folder(path, frozenset())
     elif path.exists():
@@ -119,13 +125,14 @@ def _find_files(path: Path, source: str) -> Iterator[Path]:
 
 
 def _check_pattern(source: str) -> None:
-    """Each `**` multiplies what is walked by all the folders below; a second one finds no more."""
+    """Refuse a second `**`: it finds no more files, and the walk visits each folder many times."""
     times = source.split("/").count("**")
     if times > 1:
         raise ValueError(f"source {source} has {times} **, and 1 would work: folder/**/*.txt")
 
 
 def _walk_folder(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
+    # By default `os.walk` skips a folder that cannot be read, and the corpus would lack its files.
     for folder, subfolders, names in os.walk(root, onerror=_raise_error):
         subfolders[:] = [s for s in subfolders if s not in skipped and not s.startswith(".")]
         yield from (Path(folder, name) for name in names if not name.startswith("."))

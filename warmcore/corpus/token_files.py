@@ -1,9 +1,9 @@
-"""Tokens that are there already: `.npy` and `.bin` files, read where they lie.
+"""Files that hold tokens already: `.npy` and `.bin`, read in place and never copied.
 
-`.npy` is NumPy's format: one dimension, uint16 or uint32. `.bin` is the ids and nothing else: no
-header, little-endian, in the dtype that the spec declares. Files have no documents, so the split is
-by blocks of a fixed number of tokens, each known by the hash of its content: no window reaches from
-one side into the other.
+`.npy` is NumPy's format, with a single dimension of uint16 or uint32. `.bin` has no header, only
+little-endian ids in the dtype that the spec declares. These files have no documents. The split
+therefore divides blocks of a fixed number of tokens by the hash of their content. No window of a
+batch reaches from a block of training into a block of validation.
 """
 
 import hashlib
@@ -27,31 +27,31 @@ from warmcore.specs.sources import BpeTokens, ByteTokens
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 DTYPES = ("uint16", "uint32")
-# About 8 blocks make the validation share, as for text, up to a block that is read at once.
+# About 8 blocks for validation, as for text. A block is read into memory, at most 4 MB of it.
 BLOCKS_PER_SHARE = 8
 MAX_BLOCK_TOKENS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenBlock(Document):
-    """Tokens of a file, `num_bytes` bytes of it from `offset`."""
+    """A block of a token file: `num_bytes` bytes from `offset`."""
 
     dtype: str
 
     @property
     def num_tokens(self) -> int:
-        """Nothing separates blocks."""
+        """Tokens of the block; no separator follows."""
         return self.num_bytes // np.dtype(self.dtype).itemsize
 
     @property
     def ids(self) -> Ids:
-        """The tokens, in the file."""
+        """The tokens, memory-mapped."""
         return _map_file(self.path)[self.offset : self.offset + self.num_bytes].view(self.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Where the ids of a file begin, and how many there are."""
+    """A token file: the offset of the first id, and the number of ids."""
 
     path: Path
     offset: int
@@ -60,10 +60,10 @@ class Shard:
 
     @classmethod
     def from_file(cls, file: SourceFile, spec: DataSpec) -> "Shard":
-        """Look at a file's header, or at what the spec declares.
+        """Read the header of a `.npy` file; take the dtype of a `.bin` file from the spec.
 
         Raises:
-            ValueError: it is not what its extension says.
+            ValueError: the content does not fit the extension.
         """
         return (
             _read_npy_header(file.path)
@@ -96,7 +96,7 @@ def _read_npy_header(path: Path) -> Shard:
 
 def _measure_bin(file: SourceFile, dtype: str | None) -> Shard:
     if dtype is None:
-        message = f"{file.path} has no header; token_dtype: uint16 or uint32 says what it is"
+        message = f"{file.path} has no header; set token_dtype to uint16 or uint32"
         raise FieldError("token_dtype", dtype, message)
     size = np.dtype(dtype).itemsize
     if file.num_bytes % size:
@@ -105,28 +105,28 @@ def _measure_bin(file: SourceFile, dtype: str | None) -> Shard:
 
 
 def find_shards(files: Iterable[SourceFile], spec: DataSpec) -> list[Shard]:
-    """Every shard; all have one dtype, and the spec says which ids they may hold.
+    """Return the token files as shards, all of the same dtype.
 
     Raises:
-        ValueError: a file that is no shard, or a tokenizer that can have made none.
+        ValueError: a file is no token file, the dtypes differ, or the tokenizer makes no files.
     """
     if isinstance(spec.parsed_tokenizer, ByteTokens | BpeTokens):
         raise FieldError(
             "tokenizer",
             spec.tokenizer,
-            f"source {spec.source} holds tokens, which tokenizer {spec.tokenizer} did not make; "
+            f"source {spec.source} holds tokens that tokenizer {spec.tokenizer} did not make; "
             "tokenizer none and vocab_size, or the tokenizer.json that made them, would work",
         )
     shards = [Shard.from_file(file, spec) for file in files]
     dtypes = {shard.dtype: shard.path for shard in shards}
     if len(dtypes) > 1:
         found = " and ".join(f"{dtype} ({path})" for dtype, path in sorted(dtypes.items()))
-        raise ValueError(f"source {spec.source} mixes {found}; give the files of one dtype")
+        raise ValueError(f"source {spec.source} mixes {found}; give files of a single dtype")
     return shards
 
 
 def inspect_token_files(spec: DataSpec, files: list[SourceFile], vocab_size: int) -> CorpusFacts:
-    """Facts of token files; a corpus too large to read is only measured."""
+    """Return the facts of token files; of a large corpus only the size is measured."""
     shards = find_shards(files, spec)
     num_bytes = sum(file.num_bytes for file in files)
     if num_bytes > MAX_INSPECTED_BYTES:
@@ -142,10 +142,10 @@ def inspect_token_files(spec: DataSpec, files: list[SourceFile], vocab_size: int
 
 
 def split_shards(shards: list[Shard], spec: DataSpec, vocab_size: int) -> Split:
-    """Read every id once, check it, and divide the blocks by hash.
+    """Read and check every id, and divide the blocks by hash.
 
     Raises:
-        ValueError: an id beyond the vocabulary, or a side shorter than a context.
+        ValueError: an id is beyond the vocabulary, or a side has fewer than context + 1 tokens.
     """
     share = spec.val_fraction * sum(shard.num_tokens for shard in shards)
     size = min(MAX_BLOCK_TOKENS, max(round(share / BLOCKS_PER_SHARE), spec.context + 1))
@@ -156,6 +156,7 @@ def split_shards(shards: list[Shard], spec: DataSpec, vocab_size: int) -> Split:
 
 def _cut_blocks(shard: Shard, size: int, vocab_size: int, spec: DataSpec) -> Iterator[TokenBlock]:
     itemsize = np.dtype(shard.dtype).itemsize
+    # Every id is read once here. A larger id would fail inside the embedding, hours later.
     ids = np.memmap(shard.path, dtype=shard.dtype, mode="r", offset=shard.offset)
     for start in range(0, shard.num_tokens, size):
         block = ids[start : min(start + size, shard.num_tokens)]
@@ -178,7 +179,7 @@ def _cut_blocks(shard: Shard, size: int, vocab_size: int, spec: DataSpec) -> Ite
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segments:
-    """Blocks of files end to end, as one array that is never in memory."""
+    """Blocks of files as a single array; only the requested ids are in memory."""
 
     blocks: tuple[TokenBlock, ...]
 
@@ -187,6 +188,8 @@ class Segments:
 
     def __getitem__(self, places: NDArray[np.int64]) -> Ids:
         """Copy the ids at `places`, of any shape."""
+        # Blocks of 10, 20 and 5 tokens end at 10, 30 and 35. Place 12 is in the second block (the
+        # first end above 12 is 30), at index 12 - (30 - 20) = 2 of it.
         flat = places.ravel()
         owners = np.searchsorted(self._ends, flat, side="right")
         ids = np.empty(len(flat), dtype=self.blocks[0].dtype)
@@ -201,13 +204,14 @@ class Segments:
         return np.cumsum([block.num_tokens for block in self.blocks])
 
 
+# A file stays mapped for all its blocks; a process may have 65 530 maps on Linux.
 @lru_cache(maxsize=4096)
 def _map_file(path: Path) -> NDArray[np.uint8]:
     return np.memmap(path, dtype=np.uint8, mode="r")
 
 
 def dump_split(split: Split) -> str:
-    """The split as JSON, so that an unchanged listing is not read again."""
+    """Return the split as JSON: the files of an unchanged listing are not read again."""
     sides = {"train": split.train, "val": split.val}
     fields = {
         name: [[str(b.path), b.offset, b.num_bytes, b.hash] for b in blocks]
@@ -218,7 +222,7 @@ def dump_split(split: Split) -> str:
 
 
 def load_split(text: str) -> tuple[Segments, Segments, str]:
-    """Training, validation and data hash of what `dump` wrote."""
+    """Return training side, validation side and data hash from the JSON of `dump_split`."""
     fields: Any = json.loads(text)
     train, val = (
         Segments(

@@ -1,4 +1,4 @@
-"""Documents of a split -> token files in the folder of their content."""
+"""Documents of a split -> files of 16-bit or 32-bit tokens, in a folder named by the data hash."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,7 +32,7 @@ def write_split(split: Split, spec: DataSpec, cache_dir: Path) -> None:
 
 
 def _write_tokens(path: Path, documents: Iterable[Document]) -> None:
-    """Bytes as 16-bit tokens, each document followed by the separator."""
+    """Write bytes as 16-bit tokens, each document followed by the separator."""
     with path.open("wb") as file:
         for document in documents:
             content = np.frombuffer(document.read_bytes() + SEPARATOR, dtype=np.uint8)
@@ -40,7 +40,8 @@ def _write_tokens(path: Path, documents: Iterable[Document]) -> None:
 
 
 def _write_tokenized(aside: Path, split: Split, spec: DataSpec) -> None:
-    """Train the tokenizer if it is to be, on the training side alone, and encode both."""
+    """Train a `bpe:N` tokenizer on the training side, or read the file, and encode both sides."""
+    # Validation must not influence the tokenizer: merges learned from it would lower its loss.
     texts = {"train": _read_texts(split.train), "val": _read_texts(split.val)}
     parsed = spec.parsed_tokenizer
     if isinstance(parsed, BpeTokens):
@@ -65,7 +66,7 @@ def _read_texts(documents: Iterable[Document]) -> Iterator[str]:
 
 
 def _write_ids(path: Path, documents: Iterable[list[int]]) -> int:
-    """Write ids in the width that the suffix names; return how many."""
+    """Write ids in the width that the suffix names; return their number."""
     num_tokens = 0
     with path.open("wb") as file:
         for ids in documents:

@@ -1,10 +1,10 @@
 """Bytes <-> tokens: bytes themselves, byte-level BPE trained on the corpus, or a tokenizer.json.
 
-Every document is followed by one token that ends it: byte 0; the first id of `bpe:N`; of a
-tokenizer.json the first of `END_TOKENS` that it has, and nothing where it has none. Text that
-spells such a token is text: only the end of a document makes one. Nothing is added at a beginning.
+A token marks the end of every document: byte 0, or the first id of `bpe:N`, or the first of
+`END_TOKENS` that the tokenizer.json has. A tokenizer.json without these marks no end. Text that
+spells an end token, "<|endoftext|>", stays text. No token marks a beginning.
 
-The library `tokenizers` is imported where it is needed: the service must not load it.
+Functions import the library `tokenizers` themselves: the service must not load it.
 """
 
 import hashlib
@@ -30,33 +30,35 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 SEPARATOR = b"\0"  # ends a document of byte tokens
 END_OF_TEXT = "<|endoftext|>"
-# As GPT-2 and Qwen, Llama 3, Llama 2 and Mistral, Gemma, BERT spell it.
+# The spellings of GPT-2 and Qwen, Llama 3, Llama 2 and Mistral, Gemma, BERT.
 END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 # Documents in order of content hash are a fair sample; more text hardly changes the merges.
 MAX_TRAINING_BYTES = 256 * 2**20
+# The library encodes a batch on all cores; 1 M characters keep the cores busy and the memory small.
 _BATCH_CHARACTERS = 2**20
 
 
 def identify_tokenizer(spec: DataSpec) -> str:
-    """What the tokens depend on besides the text; part of the data hash.
+    """Return the tokenizer's part of the data hash: all that tokens depend on besides the text.
 
     Raises:
-        ValueError: no file at a tokenizer.json's path, or not the one that the spec pins.
+        ValueError: the tokenizer.json cannot be read, or its hash is not the pinned hash.
     """
     match spec.parsed_tokenizer:
         case ByteTokens() | NoTokenizer():
             return spec.tokenizer
         case BpeTokens():
+            # Another version of the library may learn other merges from the same text.
             return f"{spec.tokenizer} tokenizers {version('tokenizers')}"
         case TokenizerFile():
             return f"tokenizer {hashlib.sha256(read_tokenizer_json(spec)).hexdigest()}"
 
 
 def read_tokenizer_json(spec: DataSpec) -> bytes:
-    """Content of the tokenizer.json that `spec` names.
+    """Return the content of the tokenizer.json that `spec` names.
 
     Raises:
-        ValueError: it cannot be read, or is not the one that was looked at at submission.
+        ValueError: the file cannot be read, or has changed since the submission.
     """
     try:
         content = Path(spec.tokenizer).expanduser().read_bytes()
@@ -80,7 +82,7 @@ def read_tokenizer_json(spec: DataSpec) -> bytes:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TextTokenizer:
-    """A tokenizer.json at work."""
+    """A loaded tokenizer.json."""
 
     json: bytes
     library: "Tokenizer"
@@ -89,10 +91,10 @@ class TextTokenizer:
 
     @classmethod
     def from_json(cls, content: bytes, name: str) -> "TextTokenizer":
-        """Parse a tokenizer.json; `name` is for the error.
+        """Parse the content of a tokenizer.json; `name` is for the error.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the content is no tokenizer.json, or has no tokens.
         """
         from tokenizers import Tokenizer  # noqa: PLC0415
 
@@ -105,6 +107,8 @@ class TextTokenizer:
                 f"tokenizer {name} is no tokenizer.json ({error}); the file of that name beside a "
                 "Hugging Face model would work, or bpe:N, or byte",
             ) from None
+        # A file may ask for truncation and padding, for batches of a model. A corpus needs all ids
+        # and no others. With `encode_special_tokens`, text that spells an end token stays text.
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True
@@ -116,7 +120,7 @@ class TextTokenizer:
         return cls(json=content, library=library, end_of_text=end, vocab_size=max(ids.values()) + 1)
 
     def encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """Tokens of each text, its end included."""
+        """Yield the tokens of each text, with the end token."""
         end = [] if self.end_of_text is None else [self.end_of_text]
         for batch in _batch_texts(texts):
             for encoding in self.library.encode_batch_fast(batch, add_special_tokens=False):
@@ -137,10 +141,11 @@ def _batch_texts(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Byte-level BPE (arXiv 1909.03341, as GPT-2): a tokenizer.json of at most `vocab_size` ids.
+    """Train byte-level BPE (arXiv 1909.03341, as GPT-2); return a tokenizer.json.
 
-    Id 0 ends a document, the next 256 are the bytes, the rest merges in order of frequency. The
-    same texts give the same file, in any order and on any number of threads.
+    The file has at most `vocab_size` ids: id 0 ends a document, the next 256 are the bytes, the
+    rest are merges in order of frequency. The same texts give the same file, in any order and on
+    any number of threads.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
 
@@ -167,9 +172,10 @@ def _sample_texts(texts: Iterable[str]) -> Iterator[str]:
 
 
 def make_byte_json() -> bytes:
-    """Text to its UTF-8 bytes: id = byte. Special tokens would be text of a corpus, so none is."""
+    """Return a tokenizer.json that maps text to its UTF-8 bytes: id = byte, no special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
 
+    # Byte 0 is no special token in the file: it may occur in text.
     vocab = {stand_in: byte for byte, stand_in in enumerate(_list_stand_ins())}
     library = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -178,9 +184,10 @@ def make_byte_json() -> bytes:
 
 
 def _list_stand_ins() -> list[str]:
-    """The character that stands for each byte in GPT-2's alphabet: itself if it can be seen.
+    """Return the character for each byte in GPT-2's alphabet (`bytes_to_unicode` of GPT-2).
 
-    The others take the characters from U+0100 on, in order (`bytes_to_unicode` of GPT-2).
+    A visible byte stands for itself: 0x41 is "A". The others get the characters from U+0100 on, in
+    order: byte 0 is U+0100, and the space, the 33rd invisible byte, is U+0120 ("Ġ").
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(BYTE_VOCAB_SIZE) if byte not in visible]

@@ -145,7 +145,7 @@ def problem(path, **fields):
         ('{"body": "x", "id": 3}', "a.jsonl:2: no 'text' in this record; its keys are: body, id"),
         ('{"text": 3}', "a.jsonl:2: 'text' is 3 in this record"),
         ("{", "a.jsonl:2 is no JSON"),
-        ("[1]", 'a.jsonl:2 is no object; a line such as {"text": "…"} works'),
+        ("[1]", 'a.jsonl:2 is no object; a line like {"text": "…"} works'),
         ('{"text": "\\ud800"}', "a.jsonl: record 2 holds half a character"),
         ("[" * 100_000, "a.jsonl:2 is no JSON"),
     ],
@@ -160,7 +160,7 @@ def test_another_field_is_named_by_text_field(tmp_path):
     assert split_of(tmp_path / "a.jsonl", tmp_path, text_field="body").train
     write_parquet(tmp_path / "a.parquet", DOCUMENTS)
     message = problem(tmp_path / "a.parquet", text_field="body")
-    assert "no column 'body'; text_field names one of: other, text" in message
+    assert "no column 'body'; text_field can name: other, text" in message
     assert "holds int64, not strings" in problem(tmp_path / "a.parquet", text_field="other")
 
 

@@ -134,7 +134,7 @@ def cut_npy():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.bin", b"\0" * 100, "has no header; token_dtype: uint16 or uint32"),
+        ("a.bin", b"\0" * 100, "has no header; set token_dtype to uint16 or uint32"),
         ("a.npy", b"\0" * 100, "is no .npy file"),
         ("a.npy", cut_npy(), "ends before the 500 tokens that its header names"),
         ("a.npy", np.zeros((9, 9), "uint16"), "one dimension of little-endian uint16 or uint32"),
@@ -154,9 +154,9 @@ def test_a_file_that_is_no_shard_is_refused_with_what_would_work(tmp_path, name,
 def test_tokens_need_who_made_them_and_do_not_mix_with_text(tmp_path):
     save(tmp_path / "a.npy", ids(0, 500))
     message = problem(tmp_path, tokenizer="byte", vocab_size=None)
-    assert "holds tokens, which tokenizer byte did not make" in message
+    assert "holds tokens that tokenizer byte did not make" in message
     (tmp_path / "meta.json").write_text(json.dumps({}))
-    assert "a glob such as shards/*.npy takes one of them" in problem(tmp_path)
+    assert "a glob like shards/*.npy takes the files of a single kind" in problem(tmp_path)
     assert "holds text" in problem(tmp_path / "meta.json")
     (tmp_path / "b.npy").write_bytes((tmp_path / "a.npy").read_bytes())
     save(tmp_path / "c.npy", ids(0, 500, "uint32"))
