@@ -12,6 +12,7 @@ import pytest
 from benchmarks.ports import free_port
 from workers.fleet.ray_authentication import explain_refusal
 
+pytestmark = pytest.mark.timeout(900)  # seconds, on a busy machine
 _LONG = {"num_steps": 1_000_000, "evaluations": 1_000, "log_every": 50}
 # A fleet with a Ray that has other private parts than Ray 2.60.
 _OTHER_RAY = """
@@ -24,8 +25,6 @@ streams = ray_logging.WorkerStandardStreamDispatcher
 add = streams.add_handler
 streams.add_handler = lambda self, name, handler, level=0: add(self, name, handler)
 from workers.fleet.__main__ import main
-
-pytestmark = pytest.mark.timeout(900)  # seconds, on a busy machine
 sys.exit(main())
 """
 _LONG_SECONDS = 90.0  # long enough for a busy machine
