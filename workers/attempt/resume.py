@@ -28,7 +28,7 @@ def read_newest(
     refs: Iterable[CheckpointRef],
     read: Callable[[Path], T],
     *,
-    waits: Callable[[], object],
+    before_wait: Callable[[], object],
     patience_seconds: float,
 ) -> T | None:
     """Return the result of `read` for the first readable checkpoint; None when all are lost.
@@ -36,7 +36,7 @@ def read_newest(
     Args:
         refs: Checkpoints of the run, newest first.
         read: Reads a checkpoint from a local folder.
-        waits: Called before each wait; it may raise to end the wait.
+        before_wait: Called before each wait; it may raise to end the wait.
         patience_seconds: Longest total wait for the store.
 
     Raises:
@@ -48,7 +48,7 @@ def read_newest(
     deadline, unreachable = time.monotonic() + patience_seconds, None
     for ref in refs:
         try:
-            return _read_patiently(ref, read, waits=waits, deadline=deadline)
+            return _read_patiently(ref, read, before_wait=before_wait, deadline=deadline)
         except (CheckpointCorruptError, *_GONE) as error:
             log.warning("checkpoint unusable", extra={"uri": ref.uri, "error": error})
         except OSError as error:
@@ -60,7 +60,11 @@ def read_newest(
 
 
 def _read_patiently(
-    ref: CheckpointRef, read: Callable[[Path], T], *, waits: Callable[[], object], deadline: float
+    ref: CheckpointRef,
+    read: Callable[[Path], T],
+    *,
+    before_wait: Callable[[], object],
+    deadline: float,
 ) -> T:
     def read_once() -> T:
         with checkpoints.open_local(ref) as checkpoint:
@@ -72,5 +76,5 @@ def _read_patiently(
         on=OSError,
         deadline=deadline,
         is_worth_retrying=lambda error: not isinstance(error, _GONE),
-        before_pause=lambda _: waits(),
+        before_pause=lambda _: before_wait(),
     )

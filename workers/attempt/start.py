@@ -40,7 +40,7 @@ class TrainingStart:
         return resume.read_newest(
             self.lease.resume_from,
             self._resume_from,
-            waits=before_wait,
+            before_wait=before_wait,
             patience_seconds=options.store_patience_seconds if alone else 0.0,
         )
 

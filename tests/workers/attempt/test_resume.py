@@ -28,7 +28,7 @@ def stored(request, tmp_path: Path, make_spec):
     return refs
 
 
-def resume_from(refs, *, patience_seconds=0.0, waits=lambda: None, read=None):
+def resume_from(refs, *, patience_seconds=0.0, before_wait=lambda: None, read=None):
     read = read or (lambda folder: folder.name and load_checkpoint(folder))
     used = []
 
@@ -38,7 +38,7 @@ def resume_from(refs, *, patience_seconds=0.0, waits=lambda: None, read=None):
         return checkpoint
 
     checkpoint = resume.read_newest(
-        refs, read_and_note, waits=waits, patience_seconds=patience_seconds
+        refs, read_and_note, before_wait=before_wait, patience_seconds=patience_seconds
     )
     return checkpoint, used
 
@@ -108,7 +108,9 @@ def _short_pauses(monkeypatch):
 
 def test_a_store_that_is_away_is_waited_for_and_costs_no_step(stored):
     store = Away(3)
-    checkpoint, _ = resume_from(stored, read=store.read, waits=store.wait, patience_seconds=60)
+    checkpoint, _ = resume_from(
+        stored, read=store.read, before_wait=store.wait, patience_seconds=60
+    )
     assert checkpoint is not None
     assert store.waits == 3
 
@@ -128,4 +130,4 @@ def test_who_waits_for_a_store_can_be_told_to_stop(stored):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        resume_from(stored, read=Away(1000).read, waits=stop, patience_seconds=60)
+        resume_from(stored, read=Away(1000).read, before_wait=stop, patience_seconds=60)
