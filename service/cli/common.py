@@ -41,8 +41,8 @@ StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study's name 
 
 EXIT_CODES = """Exit codes:
 0  done
-1  the study failed or has no verdict, a slope of coord-check is not flat, or db check
-   found a violation
+1  the study failed or has no verdict, a slope of coord-check is not flat,
+   or db check found a violation
 2  wrong usage, or a bad spec
 3  the service cannot be reached
 4  not found, or a conflict with the present state

@@ -131,9 +131,9 @@ def fleet(
 @app.command()
 def demo(
     *,
-    folder: Annotated[Path, typer.Option(help="Folder of spec.yaml, and of the results.")] = Path(
-        "demo"
-    ),
+    folder: Annotated[
+        Path, typer.Option(help="Folder of spec.yaml, results.json and report.html.")
+    ] = Path("demo"),
     cpus: Annotated[int, typer.Option(min=1, help="CPUs for training.")] = 2,
     as_json: Json = False,
 ) -> None:
