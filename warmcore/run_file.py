@@ -1,4 +1,4 @@
-"""A run's spec in a YAML file, and what is said of a bad one."""
+"""The YAML file of a run: its spec, and messages about wrong fields."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +12,12 @@ from warmcore.storage import locations, plain_yaml
 
 
 def read_spec(path: Path) -> RunSpec:
-    """Read a RunSpec from YAML: `growth.base` and `trunk` may be just a checkpoint's path.
+    """Read a RunSpec from YAML; `growth.base` and `trunk` may be the path of a checkpoint.
 
     Raises:
-        ValueError: a line per wrong field: its name, its value and what works.
+        ValueError: the message has a line for each wrong field: name, value and a remedy.
     """
+    # The hash of a checkpoint is in a manifest, and users need not copy it into their file.
     fields = plain_yaml.read_yaml(path)
     try:
         return RunSpec.model_validate(_add_hashes(fields))
@@ -37,7 +38,7 @@ def _add_hashes(fields: Any) -> Any:
 
 
 def read_checkpoint_ref(uri: str, field: str) -> CheckpointRef:
-    """The local checkpoint that is there now."""
+    """Return the reference to a local checkpoint, with the hash of its present manifest."""
     _, found = read_manifest(require_local_path(uri, field))
     return CheckpointRef(uri=uri, hash=found)
 
@@ -61,8 +62,8 @@ def require_local_path(uri: str, field: str) -> Path:
 
 
 def _explain_problem(problem: Mapping[str, Any]) -> str:
-    """`train.lr = -1: Input should be greater than 0`; for an unknown key, the known ones."""
-    if not problem["loc"]:  # of the whole: which fields are meant, the message says
+    """Return a line, e.g. `train.lr = -1: Input should be greater than 0`."""
+    if not problem["loc"]:  # a problem of several fields: the message names them
         return str(problem["msg"]).removeprefix("Value error, ")
     *parents, name = problem["loc"]
     where = ".".join(map(str, (*parents, name)))
@@ -74,6 +75,7 @@ def _explain_problem(problem: Mapping[str, Any]) -> str:
 
 
 def _list_fields(parents: Sequence[int | str]) -> Sequence[str]:
+    # From RunSpec down: `growth` is annotated `GrowthSpec | None`, and the model is the choice.
     model: type[BaseModel] = RunSpec
     for name in parents:
         annotation = model.model_fields[str(name)].annotation

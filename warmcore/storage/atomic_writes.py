@@ -28,8 +28,13 @@ def write_file(
 ) -> Generator[BinaryIO]:
     """Yield a file aside to write to; it becomes `path` after the block, unless the block raises.
 
+    Args:
+        path: Path of the complete file.
+        mode: Permissions of a new file, less the umask.
+        replace: Replace a file at `path`.
+
     Raises:
-        FileExistsError: `replace` is false, and there is a file at `path` after the block.
+        FileExistsError: `replace` is false, and a file is at `path` after the block.
         OSError: the file cannot be made, written or renamed.
     """
     aside = _name_aside(path)
@@ -52,7 +57,7 @@ def write_file(
 def write_folder(path: Path, *, may_lose: bool = False) -> Generator[Path]:
     """Yield a folder aside to write to; it becomes `path` after the block, unless the block raises.
 
-    A folder that is at `path` already is replaced. With `may_lose` it stays if it is not empty, and
+    A folder that is at `path` already is replaced. With `may_lose` a folder with files stays, and
     ours is deleted: another process has written the same content meanwhile.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +65,8 @@ def write_folder(path: Path, *, may_lose: bool = False) -> Generator[Path]:
     aside.mkdir()
     try:
         yield aside
+        # Sync the files before the rename: after a power failure a renamed folder could otherwise
+        # hold empty files.
         for file in [*aside.iterdir(), aside]:
             _sync(file)
         if may_lose:
@@ -85,7 +92,7 @@ def _rename_unless_taken(aside: Path, path: Path) -> None:
 
 
 def _rename_over(aside: Path, path: Path) -> None:
-    # No rename replaces a folder that holds files, so move that folder out of the way first.
+    # No rename replaces a folder that holds files: move that folder out of the way first.
     if not path.exists():
         aside.rename(path)
         return

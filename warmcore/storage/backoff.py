@@ -1,6 +1,6 @@
 """Retries with growing pauses: the only copy, for the service and for the workers.
 
-The module needs neither torch nor another module of ours, so every package may import it.
+Every package may import the module: it needs neither torch nor another module of ours.
 """
 
 import math
@@ -15,7 +15,7 @@ E = TypeVar("E", bound=Exception)
 
 
 class Clock(Protocol):
-    """A clock that can wait. The module `time` is one clock; tests pass a clock of their own."""
+    """A clock that can wait, as the module `time` can. Tests pass a clock of their own."""
 
     def monotonic(self) -> float:
         """Return the seconds since some fixed moment."""

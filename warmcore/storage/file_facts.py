@@ -1,4 +1,4 @@
-"""What a manifest says of each of its files, and how that is found out (torch-free)."""
+"""Size and hash of a file, as a checkpoint's manifest lists them (torch-free)."""
 
 import hashlib
 from pathlib import Path
@@ -17,13 +17,14 @@ class FileFacts(Spec):
 
 
 def measure_file(path: Path) -> FileFacts:
-    """Read a file once."""
+    """Read the file at `path` once, and return its size and hash."""
     with path.open("rb") as file:
         return measure_open_file(file)
 
 
 def measure_open_file(file: BinaryIO) -> FileFacts:
-    """Read an open file to its end."""
+    """Read an open file to its end, and return the size and hash of the bytes read."""
+    # 1 MiB at a time: a checkpoint's file may be larger than the memory.
     digest = hashlib.sha256()
     num_bytes = 0
     while chunk := file.read(2**20):

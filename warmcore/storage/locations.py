@@ -1,4 +1,4 @@
-"""Where checkpoints are: folders by URI, on a disk or in an object store. Free of torch."""
+"""Places of checkpoints: folders by URI, on a disk or in an object store (torch-free)."""
 
 import contextlib
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def local_path(uri: str) -> Path | None:
 
 
 def find_filesystem(uri: str) -> tuple[Any, str]:
-    """The file system of a URI, and the folder in it, without a trailing slash."""
+    """Return the file system of a URI, and the folder in it without a trailing slash."""
     files, root = fsspec.core.url_to_fs(local_path(uri) or uri)
     return files, str(root).rstrip("/")
 
@@ -40,7 +40,7 @@ def delete_checkpoint(uri: str) -> None:
 def delete_manifest_first(
     delete_manifest: Callable[[], object], delete_folder: Callable[[], object]
 ) -> None:
-    """Delete a checkpoint in the one safe order; the caller says how to delete in its store."""
+    """Delete a checkpoint in the safe order, with the caller's functions for its store."""
     for delete_step in (delete_manifest, delete_folder):
         with contextlib.suppress(FileNotFoundError):
             delete_step()

@@ -1,8 +1,10 @@
-"""Files of tensors, written and read tensor by tensor, in the safetensors format.
+"""Files of tensors in the safetensors format, written and read tensor by tensor.
 
 The format is the length of a header (8 bytes, little-endian), the header (JSON: name to dtype,
-shape and place) and the tensors' bytes; so shapes suffice to begin a file. The library's own reader
-maps files into memory, where every page it has touched counts as ours: this one reads.
+shape and place) and the bytes of the tensors. The shapes therefore suffice to begin a file.
+
+The library's own reader maps files into memory. Every touched page then counts as memory of this
+process. `TensorFile` reads into a tensor instead.
 """
 
 import hashlib
@@ -32,23 +34,24 @@ DTYPES = {
     "I64": torch.int64,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# As many as smooth out what takes turns; with the one in each thread, some 10 MB are held.
+# Making, writing and hashing take turns at being slow; a few chunks in between keep all three busy.
+# With the chunk in each thread, some 10 MB are in memory.
 CHUNKS_AHEAD = 8
-# Larger ones make the page cache take pages of 1 MB or 2 MB, which a virtual machine may first have
-# to be given back by its host: 0.3 to 2.8 s of system time for 1.3 GB, against 0.3 s.
+# Larger writes make the page cache use pages of 1 MB or 2 MB, and a virtual machine may have to get
+# these from its host. 1.3 GB then took 0.3 to 2.8 s of system time, against 0.3 s.
 WRITE_BYTES = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """What a tensor will be."""
+    """Dtype and shape of a tensor that need not exist yet."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its elements."""
+        """Bytes of all elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -57,20 +60,20 @@ Layout = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStream:
-    """Tensors to come, in the order of their layout, each whole or in blocks of rows."""
+    """Tensors in the order of their layout, made on demand, whole or in blocks of rows."""
 
     layout: Layout
     tensors: Iterator[tuple[str, Tensor]]
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """Of tensors that are there already; larger elements first, which aligns them all."""
+        """Make a stream of existing tensors; larger elements first: that aligns all tensors."""
         items = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
         layout = {n: TensorInfo(dtype=t.dtype, shape=tuple(t.shape)) for n, t in items}
         return cls(layout=layout, tensors=iter(items))
 
     def read_into_memory(self) -> dict[str, Tensor]:
-        """Take all of them into memory, whole."""
+        """Return all tensors, complete, in memory."""
         whole = {n: torch.empty(info.shape, dtype=info.dtype) for n, info in self.layout.items()}
         fill_from_blocks(whole, self.tensors)
         return whole
@@ -79,10 +82,11 @@ class TensorStream:
 def write_tensors(
     path: Path, stream: TensorStream, *, metadata: Mapping[str, str] | None = None
 ) -> FileFacts:
-    """Write a file from front to back, and hash it on the way.
+    """Write the file at `path` from front to back; return its size and hash.
 
-    Chunks are made, written and hashed at the same time, each in one thread.
+    Chunks are made, written and hashed at the same time, each in a thread of its own.
     """
+    # Writing and hashing release the GIL: both run while this thread makes the next chunk.
     digest, num_bytes = hashlib.sha256(), 0
     pending: deque[tuple[Future[Any], ...]] = deque()
     with path.open("wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
@@ -111,6 +115,7 @@ def _make_chunks(
     stream: TensorStream, metadata: Mapping[str, str] | None
 ) -> Iterator[bytes | memoryview]:
     yield _make_header(stream.layout, metadata)
+    # A stream yields (name, block) in order: all blocks of a tensor follow each other.
     by_name = groupby(stream.tensors, key=itemgetter(0))
     for (name, blocks), (due, info) in zip(by_name, stream.layout.items(), strict=True):
         num_elements = 0
@@ -123,7 +128,7 @@ def _make_chunks(
 
 
 def _make_header(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
-    """Length and JSON, padded with spaces so that the tensors begin at a multiple of 8."""
+    """Return length and JSON; spaces pad them, and the tensors begin at a multiple of 8."""
     fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     start = 0
     for name, info in layout.items():
@@ -138,12 +143,12 @@ def _make_header(layout: Layout, metadata: Mapping[str, str] | None) -> bytes:
 
 
 def _view_bytes(tensor: Tensor) -> memoryview:
-    """Memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU, without a copy."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 class TensorFile(Mapping[str, Tensor]):
-    """Tensors of a file, each read when it is asked for, and again when asked again."""
+    """Tensors of a file; every access to a name reads that tensor from the disk."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -174,15 +179,15 @@ class TensorFile(Mapping[str, Tensor]):
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is infinite or not a number; `isfinite` would make two more tensors."""
+    """Return True if no element is infinite or NaN; `isfinite` would make two more tensors."""
     return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())
 
 
 def make_layout_like(shapes: Iterable[tuple[str, str, tuple[int, ...]]], source: Layout) -> Layout:
-    """Layout of (name, name in `source`, shape), each in the dtype of its source."""
+    """Return the layout of (name, name in `source`, shape), each with the dtype in `source`."""
     return {n: TensorInfo(dtype=source[s].dtype, shape=shape) for n, s, shape in shapes}
 
 
 def saving_order(name: str) -> tuple[bool, str]:
-    """By name, but steps last: they are float32, and would misalign what is float64."""
+    """Return a sort key: by name, but steps last: float32 would misalign float64 after it."""
     return name.endswith(".step"), name

@@ -1,8 +1,8 @@
 """Blocks of rows: large tensors are made, written and read a few rows at a time.
 
-A block stays in the cache from the first number drawn to the last byte written, and its memory is
-used again for the next. A whole tensor of 46 MB at once took 9.5 ns an element to shrink, pad and
-perturb, a third of it for pages never touched before; in blocks it takes 3.
+A block stays in the CPU's cache from the first number to the last byte written, and the next block
+uses the same memory. Shrinking, padding and perturbing a tensor of 46 MB at once took 9.5 ns for
+each element, a third of it for pages that were touched for the first time. In blocks it takes 3 ns.
 """
 
 import math
@@ -14,8 +14,9 @@ from itertools import pairwise
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**18  # 1 MB of float32
-# `Tensor.normal_` draws 16 numbers at a time, and another way where there are fewer. So what is
-# drawn block by block is what is drawn at once if blocks begin at multiples of 16 and none is less.
+# `Tensor.normal_` generates numbers in groups of 16, and uses another algorithm for fewer than 16.
+# Drawing block by block therefore equals drawing at once only if every block starts at a multiple
+# of 16 and has at least 16 numbers. Blocks of 32, 32 and 40 are right; 32, 32, 32 and 8 are wrong.
 ALIGNMENT = 16
 BLOCKS_AHEAD = 2
 
@@ -23,7 +24,7 @@ BLOCKS_AHEAD = 2
 def split_rows(shape: Sequence[int]) -> list[slice]:
     """Split the first axis into blocks of about `BLOCK_ELEMENTS`, at multiples of 16 rows.
 
-    The last block has 16 rows or more, unless it is the only one.
+    The last block has 16 rows or more, unless there is a single block.
     """
     num_rows, row = shape[0], max(1, math.prod(shape[1:]))
     step = max(1, BLOCK_ELEMENTS // row // ALIGNMENT) * ALIGNMENT
@@ -32,7 +33,7 @@ def split_rows(shape: Sequence[int]) -> list[slice]:
 
 
 def fill_from_blocks(tensors: Mapping[str, Tensor], blocks: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy blocks, which come in order, into the whole tensors of their names; all of them."""
+    """Copy all blocks, in the order of their rows, into the tensors of their names."""
     filled: Counter[str] = Counter()
     for name, block in blocks:
         start, end = filled[name], filled[name] + block.numel()
@@ -42,7 +43,7 @@ def fill_from_blocks(tensors: Mapping[str, Tensor], blocks: Iterable[tuple[str, 
 
 
 def make_ahead(blocks: Iterator[Tensor | None]) -> Iterator[Tensor | None]:
-    """Make blocks in a thread, a few before they are taken; None after the last."""
+    """Yield blocks that a thread makes a few steps ahead; None follows the last block."""
     with ThreadPoolExecutor(1) as pool:
         pending = deque(pool.submit(next, blocks, None) for _ in range(BLOCKS_AHEAD))
         while True:

@@ -35,7 +35,7 @@ HOSTILE = {
     "line 1: more than 50000": "[" + "1, " * 60_000 + "]",
     "with its aliases written out": LAUGHS,
     "tag !!python/object/apply:os.system": "!!python/object/apply:os.system [echo]",
-    "an alias to what it is a part of": "&a {b: [*a]}",
+    "an alias to a value that contains the alias": "&a {b: [*a]}",
     r"'\\t'": "a:\n\t- b",
     "byte 0xff at offset 6 is not UTF-8": b"name: \xff",
     "save the file as UTF-8": "name: x".encode("utf-16"),
