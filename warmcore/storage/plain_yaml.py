@@ -61,7 +61,7 @@ def _load_text(text: str) -> Any:
 
 def _count_values(node: yaml.Node, sizes: dict[int, int], above: tuple[int, ...]) -> int:
     """Return the number of values in a node with all aliases written out; visit each node once."""
-    # An alias is the same node object again, so a node is visited once. If x is a list of 100 values,
+    # An alias is the same node object again: its count is known. If x is a list of 100 values,
     # `[*x, *x]` counts 203: itself, the list twice, and 200 values.
     if id(node) in above:
         raise ValueError(
