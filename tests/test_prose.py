@@ -83,3 +83,12 @@ def test_the_table_has_a_row_for_each_path_and_the_list_begins_with_the_worst(tm
     prose.main(["--list", str(tmp_path)])
     first, *_ = capsys.readouterr().out.splitlines()
     assert first == f"2 {tmp_path}/snippet.py:2: What a study is. What is meant: `which one`."
+
+
+def test_the_code_is_written_plainly():
+    counts = prose.count(*(prose.ROOT / name for name in prose.PACKAGES))
+    assert counts.files > 200
+    found = (counts.vague_per_1000, counts.comments_per_100, counts.what_docstrings)
+    assert counts.vague_per_1000 <= 14, found
+    assert counts.comments_per_100 >= 3, found
+    assert counts.what_docstrings == 0, found

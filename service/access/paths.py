@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from service.problems import bad_field
-from warmcore.corpus.source_files import SourceFile
+from warmcore.corpus.sources import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.sources import (
     Files,

@@ -10,7 +10,7 @@ from service.specs.study import StudySpec
 from service.studies import store
 from warmcore.corpus.facts import CorpusFacts
 from warmcore.corpus.inspection import inspect_corpus
-from warmcore.corpus.source_files import SourceFile, list_files
+from warmcore.corpus.sources import SourceFile, list_files
 from warmcore.specs import DataSpec
 from warmcore.specs.fields import FieldError
 from warmcore.specs.sources import HubDataset

@@ -1,4 +1,4 @@
-"""One small real corpus and one small model family for the laws."""
+"""A small real corpus and small models for the laws."""
 
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -12,12 +12,14 @@ from hypothesis import settings
 from warmcore.corpus.prepare import Corpus, prepare_corpus
 from warmcore.specs import DataSpec, ModelSpec, RunSpec, TrainSpec
 
+# Derandomized: a failure must be there again in the next run.
 settings.register_profile("warmcore", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("warmcore")
 
 CONTEXT = 16
 
 
+# The sums of a matrix product depend on the number of threads, and laws compare bit for bit.
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -54,7 +56,7 @@ def corpus(data_spec: DataSpec, cache: Path) -> Corpus:
 
 @pytest.fixture(scope="session")
 def run_spec(data_spec: DataSpec) -> Callable[..., RunSpec]:
-    """Spec of a run of `steps` steps; keywords go to the model where it has such a field."""
+    """A function that makes the spec of a run; keywords are fields of the model or of training."""
 
     def make(*, steps: int = 12, seed: int = 0, growth: Any = None, **fields: Any) -> RunSpec:
         of_model = {k: v for k, v in fields.items() if k in ModelSpec.model_fields}

@@ -1,10 +1,11 @@
-"""What the service loads must stay light."""
+"""The modules that the service loads need neither torch nor NumPy."""
 
 import subprocess
 import sys
 
 import pytest
 
+# Importing torch takes seconds and some 200 MB in each process of the service.
 HEAVY = ("torch", "numpy", "safetensors")
 
 

@@ -21,6 +21,7 @@ def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
     ("uri", "message"),
     [
         ("s3://bucket/base", r"^growth\.base\.uri s3://bucket/base is not local; a path or a file"),
+        # Linux limits a name to 255 bytes.
         ("x" * 5000, r"^growth\.base\.uri 'x+' is no path: .*File name too long"),
         ("~nosuchuser/base", r"^growth\.base\.uri '~nosuchuser/base' is no path"),
         ("file://[x/base", r"^growth\.base\.uri .* is no path: Invalid IPv6 URL"),

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 
 from warmcore.corpus import records, tokenizer
-from warmcore.corpus.source_files import SourceFile
+from warmcore.corpus.sources import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.sources import ByteTokens
 

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from warmcore.corpus import records
 from warmcore.corpus.documents import count_tokens, split_corpus
-from warmcore.corpus.source_files import SourceFile
+from warmcore.corpus.sources import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.sources import ByteTokens
 

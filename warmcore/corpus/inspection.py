@@ -15,7 +15,7 @@ from typing import Any
 from warmcore.corpus import tokenizer
 from warmcore.corpus.facts import CorpusFacts, inspect_documents
 from warmcore.corpus.module_process import run_module
-from warmcore.corpus.source_files import SourceFile, holds_tokens, list_files
+from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
 from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import FieldError
 from warmcore.specs.sources import (

@@ -23,7 +23,7 @@ import numpy as np
 
 from warmcore.corpus import token_files, tokenizer
 from warmcore.corpus.documents import split_corpus
-from warmcore.corpus.source_files import SourceFile, holds_tokens, list_files
+from warmcore.corpus.sources import SourceFile, holds_tokens, list_files
 from warmcore.corpus.token_files import Ids, Segments
 from warmcore.corpus.tokenize_documents import write_split
 from warmcore.corpus.tokenizer import TOKENIZER, TextTokenizer

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
-from warmcore.corpus.source_files import SourceFile
+from warmcore.corpus.sources import SourceFile
 from warmcore.specs.fields import FieldError
 
 # 1024 documents of some kB each: a few MB in memory, however large the file is.

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from warmcore.corpus import tokenizer
 from warmcore.corpus.documents import Document, Split, drop_duplicates, split_documents
 from warmcore.corpus.facts import MAX_INSPECTED_BYTES, CorpusFacts
-from warmcore.corpus.source_files import SourceFile
+from warmcore.corpus.sources import SourceFile
 from warmcore.specs.data import DataSpec
 from warmcore.specs.fields import FieldError
 from warmcore.specs.sources import BpeTokens, ByteTokens

@@ -21,7 +21,7 @@ class DataSpec(Spec):
     """A source of text, and the tokenizer that turns the text into tokens.
 
     `source` is `stdlib`, a file, a folder, a glob, or `hf:` and a data set. The extension of a file
-    decides how it is read (`warmcore.corpus.source_files.KINDS`). `hash` pins the content of the
+    decides how it is read (`warmcore.corpus.sources.KINDS`). `hash` pins the content of the
     split: preparing a corpus of another hash fails, so the runs of a study are comparable.
     `tokenizer_hash` pins a tokenizer.json in the same way.
     """

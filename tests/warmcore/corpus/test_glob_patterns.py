@@ -1,4 +1,4 @@
-"""Patterns find what `glob` finds, each file once, and come to an end."""
+"""Patterns find the files that `glob` finds, each file a single time, and the walk ends."""
 
 import glob
 import shutil
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from warmcore.corpus import glob_patterns
 from warmcore.corpus.glob_patterns import find_matches
-from warmcore.corpus.source_files import list_files
+from warmcore.corpus.sources import list_files
 
 names = st.sampled_from(["a", "b.txt", ".c", "ab"])
 trees = st.lists(st.lists(names, min_size=1, max_size=3).map("/".join), max_size=8)
@@ -18,15 +18,16 @@ parts = st.sampled_from(["*", "?", "a*", ".*", "[ab]*", "*.txt", "a"])
 
 
 @st.composite
-def a_pattern(draw):
+def make_pattern(draw):
     found = draw(st.lists(parts, min_size=1, max_size=3))
+    # At most a single `**`: patterns with two are refused.
     if draw(st.booleans()):
         found.insert(draw(st.integers(0, len(found))), "**")
     return "/".join(found) if glob.has_magic("/".join(found)) else "*"
 
 
 @settings(max_examples=200)
-@given(trees, a_pattern())
+@given(trees, make_pattern())
 def test_the_files_found_are_those_that_glob_finds(tmp_path_factory, tree, pattern):
     root = tmp_path_factory.mktemp("tree")
     for path in tree:
@@ -35,29 +36,32 @@ def test_the_files_found_are_those_that_glob_finds(tmp_path_factory, tree, patte
     expected = {Path(p) for p in glob.glob(f"{root}/{pattern}", recursive=True)}  # noqa: PTH207
     found = list(find_matches(root / pattern))
     assert {p for p in found if p.is_file()} == {p for p in expected if p.is_file()}
+    # Sets would hide a path that is yielded twice.
     assert len(found) == len(set(found))
     shutil.rmtree(root)
 
 
 @pytest.fixture
-def looped(tmp_path):
-    """A file two folders down; links at every level that lead to all that are above."""
+def looped_folder(tmp_path):
+    """A folder with a file two levels down, and links to the top in each of its folders."""
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "one.txt").write_text("text\n")
     for folder in (tmp_path, tmp_path / "a", tmp_path / "a" / "b"):
+        # With 4 links up in each folder, a walk that follows them lists more than 4^n folders for
+        # n stars.
         for i in range(4):
             (folder / f"up{i}").symlink_to(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("pattern", ["*/*/*", "*/*/*.txt", "**/*.txt", "a/*/*", "**"])
-def test_a_file_is_found_once_however_many_links_lead_back_to_its_parents(looped, pattern):
-    (found,) = list_files(f"{looped}/{pattern}")
-    assert found.path == looped / "a" / "b" / "one.txt"
+def test_a_file_is_found_once_however_many_links_lead_back_to_its_parents(looped_folder, pattern):
+    (found,) = list_files(f"{looped_folder}/{pattern}")
+    assert found.path == looped_folder / "a" / "b" / "one.txt"
 
 
 def test_links_round_about_end(tmp_path, monkeypatch):
-    """Two folders that lead to each other, of which neither is in the other."""
+    """Two folders with links to each other; neither is inside of the other."""
     for here, there in (("a", "b"), ("b", "a")):
         (tmp_path / here).mkdir()
         (tmp_path / here / "one.txt").write_text(here)
@@ -82,6 +86,7 @@ def test_a_walk_that_doubles_at_every_level_is_refused_by_its_pattern(tmp_path, 
         (tmp_path / f"{i}").mkdir()
         for side in "lr":
             (tmp_path / f"{i}" / side).symlink_to(tmp_path / f"{i + 1}")
+    # Each folder has two links to the next folder: 2^18 paths, and no link leads back.
     monkeypatch.setattr(glob_patterns, "_MOST_LOOKS", 1000)
     pattern = f"{tmp_path}/0/{'*/' * 18}*"
     with pytest.raises(ValueError, match="more than 1000 folders; a folder, or a pattern") as error:

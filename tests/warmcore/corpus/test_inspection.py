@@ -45,6 +45,7 @@ def write_records(folder):
     return {"text_field": "text"}
 
 
+# Hidden files are no part of a corpus, and the tokenizer may be beside the text.
 def write_bad_tokenizer(folder):
     (folder / "a.txt").write_text(TEXT)
     (folder / ".tokenizer.json").write_text("{}")
@@ -74,6 +75,7 @@ def test_a_bad_field_crosses_the_process_with_its_value_and_message(tmp_path, wr
         inspect_here(spec)
     with pytest.raises(FieldError) as there:
         inspect_corpus(spec)
+    # The field's value is the user's, not a value that the inspection computed.
     for refused in (here.value, there.value):
         assert (refused.path, refused.value) == (path, getattr(spec, path))
     assert str(here.value) == str(there.value)

@@ -55,6 +55,7 @@ def test_the_exit_code_and_the_errors_come_back(module):
 def test_the_working_directory_gives_files_and_no_modules(module, tmp_path, monkeypatch):
     folder = tmp_path / "here"
     folder.mkdir()
+    # With the folder on `sys.path`, `import json` would run this file.
     (folder / "json.py").write_text("raise SystemExit('a file passed for a module')")
     monkeypatch.chdir(folder)
     for options in ({}, {"folder": str(folder)}):
@@ -64,6 +65,7 @@ def test_the_working_directory_gives_files_and_no_modules(module, tmp_path, monk
 
 
 def test_our_package_comes_before_every_other_of_its_name(module):
+    # The package may be installed in another version: the child must run our code.
     path = json.loads(run(module).stdout)["path"]
     (own,) = {entry for entry in sys.path if module_process.__file__.startswith(f"{entry}/")}
     assert path[0] == own

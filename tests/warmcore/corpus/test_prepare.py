@@ -1,3 +1,5 @@
+"""A corpus is tokenized once, by concurrent preparers and killed preparers alike."""
+
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from warmcore.corpus import prepare as data_module
 from warmcore.corpus import tokenize_documents
 from warmcore.corpus.documents import split_corpus
 from warmcore.corpus.prepare import prepare_corpus
-from warmcore.corpus.source_files import list_files
+from warmcore.corpus.sources import list_files
 from warmcore.specs import DataSpec
 
 
@@ -24,6 +26,7 @@ def test_tokens_are_the_documents_bytes_each_ended_by_zero(data_spec, cache):
 
 def test_an_unchanged_listing_is_not_read_again(data_spec, cache, monkeypatch):
     before = prepare_corpus(data_spec, cache)
+    # Reading the files again would call None.
     monkeypatch.setattr(data_module, "split_corpus", None)
     assert prepare_corpus(data_spec, cache) is before
 
@@ -33,6 +36,7 @@ def test_a_touched_file_is_read_again_and_its_content_found(tmp_path, cache):
     path.write_bytes(os.urandom(4000))
     spec = DataSpec(source=str(path), context=16)
     before = prepare_corpus(spec, cache)
+    # Another time, the same content: the listing changes, the corpus does not.
     os.utime(path, ns=(1, 1))
     assert prepare_corpus(spec, cache) is before
     path.write_bytes(os.urandom(4000))
@@ -42,15 +46,16 @@ def test_a_touched_file_is_read_again_and_its_content_found(tmp_path, cache):
 def test_a_preparer_killed_half_way_leaves_nothing_that_is_taken_for_a_corpus(
     data_spec, tmp_path, monkeypatch
 ):
-    def killed(path, documents):
+    def interrupt(path, documents):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_documents, "_write_tokens", killed)
+        patch.setattr(tokenize_documents, "_write_tokens", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare_corpus(data_spec, tmp_path)
-    (tmp_path / f".{'0' * 64}-left").mkdir()  # what kill -9 leaves
+    # `kill -9` leaves a folder like this.
+    (tmp_path / f".{'0' * 64}-left").mkdir()
     assert prepare_corpus(data_spec, tmp_path).num_train_tokens > 10_000
 
 
@@ -58,7 +63,7 @@ PREPARE = """
 import sys
 from pathlib import Path
 from warmcore.corpus.prepare import prepare_corpus
-from warmcore.corpus.source_files import list_files
+from warmcore.corpus.sources import list_files
 from warmcore.specs import DataSpec
 sys.stdin.readline()
 spec = DataSpec(source=sys.argv[1], context=16, tokenizer=sys.argv[3])
@@ -72,7 +77,8 @@ def test_concurrent_preparers_agree(data_spec, tmp_path, tokenizer):
     command = [sys.executable, "-c", PREPARE, data_spec.source, str(tmp_path), tokenizer]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(3)]
-    for process in processes:  # loaded and waiting
+    # Each process has imported the modules and waits for a line: all prepare at the same time.
+    for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
     answers = {process.communicate(timeout=60)[0] for process in processes}
@@ -87,6 +93,7 @@ def test_losing_the_race_to_publish_is_no_error(data_spec, tmp_path, monkeypatch
     split = split_corpus(list_files(data_spec.source), data_spec)
     real = tokenize_documents._write_tokens
 
+    # Another preparer: its folder appears while ours is being written.
     folder = tmp_path / first.data_hash
     folder.rename(tmp_path / "other")
 

@@ -1,4 +1,4 @@
-"""JSONL, Parquet, Arrow and `hf:` data sets: a document per record, the same from every format."""
+"""JSONL, Parquet, Arrow and `hf:` data sets give the same documents, one for each record."""
 
 import gzip
 import json
@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from warmcore.corpus import hub, records, source_files
+from warmcore.corpus import hub, records, sources
 from warmcore.corpus.documents import split_corpus
 from warmcore.corpus.facts import inspect_documents
 from warmcore.corpus.prepare import prepare_corpus
-from warmcore.corpus.source_files import list_files
+from warmcore.corpus.sources import list_files
 from warmcore.specs import DataSpec
 
 CONTEXT = 8
@@ -32,6 +32,7 @@ def write_gz(path, texts):
 
 
 def write_parquet(path, texts):
+    # Several row groups: the reader must join them.
     table = pa.table({"other": range(len(texts)), "text": texts})
     pq.write_table(table, path, row_group_size=7)
 
@@ -65,7 +66,7 @@ FORMATS = {
 DOCUMENTS = [f"document {n} has {n * n} words, \u00e9t\u00e9 \U0001f642\n" for n in range(60)]
 
 
-def split_of(source, folder, **fields):
+def make_split(source, folder, **fields):
     spec = DataSpec(source=str(source), context=CONTEXT, **fields)
     return split_corpus(list_files(spec.source), spec, folder / "scratch")
 
@@ -74,7 +75,7 @@ def split_of(source, folder, **fields):
 def test_every_format_gives_the_split_of_text_files(tmp_path, name):
     for each in {name, "texts"}:
         FORMATS[each](tmp_path / each, DOCUMENTS)
-    found, expected = (split_of(tmp_path / each, tmp_path) for each in (name, "texts"))
+    found, expected = (make_split(tmp_path / each, tmp_path) for each in (name, "texts"))
     assert found.data_hash == expected.data_hash
     assert [d.read_bytes() for d in found.train] == [d.read_bytes() for d in expected.train]
 
@@ -89,11 +90,12 @@ def test_no_validation_document_is_in_training_and_none_is_lost(
     folder = tmp_path_factory.mktemp("records")
     documents = [*DOCUMENTS, *drawn, *drawn, *DOCUMENTS[:9]]
     FORMATS[name](folder / name, documents)
-    split = split_of(folder / name, folder, val_fraction=fraction)
+    split = make_split(folder / name, folder, val_fraction=fraction)
     train, val = ({d.read_bytes() for d in side} for side in (split.train, split.val))
     assert not train & val
     whole = {text.encode() for text in documents} - {b""}
     cut = {document for document in train | val if document not in whole}
+    # A document that is not there as a whole was cut; its first piece must be there.
     for text in whole - train - val:
         assert any(text.startswith(piece) for piece in cut)
     assert len(split.train) + len(split.val) == len(train | val)
@@ -113,12 +115,12 @@ def test_null_is_no_document_and_neither_is_a_blank_line(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n\n".join(lines))
     write_parquet(tmp_path / "a.parquet", [None, *DOCUMENTS])
     for name in ("a.jsonl", "a.parquet"):
-        split = split_of(tmp_path / name, tmp_path)
+        split = make_split(tmp_path / name, tmp_path)
         assert len(split.train) + len(split.val) == len(DOCUMENTS)
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    """Half the file is never in Python's memory at once; unpacked whole it would be."""
+    """An 8 MB file is unpacked with less than 1 MB of Python's memory."""
     text = "x" * 2000
     write_jsonl(tmp_path / "a.jsonl", [f"{number} {text}" for number in range(4000)])
     (file,) = list_files(str(tmp_path / "a.jsonl"))
@@ -132,7 +134,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert peak < 1_000_000
 
 
-def problem(path, **fields):
+def read_refusal(path, **fields):
     spec = DataSpec(source=str(path), context=CONTEXT, **fields)
     with pytest.raises(ValueError) as caught:
         inspect_documents(spec, list_files(spec.source))
@@ -152,22 +154,22 @@ def problem(path, **fields):
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text('{"text": "good"}\n' + line + "\n")
-    assert message in problem(tmp_path / "a.jsonl")
+    assert message in read_refusal(tmp_path / "a.jsonl")
 
 
 def test_another_field_is_named_by_text_field(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"body": "{n} words"}}\n' for n in range(99)))
-    assert split_of(tmp_path / "a.jsonl", tmp_path, text_field="body").train
+    assert make_split(tmp_path / "a.jsonl", tmp_path, text_field="body").train
     write_parquet(tmp_path / "a.parquet", DOCUMENTS)
-    message = problem(tmp_path / "a.parquet", text_field="body")
+    message = read_refusal(tmp_path / "a.parquet", text_field="body")
     assert "no column 'body'; text_field can name: other, text" in message
-    assert "holds int64, not strings" in problem(tmp_path / "a.parquet", text_field="other")
+    assert "holds int64, not strings" in read_refusal(tmp_path / "a.parquet", text_field="other")
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz"])
 def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"not this format, though long enough for a footer")
-    assert name in problem(tmp_path / name)
+    assert name in read_refusal(tmp_path / name)
 
 
 def test_a_folder_that_save_to_disk_wrote_is_read_in_its_own_format(tmp_path):
@@ -178,14 +180,14 @@ def test_a_folder_that_save_to_disk_wrote_is_read_in_its_own_format(tmp_path):
         (tmp_path / folder / "state.json").write_text(state)
     (tmp_path / "dict" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     for folder in ("saved", "dict"):
-        split = split_of(f"hf:{tmp_path / folder}", tmp_path)
+        split = make_split(f"hf:{tmp_path / folder}", tmp_path)
         assert len(split.train) + len(split.val) == len(DOCUMENTS)
     with pytest.raises(ValueError, match=r"was not written by save_to_disk.*without hf:"):
         list_files(f"hf:{tmp_path}")
 
 
 def test_a_cached_data_set_is_found_by_name_and_no_other_is_looked_for(tmp_path, monkeypatch):
-    """A cache as `load_dataset` leaves it; nothing here can reach a network."""
+    """The cache has the layout that `load_dataset` writes; the look-up must not use a network."""
     folder = tmp_path / "acme___tiny" / "default" / "0.0.0" / ("a" * 40)
     folder.mkdir(parents=True)
     write_arrow(folder / "tiny-train.arrow", DOCUMENTS)
@@ -199,8 +201,9 @@ def test_a_cached_data_set_is_found_by_name_and_no_other_is_looked_for(tmp_path,
     }
     (folder / "dataset_info.json").write_text(json.dumps(info))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    # The look-up is cached by name, and another test may have used this name with another cache.
     hub._look_up.cache_clear()
-    split = split_of("hf:acme/tiny", tmp_path)
+    split = make_split("hf:acme/tiny", tmp_path)
     assert len(split.train) + len(split.val) == len(DOCUMENTS)
     with pytest.raises(ValueError, match=r"hf:acme/tiny:other is not in .*load_dataset\('acme"):
         list_files("hf:acme/tiny:other")
@@ -215,7 +218,7 @@ def test_what_is_no_name_is_refused_before_anything_runs(name, monkeypatch):
 
 
 def test_a_name_never_means_a_folder_of_this_machine(tmp_path, monkeypatch):
-    """`datasets` takes an existing folder before a name, and `hf:json` whatever lies around it."""
+    """`datasets` prefers an existing folder to a name, and would read any file in that folder."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     hub._look_up.cache_clear()
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
@@ -228,7 +231,8 @@ def test_a_pattern_goes_down_any_number_of_folders_once(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "x.txt").write_text("text")
     assert [file.path.name for file in list_files(f"{tmp_path}/**/*.txt")] == ["x.txt"]
-    monkeypatch.setattr(source_files, "find_matches", None)
+    # The second pattern must be refused before a walk begins.
+    monkeypatch.setattr(sources, "find_matches", None)
     source = f"{tmp_path}/**/**/*.txt"
     with pytest.raises(ValueError, match=r"has 2 \*\*, and 1 would work"):
         list_files(source)

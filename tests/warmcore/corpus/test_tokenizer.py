@@ -1,3 +1,5 @@
+"""Tokenizers: text comes back, training is reproducible, and specs and checkpoints carry them."""
+
 import hashlib
 import json
 import random
@@ -15,7 +17,7 @@ from warmcore.checkpoint.checkpoint import read_manifest
 from warmcore.corpus.documents import split_corpus
 from warmcore.corpus.inspection import inspect_corpus
 from warmcore.corpus.prepare import make_tokenizer_json, prepare_corpus
-from warmcore.corpus.source_files import list_files
+from warmcore.corpus.sources import list_files
 from warmcore.corpus.tokenizer import END_OF_TEXT, TextTokenizer, make_byte_json, train_bpe
 from warmcore.huggingface.export import export_hf
 from warmcore.huggingface.importer import import_hf
@@ -34,11 +36,11 @@ def bpe_spec(data_spec):
     return data_spec.model_copy(update={"tokenizer": "bpe:400"})
 
 
-def file_spec(spec, path, **fields):
+def make_file_spec(spec, path, **fields):
     return DataSpec.model_validate(spec.model_dump() | {"tokenizer": str(path)} | fields)
 
 
-# Any text has no half surrogate pairs: those are no text, and UTF-8 has no bytes for them.
+# Half of a surrogate pair is no text: UTF-8 has no bytes for it.
 any_text = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(
     [
         END_OF_TEXT,
@@ -95,7 +97,7 @@ def test_the_same_text_trains_the_same_tokenizer_in_any_process_and_order(bpe, t
 
 
 def test_bpe_is_trained_on_the_training_side_alone(tmp_path):
-    """Each document repeats a word of its own; those of training become tokens, no other does."""
+    """Each document repeats a word of its own; only words of training become tokens."""
     draw = random.Random(0)  # noqa: S311 - text, not secrets
     for number in range(40):
         word = "".join(draw.choices(ascii_lowercase, k=12))
@@ -121,7 +123,7 @@ def test_a_tokenizer_file_gives_the_tokens_of_the_bpe_it_came_from(bpe_spec, cac
     trained = prepare_corpus(bpe_spec, cache)
     path = tmp_path / "tokenizer.json"
     path.write_bytes(make_tokenizer_json(bpe_spec, cache))
-    spec = file_spec(bpe_spec, path)
+    spec = make_file_spec(bpe_spec, path)
     corpus = prepare_corpus(spec, cache)
     assert corpus.tokenizer == trained.tokenizer == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (np.array_equal(corpus.train, trained.train), corpus.vocab_size) == (True, 400)
@@ -129,6 +131,7 @@ def test_a_tokenizer_file_gives_the_tokens_of_the_bpe_it_came_from(bpe_spec, cac
 
 
 def test_ids_beyond_16_bits_are_stored_in_32(data_spec, cache, tmp_path):
+    # A single token with id 70 000 needs 32 bits for all tokens.
     content = json.loads(make_byte_json())
     content["added_tokens"] = [
         {"id": 70_000, "content": END_OF_TEXT, "special": True}
@@ -137,7 +140,7 @@ def test_ids_beyond_16_bits_are_stored_in_32(data_spec, cache, tmp_path):
     content["model"]["vocab"][END_OF_TEXT] = 70_000
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(content))
-    corpus = prepare_corpus(file_spec(data_spec, path), cache)
+    corpus = prepare_corpus(make_file_spec(data_spec, path), cache)
     assert (corpus.vocab_size, corpus.train.dtype, int(corpus.train.max())) == (
         70_001,
         np.uint32,
@@ -153,7 +156,7 @@ def test_every_tokenizer_has_a_data_hash_of_its_own(data_spec, bpe_spec, cache):
 def test_a_changed_tokenizer_file_is_refused_where_it_was_pinned(data_spec, bpe, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(bpe.json)
-    spec = file_spec(data_spec, path)
+    spec = make_file_spec(data_spec, path)
     facts = inspect_corpus(spec)
     pinned = facts.pin_spec(spec)
     assert (pinned.vocab_size, pinned.tokenizer_hash) == (
@@ -161,6 +164,7 @@ def test_a_changed_tokenizer_file_is_refused_where_it_was_pinned(data_spec, bpe,
         hashlib.sha256(bpe.json).hexdigest(),
     )
     assert prepare_corpus(pinned, tmp_path / "cache").data_hash == facts.data_hash
+    # Another tokenizer at the same path.
     path.write_bytes(make_byte_json())
     with pytest.raises(ValueError, match=r"tokenizer.json has changed: its hash is \w{64}, not"):
         prepare_corpus(pinned, tmp_path / "cache")
@@ -180,6 +184,7 @@ def test_pieces_never_end_within_a_character(tmp_path):
     draw = random.Random(0)  # noqa: S311 - text, not secrets
     path = tmp_path / "one-line.txt"
     path.write_text("".join(draw.choices("a\u00e9\u65e5\U0001f642", k=20_000)))
+    # Characters of 1 to 4 bytes, and no line end to cut at.
     spec = DataSpec(source=str(path), tokenizer="bpe:300", context=16)
     split = split_corpus(list_files(spec.source), spec)
     pieces = sorted((*split.train, *split.val), key=lambda piece: piece.offset)
@@ -200,7 +205,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(data_spec, tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"^tokenizer {path} is no tokenizer.json"):
-        inspect_corpus(file_spec(data_spec, path))
+        inspect_corpus(make_file_spec(data_spec, path))
 
 
 def test_the_model_has_the_vocabulary_of_its_tokenizer(data_spec, bpe_spec):
@@ -214,6 +219,7 @@ def test_the_model_has_the_vocabulary_of_its_tokenizer(data_spec, bpe_spec):
 def test_a_vocabulary_may_be_padded_and_not_cut(bpe_spec):
     padded = ModelSpec(width=16, depth=1, head_dim=8, vocab_size=512)
     assert RunSpec(model=padded, data=bpe_spec).model.vocab_size == 512
+    # 256 ids would leave 144 ids of the tokenizer without an embedding.
     cut = ModelSpec(width=16, depth=1, head_dim=8, vocab_size=256)
     with pytest.raises(ValidationError, match=r"vocab_size 256 is smaller than the 400 .*bpe:400"):
         RunSpec(model=cut, data=bpe_spec)
@@ -222,7 +228,7 @@ def test_a_vocabulary_may_be_padded_and_not_cut(bpe_spec):
 
 
 def test_growth_keeps_the_tokenizer(bpe_spec, run_spec, cache, tmp_path):
-    """Tokens of equal number but of another text: only the hash tells them apart."""
+    """Two tokenizers with the same number of ids differ in their hash alone."""
     corpus = prepare_corpus(bpe_spec, cache)
     base = RunSpec(**(run_spec(steps=1).model_dump() | {"data": bpe_spec, "model": MODEL}))
     saved = Training.start(base, corpus).save(tmp_path / "base")
@@ -245,7 +251,7 @@ def test_growth_keeps_the_tokenizer(bpe_spec, run_spec, cache, tmp_path):
 
     path = tmp_path / "tokenizer.json"
     path.write_bytes(make_tokenizer_json(bpe_spec, cache))
-    kept = file_spec(other, path)
+    kept = make_file_spec(other, path)
     Training.start(grown.with_data(kept), prepare_corpus(kept, tmp_path / "cache"), base=saved.path)
 
 

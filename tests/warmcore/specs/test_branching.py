@@ -1,4 +1,4 @@
-"""A branch is the run of its budget, though a trunk has done most of it."""
+"""A branch equals the run of its budget, although a trunk trained most of its steps."""
 
 import dataclasses
 import itertools
@@ -21,23 +21,24 @@ BUDGETS = (0.05, 0.1, 0.15)  # 9, 18 and 27 steps of the model below
 PLACE = CheckpointRef(uri="trunk", hash="0" * 64)
 
 
-def timeless(events):
+def drop_times(events):
     return [dataclasses.replace(event, seconds=0.0) for event in events]
 
 
-def assert_equal_state(one, other):
+def assert_equal_state(first, second):
     for tensors in (lambda t: t.model.state_dict(), lambda t: optimizer_tensors(t.optimizer)):
-        a, b = tensors(one), tensors(other)
+        a, b = tensors(first), tensors(second)
         assert a.keys() == b.keys()
         for name in a:
             assert torch.equal(a[name], b[name]), name
-    assert one.progress == other.progress
+    assert first.progress == second.progress
 
 
 @pytest.fixture(scope="module")
 def trunk_spec(run_spec):
     """Spec of a trunk; keywords go where `run_spec` puts them."""
 
+    # `run_spec` gives a budget in tokens, and a trunk has budgets in tokens per parameter.
     def make(*, branches=BUDGETS, growth=None, **fields):
         train = {"evaluations": 4, "cooldown_fraction": 0.4, "warmup_fraction": 0.1} | fields
         whole = run_spec(growth=growth, **train).model_dump()
@@ -56,7 +57,7 @@ def base(run_spec, corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["cold", "warm"])
 def grown_trunk(request, trunk_spec, base):
-    """A trunk's spec, and what it starts from."""
+    """The spec of a trunk, and the path of the checkpoint that it grows from, or None."""
     if request.param == "cold":
         return trunk_spec(ema_half_life=0.1, swa_fraction=0.4), None
     growth = GrowthSpec(base=CheckpointRef(uri=str(base.path), hash=base.hash))
@@ -77,12 +78,12 @@ def checkpoints(grown_trunk, corpus, tmp_path_factory):
     return {budget: saved[step] for budget, step in zip(spec.branches, saved, strict=True)}
 
 
-def ref(saved):
+def make_ref(saved):
     return CheckpointRef(uri=str(saved.path), hash=saved.hash)
 
 
 def events_after(events, step):
-    return [event for event in timeless(events) if event.step > step]
+    return [event for event in drop_times(events) if event.step > step]
 
 
 def test_a_branch_is_the_uninterrupted_run_of_its_budget_bit_for_bit(
@@ -92,22 +93,23 @@ def test_a_branch_is_the_uninterrupted_run_of_its_budget_bit_for_bit(
     for budget, saved in checkpoints.items():
         whole = Training.start(make_branch(spec, budget, None), corpus, base=base)
         expected = events_after(whole.train_to_end(), saved.step)
-        branch = Training.start(make_branch(spec, budget, ref(saved)), corpus, base=saved.path)
+        branch = Training.start(make_branch(spec, budget, make_ref(saved)), corpus, base=saved.path)
         assert branch.step == saved.step
-        assert timeless(branch.train_to_end()) == expected
+        assert drop_times(branch.train_to_end()) == expected
+        # An event for each step, and evaluations on top.
         assert len(expected) > whole.spec.num_steps - saved.step
         assert_equal_state(branch, whole)
         assert branch.base_hash == whole.base_hash
 
 
 def test_a_run_with_a_warmup_of_its_own_is_not_the_branch(grown_trunk, checkpoints, corpus):
-    """The negative control: equal warmups are what makes the law hold."""
+    """Negative control: with another warmup the law does not hold."""
     spec, base = grown_trunk
     budget, saved = next(iter(checkpoints.items()))
     own = make_branch(spec, budget, None)
     other = own.model_copy(update={"train": own.train.model_copy(update={"warmup_steps": None})})
-    branch = Training.start(make_branch(spec, budget, ref(saved)), corpus, base=saved.path)
-    curve = timeless(branch.train_to_end())
+    branch = Training.start(make_branch(spec, budget, make_ref(saved)), corpus, base=saved.path)
+    curve = drop_times(branch.train_to_end())
     assert count_warmup_steps(other.budget_steps, other.train) != own.train.warmup_steps
     assert (
         events_after(Training.start(other, corpus, base=base).train_to_end(), saved.step) != curve
@@ -118,13 +120,14 @@ def test_a_branch_resumed_at_any_event_is_the_uninterrupted_one(
     grown_trunk, checkpoints, corpus, tmp_path
 ):
     budget, saved = next(iter(checkpoints.items()))
-    spec = make_branch(grown_trunk[0], budget, ref(saved))
-    expected = timeless(Training.start(spec, corpus, base=saved.path).train_to_end())
+    spec = make_branch(grown_trunk[0], budget, make_ref(saved))
+    expected = drop_times(Training.start(spec, corpus, base=saved.path).train_to_end())
+    # Stop after every event in turn: steps, evaluations and the end.
     for num_taken in range(len(expected)):
         first = Training.start(spec, corpus, base=saved.path)
-        taken = timeless(itertools.islice(first.train_to_end(), num_taken))
+        taken = drop_times(itertools.islice(first.train_to_end(), num_taken))
         second = Training.resume(spec, corpus, first.save(tmp_path / str(num_taken)).path)
-        assert taken + timeless(second.train_to_end()) == expected
+        assert taken + drop_times(second.train_to_end()) == expected
 
 
 def test_the_largest_budgets_branch_is_the_run_that_has_no_trunk_at_all(trunk_spec):
@@ -157,6 +160,7 @@ def test_trunk_and_branch_agree_on_every_step_before_the_cooldown(
     for budget, start in zip(budgets, ends, strict=True):
         branch = make_branch(spec, budget, PLACE)
         assert branch.start_step == start < branch.num_steps
+        # The ends of the phases, and a step in the constant phase.
         for step in {0, count_warmup_steps(horizon, spec.train), start // 2, start - 1}:
             own = lr_factor(step, branch.num_steps, branch.train)
             assert own == lr_factor(step, horizon, spec.train)
@@ -218,16 +222,18 @@ def test_a_checkpoint_that_is_not_this_branchs_trunk_is_refused(
 ):
     spec = grown_trunk[0]
     first, second = list(checkpoints.items())[:2]
-    branch = make_branch(spec, first[0], ref(first[1]))
+    branch = make_branch(spec, first[0], make_ref(first[1]))
     with pytest.raises(CheckpointCorruptError):
         Training.start(branch, corpus, base=second[1].path)
-    wrong_step = make_branch(spec, first[0], ref(second[1]))
+    wrong_step = make_branch(spec, first[0], make_ref(second[1]))
     with pytest.raises(ValueError, match=f"is at step {second[1].step}, not {first[1].step}"):
         Training.start(wrong_step, corpus, base=second[1].path)
+    # With another learning rate the trunk's steps would have been different.
     hotter = branch.model_copy(update={"train": branch.train.model_copy(update={"lr": 0.5})})
     with pytest.raises(ValueError, match=r"another run's trunk: train\.lr is 0\.012, not 0\.5"):
         Training.start(hotter, corpus, base=first[1].path)
-    no_trunk = branch.model_copy(update={"trunk": ref(base)})
+    # A checkpoint of a run without branches.
+    no_trunk = branch.model_copy(update={"trunk": make_ref(base)})
     with pytest.raises(ValueError, match=r"no branch at .* but no budget at all"):
         Training.start(no_trunk, corpus, base=base.path)
     with pytest.raises(ValueError, match="give both"):

@@ -1,4 +1,4 @@
-"""A spec's cached steps show nowhere but in the time that they save."""
+"""Cached steps of a spec are invisible: equality, hashes, copies and dumps do not see them."""
 
 import copy
 import pickle
@@ -18,6 +18,7 @@ FIELDS = {
 }
 
 
+# A step that an earlier test computed would hide that a spec keeps it.
 @pytest.fixture(autouse=True)
 def empty_caches():
     _find_branch_steps.cache_clear()
@@ -86,6 +87,7 @@ def test_a_changed_copy_has_steps_of_its_own(kind):
     )
     assert changed.evaluation_steps != before[1]
     assert (spec.branch_steps, spec.evaluation_steps) == before
+    # Without branches the trunk is an ordinary run.
     whole = spec.model_copy(update={"branches": ()})
     assert whole.branch_steps == ()
 
@@ -101,6 +103,7 @@ def test_steps_are_computed_once_for_equal_specs():
 
 def test_a_branch_keeps_the_losses_that_it_would_have_measured():
     trunk = make("trunk")
+    # Each loss is the number of its step.
     losses = [float(step) for step in trunk.evaluation_steps]
     for budget, start in zip(trunk.branches, trunk.branch_steps, strict=True):
         branch = make_branch(trunk, budget, None)

@@ -1,3 +1,5 @@
+"""Schedules rise, stay and fall as their formulas say, and no step has a rate of 0."""
+
 import math
 from typing import get_args
 
@@ -16,6 +18,7 @@ any_schedule = st.sampled_from(get_args(ScheduleName))
 
 @st.composite
 def trains(draw, names=any_schedule):
+    # `lr_floor` belongs to rewarm alone, and rewarm needs a warmup.
     schedule = draw(names)
     rewarms = schedule == "rewarm"
     return TrainSpec(
@@ -50,6 +53,7 @@ def test_constant_reaches_the_peak_and_keeps_it(num_steps, warmup):
 
 @given(trains(names=st.just("wsd")), st.integers(20, 300))
 def test_wsd_is_constant_up_to_its_cooldown(train, num_steps):
+    # There must be a constant phase.
     assume(train.warmup_fraction + train.cooldown_fraction < 0.9)
     first = num_steps - math.ceil(train.cooldown_fraction * num_steps)
     assert lr_factor(first - 1, num_steps, train) == 1.0
@@ -69,6 +73,7 @@ def test_cosine_is_half_way_down_in_the_middle():
 
 def test_a_cooldown_over_the_whole_run_starts_below_the_peak_and_ends_above_zero():
     train = TrainSpec(warmup_fraction=0.0, cooldown_fraction=1.0, cooldown="linear")
+    # The points t / 5: the ends 1 and 0 are not used.
     assert [lr_factor(step, 4, train) for step in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
@@ -76,6 +81,7 @@ def test_rewarm_rises_linearly_from_its_floor_to_the_peak_and_returns_by_cosine(
     train = TrainSpec(schedule="rewarm", warmup_fraction=0.25, lr_floor=0.2)
     factors = [lr_factor(step, 16, train) for step in range(16)]
     assert factors[:4] == pytest.approx([0.4, 0.6, 0.8, 1.0])
+    # 4 steps of warmup and 12 of decay, at the points t / 13.
     decay = [0.2 + 0.8 * (1 + math.cos(math.pi * t / 13)) / 2 for t in range(1, 13)]
     assert factors[4:] == pytest.approx(decay)
 

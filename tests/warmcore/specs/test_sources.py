@@ -1,4 +1,4 @@
-"""Names of sources and tokenizers become types, and types take no name from each other."""
+"""Every name of a source or a tokenizer becomes a single type."""
 
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from warmcore.specs.sources import (
         ("bpe:004096", BpeTokens(4096)),
         ("tokenizer.json", TokenizerFile(Path("tokenizer.json"))),
         ("~/models/x.json", TokenizerFile(Path("~/models/x.json"))),
+        # Every name that ends with .json is a path.
         ("bpe:400.json", TokenizerFile(Path("bpe:400.json"))),
         ("byte.json", TokenizerFile(Path("byte.json"))),
     ],
@@ -44,12 +45,13 @@ def test_a_tokenizers_name_becomes_a_type(name, parsed):
 
 
 def test_a_bpe_tokenizer_has_one_spelling():
-    """The spelling is hashed with the data, so equal tokenizers must be equal strings."""
+    """The data hash contains the spelling: equal tokenizers must be equal strings."""
     assert DataSpec(source="stdlib", tokenizer="bpe:004096").tokenizer == "bpe:4096"
 
 
 @given(st.text(max_size=20))
 def test_a_name_is_parsed_where_a_spec_takes_it_and_nowhere_else(name):
+    # `none` needs the number of ids, and no other name admits another number.
     size = 1 if name == "none" else None
     try:
         spec = DataSpec(source="stdlib", tokenizer=name, vocab_size=size)
@@ -60,6 +62,7 @@ def test_a_name_is_parsed_where_a_spec_takes_it_and_nowhere_else(name):
         assert parse_tokenizer(name) == parse_tokenizer(spec.tokenizer) == spec.parsed_tokenizer
 
 
+# Signs, exponents, digits of other scripts, and more digits than `int` converts.
 @pytest.mark.parametrize("size", ["", "256", "1048577", "-300", "3e3", "²57", "٣٠٠", "9" * 5000])
 def test_a_size_that_is_none_or_out_of_bounds_is_refused_with_what_works(size):
     with pytest.raises(ValueError, match=r"bpe:\d+.* would work"):

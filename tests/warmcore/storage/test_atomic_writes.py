@@ -1,4 +1,4 @@
-"""A file or a folder appears whole, or what was there before stays."""
+"""A file or a folder appears whole, or the content before stays."""
 
 import os
 import signal
@@ -28,6 +28,7 @@ def steps(monkeypatch):
         taken.append(("sync", path.name if path.name[0] != "." else "aside"))
         real_sync(path)
 
+    # `_sync` calls `os.fsync` on folders, too: those calls are recorded by `sync` alone.
     def fsync(descriptor):
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
             taken.append(("fsync", os.fstat(descriptor).st_size))
@@ -91,6 +92,7 @@ def test_a_file_that_came_meanwhile_is_replaced_or_kept_as_asked(tmp_path, steps
 
 def test_a_private_file_is_private_from_its_first_byte_on(tmp_path):
     with write_file(tmp_path / "x", mode=ONLY_THIS_USER):
+        # A later chmod would leave a moment in which others can open the file.
         (aside,) = tmp_path.iterdir()
         assert stat.S_IMODE(aside.stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
@@ -157,6 +159,7 @@ def test_a_rename_that_fails_for_another_reason_is_an_error(tmp_path):
     def refuse(_self, _target):
         raise PermissionError(1, "not permitted")
 
+    # Nothing is at `path`, so no other preparer won.
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(PermissionError),
@@ -187,6 +190,7 @@ def test_a_killed_process_leaves_a_hidden_entry_that_hinders_no_other(tmp_path, 
     path = tmp_path / "x"
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path), kind], check=False)
     assert killed.returncode == -signal.SIGKILL
+    # Nothing cleans up after SIGKILL; the entry is hidden, and no later write uses its name.
     (left,) = names_in(tmp_path)
     assert left.startswith(".x-")
     with write_file(path) if kind == "file" else write_folder(path):

@@ -25,7 +25,7 @@ class FakeClock:
 
 
 class Operation:
-    """Raises the given exceptions, one a call, and then returns the number of calls."""
+    """Raises an exception of the list at each call, and then returns the number of calls."""
 
     def __init__(self, *errors):
         self.errors, self.calls = iter(errors), 0

@@ -1,4 +1,4 @@
-"""A checkpoint's URI names one place, whoever reads it."""
+"""A checkpoint's URI names the same place for all readers."""
 
 from pathlib import Path
 
@@ -38,4 +38,5 @@ def test_a_folder_is_found_and_deleted_by_its_uri(tmp_path, name):
     assert (root, files.exists(f"{root}/{MANIFEST}")) == (str(folder), True)
     delete_checkpoint(folder.as_uri())
     assert not folder.exists()
+    # A second time nothing is there, and that is no error.
     delete_checkpoint(folder.as_uri())

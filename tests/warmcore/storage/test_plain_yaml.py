@@ -1,4 +1,4 @@
-"""Whatever a spec file holds: a spec, or a line that says what is wrong, in bounded time."""
+"""Any spec file gives a spec or a message about the fault, in bounded time."""
 
 import contextlib
 import copy
@@ -30,7 +30,9 @@ JUNK = st.recursive(
     ),
     max_leaves=5,
 )
+# 2^60 values in 61 lines.
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60))
+# A part of the refusal, and the file.
 HOSTILE = {
     "line 1: more than 50000": "[" + "1, " * 60_000 + "]",
     "with its aliases written out": LAUGHS,
@@ -52,8 +54,8 @@ HOSTILE = {
 }
 
 
-def attempts(path):
-    """Both readers on one file: what each made of it, a refusal as its text."""
+def read_both_ways(path):
+    """Yield the result of both readers for a file: a spec, or the message of a refusal."""
     for read, refusal in ((read_spec, ValueError), (lambda p: load_spec(p, p.parent), SpecError)):
         try:
             yield read(path)
@@ -66,14 +68,14 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("yaml") / "spec.yaml"
 
 
-@pytest.mark.parametrize("said", HOSTILE)
-def test_a_hostile_file_is_refused_by_both_readers_and_by_the_command(path, said, caplog):
-    text = HOSTILE[said]
+@pytest.mark.parametrize("refusal", HOSTILE)
+def test_a_hostile_file_is_refused_by_both_readers_and_by_the_command(path, refusal, caplog):
+    text = HOSTILE[refusal]
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    for refused in attempts(path):
+    for refused in read_both_ways(path):
         assert isinstance(refused, str)
         assert refused.startswith(str(path))
-        assert said.replace("\\\\", "\\") in refused
+        assert refusal.replace("\\\\", "\\") in refused
         assert len(refused) < 1000
     assert command.main([str(path)]) == 2
     assert "Traceback" not in caplog.text
@@ -85,7 +87,7 @@ def test_a_hostile_file_is_refused_by_both_readers_and_by_the_command(path, said
 @settings(max_examples=200)
 def test_any_file_is_read_or_refused(path, text):
     path.write_bytes(text)
-    for made in attempts(path):
+    for made in read_both_ways(path):
         assert isinstance(made, str | dict | RunSpec)
 
 
@@ -96,15 +98,15 @@ def test_any_change_to_an_example_is_accepted_or_refused(path, data):
     name = data.draw(st.sampled_from(["run.yaml", "study.yaml"]))
     spec = yaml.safe_load((EXAMPLES / name).read_text())
     for _ in range(data.draw(st.integers(1, 3))):
-        change(data, spec)
+        change_spec(data, spec)
     path.write_text(yaml.safe_dump(spec, allow_unicode=False))
-    for made in attempts(path):
+    for made in read_both_ways(path):
         if isinstance(made, dict):
             try_as_study(made)
 
 
-def change(data, spec):
-    places = list(mappings(spec))
+def change_spec(data, spec):
+    places = list(list_mappings(spec))
     if not places:
         return
     place = data.draw(st.sampled_from(places))
@@ -120,20 +122,21 @@ def change(data, spec):
             place[key] = copy.deepcopy(spec)
 
 
-def mappings(value):
+def list_mappings(value):
     if isinstance(value, dict):
         if value:
             yield value
         for inner in value.values():
-            yield from mappings(inner)
+            yield from list_mappings(inner)
 
 
 def try_as_study(spec):
-    """What the client would send is a study or a ValueError, never anything else."""
+    """Validate the spec as the service would: only a ValueError may be raised."""
     with contextlib.suppress(ValueError):
         StudySpec.model_validate(json.loads(json.dumps(spec)))
 
 
 def test_a_date_is_text_and_a_byte_order_mark_is_nothing(path):
+    # Editors on Windows write a byte order mark.
     path.write_bytes(b"\xef\xbb\xbfname: 2020-01-01")
     assert plain_yaml.read_yaml(path) == {"name": "2020-01-01"}

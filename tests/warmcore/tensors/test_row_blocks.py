@@ -1,4 +1,4 @@
-"""Into which blocks a tensor is split changes no number of it."""
+"""No number of a tensor depends on its division into blocks."""
 
 import itertools
 
@@ -27,7 +27,7 @@ shapes = st.lists(st.integers(0, 90), min_size=1, max_size=3).map(tuple)
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 16 rows, or a few more."""
+    """A function that makes all blocks from then on 16 rows long, or a few more."""
     return lambda: monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1)
 
 
@@ -43,7 +43,7 @@ def test_blocks_are_all_rows_in_order_at_multiples_of_16_and_none_is_shorter(sha
         assert all(rows.start % 16 == 0 and rows.stop - rows.start >= 16 for rows in found)
 
 
-def drawn(shape, parts):
+def draw_normal(shape, parts):
     tensor, generator = torch.empty(shape), seeded()
     for rows in parts:
         tensor[rows].normal_(0.0, 0.3, generator=generator)
@@ -55,14 +55,15 @@ def test_what_is_drawn_in_blocks_is_what_is_drawn_at_once(num_rows, num_columns,
     shape = (num_rows, num_columns)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_ELEMENTS", size)
-        found = drawn(shape, split_rows(shape))
-    assert all(map(torch.equal, found, drawn(shape, [slice(None)])))
+        found = draw_normal(shape, split_rows(shape))
+    assert all(map(torch.equal, found, draw_normal(shape, [slice(None)])))
 
 
 def test_in_other_blocks_other_numbers_are_drawn():
-    whole, _ = drawn((40, 3), [slice(None)])
-    assert not torch.equal(drawn((40, 3), [slice(0, 20), slice(20, 40)])[0], whole)
-    assert not torch.equal(drawn((40, 3), [slice(0, 37), slice(37, 40)])[0], whole)
+    whole, _ = draw_normal((40, 3), [slice(None)])
+    # 60 numbers do not end at a multiple of 16; the last 9 numbers are fewer than 16.
+    assert not torch.equal(draw_normal((40, 3), [slice(0, 20), slice(20, 40)])[0], whole)
+    assert not torch.equal(draw_normal((40, 3), [slice(0, 37), slice(37, 40)])[0], whole)
 
 
 def test_a_model_is_initialised_the_same_in_any_blocks(small_blocks):
@@ -73,7 +74,7 @@ def test_a_model_is_initialised_the_same_in_any_blocks(small_blocks):
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-def grown(options):
+def grow_blocks(options):
     generator = seeded()
     plan = Growth.plan(BASE, TARGET, GrowthOptions(**options), generator)
     yield from plan.grow_weights(tensors_of(BASE), generator)
@@ -82,10 +83,11 @@ def grown(options):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_growth_is_the_same_in_any_blocks(options, small_blocks):
-    whole = dict(grown(options))
+    whole = dict(grow_blocks(options))
     small_blocks()
-    parts = list(grown(options))
+    parts = list(grow_blocks(options))
     assert len(parts) > 2 * len(whole)
+    # NaN where no block was copied.
     together = {name: torch.full_like(tensor, torch.nan) for name, tensor in whole.items()}
     fill_from_blocks(together, parts)
     assert list(dict(parts)) == list(whole)
@@ -95,19 +97,20 @@ def test_growth_is_the_same_in_any_blocks(options, small_blocks):
 def test_a_file_is_the_same_in_any_blocks(tmp_path):
     tensors = tensors_of(BASE)
     whole = TensorStream.from_tensors(tensors)
-    pairs = ((n, t[a:b]) for n, t in tensors.items() for a, b in cuts(len(t)))
+    pairs = ((n, t[a:b]) for n, t in tensors.items() for a, b in cut_rows(len(t)))
     parts = TensorStream(layout=whole.layout, tensors=pairs)
     assert write_tensors(tmp_path / "a", parts) == write_tensors(tmp_path / "b", whole)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def cuts(num_rows):
+def cut_rows(num_rows):
     return itertools.pairwise((0, num_rows // 3, num_rows))
 
 
 def test_blocks_that_are_missing_are_noticed(tmp_path):
     tensors = tensors_of(BASE)
     layout = TensorStream.from_tensors(tensors).layout
+    # The last row of each tensor is missing.
     short = [(name, tensor[:-1]) for name, tensor in tensors.items()]
     with pytest.raises(AssertionError):
         write_tensors(tmp_path / "a", TensorStream(layout=layout, tensors=iter(short)))
