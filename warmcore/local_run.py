@@ -101,15 +101,15 @@ class LocalRun:
                     self._save_checkpoint(file)
                     log.info("interrupted at step %d; run again to continue", training.step)
                     return INTERRUPTED
-                late = time.monotonic() - saved_at >= self._location.checkpoint_seconds
-                if late or self._branches_at(event):
+                is_late = time.monotonic() - saved_at >= self._location.checkpoint_seconds
+                if is_late or self._starts_branch(event):
                     self._save_checkpoint(file)
                     saved_at = time.monotonic()
             self._save_checkpoint(file)
         log.info("finished: val_loss_nats=%.4f", training.last_val_loss_nats)
         return FINISHED
 
-    def _branches_at(self, event: Event) -> bool:
+    def _starts_branch(self, event: Event) -> bool:
         return isinstance(event, EvaluationEvent) and event.step in self._spec.branch_steps
 
     def _note_interrupt(self, _number: int, _frame: object) -> None:

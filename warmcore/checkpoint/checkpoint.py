@@ -56,7 +56,7 @@ class OpenCheckpoint(Checkpoint):
     optimizer: TensorFile
     averages: Mapping[AverageName, TensorFile]
 
-    def weights_named(self, name: BaseWeights) -> TensorFile:
+    def select_weights(self, name: BaseWeights) -> TensorFile:
         """Return the run's last weights, or an average of them.
 
         Raises:

@@ -47,7 +47,7 @@ class GrownTensors:
     @property
     def weights(self) -> TensorStream:
         """The target's weights, grown when they are read."""
-        growth, base = self.growth, self.source.weights_named(self.growth.options.base_weights)
+        growth, base = self.growth, self.source.select_weights(self.growth.options.base_weights)
         entries = ((n, growth.depth.base_name(n), tuple(s)) for n, s in growth.shapes.items())
         return TensorStream(
             layout=make_layout_like(entries, base.layout),

@@ -171,15 +171,15 @@ class Growth:
             return self._widen_block(block)
         role = role_of(block.name)
         noise = noise.to(block.source.dtype).mul_(self.options.noise_scale)
-        old = tuple(slice(size) for size in block.source.shape)
+        base_part = tuple(slice(size) for size in block.source.shape)
         match self.options.operator:
             case "shrink_perturb":
                 # The padding is zero plus noise. Adding the old part to the noise saves the zeros.
-                noise[old] += self.options.shrink * block.source
+                noise[base_part] += self.options.shrink * block.source
                 return noise
             case "slice" | "zero_pad":
                 grown = self._widen_block(block)
-                grown[old] += noise[old]
+                grown[base_part] += noise[base_part]
                 return grown
             case "clone":
                 return self._widen_block(block).add_(noise)

@@ -98,7 +98,7 @@ class HfConfig(BaseModel):
         # A config with initializer_range 0 says nothing about initial weights: keep our defaults.
         std = self.initializer_range
         stds = ("init_std", "embedding_std", "unembedding_std")
-        drawn = dict.fromkeys(stds, std) if std > 0 else {}
+        known_stds = dict.fromkeys(stds, std) if std > 0 else {}
         head_dim = self.hidden_size // self.num_attention_heads
         try:
             return ModelSpec.model_validate(
@@ -114,7 +114,7 @@ class HfConfig(BaseModel):
                     "rope_theta": self._rope_theta,
                     "norm_eps": self.rms_norm_eps,
                 }
-                | drawn
+                | known_stds
             )
         except ValidationError as error:
             first = error.errors()[0]

@@ -106,7 +106,7 @@ def _write_weights(
     dtype: torch.dtype,
     max_shard_bytes: int,
 ) -> None:
-    weights = source.weights_named(name_of_weights)
+    weights = source.select_weights(name_of_weights)
     shapes = parameter_shapes(source.manifest.model)
     infos = {name: TensorInfo(dtype=dtype, shape=tuple(s)) for name, s in shapes.items()}
     shards = list(_split_into_shards(infos, max_shard_bytes))

@@ -138,9 +138,11 @@ def _open_shards(shards: list[Path]) -> _Source:
     for path in shards:
         _check_readable(path)
         file = TensorFile(path)
-        twice = files.keys() & file.keys()
-        if twice:
-            raise ValueError(f"{path} has {min(twice)}, and another shard too; one shard is stale")
+        repeats = files.keys() & file.keys()
+        if repeats:
+            raise ValueError(
+                f"{path} has {min(repeats)}, and another shard too; one shard is stale"
+            )
         files |= dict.fromkeys(file, file)
     return _Source(files=files)
 

@@ -96,6 +96,6 @@ class Averages:
     def _exchange_tensors(self, name: AverageName, model: nn.Module) -> None:
         for key, parameter in model.named_parameters():
             average = self.tensors[name][key]
-            held = parameter.clone()
+            raw = parameter.clone()
             parameter.copy_(average)
-            average.copy_(held)
+            average.copy_(raw)

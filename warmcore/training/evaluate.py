@@ -33,9 +33,9 @@ def val_loss_nats(
     for turn in range(0, len(starts), ranks.size):
         # In the last turn some ranks have no batch left. They repeat the last batch and drop its
         # loss: under FSDP every forward pass gathers shards, and all ranks must take part.
-        mine = turn + ranks.rank
-        first = starts[min(mine, len(starts) - 1)]
+        our_batch = turn + ranks.rank
+        first = starts[min(our_batch, len(starts) - 1)]
         batch = windows[first : first + batch_size]
         loss = loss_of(model, read_windows(tokens, batch, context).to(model.device))
-        total += loss.item() * len(batch) if mine < len(starts) else 0.0
+        total += loss.item() * len(batch) if our_batch < len(starts) else 0.0
     return ranks.sum_over_ranks(torch.tensor(total, dtype=torch.float64)).item() / len(windows)

@@ -146,8 +146,8 @@ class Training:
         # Example: evaluations at steps 0, 3 and 7. At step 3 with a single loss so far, evaluation
         # 1 is due; with two losses it is done, and the next act is step 4.
         evaluation = len(self.progress.val_losses_nats)
-        due = self.step == self.spec.evaluation_steps[evaluation]
-        return self._evaluate_model(evaluation) if due else self._train_step()
+        is_due = self.step == self.spec.evaluation_steps[evaluation]
+        return self._evaluate_model(evaluation) if is_due else self._train_step()
 
     def _train_step(self) -> StepEvent | DivergedEvent:
         """Do a step; if it shows a divergence, return that event and update nothing."""
