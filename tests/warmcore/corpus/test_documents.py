@@ -43,7 +43,7 @@ documents = st.lists(
 @given(documents, st.floats(0.02, 0.5))
 def test_no_validation_document_is_in_training_even_as_a_copy(tmp_path_factory, sizes, fraction):
     folder = tmp_path_factory.mktemp("corpus")
-    # Files 0, 3, 6, ... exist once; the others have one or two copies under other names.
+    # Files 0, 3, 6, ... exist once; files 1, 4, 7, ... have a copy, and files 2, 5, 8, ... two.
     for number, (seed, num_bytes) in enumerate(sizes):
         for copy in range(1 + number % 3):
             (folder / f"{number}-{copy}.txt").write_bytes(make_text(seed, num_bytes))

@@ -1,4 +1,4 @@
-"""JSONL, Parquet, Arrow and `hf:` data sets give the same documents, one for each record."""
+"""JSONL, Parquet, Arrow and `hf:` data sets give the same documents, a document for each record."""
 
 import gzip
 import json

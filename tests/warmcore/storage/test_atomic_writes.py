@@ -13,6 +13,7 @@ from warmcore.storage import atomic_writes
 from warmcore.storage.atomic_writes import ONLY_THIS_USER, write_file, write_folder
 
 
+# Hidden names too: they would be the leftovers.
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -92,7 +93,7 @@ def test_a_file_that_came_meanwhile_is_replaced_or_kept_as_asked(tmp_path, steps
 
 def test_a_private_file_is_private_from_its_first_byte_on(tmp_path):
     with write_file(tmp_path / "x", mode=ONLY_THIS_USER):
-        # A later chmod would leave a moment in which others can open the file.
+        # With a later chmod, others could open the file for a moment.
         (aside,) = tmp_path.iterdir()
         assert stat.S_IMODE(aside.stat().st_mode) == 0o600
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o600
@@ -159,7 +160,7 @@ def test_a_rename_that_fails_for_another_reason_is_an_error(tmp_path):
     def refuse(_self, _target):
         raise PermissionError(1, "not permitted")
 
-    # Nothing is at `path`, so no other preparer won.
+    # Nothing is at `path`: no other preparer won.
     with (
         pytest.MonkeyPatch.context() as patch,
         pytest.raises(PermissionError),

@@ -34,6 +34,7 @@ def test_a_folder_is_found_and_deleted_by_its_uri(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
     (folder / MANIFEST).write_text("{}")
+    # fsspec takes `%20` of a URI for three characters of the name.
     files, root = find_filesystem(folder.as_uri())
     assert (root, files.exists(f"{root}/{MANIFEST}")) == (str(folder), True)
     delete_checkpoint(folder.as_uri())

@@ -18,6 +18,7 @@ from warmcore.specs import RunSpec
 from warmcore.storage import plain_yaml
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
+# Values of every type, and strings that look like paths, URIs, numbers or booleans.
 JUNK = st.recursive(
     st.none()
     | st.booleans()
@@ -76,6 +77,7 @@ def test_a_hostile_file_is_refused_by_both_readers_and_by_the_command(path, refu
         assert isinstance(refused, str)
         assert refused.startswith(str(path))
         assert refusal.replace("\\\\", "\\") in refused
+        # A message does not repeat the file.
         assert len(refused) < 1000
     assert command.main([str(path)]) == 2
     assert "Traceback" not in caplog.text
