@@ -72,7 +72,7 @@ def retry(
         on: Types of the exceptions after which `operation` may be called again.
         deadline: Moment of `clock` after which a failure is the last. A pause may pass it.
         max_attempts: Number of calls.
-        is_worth_retrying: Tells for an exception whether another call may succeed.
+        is_worth_retrying: Returns, for an exception, whether another call may succeed.
         before_pause: Called before each pause. It may log, and it may raise to end the retries.
         adjust_pause: Returns the seconds to wait, from the exception and the pause of `backoff`.
         clock: The source of time.

@@ -1,8 +1,6 @@
 """A run on the real API, from the lease to the end."""
 
 import threading
-from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
@@ -12,6 +10,7 @@ from warmcore.checkpoint.checkpoint import CheckpointCorruptError
 from warmcore.corpus import prepare as data
 from warmcore.specs import CheckpointRef
 from warmcore.specs.run import make_branch
+from warmcore.storage.locations import local_path
 from warmcore.training.events import EvaluationEvent
 from warmcore.training.training import Training
 from workers.attempt import checkpoints
@@ -79,10 +78,6 @@ def run(spy):
     return run
 
 
-def _path(uri) -> Path:
-    return Path(urlsplit(uri).path)
-
-
 def test_a_run_reports_its_whole_curve_one_measurement_per_step(lease, run):
     ending, sent = run(lease(num_steps=20))
     assert ending == "succeeded"
@@ -115,7 +110,7 @@ def test_the_final_checkpoint_stands_before_the_run_is_finished(lease, run):
     assert final.final
     assert (final.step, final.tokens) == (7, 7 * 128)
     assert final.uri == f"{leased.artifact_uri}/step-00000007"
-    assert _path(final.uri).is_dir()
+    assert local_path(final.uri).is_dir()
 
 
 def test_every_measurement_up_to_a_checkpoint_is_accepted_before_it(lease, run):
@@ -149,20 +144,20 @@ def test_a_run_falls_back_to_the_next_older_checkpoint(lease, run, worker, damag
     second = worker.lease_one()
     newest, older = second.resume_from
     if damage == "corrupt":
-        weights = _path(newest.uri) / "model.safetensors"
+        weights = local_path(newest.uri) / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     else:
-        _path(newest.uri).rename(_path(newest.uri).with_name("elsewhere"))
+        local_path(newest.uri).rename(local_path(newest.uri).with_name("elsewhere"))
     ending, sent = run(second)
     assert ending == "succeeded"
-    assert f"step-{min(sent.losses) - 1:08d}" == _path(older.uri).name
+    assert f"step-{min(sent.losses) - 1:08d}" == local_path(older.uri).name
 
 
 def test_without_a_usable_checkpoint_a_run_starts_again(lease, run, worker):
     run(lease(), draining=_DrainAfter(8))
     second = worker.lease_one()
     (only,) = second.resume_from
-    _path(only.uri).rename(_path(only.uri).with_name("elsewhere"))
+    local_path(only.uri).rename(local_path(only.uri).with_name("elsewhere"))
     ending, sent = run(second)
     assert ending == "succeeded"
     assert sent.curve[0].step == 0
@@ -195,7 +190,7 @@ def test_a_target_whose_base_is_damaged_says_so_and_grows_from_nothing_else(
     run(lease(study={"warmstart": {"seeds": 1}}))
     warm, cold = sorted(worker.lease(2), key=lambda lease: lease.arm, reverse=True)
     assert (warm.arm, cold.arm) == ("warm", "cold")
-    weights = _path(warm.spec.growth.base.uri) / "model.safetensors"
+    weights = local_path(warm.spec.growth.base.uri) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     with pytest.raises(CheckpointCorruptError) as raised:
         run(warm)
@@ -253,8 +248,8 @@ def test_superseded_checkpoints_are_deleted(api, lease, run):
     leased = lease()
     _, sent = run(leased, checkpoint_seconds=0.0)
     kept = api.client.get(f"/v1/runs/{leased.run_id}/checkpoints")["items"]
-    folders = sorted(_path(leased.artifact_uri).iterdir())
-    assert folders == sorted(_path(checkpoint["uri"]) for checkpoint in kept)
+    folders = sorted(local_path(leased.artifact_uri).iterdir())
+    assert folders == sorted(local_path(checkpoint["uri"]) for checkpoint in kept)
     assert len(folders) == 2 < len(sent.checkpoints)
 
 
@@ -294,7 +289,7 @@ def test_a_trunk_is_checkpointed_where_its_branches_leave_and_they_are_whole_run
         whole = Training.start(
             make_branch(trunk.spec, budget, None),
             data.prepare_corpus(trunk.spec.data),
-            base=_path(trunk.spec.growth.base.uri),
+            base=local_path(trunk.spec.growth.base.uri),
         )
         expected = [e.val_loss_nats for e in whole.train_to_end() if isinstance(e, EvaluationEvent)]
         measured = [m.val_loss_nats for m in (*first.curve, *resumed.curve) if m.val_loss_nats]
@@ -345,7 +340,7 @@ def refused(lease):
 
     def refused(**changes):
         leased = lease(**changes)
-        obstacle = _path(leased.artifact_uri).parent
+        obstacle = local_path(leased.artifact_uri).parent
         obstacle.parent.mkdir(parents=True)
         obstacle.touch()
         return leased, obstacle
